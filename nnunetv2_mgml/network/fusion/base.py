@@ -1,0 +1,163 @@
+"""The interface every fusion design implements, and the registry they join.
+
+The decoder calls a design once per scale, deepest first. `MultiEncoderUNet` sets the features of absent modalities to
+zero before the call, so whatever an absent channel held cannot reach a design; the mask says which those are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class FusionSpec:
+    """What a fusion design is built from. Lists have one entry per scale, highest resolution first."""
+
+    num_modalities: int
+    num_classes: int
+    """``K``: label classes with background (what auxiliary heads predict)."""
+    channels: tuple[int, ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    patch_size: tuple[int, ...]
+    """Network input in voxels, plan axis order; a design must still accept any other input size."""
+    conv_op: type[nn.Module]
+    norm_op: type[nn.Module] | None
+    norm_op_kwargs: dict[str, Any]
+    nonlin: type[nn.Module] | None
+    nonlin_kwargs: dict[str, Any]
+    conv_bias: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    """The plan's ``fusion_options``; a design refuses keys it does not know (`FusionDesign.take_options`)."""
+
+    @property
+    def num_scales(self) -> int:
+        """Number of scales, bottleneck included."""
+        return len(self.channels)
+
+    @property
+    def dimension(self) -> int:
+        """2 or 3."""
+        return len(self.patch_size)
+
+    def feature_size(self, scale: int) -> tuple[int, ...]:
+        """Spatial size of the features at a scale, in voxels of that scale, for the plan's patch."""
+        size = self.patch_size
+        for stride in self.strides[: scale + 1]:
+            size = tuple(-(-n // s) for n, s in zip(size, stride, strict=True))
+        return size
+
+
+class FusedScale(NamedTuple):
+    """What a design returns for one scale."""
+
+    fused: torch.Tensor
+    """``(B, C_s, *spatial_s)``."""
+    auxiliary: torch.Tensor | None = None
+    """Label logits ``(B, K, *spatial_s)`` with a loss of their own, or None."""
+    loss: torch.Tensor | None = None
+    """A scalar float32 term to add to the training loss, or None."""
+
+
+class FusionDesign(nn.Module):
+    """Base class: subclass it, set ``name`` and ``summary``, implement `fuse_scale`, decorate with `register`."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    """One line with the source, shown by ``mgml info --fusions``."""
+    default_options: ClassVar[dict[str, Any]] = {}
+    """Options a plan may set through ``fusion_options`` and their defaults."""
+
+    def __init__(self, spec: FusionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.options = self.take_options(spec.options)
+
+    @classmethod
+    def take_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the defaults updated by ``options``.
+
+        Raises:
+            ValueError: an option this design does not have.
+        """
+        unknown = sorted(set(options) - set(cls.default_options))
+        if unknown:
+            allowed = ", ".join(sorted(cls.default_options)) or "none"
+            raise ValueError(f"Fusion design '{cls.name}' has no option {', '.join(unknown)}. Allowed: {allowed}.")
+        return {**cls.default_options, **options}
+
+    def begin(self) -> Any:
+        """Return a fresh state handed to every `fuse_scale` of one pass (None unless a design needs one)."""
+        return None
+
+    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
+                   state: Any) -> FusedScale:
+        """Fuse the modalities at one scale.
+
+        Args:
+            scale: 0 is full resolution; called from ``spec.num_scales - 1`` (the bottleneck) down to 0.
+            features: ``(B, M, C_s, *spatial_s)``; zero where the mask is False.
+            mask: ``(B, M)`` bool, True = present, at least one True per row.
+            context: upsampled decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck.
+            state: what `begin` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement fuse_scale")
+
+    def initialize(self) -> None:
+        """Called after Kaiming initialisation, for parameters that need other start values."""
+
+
+_REGISTRY: dict[str, type[FusionDesign]] = {}
+
+
+def register(cls: type[FusionDesign]) -> type[FusionDesign]:
+    """Class decorator that makes a design available as ``mgml plan --set fusion=<name>``.
+
+    Raises:
+        ValueError: no name, or a name already taken by another class.
+    """
+    if not cls.name:
+        raise ValueError(f"{cls.__name__} needs a class attribute 'name' to be registered as a fusion design.")
+    if _REGISTRY.setdefault(cls.name, cls) is not cls:
+        raise ValueError(f"Fusion design '{cls.name}' is already registered by {_REGISTRY[cls.name].__name__}.")
+    return cls
+
+
+def fusion_designs() -> dict[str, type[FusionDesign]]:
+    """Return the registered designs by name, in alphabetical order."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def build_fusion(name: str, spec: FusionSpec) -> FusionDesign:
+    """Build a design by name.
+
+    Raises:
+        ValueError: no such design; the message lists those registered.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"Unknown fusion design '{name}'. Allowed: {', '.join(fusion_designs())}.")
+    return _REGISTRY[name](spec)
+
+
+def masked(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape a ``(B, M)`` mask so that it broadcasts against features ``(B, M, ...)`` of ``like``'s rank and dtype."""
+    return mask.reshape(*mask.shape, *[1] * (like.ndim - 2)).to(like.dtype)
+
+
+def conv_block(spec: FusionSpec, in_channels: int, out_channels: int,
+               kernel_size: int | tuple[int, ...] = 1) -> nn.Sequential:
+    """Convolution, norm, nonlinearity as the plan has them; "same" padding, stride 1."""
+    kernel = (kernel_size,) * spec.dimension if isinstance(kernel_size, int) else tuple(kernel_size)
+    layers: list[nn.Module] = [spec.conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel),
+                                            bias=spec.conv_bias)]
+    if spec.norm_op is not None:
+        layers.append(spec.norm_op(out_channels, **(spec.norm_op_kwargs or {})))
+    if spec.nonlin is not None:
+        layers.append(spec.nonlin(**(spec.nonlin_kwargs or {})))
+    return nn.Sequential(*layers)
+
+

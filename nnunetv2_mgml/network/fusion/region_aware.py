@@ -1,0 +1,102 @@
+"""Region-aware fusion of RFNet (Ding et al., ICCV 2021): probability maps guide per-class modality weights.
+
+At every scale a small head (PRM) predicts label maps from the masked features and the decoder; they have a loss of their
+own and reach the fusion (RFM) detached. Each class then weighs the modalities by an MLP on its pooled features.
+Two things differ from the published code, none in the result: the ``(B, M, K, C, V)`` tensor is never built (the
+weights act before the maps), and the pooling denominator is floored at 1e-3 for half precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, conv_block, register
+from nnunetv2_mgml.network.fusion.concat import skip_fusion
+
+_FLOOR = 1e-3
+
+
+class ProbabilityMap(nn.Module):
+    """PRM: masked features (and the decoder's) ``-> (B, K, *spatial)`` label logits."""
+
+    def __init__(self, spec: FusionSpec, scale: int) -> None:
+        super().__init__()
+        width = spec.channels[scale]
+        inner = max(8, width // 4) if width >= 8 else width
+        self.embed = nn.Sequential(conv_block(spec, spec.num_modalities * width, inner),
+                                   conv_block(spec, inner, inner, spec.kernel_sizes[scale]),
+                                   conv_block(spec, inner, width))
+        has_context = scale < spec.num_scales - 1
+        self.head = nn.Sequential(conv_block(spec, width * (2 if has_context else 1), 16),
+                                  spec.conv_op(16, spec.num_classes, 1))
+
+    def forward(self, stacked: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Args: ``(B, M*C, *spatial)`` masked features; decoder feature ``(B, C, *spatial)`` or None."""
+        embedded = self.embed(stacked)
+        return self.head(embedded if context is None else torch.cat((context, embedded), 1))
+
+
+class RegionWeights(nn.Module):
+    """One two-layer MLP per class, evaluated together: ``(B, K, M*C+1) -> (B, K, M)`` in (0, 1)."""
+
+    def __init__(self, num_classes: int, num_modalities: int, channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(num_modalities * channels + 1, hidden) for _ in range(num_classes))
+        self.second = nn.ModuleList(nn.Linear(hidden, num_modalities) for _ in range(num_classes))
+        self.activation = nn.LeakyReLU(0.2)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Args: pooled ``(B, K, M*C+1)`` float32."""
+        weights = [second(self.activation(first(pooled[:, k])))
+                   for k, (first, second) in enumerate(zip(self.first, self.second, strict=True))]
+        return torch.stack(weights, 1).sigmoid()
+
+
+class RegionFusion(nn.Module):
+    """RFM: masked features and class maps ``-> (B, C, *spatial)``, half from the regions, half from a shortcut."""
+
+    def __init__(self, spec: FusionSpec, scale: int) -> None:
+        super().__init__()
+        width = spec.channels[scale]
+        self.weights = RegionWeights(spec.num_classes, spec.num_modalities, width)
+        self.regions = nn.Sequential(conv_block(spec, spec.num_classes * width, width),
+                                     conv_block(spec, width, width, spec.kernel_sizes[scale]),
+                                     conv_block(spec, width, width // 2))
+        self.shortcut = skip_fusion(spec, scale, width - width // 2)
+
+    def forward(self, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Args: features ``(B, M, C, *spatial)``, absent ones zero; maps ``(B, K, *spatial)`` probabilities."""
+        batch, modalities, channels = features.shape[:3]
+        flat, flat_maps = features.flatten(3), maps.flatten(2)
+        with torch.autocast(features.device.type, enabled=False):
+            pooled = torch.einsum("bmcv,bkv->bkmc", flat.float(), flat_maps.float()) / flat.shape[-1]
+            share = flat_maps.float().mean(-1)[..., None]
+            pooled = pooled.flatten(2) / (share + _FLOOR)
+            weights = self.weights(torch.cat((pooled, share + _FLOOR), -1)).to(features.dtype)
+        weighted = torch.einsum("bmcv,bkm->bkcv", flat, weights)
+        regions = (weighted * flat_maps[:, :, None]).reshape(batch, -1, *features.shape[3:])
+        stacked = features.reshape(batch, modalities * channels, *features.shape[3:])
+        return torch.cat((self.regions(regions), self.shortcut(stacked)), 1)
+
+
+@register
+class RegionAwareFusion(FusionDesign):
+    """PRM and RFM at every scale."""
+
+    name = "region_aware"
+    summary = "class maps weigh the modalities per region at every scale (RFNet, ICCV 2021)"
+
+    def __init__(self, spec: FusionSpec) -> None:
+        super().__init__(spec)
+        self.maps = nn.ModuleList(ProbabilityMap(spec, s) for s in range(spec.num_scales))
+        self.fusions = nn.ModuleList(RegionFusion(spec, s) for s in range(spec.num_scales))
+
+    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
+                   state: Any) -> FusedScale:
+        """See `FusionDesign.fuse_scale`."""
+        logits = self.maps[scale](features.flatten(1, 2), context)
+        maps = logits.float().softmax(1).to(features.dtype).detach()
+        return FusedScale(self.fusions[scale](features, maps), auxiliary=logits)

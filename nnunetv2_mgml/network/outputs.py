@@ -1,0 +1,26 @@
+"""What the network hands to the losses in a training step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class TrainingOutput(NamedTuple):
+    """Result of ``MultiEncoderUNet.forward(..., return_aux=True)``.
+
+    ``B`` batch, ``M`` modalities, ``R`` fused heads (regions, or labels with background), ``K`` label classes with
+    background. All are raw logits.
+    """
+
+    student: list[torch.Tensor]
+    """Fused prediction from the sampled subset, each ``(B, R, *spatial_s)``, highest resolution first."""
+    modality: torch.Tensor | None
+    """Shared decoder's prediction from each modality alone, ``(B, M, K, *spatial)``; None when no loss needs it."""
+    teacher: torch.Tensor | None
+    """Fused prediction from all modalities that exist, ``(B, R, *spatial)``, without gradient; None when not asked."""
+    auxiliary: list[torch.Tensor]
+    """The fusion design's own label logits, each ``(B, K, *spatial_s)`` at its own resolution; may be empty."""
+    fusion_loss: torch.Tensor
+    """Sum of the loss terms the fusion design computes itself (a KL divergence, ...), scalar float32; often 0."""
