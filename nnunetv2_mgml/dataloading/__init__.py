@@ -1,0 +1,1 @@
+"""nnU-Net's loader plus a modality mask per sample."""

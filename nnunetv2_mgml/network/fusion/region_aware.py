@@ -1,7 +1,7 @@
 """Region-aware fusion of RFNet (Ding et al., ICCV 2021): probability maps guide per-class modality weights.
 
-At every scale a small head (PRM) predicts label maps from the masked features and the decoder; they have a loss of their
-own and reach the fusion (RFM) detached. Each class then weighs the modalities by an MLP on its pooled features.
+At every scale a small head (PRM) predicts label maps from the masked features and the decoder; they have a loss of
+their own and reach the fusion (RFM) detached. Each class then weighs the modalities by an MLP on its pooled features.
 Two things differ from the published code, none in the result: the ``(B, M, K, C, V)`` tensor is never built (the
 weights act before the maps), and the pooling denominator is floored at 1e-3 for half precision.
 """

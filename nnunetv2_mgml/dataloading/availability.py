@@ -1,0 +1,99 @@
+"""Which modalities each preprocessed case has: decided once for the whole case and cached beside the data.
+
+nnU-Net's preprocessing needs a file for every channel, so an incomplete case carries an empty volume for each sequence
+it lacks; normalisation leaves that volume zero. A patch says nothing (outside the brain every channel is zero), so the
+scan is over the whole volume.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+from nnunetv2_mgml.modalities import Subset
+
+CACHE_NAME = "mgml_availability.json"
+_DATA_ENDINGS = (".b2nd", ".npy", ".npz")
+_log = logging.getLogger(__name__)
+
+
+def present_channels(data: Any, num_modalities: int) -> Subset:
+    """Return which of the first ``num_modalities`` channels are not zero everywhere.
+
+    Args:
+        data: ``(C, z, y, x)`` array, NumPy or blosc2; read channel by channel, the middle slab first.
+        num_modalities: ``M``.
+    """
+    middle = data.shape[1] // 2
+    return tuple(bool(np.any(np.asarray(data[m, middle:middle + 1])) or np.any(np.asarray(data[m])))
+                 for m in range(num_modalities))
+
+
+def case_availability(dataset: nnUNetBaseDataset, identifiers: Iterable[str], num_modalities: int) -> dict[str, Subset]:
+    """Return the modalities of every case, scanning those the cache does not know or whose file has changed.
+
+    Args:
+        dataset: nnU-Net's dataset of the preprocessed folder (the cache is written there).
+        identifiers: the cases.
+        num_modalities: ``M``.
+
+    Raises:
+        ValueError: a case in which every modality is empty.
+    """
+    folder = Path(dataset.source_folder)
+    cache = _read_cache(folder / CACHE_NAME)
+    result: dict[str, Subset] = {}
+    changed = False
+    for name in identifiers:
+        signature = _signature(folder, name)
+        entry = cache.get(name)
+        if entry is None or entry["file"] != signature or len(entry["present"]) != num_modalities:
+            data = dataset.load_case(name)[0]
+            cache[name] = entry = {"file": signature, "present": list(present_channels(data, num_modalities))}
+            changed = True
+        if not any(entry["present"]):
+            raise ValueError(f"Case {name} in {folder} is empty in all {num_modalities} modalities; remove it from the "
+                             f"dataset and preprocess again.")
+        result[name] = tuple(entry["present"])
+    if changed:
+        _write_cache(folder / CACHE_NAME, cache)
+    return result
+
+
+def _signature(folder: Path, name: str) -> list[Any]:
+    for ending in _DATA_ENDINGS:
+        path = folder / (name + ending)
+        if path.is_file():
+            stat = path.stat()
+            return [path.name, stat.st_size, stat.st_mtime_ns]
+    raise FileNotFoundError(f"No preprocessed data of case {name} in {folder} (looked for "
+                            f"{', '.join(name + e for e in _DATA_ENDINGS)}); run nnUNetv2_preprocess.")
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError:
+        _log.warning("%s is not valid JSON; scanning the cases again.", path)
+        return {}
+
+
+def _write_cache(path: Path, cache: dict[str, Any]) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    except OSError as error:  # a read-only data folder costs the scan each time, nothing else
+        _log.warning("Cannot write %s (%s); the cases will be scanned again next time.", path, error)
+        return
+    with os.fdopen(handle, "w") as file:
+        json.dump(cache, file)
+    os.replace(temporary, path)

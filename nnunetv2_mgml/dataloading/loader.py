@@ -1,0 +1,43 @@
+"""`MGMLDataLoader`: nnU-Net's loader with *full* data and, beside it, the mask of what the network may see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+from nnunetv2_mgml.dataloading.masking import SubsetSampler
+from nnunetv2_mgml.modalities import Subset
+
+
+class MGMLDataLoader(nnUNetDataLoader):
+    """Adds to nnU-Net's batch ``available`` and ``modality_mask``, both ``(B, M)`` bool tensors, True = present.
+
+    ``available`` is what a case has at all, ``modality_mask`` a random subset of it. The data stay complete, so that
+    a teacher can see what the student may not. Only channels that do not exist are zeroed: nnU-Net's intensity
+    transforms put noise into an empty channel in about one of ten samples.
+
+    Args:
+        availability: modalities of every case, by identifier.
+        sampler: draws the masks, with a generator seeded from NumPy's global state, which nnU-Net's workers seed.
+    """
+
+    def __init__(self, *args: Any, availability: Mapping[str, Subset], sampler: SubsetSampler, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.availability = availability
+        self.sampler = sampler
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Return ``data (B, C, *spatial)`` float32, ``target``, ``keys``, ``available``, ``modality_mask``."""
+        batch = super().generate_train_batch()
+        available = np.array([self.availability[key] for key in batch["keys"]], dtype=bool)
+        rng = np.random.default_rng(np.random.randint(2 ** 31, size=2))
+        for sample, row in zip(batch["data"], available, strict=True):
+            for channel in np.flatnonzero(~row):
+                sample[channel] = 0
+        batch["available"] = torch.from_numpy(available)
+        batch["modality_mask"] = torch.from_numpy(self.sampler.sample(available, rng))
+        return batch

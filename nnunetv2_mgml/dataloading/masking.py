@@ -1,0 +1,82 @@
+"""Draws which modalities a training sample may see: pure functions of an explicit random generator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.modalities import canonical_name, channel_index
+
+_DEFAULT_RATE = 0.5
+
+
+@dataclass(frozen=True)
+class SubsetSampler:
+    """Draws a non-empty subset of what each case has.
+
+    Args:
+        scheme: see ``MGMLConfig.mask_sampling``.
+        missing_rate: chance of each modality to be removed (``bernoulli`` only), one per channel.
+    """
+
+    scheme: str
+    missing_rate: tuple[float, ...]
+
+    def sample(self, available: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw one mask per sample.
+
+        Args:
+            available: ``(B, M)`` bool, at least one True per row.
+            rng: the generator.
+
+        Returns:
+            ``(B, M)`` bool, a non-empty subset of ``available`` in every row.
+
+        Raises:
+            ValueError: a row of ``available`` without any True.
+        """
+        available = np.asarray(available, dtype=bool)
+        if not available.any(axis=1).all():
+            raise ValueError("A sample has no modality at all.")
+        return np.stack([self._sample_row(row, rng) for row in available])
+
+    def _sample_row(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.scheme == "fixed":
+            return row.copy()
+        existing = np.flatnonzero(row)
+        mask = np.zeros_like(row)
+        if self.scheme == "uniform_subset":
+            code = int(rng.integers(1, 2 ** len(existing)))
+            mask[existing] = [(code >> bit) & 1 for bit in range(len(existing))]
+        elif self.scheme == "uniform_count":
+            count = int(rng.integers(1, len(existing) + 1))
+            mask[rng.choice(existing, count, replace=False)] = True
+        else:
+            rates = np.asarray(self.missing_rate)[existing]
+            while not mask.any():  # ends: every rate is below 1
+                mask[existing] = rng.random(len(existing)) >= rates
+        return mask
+
+
+def build_sampler(config: MGMLConfig, channels: Sequence[str]) -> SubsetSampler:
+    """Build the sampler a configuration asks for.
+
+    Args:
+        config: ``mask_sampling`` and ``modality_missing_rate`` (aliases accepted as names).
+        channels: modality names in channel order.
+
+    Raises:
+        ValueError: a rate for a modality the dataset does not have.
+    """
+    return SubsetSampler(config.mask_sampling, missing_rates(config.modality_missing_rate, channels))
+
+
+def missing_rates(by_name: Mapping[str, float], channels: Sequence[str]) -> tuple[float, ...]:
+    """Return one rate per channel; 0.5 where none is named."""
+    for name in by_name:
+        channel_index(name, channels)
+    named = {canonical_name(name): float(rate) for name, rate in by_name.items()}
+    return tuple(named.get(canonical_name(channel), _DEFAULT_RATE) for channel in channels)

@@ -1,0 +1,72 @@
+"""Build the network from plans: nnU-Net's architecture arguments and our `MGMLConfig`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
+from nnunetv2_mgml.network.encoders import EncoderSpec, encoder_spec, plan_unet
+from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+
+
+def count_modalities(configuration_manager: ConfigurationManager) -> int:
+    """Return ``M``: the plan normalises each image channel, and only those (a cascade's one-hot channels are not)."""
+    return len(configuration_manager.normalization_schemes)
+
+
+def build_network(configuration_manager: ConfigurationManager, config: MGMLConfig, num_input_channels: int,
+                  num_output_channels: int, num_classes: int, deep_supervision: bool) -> MultiEncoderUNet:
+    """Build and initialise a `MultiEncoderUNet`.
+
+    Args:
+        configuration_manager: the plan's configuration (architecture, patch size, channels).
+        config: our options.
+        num_input_channels: ``M`` plus a cascade's previous-stage channels.
+        num_output_channels: ``R``, fused heads.
+        num_classes: ``K``, label classes with background.
+        deep_supervision: start value of ``network.decoder.deep_supervision``.
+
+    Raises:
+        ValueError: fewer than two modalities, or an unknown fusion design.
+        NotImplementedError: an architecture without encoder and decoder.
+    """
+    modalities = count_modalities(configuration_manager)
+    if modalities < 2:
+        raise ValueError(f"MGML needs at least two modalities; this dataset has {modalities}. Train it with the stock "
+                         f"nnUNetTrainer.")
+    arch_kwargs = configuration_manager.network_arch_init_kwargs
+    unet = plan_unet(configuration_manager.network_arch_class_name, arch_kwargs,
+                     configuration_manager.network_arch_init_kwargs_req_import,
+                     1 + num_input_channels - modalities, num_classes, config.width_factor)
+    spec = encoder_spec(unet.encoder)
+    convs, nonlin_first = arch_kwargs["n_conv_per_stage_decoder"], bool(arch_kwargs.get("nonlin_first", False))
+    shared = None
+    if config.modality_decoder_weight > 0 or config.uses_soft_label:
+        shared = modality_decoder(spec, num_classes, convs, nonlin_first)
+    network = MultiEncoderUNet(
+        encoders=[copy.deepcopy(unet.encoder) for _ in range(modalities)],
+        fusion=build_fusion(config.fusion, _fusion_spec(spec, modalities, num_classes, configuration_manager, config)),
+        decoder=FusionDecoder(spec, num_output_channels, convs, deep_supervision, nonlin_first),
+        modality_decoder=shared)
+    network.apply(unet.initialize)
+    network.fusion.initialize()
+    return network
+
+
+def _fusion_spec(spec: EncoderSpec, modalities: int, num_classes: int, configuration_manager: ConfigurationManager,
+                 config: MGMLConfig) -> FusionSpec:
+    def per_axis(sizes: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(int(n) for n in size) for size in sizes)
+
+    norm_kwargs: dict[str, Any] = dict(spec.norm_op_kwargs or {})
+    return FusionSpec(
+        num_modalities=modalities, num_classes=num_classes, channels=tuple(spec.output_channels),
+        kernel_sizes=per_axis(spec.kernel_sizes), strides=per_axis(spec.strides),
+        patch_size=tuple(configuration_manager.patch_size), conv_op=spec.conv_op, norm_op=spec.norm_op,
+        norm_op_kwargs=norm_kwargs, nonlin=spec.nonlin, nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
+        conv_bias=spec.conv_bias, options=dict(config.fusion_options))

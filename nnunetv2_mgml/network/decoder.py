@@ -1,0 +1,71 @@
+"""The fusion decoder: nnU-Net's decoder, fusing the modalities scale by scale on its way up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from torch import nn
+
+from nnunetv2_mgml.network.encoders import EncoderSpec
+from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
+
+
+class FusionDecoder(UNetDecoder):
+    """`UNetDecoder` (same layers, same state-dict keys) whose skips are fused just before they are used.
+
+    ``deep_supervision`` is read at every call, as nnU-Net expects of ``network.decoder``.
+    """
+
+    def __init__(self, spec: EncoderSpec, num_outputs: int, n_conv_per_stage: Any, deep_supervision: bool,
+                 nonlin_first: bool = False) -> None:
+        super().__init__(spec, num_outputs, n_conv_per_stage, deep_supervision, nonlin_first=nonlin_first)
+
+    def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign
+                ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Fuse and decode.
+
+        Args:
+            features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
+            mask: ``(B, M)`` bool, True = present.
+            fusion: the design.
+
+        Returns:
+            Logits ``(B, R, *spatial_s)`` highest resolution first (one entry without deep supervision); the design's
+            auxiliary label logits; the sum of its own losses (scalar float32).
+        """
+        state = fusion.begin()
+        auxiliary: list[torch.Tensor] = []
+        loss = features[0].new_zeros((), dtype=torch.float32)
+        outputs: list[torch.Tensor] = []
+        context: torch.Tensor | None = None
+        for scale in reversed(range(len(features))):
+            stage = len(features) - 2 - scale
+            if stage >= 0:
+                context = self.transpconvs[stage](context)
+            present = masked(mask, features[scale]).bool()
+            fused = fusion.fuse_scale(scale, torch.where(present, features[scale], 0), mask, context, state)
+            if fused.auxiliary is not None:
+                auxiliary.append(fused.auxiliary)
+            if fused.loss is not None:
+                loss = loss + fused.loss
+            if stage < 0:
+                context = fused.fused
+                continue
+            context = self.stages[stage](torch.cat((context, fused.fused), 1))
+            if self.deep_supervision or scale == 0:
+                outputs.append(self.seg_layers[stage](context))
+        return outputs[::-1], auxiliary, loss
+
+
+def modality_decoder(spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any, nonlin_first: bool = False
+                     ) -> UNetDecoder:
+    """Build the decoder shared by all modalities: full-resolution label logits from one modality's features.
+
+    Its lower-resolution heads are dropped: nothing trains them, and DDP refuses parameters without gradient.
+    """
+    decoder = UNetDecoder(spec, num_classes, n_conv_per_stage, deep_supervision=False, nonlin_first=nonlin_first)
+    heads = len(decoder.seg_layers)
+    decoder.seg_layers = nn.ModuleList([*(nn.Identity() for _ in range(heads - 1)), decoder.seg_layers[-1]])
+    return decoder

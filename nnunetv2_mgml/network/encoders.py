@@ -1,0 +1,83 @@
+"""Encoders built from the plans' own architecture arguments, and what a decoder needs to know about them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+
+@dataclass
+class EncoderSpec:
+    """The attributes `UNetDecoder` reads from an encoder, without the encoder (so that no weight is held twice)."""
+
+    output_channels: list[int]
+    strides: list[list[int]]
+    kernel_sizes: list[list[int]]
+    conv_op: type[nn.Module]
+    conv_bias: bool
+    norm_op: type[nn.Module] | None
+    norm_op_kwargs: dict[str, Any] | None
+    dropout_op: type[nn.Module] | None
+    dropout_op_kwargs: dict[str, Any] | None
+    nonlin: type[nn.Module] | None
+    nonlin_kwargs: dict[str, Any] | None
+
+
+def scaled_widths(widths: list[int] | int, factor: float) -> list[int] | int:
+    """Return feature channels times ``factor``, each rounded to the nearest multiple of 8, at least 8."""
+    if isinstance(widths, int):
+        return max(8, round(widths * factor / 8) * 8)
+    return [max(8, round(w * factor / 8) * 8) for w in widths]
+
+
+def plan_unet(class_name: str, arch_kwargs: dict[str, Any], require_import: tuple[str, ...] | list[str],
+              input_channels: int, num_classes: int, width_factor: float) -> nn.Module:
+    """Build the plan's own U-Net for one modality, ``width_factor`` times as wide.
+
+    Raises:
+        NotImplementedError: the architecture is not made of an encoder with skips and a convolutional decoder.
+    """
+    kwargs = copy.deepcopy(dict(arch_kwargs))
+    if "features_per_stage" not in kwargs:
+        raise NotImplementedError(
+            f"The plan's architecture {class_name} has no features_per_stage. MGML needs nnU-Net's PlainConvUNet or "
+            f"ResidualEncoderUNet; plan with nnUNetPlannerResEncM or the default planner.")
+    kwargs["features_per_stage"] = scaled_widths(kwargs["features_per_stage"], width_factor)
+    if kwargs.get("stem_channels") is not None:
+        kwargs["stem_channels"] = scaled_widths(kwargs["stem_channels"], width_factor)
+    unet = get_network_from_plans(class_name, kwargs, require_import, input_channels, num_classes, allow_init=False,
+                                  deep_supervision=False)
+    encoder = getattr(unet, "encoder", None)
+    if not all(hasattr(encoder, name) for name in ("output_channels", "kernel_sizes", "strides")):
+        raise NotImplementedError(f"The plan's architecture {class_name} has no encoder that MGML can use; supported "
+                                  f"are PlainConvUNet and ResidualEncoderUNet.")
+    return unet
+
+
+def encoder_spec(encoder: nn.Module) -> EncoderSpec:
+    """Read a spec off a PlainConvEncoder or ResidualEncoder, sizes written out per stage and axis."""
+    dimension = 3 if encoder.conv_op is nn.Conv3d else 2
+    kernels = [[k] * dimension if isinstance(k, int) else list(k) for k in encoder.kernel_sizes]
+    return EncoderSpec(
+        output_channels=list(encoder.output_channels), strides=[list(s) for s in encoder.strides],
+        kernel_sizes=kernels, conv_op=encoder.conv_op, conv_bias=encoder.conv_bias, norm_op=encoder.norm_op,
+        norm_op_kwargs=encoder.norm_op_kwargs, dropout_op=silent_without_gradient(encoder.dropout_op),
+        dropout_op_kwargs=encoder.dropout_op_kwargs, nonlin=encoder.nonlin, nonlin_kwargs=encoder.nonlin_kwargs)
+
+
+def silent_without_gradient(dropout_op: type[nn.Module] | None) -> type[nn.Module] | None:
+    """Return a dropout class that drops only while gradients are recorded, so that the teacher pass is not noisy."""
+    if dropout_op is None:
+        return None
+    forward: Callable[[nn.Module, torch.Tensor], torch.Tensor] = dropout_op.forward
+
+    def drop(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) if torch.is_grad_enabled() else x
+
+    return type(f"Training{dropout_op.__name__}", (dropout_op,), {"forward": drop})

@@ -1,0 +1,159 @@
+"""`MultiEncoderUNet`: one encoder per modality, fused and decoded for any subset of them.
+
+Encoders never see the mask, so one set of features serves the incomplete (student) pass, the complete (teacher) pass
+and, in evaluation, all subsets. *Missing is exact*: absent channels are replaced by zero before the encoders and absent
+features before the fusion, so whatever an absent channel held cannot change the output by one bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from torch import nn
+
+from nnunetv2_mgml.network.decoder import FusionDecoder
+from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
+from nnunetv2_mgml.network.outputs import TrainingOutput
+
+
+class MultiEncoderUNet(nn.Module):
+    """See the module docstring; built by `nnunetv2_mgml.network.build.build_network`.
+
+    Args:
+        encoders: one per modality; input ``(B, 1 + P, *spatial)`` with ``P`` previous-stage channels of a cascade.
+        fusion: the fusion design.
+        decoder: the fusion decoder; ``decoder.deep_supervision`` is the switch nnU-Net sets.
+        modality_decoder: decoder shared by all modalities, or None where no loss needs it.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], fusion: FusionDesign, decoder: FusionDecoder,
+                 modality_decoder: UNetDecoder | None) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.fusion = fusion
+        self.decoder = decoder
+        self.modality_decoder = modality_decoder
+        self._availability: tuple[bool, ...] | torch.Tensor | None = None
+
+    @property
+    def num_modalities(self) -> int:
+        """``M``."""
+        return len(self.encoders)
+
+    def set_availability(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
+        """Set the mask every later `forward` uses when it is given none (a whole case, or a validation batch).
+
+        Args:
+            subset: ``M`` bools (absent encoders are then not run), a ``(B, M)`` bool tensor, or None to forget it.
+
+        Raises:
+            ValueError: wrong length, or no modality present.
+        """
+        if subset is None or isinstance(subset, torch.Tensor):
+            if subset is not None and (subset.ndim != 2 or subset.shape[1] != self.num_modalities):
+                raise ValueError(f"Expected a (batch, {self.num_modalities}) mask, got {tuple(subset.shape)}.")
+            self._availability = subset
+            return
+        subset = tuple(bool(present) for present in subset)
+        if len(subset) != self.num_modalities or not any(subset):
+            raise ValueError(f"Expected {self.num_modalities} bools with at least one True, got {subset}.")
+        self._availability = subset
+
+    def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
+        """Run the encoders.
+
+        Args:
+            x: ``(B, M + P, *spatial)``.
+            subset: run only these encoders; the features of the others are zero. None: all.
+
+        Returns:
+            Per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
+        """
+        count = self.num_modalities
+        previous_stage = x[:, count:]
+        per_modality: list[list[torch.Tensor] | None] = [
+            self.encoders[m](torch.cat((x[:, m:m + 1], previous_stage), 1)) if subset is None or subset[m] else None
+            for m in range(count)]
+        present = next(features for features in per_modality if features is not None)
+        return [torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
+                for s in range(len(present))]
+
+    def fuse_decode(self, features: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Fuse and decode for a mask ``(B, M)`` bool.
+
+        Returns:
+            Logits ``(B, R, *spatial)``, or with deep supervision a list of them, highest resolution first.
+        """
+        outputs, _, _ = self.decoder(features, mask, self.fusion)
+        return outputs if self.decoder.deep_supervision else outputs[0]
+
+    def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Return the shared decoder's label logits from each modality alone, ``(B, M, K, *spatial)``.
+
+        Raises:
+            RuntimeError: the network was built without this decoder (no loss needed it).
+        """
+        if self.modality_decoder is None:
+            raise RuntimeError("This network has no modality decoder (modality_decoder_weight 0, soft_label none).")
+        batch, modalities = features[0].shape[:2]
+        logits = self.modality_decoder([f.flatten(0, 1) for f in features])
+        return logits.unflatten(0, (batch, modalities))
+
+    def forward(self, x: torch.Tensor, modality_mask: torch.Tensor | None = None, available: torch.Tensor | None = None,
+                return_aux: bool = False, with_teacher: bool = False, teacher_input: torch.Tensor | None = None
+                ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
+        """Predict.
+
+        Args:
+            x: ``(B, M + P, *spatial)``: the modalities in channel order, then a cascade's previous-stage one-hot.
+            modality_mask: ``(B, M)`` bool, True = present for the prediction. None: what `set_availability` was told,
+                else read in-band (see `in_band_mask`).
+            available: ``(B, M)`` bool, the modalities each case has at all; None: ``modality_mask``.
+            return_aux: return a `TrainingOutput` instead of the logits.
+            with_teacher: with ``return_aux``, also predict from all available modalities, without gradient.
+            teacher_input: the teacher's own augmented view, shaped as ``x``; None: it reuses the student's features.
+
+        Returns:
+            What nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list highest resolution first.
+        """
+        if modality_mask is None and isinstance(self._availability, tuple):
+            subset = self._availability
+            mask = torch.tensor(subset, device=x.device).expand(x.shape[0], -1)
+            return self.fuse_decode(self.encode(self._zero_absent(x, mask), subset), mask)
+        if modality_mask is None:
+            stored = self._availability
+            modality_mask = in_band_mask(x, self.num_modalities) if stored is None else stored.to(x.device)
+        if available is None:
+            available = modality_mask
+        features = self.encode(self._zero_absent(x, available))
+        if not return_aux:
+            return self.fuse_decode(features, modality_mask)
+        student, auxiliary, fusion_loss = self.decoder(features, modality_mask, self.fusion)
+        modality = None if self.modality_decoder is None else self.decode_modalities(features)
+        teacher = self._teach(features, available, teacher_input) if with_teacher else None
+        return TrainingOutput(student, modality, teacher, auxiliary, fusion_loss)
+
+    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None
+               ) -> torch.Tensor:
+        with torch.no_grad():
+            if own_input is not None:
+                features = self.encode(self._zero_absent(own_input, available))
+            outputs, _, _ = self.decoder([f.detach() for f in features], available, self.fusion)
+        return outputs[0]
+
+    def _zero_absent(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        extra = x.shape[1] - self.num_modalities
+        keep = torch.cat((mask, mask.new_ones(x.shape[0], extra)), 1) if extra else mask
+        return torch.where(masked(keep, x).bool(), x, 0)
+
+
+def in_band_mask(x: torch.Tensor, num_modalities: int) -> torch.Tensor:
+    """Read a ``(B, M)`` bool mask off a patch: the fallback when nobody passed one.
+
+    A channel that is zero all over the patch while another is not counts as absent. A patch in which every channel is
+    zero lies outside the brain and counts as all present.
+    """
+    occupied = (x[:, :num_modalities].flatten(2) != 0).any(-1)
+    return occupied | ~occupied.any(1, keepdim=True)
