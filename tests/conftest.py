@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("nnUNet_def_n_proc", "1")  # read when nnunetv2 is imported
+os.environ.setdefault("nnUNet_n_proc_DA", "0")  # data augmentation in the test's own process
+os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 
@@ -19,3 +22,12 @@ def real_data() -> Path:
     path = Path(folder)
     assert path.is_dir(), f"MGML_REAL_DATA={folder} is not a folder"
     return path
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty nnUNet_raw, nnUNet_preprocessed and nnUNet_results below the returned folder, set for this test."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path

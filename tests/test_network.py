@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.encoders import scaled_widths, silent_without_gradient
+from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
+from nnunetv2_mgml.network.outputs import TrainingOutput
+
+DESIGNS = ("mean", "concat", "region_aware")
+LAYOUTS = {
+    "3d": dict(patch=(16, 16, 16)),
+    "residual": dict(patch=(16, 16, 16), residual=True),
+    "2d": dict(patch=(32, 24)),
+    "anisotropic": dict(patch=(6, 16, 16), strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+                        kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3]]),
+}
+
+
+def config(fusion: str, **changes: object) -> MGMLConfig:
+    return MGMLConfig(fusion=fusion, width_factor=1.0, **changes)
+
+
+def batch(patch: tuple[int, ...], modalities: int = 4, size: int = 2, extra: int = 0) -> torch.Tensor:
+    return torch.randn(size, modalities + extra, *patch, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fusion", DESIGNS)
+def test_missing_is_exact(fusion: str, layout: str) -> None:
+    """Whatever an absent channel holds, the output does not change by one bit, for every subset."""
+    settings_ = LAYOUTS[layout]
+    net = network(config(fusion), **settings_).eval()
+    x = batch(settings_["patch"], size=1)
+    with torch.no_grad():
+        for subset in all_subsets(4):
+            mask = torch.tensor([subset])
+            absent = ~mask[0]
+            reference = net(x, modality_mask=mask)
+            assert reference.isfinite().all()
+            for content in (math.nan, math.inf, 1e6 * torch.randn(1, int(absent.sum()), *settings_["patch"])):
+                changed = x.clone()
+                changed[:, absent] = content
+                assert torch.equal(net(changed, modality_mask=mask), reference)
+
+
+@pytest.mark.parametrize("fusion", DESIGNS)
+def test_stored_subset_equals_mask(fusion: str) -> None:
+    """Not running the absent encoders gives what masking them gives."""
+    net = network(config(fusion)).eval()
+    x = batch((16, 16, 16), size=1)
+    with torch.no_grad():
+        for subset in all_subsets(4):
+            by_mask = net(x, modality_mask=torch.tensor([subset]))
+            net.set_availability(subset)
+            by_subset = net(x)
+            net.set_availability(None)
+            assert torch.allclose(by_mask, by_subset, atol=1e-6)
+
+
+def test_absent_encoders_do_not_run_at_inference() -> None:
+    net = network().eval()
+    calls: list[int] = []
+    for m, encoder in enumerate(net.encoders):
+        encoder.register_forward_hook(lambda *_, m=m: calls.append(m))
+    net.set_availability((False, True, False, True))
+    with torch.no_grad():
+        net(batch((16, 16, 16)))
+    assert calls == [1, 3]
+
+
+@pytest.mark.parametrize("fusion", DESIGNS)
+def test_masks_are_per_sample(fusion: str) -> None:
+    net = network(config(fusion)).eval()
+    x, mask = batch((16, 16, 16)), torch.tensor([[True, False, False, True], [False, True, True, True]])
+    with torch.no_grad():
+        both = net(x, modality_mask=mask)
+        each = torch.cat([net(x[i:i + 1], modality_mask=mask[i:i + 1]) for i in range(2)])
+    assert torch.allclose(both, each, atol=1e-5)
+
+
+def test_subset_matters() -> None:
+    net = network().eval()
+    x = batch((16, 16, 16), size=1)
+    with torch.no_grad():
+        outputs = [net(x, modality_mask=torch.tensor([s])) for s in all_subsets(4)]
+    for i, a in enumerate(outputs):
+        assert all((a - b).abs().max() > 1e-4 for b in outputs[i + 1:])
+
+
+@pytest.mark.parametrize("modalities", [2, 3, 5])
+def test_any_number_of_modalities(modalities: int) -> None:
+    net = network(config("region_aware"), modalities=modalities, heads=2, classes=2).eval()
+    with torch.no_grad():
+        assert net(batch((16, 16, 16), modalities)).shape == (2, 2, 16, 16, 16)
+
+
+def test_cascade_channels_reach_every_encoder() -> None:
+    net = network(extra_channels=3).eval()
+    x = batch((16, 16, 16), extra=3, size=1)
+    other = x.clone()
+    other[:, 4:] += 1
+    with torch.no_grad():
+        for m in range(4):
+            mask = torch.zeros(1, 4, dtype=torch.bool)
+            mask[0, m] = True
+            assert not torch.allclose(net(x, modality_mask=mask), net(other, modality_mask=mask))
+
+
+def test_deep_supervision_is_switched_as_nnunet_does() -> None:
+    net = network(deep_supervision=True).eval()
+    with torch.no_grad():
+        outputs = net(batch((16, 16, 16)))
+        assert [tuple(o.shape[2:]) for o in outputs] == [(16, 16, 16), (8, 8, 8)]
+        net.decoder.deep_supervision = False
+        assert torch.equal(net(batch((16, 16, 16))), outputs[0])
+
+
+@pytest.mark.parametrize("fusion", DESIGNS)
+def test_training_output(fusion: str) -> None:
+    net = network(config(fusion), deep_supervision=True)
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    out = net(batch((16, 16, 16)), modality_mask=mask, available=torch.ones_like(mask), return_aux=True,
+              with_teacher=True)
+    assert isinstance(out, TrainingOutput)
+    assert len(out.student) == 2
+    assert out.modality.shape == (2, 4, 4, 16, 16, 16)
+    assert out.teacher.shape == out.student[0].shape
+    assert not out.teacher.requires_grad
+    assert out.fusion_loss.shape == ()
+    assert len(out.auxiliary) == (3 if fusion == "region_aware" else 0)
+
+
+def test_teacher_is_the_complete_pass_and_student_the_incomplete_one() -> None:
+    net = network(deep_supervision=True)
+    x, mask = batch((16, 16, 16)), torch.tensor([[True, False, True, True], [False, True, False, False]])
+    available = torch.tensor([[True, True, True, True], [True, True, False, True]])
+    out = net(x, modality_mask=mask, available=available, return_aux=True, with_teacher=True)
+    assert torch.allclose(out.teacher, net(x, modality_mask=available)[0], atol=1e-6)
+    assert torch.allclose(out.student[0], net(x, modality_mask=mask)[0], atol=1e-6)
+
+
+def test_gradients_reach_every_parameter_and_none_comes_from_the_teacher() -> None:
+    net = network(config("region_aware"), deep_supervision=True)
+    mask = torch.tensor([[True, False, False, False], [False, True, True, True]])
+    out = net(batch((16, 16, 16)), modality_mask=mask, available=torch.ones_like(mask), return_aux=True)
+    total = sum(o.square().mean() for o in [*out.student, out.modality, *out.auxiliary])
+    total.backward()
+    dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a bias in front of an instance norm has a zero gradient by construction
+    assert [name for name in dead if not name.endswith("bias")] == []
+
+
+def test_no_decoder_that_no_loss_needs() -> None:
+    net = network(MGMLConfig(fusion="mean", width_factor=1.0, modality_decoder_weight=0.0, soft_label="none"))
+    assert net.modality_decoder is None
+    out = net(batch((16, 16, 16)), return_aux=True)
+    assert out.modality is None
+    with pytest.raises(RuntimeError, match="no modality decoder"):
+        net.decode_modalities(net.encode(batch((16, 16, 16))))
+
+
+def test_in_band_mask() -> None:
+    x = torch.ones(3, 3, 4, 4)
+    x[0, 1] = 0
+    x[1] = 0
+    x[2, 0] = math.nan
+    expected = [[True, False, True], [True, True, True], [True, True, True]]
+    assert in_band_mask(x, 3).tolist() == expected
+    assert in_band_mask(torch.cat((torch.zeros(1, 2, 4, 4), torch.ones(1, 1, 4, 4)), 1), 2).tolist() == [[True, True]]
+
+
+def test_in_band_mask_is_used_when_nobody_passes_one() -> None:
+    net = network().eval()
+    x = batch((16, 16, 16), size=1)
+    x[:, 2] = 0
+    with torch.no_grad():
+        assert torch.equal(net(x), net(x, modality_mask=torch.tensor([[True, True, False, True]])))
+
+
+@pytest.mark.parametrize("bad", [(True, True), (False,) * 4, torch.ones(4, dtype=torch.bool)])
+def test_bad_availability_is_refused(bad: object) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        network().set_availability(bad)
+
+
+@pytest.mark.parametrize("fusion", DESIGNS)
+def test_compiles_without_graph_breaks(fusion: str) -> None:
+    net = network(config(fusion), deep_supervision=True)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    arguments = dict(modality_mask=mask, available=torch.ones_like(mask), return_aux=True, with_teacher=True)
+    x = batch((16, 16, 16))
+    assert torch.allclose(compiled(x, **arguments).student[0], net(x, **arguments).student[0], atol=1e-5)
+
+
+def test_state_dict_round_trip_is_strict_and_holds_no_training_state() -> None:
+    net = network(config("region_aware"))
+    other = network(config("region_aware"))
+    other.load_state_dict(net.state_dict(), strict=True)
+    x = batch((16, 16, 16))
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), other.eval()(x))
+    assert not [name for name in net.state_dict() if "meta" in name]
+
+
+def test_encoders_start_different() -> None:
+    first, second, *_ = network().encoders
+    weight = next(name for name, p in first.named_parameters() if p.ndim > 1)
+    assert not torch.equal(dict(first.named_parameters())[weight], dict(second.named_parameters())[weight])
+
+
+@given(st.lists(st.integers(1, 640), min_size=1, max_size=8), st.floats(0.05, 4))
+@settings(deadline=None, max_examples=50)
+def test_scaled_widths(widths: list[int], factor: float) -> None:
+    scaled = scaled_widths(widths, factor)
+    assert all(w % 8 == 0 and w >= 8 and abs(w - width * factor) <= max(4, 8 - width * factor)
+               for w, width in zip(scaled, widths, strict=True))
+
+
+def test_plan_dropout_is_silent_in_the_teacher_pass() -> None:
+    layer = silent_without_gradient(nn.Dropout3d)(0.5).train()
+    x = torch.ones(1, 64, 2, 2, 2)
+    with torch.no_grad():
+        assert torch.equal(layer(x), x)
+    assert not torch.equal(layer(x), x)
+    assert silent_without_gradient(None) is None
+
+
+def test_one_modality_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least two modalities"):
+        network(modalities=1)
+
+
+def test_unknown_fusion_lists_the_designs() -> None:
+    with pytest.raises(ValueError, match="region_aware"):
+        network(MGMLConfig(fusion="nope"))
+
+
+def test_closed_form_of_region_fusion() -> None:
+    """RFM(C) and PRM(C) of the specification, at C = 32, K = M = 4, norms without affine parameters."""
+    from nnunetv2_mgml.network.fusion.base import FusionSpec
+    from nnunetv2_mgml.network.fusion.region_aware import ProbabilityMap, RegionFusion
+
+    spec = FusionSpec(num_modalities=4, num_classes=4, channels=(32, 64), kernel_sizes=((3,) * 3,) * 2,
+                      strides=((1,) * 3, (2,) * 3), patch_size=(16,) * 3, conv_op=nn.Conv3d,
+                      norm_op=nn.InstanceNorm3d, norm_op_kwargs={}, nonlin=nn.LeakyReLU, nonlin_kwargs={})
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    assert count(RegionFusion(spec, 0)) == 133_296
+    assert count(RegionFusion(spec, 1)) == 392_528
+    assert count(ProbabilityMap(spec, 0)) == 4_164
+
+
+def test_region_fusion_equals_the_written_out_formula() -> None:
+    """Against the definition that builds x_{m,k} = x_m P_k, in float64."""
+    from nnunetv2_mgml.network.fusion.region_aware import RegionFusion
+
+    module: RegionFusion = network(config("region_aware")).fusion.fusions[1].double()
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 16, 4, 4, 4, dtype=torch.float64, generator=gen)
+    maps = torch.randn(2, 4, 4, 4, 4, dtype=torch.float64, generator=gen).softmax(1)
+    captured: list[torch.Tensor] = []
+    module.regions.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    module.weights.float()
+    module(x, maps)
+    expected = []
+    for k in range(4):
+        per_modality = x * maps[:, None, k:k + 1]
+        share = maps[:, k].mean((1, 2, 3))
+        pooled = per_modality.mean((3, 4, 5)).flatten(1) / (share[:, None] + 1e-3)
+        inputs = torch.cat((pooled, share[:, None] + 1e-3), 1).float()
+        hidden = nn.functional.leaky_relu(module.weights.first[k](inputs), 0.2)
+        weight = module.weights.second[k](hidden).sigmoid().double()
+        expected.append((per_modality * weight[:, :, None, None, None, None]).sum(1))
+    assert torch.allclose(captured[0], torch.cat(expected, 1), atol=1e-6)
+
+
+def test_registry_holds_the_designs_of_this_issue() -> None:
+    assert set(DESIGNS) <= set(fusion_designs())
