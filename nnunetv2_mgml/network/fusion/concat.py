@@ -10,10 +10,11 @@ from torch import nn
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, conv_block, register
 
 
-def skip_fusion(spec: FusionSpec, scale: int, out_channels: int | None = None) -> nn.Sequential:
-    """``(B, M*C, *spatial) -> (B, out_channels or C, *spatial)``: 1x1, the plan's kernel, 1x1."""
+def skip_fusion(spec: FusionSpec, scale: int, out_channels: int | None = None,
+                inputs: int | None = None) -> nn.Sequential:
+    """``(B, inputs*C, *spatial) -> (B, out_channels or C, *spatial)``: 1x1, plan's kernel, 1x1; inputs: M if None."""
     width = spec.channels[scale]
-    return nn.Sequential(conv_block(spec, spec.num_modalities * width, width),
+    return nn.Sequential(conv_block(spec, (inputs or spec.num_modalities) * width, width),
                          conv_block(spec, width, width, spec.kernel_sizes[scale]),
                          conv_block(spec, width, out_channels or width))
 

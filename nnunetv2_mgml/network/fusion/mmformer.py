@@ -1,0 +1,81 @@
+"""mmFormer (Zhang et al., MICCAI 2022): transformers within and across modalities at the bottleneck, skip fusion.
+
+Differences from the published code: the token grid is put back voxel by voxel (theirs views modality-major tokens as a
+grid, which scrambles it), absent modalities are hidden from the attention instead of taking part as zero vectors, and
+the width is the plan's bottleneck instead of 512. Positions follow the grid, so any patch size works.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.concat import skip_fusion
+from nnunetv2_mgml.network.fusion.positions import PositionCode
+
+
+class IntraModalTransformer(nn.Module):
+    """Embedding and transformer of one modality: tokens ``(B, V, C) -> (B, V, C)``."""
+
+    def __init__(self, width: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.layers = transformer_layers(width, options)
+
+    def forward(self, tokens: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        """Args: tokens ``(B, V, C)``; code ``(V, C)``, added before every layer."""
+        tokens = self.embed(tokens)
+        for layer in self.layers:
+            tokens = layer(tokens + code)
+        return tokens
+
+
+class MultimodalTransformer(nn.Module):
+    """Intra- then inter-modal attention: features ``(B, M, C, *spatial) -> `` the same shape, zero where absent."""
+
+    def __init__(self, spec: FusionSpec, options: dict[str, Any]) -> None:
+        super().__init__()
+        width, size = spec.channels[-1], spec.feature_size(spec.num_scales - 1)
+        self.positions = nn.ModuleList(PositionCode(size, width) for _ in range(spec.num_modalities))
+        self.intra = nn.ModuleList(IntraModalTransformer(width, options) for _ in range(spec.num_modalities))
+        self.inter = transformer_layers(width, options)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
+        size = features.shape[3:]
+        tokens = to_tokens(features)
+        codes = torch.stack([position(size) for position in self.positions])
+        own = [intra(tokens[:, m], codes[m]) for m, intra in enumerate(self.intra)]
+        tokens = torch.stack(own, 1)
+        present = masked(mask, tokens)
+        keep = mask[:, :, None].expand(*tokens.shape[:3]).flatten(1)
+        tokens = (tokens * present).flatten(1, 2)
+        for layer in self.inter:
+            tokens = layer(tokens + codes.flatten(0, 1), keep)
+        tokens = tokens.unflatten(1, (mask.shape[1], -1)) * present
+        return to_grid(tokens, size)
+
+
+@register
+class MmFormerFusion(FusionDesign):
+    """Transformers at the bottleneck, then the skip fusion of every scale."""
+
+    name = "mmformer"
+    summary = "transformers within and across modalities at the bottleneck, skip fusion (mmFormer, MICCAI 2022)"
+    default_options: ClassVar[dict[str, Any]] = {"depth": 1, "heads": 8, "mlp_ratio": 4, "dropout": 0.1}
+
+    def __init__(self, spec: FusionSpec) -> None:
+        super().__init__(spec)
+        self.transformer = MultimodalTransformer(spec, self.options)
+        self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales))
+
+    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
+                   state: Any) -> FusedScale:
+        """See `FusionDesign.fuse_scale`."""
+        if scale == self.spec.num_scales - 1:
+            features = self.transformer(features, mask).to(features.dtype)
+        return FusedScale(self.scales[scale](features.flatten(1, 2)))

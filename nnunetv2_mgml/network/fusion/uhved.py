@@ -1,0 +1,129 @@
+"""U-HVED (Dorent et al., MICCAI 2019): each modality is a Gaussian per voxel and channel, fused as a product.
+
+With a standard-normal prior among the experts. Differences from the published code: the mean is used outside training
+(theirs samples in tests too) and in the teacher pass, log-variances are clamped to +-10 and start at -2, the KL term is
+estimated on random voxels, and the reconstruction of the images is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+
+_MAX_LOG_VARIANCE = 10.0
+_START_LOG_VARIANCE = -2.0
+
+
+def product_of_gaussians(mean: torch.Tensor, precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Product of experts with a standard-normal prior.
+
+    Args:
+        mean: ``(B, M, ...)``.
+        precision: ``(B, M, ...)`` float32, 1 / variance; 0 where a modality is absent.
+
+    Returns:
+        Mean and variance, ``(B, ...)`` float32.
+    """
+    variance = 1 / (1 + precision.sum(1))
+    return (precision * mean).sum(1) * variance, variance
+
+
+def gaussian_kl(mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Tensor | float,
+                other_variance: torch.Tensor | float) -> torch.Tensor:
+    """``KL(N(mean, variance) || N(other_mean, other_variance))``, elementwise on tensors that broadcast."""
+    ratio = variance / other_variance
+    return 0.5 * (ratio - ratio.log() + (mean - other_mean).square() / other_variance - 1)
+
+
+def subset_patterns(num_modalities: int, most: int, device: torch.device) -> torch.Tensor:
+    """Return subsets ``(P, M)`` bool: all non-empty ones if they are at most ``most``, else 8 random ones."""
+    if 2 ** num_modalities - 1 <= most:
+        patterns = [p for p in itertools.product((False, True), repeat=num_modalities) if any(p)]
+        return torch.tensor(patterns, device=device)
+    return torch.rand(8, num_modalities, device=device) < 0.5
+
+
+def subset_kl(mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """Mean over proper subsets S of ``KL(q_given || q_S)`` plus mean over all subsets of ``KL(q_S || N(0, 1))``.
+
+    Subsets are taken within what each sample has: a pattern is cut down to it, which keeps them uniform, and a pattern
+    with nothing left is ignored. Scalar float32, averaged over batch, channels and voxels.
+
+    Args:
+        mean: ``(B, M, C, V)``.
+        precision: ``(B, M, C, V)`` float32, 0 where absent.
+        mask: ``(B, M)`` bool.
+        patterns: ``(P, M)`` bool.
+    """
+    given_mean, given_variance = product_of_gaussians(mean, precision)
+    subsets = patterns[:, None] & mask                                          # (P, B, M)
+    exists = subsets.any(2)
+    proper = (exists & (subsets != mask).any(2)).float()
+    exists = exists.float()
+    chosen = subsets.to(precision.dtype)
+    variance = 1 / (1 + torch.einsum("pbm,bmcv->pbcv", chosen, precision))
+    subset_mean = torch.einsum("pbm,bmcv->pbcv", chosen, precision * mean) * variance
+    to_subset = gaussian_kl(given_mean, given_variance, subset_mean, variance).mean((2, 3))
+    to_prior = gaussian_kl(subset_mean, variance, 0.0, 1.0).mean((2, 3))
+    per_sample = ((to_subset * proper).sum(0) / proper.sum(0).clamp(min=1)
+                  + (to_prior * exists).sum(0) / exists.sum(0).clamp(min=1))
+    return per_sample.mean()
+
+
+@register
+class UHvedFusion(FusionDesign):
+    """Per modality and scale a 1x1 convolution ``C -> 2C`` (mean, log-variance), then the product of the experts."""
+
+    name = "uhved"
+    summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
+    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096}
+
+    def __init__(self, spec: FusionSpec) -> None:
+        super().__init__(spec)
+        m = spec.num_modalities
+        self.scales = nn.ModuleList(spec.conv_op(m * width, 2 * m * width, 1, groups=m) for width in spec.channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Start the log-variances below the prior's, so that the data outweighs it."""
+        for head in self.scales:
+            with torch.no_grad():
+                head.bias.unflatten(0, (self.spec.num_modalities, 2, -1))[:, 1].fill_(_START_LOG_VARIANCE)
+
+    def experts(self, scale: int, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean (any float) and precision (float32, 0 where absent), both ``(B, M, C, *spatial)``."""
+        parameters = self.scales[scale](features.flatten(1, 2)).unflatten(1, (self.spec.num_modalities, 2, -1))
+        log_variance = parameters[:, :, 1].clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
+        precision = (-log_variance.float()).exp()
+        return parameters[:, :, 0], precision * masked(mask, precision)
+
+    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
+                   state: Any) -> FusedScale:
+        """See `FusionDesign.fuse_scale`."""
+        mean, precision = self.experts(scale, features, mask)
+        with torch.autocast(features.device.type, enabled=False):
+            fused, variance = product_of_gaussians(mean, precision)
+            if not (self.training and torch.is_grad_enabled()):
+                return FusedScale(fused.to(features.dtype))
+            fused = fused + variance.sqrt() * torch.randn_like(variance)
+            divergence = self.divergence(mean.flatten(3), precision.flatten(3), mask)
+        return FusedScale(fused.to(features.dtype), loss=divergence)
+
+    def divergence(self, mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the weighted KL term of one scale, a scalar float32, on at most ``kl_voxels`` random voxels.
+
+        Args:
+            mean: ``(B, M, C, V)``.
+            precision: ``(B, M, C, V)`` float32.
+            mask: ``(B, M)`` bool.
+        """
+        if mean.shape[3] > self.options["kl_voxels"]:
+            voxels = torch.randint(mean.shape[3], (self.options["kl_voxels"],), device=mean.device)
+            mean, precision = mean.index_select(3, voxels), precision.index_select(3, voxels)
+        patterns = subset_patterns(mask.shape[1], 15, mask.device)
+        return self.options["kl_weight"] / self.spec.num_scales * subset_kl(mean.float(), precision, mask, patterns)
