@@ -1,0 +1,49 @@
+"""What each modality is worth: a bar per modality and region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..shapley import ModalityWorth
+from .style import BLACK, CYCLE, new_figure, styled
+
+_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
+
+
+@styled
+def shapley_bars(worth: Mapping[str, Mapping[str, ModalityWorth]], channels: Sequence[str],
+                 metric: str = "Dice") -> Figure:
+    """Draw the Shapley value of each modality, grouped by region, with a tick for the loss when only it is missing.
+
+    Args:
+        worth: region -> modality -> what `modality_worth` returned.
+        channels: modality names in the order of the bars.
+        metric: name of the score.
+    """
+    regions = list(worth)
+    figure = new_figure(max(4.2, 1.5 + 0.42 * len(regions) * (len(channels) + 1)), 3.3)
+    axes = figure.subplots()
+    width = 0.8 / len(channels)
+    for index, name in enumerate(channels):
+        centres = np.arange(len(regions)) + (index - (len(channels) - 1) / 2) * width
+        shares = np.array([worth[region][name].shapley for region in regions], dtype=float)
+        dropped = [worth[region][name].if_dropped for region in regions]
+        axes.bar(centres, shares, width * 0.92, label=name.upper(), color=CYCLE[index % len(CYCLE)],
+                 edgecolor="white", hatch=_HATCHES[index % len(_HATCHES)], linewidth=0.5)
+        for x, share in zip(centres, shares, strict=True):
+            if np.isfinite(share):
+                axes.annotate(f"{share:.2f}", (x, max(share, 0.0)), xytext=(0, 2), textcoords="offset points",
+                              ha="center", va="bottom", fontsize=7.5)
+        axes.hlines(dropped, centres - width * 0.38, centres + width * 0.38, color="white", linewidth=4.5)
+        axes.hlines(dropped, centres - width * 0.38, centres + width * 0.38, color=BLACK, linewidth=1.8,
+                    label="lost if only this one is missing" if index == len(channels) - 1 else "_nolegend_")
+    axes.axhline(0, color=BLACK, linewidth=0.8)
+    axes.set_xticks(range(len(regions)), regions)
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(f"Shapley value ({metric})")
+    axes.margins(y=0.12)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
