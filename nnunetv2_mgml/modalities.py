@@ -24,6 +24,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
 BRATS_CHANNELS: tuple[str, ...] = ("t1", "t1ce", "t2", "flair")
 """Channel order our converter writes: that of nnU-Net's own Dataset137_BraTS21."""
 
+BRATS_FILE_SUFFIXES: dict[str, dict[str, str]] = {
+    "brats2021": {name: f"_{name}" for name in BRATS_CHANNELS},
+    "brats2023": {"t1": "-t1n", "t1ce": "-t1c", "t2": "-t2w", "flair": "-t2f"},
+}
+"""File naming of the challenge (``<case><suffix>.nii.gz``): up to 2021 and since 2023 -> modality -> suffix."""
+
 PAPER_CHANNELS: tuple[str, ...] = ("flair", "t1ce", "t1", "t2")
 """Row order of the MGML paper's Table 3, used to lay out four-modality tables."""
 

@@ -1,0 +1,222 @@
+"""Converts a BraTS folder into an nnU-Net raw dataset: all cases or none, in one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .case_writer import CaseResult, Job, convert_case
+from .dataset_folder import building, check_target, write_description
+from .discovery import Case, Discovery, discover, edition
+from .labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
+from .parallel import run_jobs
+from .paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
+from .splits import SPLITS_FILE, Split, check_existing_split, parse_ratio, random_split, split_from_files, write_splits
+
+Converted = list[tuple[Case, CaseResult]]
+
+
+@dataclass(frozen=True)
+class ConversionSummary:
+    """What `convert_brats` found and wrote.
+
+    Attributes:
+        folder: the new dataset, ``nnUNet_raw/DatasetXXX_NAME``.
+        editions: BraTS edition -> number of converted cases.
+        conventions: label convention -> number of converted cases.
+        labels: nnU-Net label values found in the segmentations, ascending.
+        num_training: cases in ``imagesTr``.
+        num_held_out: labelled cases in ``imagesTs`` and ``labelsTs`` (test part of the split).
+        num_unlabelled: cases without segmentation, in ``imagesTs``.
+        missing: case -> absent modalities (canonical names).
+        skipped: case -> why it was not converted; empty unless ``skip_bad``.
+        split: the fixed split, or None.
+        splits_file: where it was written, or None.
+        left_out: labelled cases that are in none of the split lists.
+        notes: remarks for the user.
+        seconds: wall-clock time.
+    """
+
+    folder: Path
+    editions: dict[str, int]
+    conventions: dict[str, int]
+    labels: tuple[int, ...]
+    num_training: int
+    num_held_out: int
+    num_unlabelled: int
+    missing: dict[str, list[str]]
+    skipped: dict[str, list[str]]
+    split: Split | None
+    splits_file: Path | None
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def convert_brats(source: str | Path, dataset_id: int, name: str | None = None, *, link: bool = False,
+                  missing_ok: bool = False, skip_bad: bool = False, overwrite: bool = False, split: str | None = None,
+                  split_files: Sequence[str | Path] | None = None, seed: int = 0, label_convention: str = "auto",
+                  num_processes: int | None = None, progress: bool = False) -> ConversionSummary:
+    """Convert a BraTS folder of any edition from 2018 to 2025 to ``nnUNet_raw/DatasetXXX_NAME``.
+
+    Args:
+        source: folder with the cases, at any depth.
+        dataset_id: nnU-Net dataset id, 1 to 999.
+        name: dataset name; None takes the edition, such as ``BraTS2021``.
+        link: make symbolic links to ``.nii.gz`` images instead of copies.
+        missing_ok: accept cases that lack sequences and write empty volumes for these.
+        skip_bad: convert the good cases although others are bad.
+        overwrite: replace an existing dataset of the same id and name.
+        split: ``paper2020``, ``paper2023`` or ``A:B:C``; see `splits.parse_ratio`.
+        split_files: lists of training, validation and test cases; see `splits.split_from_files`.
+        seed: seed of a random split.
+        label_convention: ``auto`` (told by the file names), ``brats2021`` or ``brats2023``.
+        num_processes: worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script
+            that calls this needs the usual ``if __name__ == "__main__":``.
+        progress: show a progress bar.
+
+    Returns:
+        Summary of what was recognised and written.
+
+    Raises:
+        FileNotFoundError: ``source`` or a split list does not exist.
+        ValueError: anything wrong with the data (one line per bad case, all of them) or the target. Nothing has been
+            written then.
+    """
+    started = time.perf_counter()
+    source = Path(source).expanduser().absolute()
+    found = _discover(source, label_convention)
+    folder_name = dataset_folder_name(dataset_id, name or _default_name(found))
+    target = nnunet_folder(RAW) / folder_name
+    check_target(source, target, dataset_id, overwrite)
+    chosen, left_out = _choose_split(found, split, split_files, seed)
+    if chosen is not None:
+        check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, overwrite)
+    with building(target) as folder:
+        held_out = set(chosen.test) if chosen else set()
+        jobs = [_job(case, folder, case.name in held_out, link, missing_ok)
+                for case in found.cases if case.name not in left_out]
+        results = run_jobs(convert_case, jobs, num_processes, "Converting", progress)
+        bad = {**found.problems, **{r.name: r.problems for r in results if r.problems}}
+        if bad and not skip_bad:
+            raise ValueError(_bad_cases(bad, len(jobs) + len(found.problems)))
+        good = [(job.case, result) for job, result in zip(jobs, results, strict=True) if not result.problems]
+        _check_meaning_of_four(good, label_convention)
+        summary = _summary(target, good, bad, held_out, _without(chosen, bad), left_out, found.notes)
+        write_description(folder, folder_name, ", ".join(summary.editions), summary.num_training,
+                          RESECTION_CAVITY in summary.labels, summary.missing)
+        if chosen is not None:  # fails here rather than after the dataset is in place
+            (nnunet_folder(PREPROCESSED) / folder_name).mkdir(parents=True, exist_ok=True)
+    splits_file = (write_splits(summary.split, nnunet_folder(PREPROCESSED) / folder_name, overwrite=True)
+                   if summary.split is not None else None)
+    return dataclasses.replace(summary, splits_file=splits_file, seconds=time.perf_counter() - started,
+                               notes=(*summary.notes, *_notes_on_preprocessed(folder_name, splits_file)))
+
+
+def _discover(source: Path, label_convention: str) -> Discovery:
+    if label_convention not in ("auto", *CONVENTIONS):
+        raise ValueError(f"Unknown label convention '{label_convention}'. Allowed: auto, {', '.join(CONVENTIONS)}.")
+    found = discover(source, label_convention)
+    labelled = _labelled(found)
+    paediatric = [name for name in labelled if name.lower().startswith("brats-ped")]
+    if paediatric and label_convention == "auto":
+        raise ValueError(
+            f"{len(paediatric)} case(s) are of the paediatric task, such as {paediatric[0]}. Names do not tell what "
+            f"its labels mean: in 2023 the same as for gliomas; since 2024 1 is enhancing, 2 non-enhancing, 3 cyst, "
+            f"4 edema. For data of 2023 give --label_convention brats2023; later data are not supported.")
+    if not found.cases:
+        raise ValueError(_bad_cases(found.problems, len(found.problems)))
+    if not labelled:
+        raise ValueError(f"None of the {len(found.cases)} case(s) in {source} has a segmentation (<case>_seg.nii.gz or "
+                         f"<case>-seg.nii.gz), so nothing can be trained. Give the folder of the training data.")
+    return found
+
+
+def _labelled(found: Discovery) -> list[str]:
+    return [case.name for case in found.cases if case.segmentation is not None]
+
+
+def _default_name(found: Discovery) -> str:
+    names = {edition(case.name) for case in found.cases}
+    return names.pop() if len(names) == 1 else "BraTS"
+
+
+def _choose_split(found: Discovery, split: str | None, split_files: Sequence[str | Path] | None,
+                  seed: int) -> tuple[Split | None, tuple[str, ...]]:
+    """Return the split, and labelled cases that take no part in it."""
+    labelled = _labelled(found)
+    if split and split_files:
+        raise ValueError("Give either --split or --split_files, not both.")
+    if split_files:
+        # A list may name a case whose files are bad; that is said of the case, not of the list.
+        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
+        return chosen, tuple(name for name in left_out if name in labelled)
+    return (random_split(labelled, parse_ratio(split), seed), ()) if split else (None, ())
+
+
+def _job(case: Case, folder: Path, held_out: bool, link: bool, missing_ok: bool) -> Job:
+    if case.segmentation is None:
+        return Job(case, folder / "imagesTs", None, link, missing_ok)
+    part = "Ts" if held_out else "Tr"
+    return Job(case, folder / f"images{part}", folder / f"labels{part}", link, missing_ok)
+
+
+def _bad_cases(bad: dict[str, list[str]], total: int) -> str:
+    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(bad.items())]
+    advice = " --skip_bad converts the others." if len(bad) < total else ""
+    return "\n".join([f"{len(bad)} of {total} case(s) are bad; nothing has been written.{advice}", *lines])
+
+
+def _without(split: Split | None, bad: dict[str, list[str]]) -> Split | None:
+    if split is None or not bad:
+        return split
+    rest = Split(*(tuple(name for name in part if name not in bad) for part in (split.train, split.val, split.test)))
+    if not rest.train or not rest.val:
+        raise ValueError(f"Without the bad cases the split has {rest}. Repair them, or choose another split.\n"
+                         f"{_bad_cases(bad, len(bad))}")
+    return rest
+
+
+def _check_meaning_of_four(good: Converted, label_convention: str) -> None:
+    """Refuse 2021 label values behind 2023 file names, where 4 would be taken for the resection cavity."""
+    labels = {label for case, result in good if case.convention == "brats2023" for label in result.labels}
+    if label_convention == "auto" and RESECTION_CAVITY in labels and ENHANCING not in labels:
+        raise ValueError(
+            "The cases with names of 2023 have the value 4 (since 2024 the resection cavity) but never 3 (enhancing "
+            "tumour). If 4 is the enhancing tumour, as up to 2021, give --label_convention brats2021, else brats2023.")
+
+
+def _summary(target: Path, good: Converted, bad: dict[str, list[str]], held_out: set[str], split: Split | None,
+             left_out: tuple[str, ...], notes: list[str]) -> ConversionSummary:
+    unlabelled = sum(case.segmentation is None for case, _ in good)
+    tested = sum(case.name in held_out for case, _ in good)
+    if len(good) == unlabelled + tested:
+        raise ValueError(f"No training case is left. {_bad_cases(bad, len(bad))}")
+    conventions = Counter(case.convention for case, _ in good)
+    if len(conventions) > 1:
+        notes = [*notes, "two label conventions in one folder; each case was read by its own. BraTS 2023 holds the "
+                         "patients of 2021 under new numbers: make sure that none is in twice"]
+    return ConversionSummary(
+        folder=target, editions=dict(sorted(Counter(edition(case.name) for case, _ in good).items())),
+        conventions=dict(sorted(conventions.items())),
+        labels=tuple(sorted({label for _, result in good for label in result.labels})),
+        num_training=len(good) - unlabelled - tested, num_held_out=tested, num_unlabelled=unlabelled,
+        missing={result.name: result.missing for _, result in good if result.missing}, skipped=bad, split=split,
+        splits_file=None, left_out=left_out, notes=tuple(notes), seconds=0.0)
+
+
+def _notes_on_preprocessed(folder_name: str, splits_file: Path | None) -> list[str]:
+    if not os.environ.get(PREPROCESSED):
+        return []
+    folder = nnunet_folder(PREPROCESSED) / folder_name
+    notes = []
+    if (folder / "dataset.json").is_file():
+        notes.append(f"{folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again")
+    if splits_file is None and (folder / SPLITS_FILE).is_file():
+        notes.append(f"{folder / SPLITS_FILE} is from earlier and still holds; delete it if it does not fit")
+    return notes

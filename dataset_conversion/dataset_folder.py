@@ -1,0 +1,94 @@
+"""The dataset folder as a whole: may it be written, built beside its place, then renamed in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from nnunetv2_mgml.modalities import BRATS_CHANNELS
+
+from .labels import dataset_labels
+from .paths import names_in_use, write_json
+
+FILE_ENDING = ".nii.gz"
+MISSING_FILE = "missing_modalities.json"
+
+
+def check_target(source: Path, target: Path, dataset_id: int, overwrite: bool) -> None:
+    """Make sure that a dataset may be written.
+
+    Args:
+        source: folder the data come from.
+        target: ``nnUNet_raw/DatasetXXX_NAME``.
+        dataset_id: its id.
+        overwrite: whether ``target`` may be replaced.
+
+    Raises:
+        ValueError: the id belongs to another name, the target exists, or one folder lies within the other.
+    """
+    for used, folder in names_in_use(dataset_id).items():
+        if used != target.name:
+            raise ValueError(f"Dataset id {dataset_id} is taken by {used} in {folder}; nnU-Net wants one name per id. "
+                             f"Choose another id, or give --name {used.split('_', 1)[-1]} --overwrite to replace it.")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists. Give --overwrite to replace it, or choose another id.")
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_target == real_source or real_target in real_source.parents or real_source in real_target.parents:
+        raise ValueError(f"The source {source} and the new dataset {target} lie within each other; "
+                         f"move the source elsewhere.")
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Give a temporary sibling folder with nnU-Net's sub-folders, which becomes ``target`` at the end.
+
+    An exception (also Ctrl-C) removes it and leaves ``target`` as it was.
+    """
+    temporary = target.with_name(f".{target.name}.incomplete-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    try:
+        for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+            (temporary / folder).mkdir(parents=True)
+        yield temporary
+        for folder in ("imagesTs", "labelsTs"):
+            if not any((temporary / folder).iterdir()):
+                (temporary / folder).rmdir()
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        for leftover in (old, temporary):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def write_description(folder: Path, name: str, origin: str, num_training: int, with_cavity: bool,
+                      missing: Mapping[str, Sequence[str]]) -> None:
+    """Write ``dataset.json`` and, if a case lacks a sequence, ``missing_modalities.json``.
+
+    Args:
+        folder: dataset folder.
+        name: ``DatasetXXX_NAME``.
+        origin: where the data come from, for the description.
+        num_training: number of cases in ``imagesTr``.
+        with_cavity: whether there are resection cavities.
+        missing: case -> absent modalities.
+    """
+    labels, order = dataset_labels(with_cavity)
+    write_json({
+        # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
+        "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(BRATS_CHANNELS)},
+        "labels": labels,
+        "regions_class_order": order,
+        "numTraining": num_training,
+        "file_ending": FILE_ENDING,
+        "name": name,
+        "description": f"Converted by mgml convert brats from {origin}",
+    }, folder / "dataset.json")
+    if missing:
+        write_json(missing, folder / MISSING_FILE)

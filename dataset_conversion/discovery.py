@@ -1,0 +1,169 @@
+"""Recognises a BraTS folder by its file names: which cases there are, and what their label values mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+_SEGMENTATION = {"brats2021": "_seg", "brats2023": "-seg"}
+_CONTENT = {suffix: (naming, modality)
+            for naming, table in BRATS_FILE_SUFFIXES.items()
+            for modality, suffix in {**table, "seg": _SEGMENTATION[naming]}.items()}
+_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, _CONTENT))})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one case.
+
+    Attributes:
+        name: case name, as in the file names.
+        convention: what the label values mean, one of `labels.CONVENTIONS`.
+        images: canonical modality name -> file; sequences that do not exist are not in it.
+        segmentation: label file, or None.
+    """
+
+    name: str
+    convention: str
+    images: dict[str, Path]
+    segmentation: Path | None
+
+
+@dataclass
+class Discovery:
+    """What a folder holds: good cases by name, problems by case name, and remarks for the user."""
+
+    cases: list[Case] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Files:
+    content: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    namings: set[str] = field(default_factory=set)
+    folders: set[Path] = field(default_factory=set)
+
+
+def nifti_stem(name: str) -> str | None:
+    """Return a file name without ``.nii`` or ``.nii.gz``; None for any other file."""
+    for suffix in NIFTI_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[:-len(suffix)]
+    return None
+
+
+def _walk(source: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Yield (stem that names the content, file, folder of the case) of every NIfTI file, in sorted order."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(source, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for name in sorted(files):
+            stem = nifti_stem(name)
+            if stem is None or name.startswith("."):
+                continue
+            folder = Path(root)
+            outer = nifti_stem(folder.name)
+            # Some mirrors pack every volume into a folder that bears the name of the file.
+            yield (outer, folder / name, folder.parent) if outer and folder != source else (stem, folder / name, folder)
+
+
+def discover(source: Path, label_convention: str = "auto") -> Discovery:
+    """Find all BraTS cases below a folder.
+
+    Args:
+        source: folder, searched to any depth; hidden files and ``__MACOSX`` are skipped.
+        label_convention: ``auto`` (told by the file naming) or one of `labels.CONVENTIONS` for all cases.
+
+    Returns:
+        Cases sorted by name. A case name found in two folders, and two files for one sequence, are problems.
+
+    Raises:
+        FileNotFoundError: ``source`` is not a folder.
+        ValueError: no file with a BraTS name in it.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder. Give the folder that contains the BraTS cases.")
+    found: dict[str, _Files] = defaultdict(_Files)
+    strangers: dict[Path, list[Path]] = defaultdict(list)
+    for stem, path, folder in _walk(source):
+        match = _STEM.fullmatch(stem)
+        if match is None:
+            strangers[folder].append(path)
+            continue
+        naming, content = _CONTENT[match["suffix"].lower()]
+        files = found[match["case"]]
+        files.content[content].append(path)
+        files.namings.add(naming)
+        files.folders.add(folder)
+    if not found:
+        raise ValueError(
+            f"No BraTS case found in {source}. Expected files such as <case>_t1ce.nii.gz (BraTS 2018-2021) or "
+            f"<case>-t1c.nii.gz (BraTS 2023-2025), at any depth; found {sum(map(len, strangers.values()))} other NIfTI "
+            f"file(s).")
+    result = Discovery()
+    for name in sorted(found):
+        _add_case(result, name, found[name], strangers, label_convention)
+    rest = sorted(path for paths in strangers.values() for path in paths)
+    if rest:
+        result.notes.append(f"{len(rest)} NIfTI file(s) without a BraTS name ignored, such as {rest[0]}")
+    return result
+
+
+def _add_case(result: Discovery, name: str, files: _Files, strangers: dict[Path, list[Path]],
+              label_convention: str) -> None:
+    problems: list[str] = []
+    if len(files.folders) > 1:
+        problems.append(f"found in several folders: {', '.join(map(str, sorted(files.folders)))}; keep one")
+    else:
+        if len(files.namings) > 1:
+            problems.append("has files in the naming of 2021 (_t1) and of 2023 (-t1n); keep one")
+        problems.extend(f"two files for {content}: {', '.join(p.name for p in paths)}; keep one"
+                        for content, paths in files.content.items() if len(paths) > 1)
+    images = {content: paths[0] for content, paths in files.content.items() if content != "seg"}
+    if not images:
+        problems.append("has a segmentation but no image sequence")
+    if problems:
+        result.problems[name] = problems
+        return
+    folder = next(iter(files.folders))
+    segmentation = files.content["seg"][0] if files.content["seg"] else None
+    if segmentation is None:
+        # BraTS 2020 ships Training_355 with its segmentation named W39_1998.09.19_Segm.nii.
+        likely = [path for path in strangers[folder] if "seg" in path.name.lower()]
+        if len(likely) == 1 and folder.name == name:
+            segmentation = likely[0]
+            strangers[folder].remove(segmentation)
+            result.notes.append(f"{name}: took {segmentation.name} for its segmentation")
+    convention = next(iter(files.namings)) if label_convention == "auto" else label_convention
+    result.cases.append(Case(name, convention, images, segmentation))
+
+
+def edition(case: str) -> str:
+    """Return the BraTS edition a case name points to, for example ``BraTS2021``; ``BraTS`` if it names none."""
+    lower = case.lower()
+    if match := re.match(r"(?:brats|fets)(20)?(1[5-9]|2[0-2])(?=\D)", lower):
+        return f"BraTS20{match[2]}"
+    if match := re.match(r"brats-([a-z]+)-", lower):
+        # Post-treatment gliomas (2024 on) count their time points from 100, the pre-operative ones from 000.
+        post = match[1] == "gli" and re.search(r"-[1-9]\d\d$", lower)
+        task = "" if match[1] == "gli" else f"-{match[1].upper()}"
+        return f"BraTS2024{task}" if post else f"BraTS2023{task}"
+    return "BraTS"
+
+
+def patient(case: str) -> str:
+    """Return the patient of a case: the name without the time point (``BraTS-GLI-00005-101``: ``BraTS-GLI-00005``)."""
+    return re.sub(r"^(brats-.+-\d+)-\d{3}$", r"\1", case, flags=re.IGNORECASE)

@@ -1,0 +1,122 @@
+"""The one table of label values: nnU-Net's (consecutive) beside those of the two BraTS conventions.
+
+The nnU-Net values are those of nnU-Net's own ``Dataset137_BraTS21``, so that datasets converted by that script and by
+ours are interchangeable. BraTS changed the value of the enhancing tumour from 4 to 3 in 2023 and has used 4 for the
+resection cavity since the post-treatment data of 2024: the same number means two things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CONVENTIONS: tuple[str, ...] = ("brats2021", "brats2023")
+"""BraTS up to 2021 (values 0, 1, 2, 4), and since 2023 (values 0 to 3, plus 4 where there is a resection cavity)."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """One row of the table; None where a convention has no such label."""
+
+    nnunet: int
+    name: str
+    brats2021: int | None
+    brats2023: int | None
+
+
+LABELS: tuple[Label, ...] = (
+    Label(0, "background", 0, 0),
+    Label(1, "edema", 2, 2),
+    Label(2, "necrosis and non-enhancing tumour", 1, 1),
+    Label(3, "enhancing tumour", 4, 3),
+    Label(4, "resection cavity", None, 4),
+)
+
+ENHANCING, RESECTION_CAVITY = 3, 4
+
+REGIONS: dict[str, tuple[int, ...]] = {
+    "whole_tumor": (1, 2, 3),
+    "tumor_core": (2, 3),
+    "enhancing_tumor": (3,),
+    "resection_cavity": (4,),
+}
+"""Region -> nnU-Net labels. The cavity is no tumour, hence in none of the first three."""
+
+REGIONS_CLASS_ORDER: tuple[int, ...] = (1, 2, 3, 4)
+"""Label that each region paints, in the order of `REGIONS`, later over earlier."""
+
+
+def allowed_values(convention: str) -> tuple[int, ...]:
+    """Return the label values a BraTS convention knows, in ascending order.
+
+    Raises:
+        ValueError: unknown convention.
+    """
+    return tuple(sorted(_table(convention)))
+
+
+def _table(convention: str) -> dict[int, int]:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"Unknown label convention '{convention}'. Allowed: {', '.join(CONVENTIONS)}.")
+    values = {label.nnunet: getattr(label, convention) for label in LABELS}
+    return {brats: nnunet for nnunet, brats in values.items() if brats is not None}
+
+
+def _replace(segmentation: np.ndarray, table: dict[int, int], allowed: str) -> np.ndarray:
+    found = np.unique(segmentation)
+    # An integral float such as 3.0 equals its integer; 2.5 and NaN are in no table.
+    unexpected = [value for value in found.tolist() if value not in table]
+    if unexpected:
+        shown = ", ".join(f"{value:g}" for value in unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
+        raise ValueError(f"unexpected label value(s) {shown}; {allowed}")
+    lookup = np.zeros(max(table) + 1, dtype=np.uint8)
+    lookup[list(table)] = list(table.values())
+    return lookup[segmentation.astype(np.uint8)]
+
+
+def to_nnunet(segmentation: np.ndarray, convention: str) -> np.ndarray:
+    """Replace BraTS label values by nnU-Net's.
+
+    Args:
+        segmentation: any shape, integers or integral floats, values of ``convention``.
+        convention: one of `CONVENTIONS`.
+
+    Returns:
+        Same shape, uint8, values 0 to 4.
+
+    Raises:
+        ValueError: a value the convention does not have; the message names it.
+    """
+    table = _table(convention)
+    return _replace(segmentation, table, f"{convention} has {', '.join(map(str, sorted(table)))}")
+
+
+def from_nnunet(segmentation: np.ndarray, convention: str) -> np.ndarray:
+    """Replace nnU-Net's label values by those of a BraTS convention; the inverse of `to_nnunet`.
+
+    Args:
+        segmentation: any shape, integers or integral floats, values 0 to 4.
+        convention: one of `CONVENTIONS`.
+
+    Returns:
+        Same shape, uint8, values of ``convention``.
+
+    Raises:
+        ValueError: a value that is no label of ours, or one the convention has no value for (the resection cavity in
+            ``brats2021``).
+    """
+    table = {nnunet: brats for brats, nnunet in _table(convention).items()}
+    return _replace(segmentation, table, f"predictions that can be written as {convention} have "
+                                         f"{', '.join(map(str, sorted(table)))}")
+
+
+def dataset_labels(with_cavity: bool) -> tuple[dict[str, int | list[int]], list[int]]:
+    """Return ``labels`` and ``regions_class_order`` for nnU-Net's ``dataset.json``.
+
+    Args:
+        with_cavity: whether the dataset has resection cavities (BraTS 2024 and later, post-treatment).
+    """
+    count = len(REGIONS) if with_cavity else len(REGIONS) - 1
+    regions = {name: list(labels) for name, labels in list(REGIONS.items())[:count]}
+    return {"background": 0, **regions}, list(REGIONS_CLASS_ORDER[:count])

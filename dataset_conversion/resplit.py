@@ -1,0 +1,67 @@
+"""Gives a dataset that is already converted a fixed split, without moving a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .dataset_folder import FILE_ENDING
+from .paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
+from .splits import Split, check_existing_split, parse_ratio, random_split, split_from_files, write_splits
+
+
+def split_dataset(dataset_id: int, *, split: str | None = None, split_files: Sequence[str | Path] | None = None,
+                  seed: int = 0, overwrite: bool = False) -> tuple[Split, Path]:
+    """Write ``splits_final.json`` for an existing dataset of nnU-Net.
+
+    Test cases stay in ``imagesTr`` (nnU-Net trains on none of them, as the split does not name them) and are linked
+    into ``imagesTs`` and ``labelsTs``, ready for prediction and evaluation.
+
+    Args:
+        dataset_id: nnU-Net dataset id; its raw data must exist, with files ending in ``.nii.gz``.
+        split: see `convert.convert_brats`.
+        split_files: likewise.
+        seed: likewise.
+        overwrite: whether another existing split may be replaced.
+
+    Returns:
+        The split and the path of ``splits_final.json``.
+
+    Raises:
+        FileNotFoundError: there is no such dataset, or a list is missing.
+        ValueError: neither or both of ``split`` and ``split_files``; several datasets with this id; a bad list.
+    """
+    if bool(split) == bool(split_files):
+        raise ValueError("Give either --split or --split_files.")
+    names = names_in_use(dataset_id)
+    if len(names) > 1:
+        raise ValueError(f"Dataset id {dataset_id} has several names: {', '.join(sorted(names))}. Remove all but one.")
+    raw = nnunet_folder(RAW) / next(iter(names), "")
+    labels = raw / "labelsTr"
+    cases = sorted(path.name[:-len(FILE_ENDING)] for path in labels.glob(f"*{FILE_ENDING}")) if names else []
+    if not cases:
+        raise FileNotFoundError(f"No dataset with id {dataset_id} and labels labelsTr/*{FILE_ENDING} in "
+                                f"{nnunet_folder(RAW)}. Convert it first: mgml convert brats.")
+    chosen = (split_from_files(cases, [Path(path) for path in split_files])[0] if split_files
+              else random_split(cases, parse_ratio(split or ""), seed))
+    folder = nnunet_folder(PREPROCESSED) / raw.name
+    check_existing_split(chosen, folder, overwrite)
+    for part in ("images", "labels"):
+        _link_test_cases(raw, part, chosen.test)
+    return chosen, write_splits(chosen, folder, overwrite)
+
+
+def _link_test_cases(raw: Path, part: str, test: Sequence[str]) -> None:
+    """Make ``<part>Ts`` link to the test cases in ``<part>Tr``; links of an earlier split go."""
+    target = raw / f"{part}Ts"
+    target.mkdir(exist_ok=True)
+    for path in target.iterdir():
+        if path.is_symlink() and os.readlink(path).startswith(f"..{os.sep}{part}Tr{os.sep}"):
+            path.unlink()
+    pattern = "_[0-9][0-9][0-9][0-9]" if part == "images" else ""
+    for case in test:
+        for path in sorted((raw / f"{part}Tr").glob(f"{case}{pattern}{FILE_ENDING}")):
+            link = target / path.name
+            if not link.exists():
+                os.symlink(os.path.join("..", f"{part}Tr", path.name), link)
