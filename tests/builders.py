@@ -95,7 +95,7 @@ def write_dataset(root: Path, dataset_json: dict[str, Any] | None = None, cases:
     plans_dict = plans_dict or plans()
     base = root / "preprocessed" / plans_dict["dataset_name"]
     (base / "gt_segmentations").mkdir(parents=True)
-    (key, config), = plans_dict["configurations"].items()
+    (config,) = plans_dict["configurations"].values()
     folder = base / config["data_identifier"]
     folder.mkdir()
     channels = len(dataset_json["channel_names"])

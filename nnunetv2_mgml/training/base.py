@@ -196,7 +196,7 @@ class MissingModalityTrainer(nnUNetTrainer):
         """Write the epoch's row and figure, then nnU-Net's bookkeeping (which counts the epoch up)."""
         row = {"epoch": self.current_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         row.update(self._mean_over_ranks(self.training_log.means()))
-        row["train_loss"] = float(self.logger.get_value("train_losses", step=-1))
+        row["train_total"] = float(self.logger.get_value("train_losses", step=-1))
         row["val_loss"] = float(self.logger.get_value("val_losses", step=-1))
         for name, dice in zip(self.region_names(), self.logger.get_value("dice_per_class_or_region", step=-1),
                               strict=True):

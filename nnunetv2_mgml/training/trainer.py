@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
-from nnunetv2_mgml.evaluation.figures.training import save_training_curves
-from nnunetv2_mgml.losses import MGMLLoss, build_meta_network
+from nnunetv2_mgml.evaluation.figures.style import save
+from nnunetv2_mgml.evaluation.figures.training import training_curves
+from nnunetv2_mgml.losses import MetaParameters, MGMLLoss, build_meta_network
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.training.base import MissingModalityTrainer
@@ -108,7 +109,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         self._steps_in_epoch += 1
         names = list(terms.parts)
         values = torch.stack([terms.total.detach().float(), *(terms.parts[n].float() for n in names)]).cpu().numpy()
-        return {"loss": values[0], **{name: float(v) for name, v in zip(names, values[1:], strict=True)}}
+        columns = [name if name in MetaParameters._fields else f"train_{name}" for name in names]
+        return {"loss": values[0], **{name: float(v) for name, v in zip(columns, values[1:], strict=True)}}
 
     def _optimize(self, loss: torch.Tensor) -> None:
         optimizers = [self.optimizer] if self.meta_optimizer is None else [self.optimizer, self.meta_optimizer]
@@ -145,7 +147,7 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         """Draw the curves after the epoch's row is written."""
         super().on_epoch_end()
         if self.local_rank == 0:
-            save_training_curves(self.training_log.rows, os.path.join(self.output_folder, FIGURE_NAME))
+            save(training_curves(self.training_log.rows), os.path.join(self.output_folder, FIGURE_NAME))
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint plus, under a key of its own, what only training needs; renamed into place."""
