@@ -1,0 +1,252 @@
+"""Score cases: every subset x region x metric of a case in one worker, cases in parallel, finished cases kept.
+
+A worker holds one case: its reference and one prediction at a time. For a 240 x 240 x 155 case that is below 300 MB,
+whatever the number of subsets (``tests/test_evaluation_scoring.py`` checks that it does not grow with them).
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_mgml.evaluation.files import check_same_geometry, read_json, read_label_image, write_json
+from nnunetv2_mgml.evaluation.metrics import MaskPair, RegionMask, default_metrics, get_metric
+from nnunetv2_mgml.evaluation.policy import get_policy
+from nnunetv2_mgml.evaluation.regions import LabelSet
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""subset name -> region -> metric -> value."""
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """What is computed and how; the same for every case of an evaluation."""
+
+    label_set: LabelSet
+    policy: str = "auto"
+    metrics: tuple[str, ...] = field(default_factory=default_metrics)
+    min_region_voxels: dict[str, int] = field(default_factory=dict)
+    """Region -> N: a predicted region of fewer than N voxels counts as empty (RFNet's rule for ET: 500)."""
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            get_metric(name)
+        object.__setattr__(self, "policy", get_policy(self.policy, self.label_set.regions).name)
+        unknown = sorted(set(self.min_region_voxels) - set(self.label_set.regions))
+        if unknown:
+            raise ValueError(f"Unknown region {', '.join(unknown)}. Allowed: {', '.join(self.label_set.regions)}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values; part of an evaluation folder's fingerprint."""
+        return {"regions": {k: list(v) for k, v in self.label_set.regions.items()},
+                "ignore_label": self.label_set.ignore_label, "policy": self.policy, "metrics": list(self.metrics),
+                "min_region_voxels": dict(sorted(self.min_region_voxels.items()))}
+
+
+@dataclass(frozen=True)
+class CaseTask:
+    """One case: its reference and one prediction file per subset name."""
+
+    case: str
+    reference: Path
+    predictions: dict[str, Path]
+
+
+def score_arrays(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float],
+                 settings: ScoringSettings) -> dict[str, dict[str, float]]:
+    """Score one label map against another.
+
+    Args:
+        reference: integer array of any dimension; may hold the ignore label.
+        prediction: integer array of the same shape.
+        spacing: voxel size in mm, array axis order.
+        settings: regions, metrics and policy.
+
+    Returns:
+        region -> metric -> value (fractions, mm, ml; NaN where the policy gives no value).
+    """
+    references = _reference_masks(reference, spacing, settings)
+    return _score_against(references, reference, prediction, spacing, settings)
+
+
+def _reference_masks(reference: np.ndarray, spacing: Sequence[float],
+                     settings: ScoringSettings) -> dict[str, RegionMask]:
+    labels = settings.label_set
+    return {region: RegionMask(labels.mask(reference, region), spacing) for region in labels.regions}
+
+
+def _score_against(references: dict[str, RegionMask], reference: np.ndarray, prediction: np.ndarray,
+                   spacing: Sequence[float], settings: ScoringSettings) -> dict[str, dict[str, float]]:
+    policy = get_policy(settings.policy)
+    metrics = [get_metric(name) for name in settings.metrics]
+    ignore = settings.label_set.ignore_label
+    if ignore is not None:
+        prediction = np.where(reference == ignore, 0, prediction)
+    result = {}
+    for region, reference_mask in references.items():
+        mask = settings.label_set.mask(prediction, region)
+        if np.count_nonzero(mask) < settings.min_region_voxels.get(region, 0):
+            mask = np.zeros_like(mask)
+        pair = MaskPair(reference_mask, RegionMask(mask, spacing))
+        result[region] = {metric.name: policy.score(metric, pair) for metric in metrics}
+    return result
+
+
+def score_case(task: CaseTask, settings: ScoringSettings) -> Scores:
+    """Score all subsets of one case from files.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: unreadable file, different grids, or labels the data set does not have; the case is named.
+    """
+    reference = read_label_image(task.reference, task.case)
+    allowed = set(settings.label_set.known_labels)
+    ignore = settings.label_set.ignore_label
+    _check_labels(reference.labels, allowed | ({ignore} if ignore is not None else set()), task.reference, task.case)
+    references = _reference_masks(reference.labels, reference.spacing, settings)
+    scores: Scores = {}
+    for subset, path in task.predictions.items():
+        prediction = read_label_image(path, task.case)
+        check_same_geometry(reference, prediction, task.case)
+        _check_labels(prediction.labels, allowed, path, task.case)
+        scores[subset] = _score_against(references, reference.labels, prediction.labels, reference.spacing, settings)
+    return scores
+
+
+def _check_labels(labels: np.ndarray, allowed: set[int], path: Path, case: str) -> None:
+    unknown = sorted({int(v) for v in np.unique(labels)} - allowed)
+    if unknown:
+        raise ValueError(f"Case {case}: {path} holds label {', '.join(map(str, unknown))}, but dataset.json knows only "
+                         f"{', '.join(map(str, sorted(allowed)))}. Is it in another label convention (BraTS before "
+                         f"2023 writes enhancing tumour as 4)? Convert it first.")
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _score_and_store(task: CaseTask, settings: ScoringSettings, file: Path) -> Scores:
+    """Score the subsets of a case that are not stored yet (or whose files changed) and store the case again."""
+    scores = stored_scores(task, file)
+    todo = {name: path for name, path in task.predictions.items() if name not in scores}
+    if todo:
+        scores.update(score_case(CaseTask(task.case, task.reference, todo), settings))
+        stamps = {name: _stamp(task.predictions[name]) for name in scores}
+        write_json(file, {"case": task.case, "reference": _stamp(task.reference), "predictions": stamps,
+                          "scores": scores})
+    return scores
+
+
+def stored_scores(task: CaseTask, file: Path) -> Scores:
+    """Return what is already stored for a case, without subsets whose files have changed since."""
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    if content["reference"] != _stamp(task.reference):
+        return {}
+    return {name: {region: {metric: float("nan") if value is None else value for metric, value in metrics.items()}
+                   for region, metrics in regions.items()}
+            for name, regions in content["scores"].items()
+            if name in task.predictions and task.predictions[name].is_file()
+            and content["predictions"][name] == _stamp(task.predictions[name])}
+
+
+class CasePool:
+    """Scores cases in worker processes while the caller goes on producing predictions.
+
+    Args:
+        settings: see `ScoringSettings`.
+        folder: where the per-case files go (``<folder>/<case>.json``).
+        num_processes: workers; 0 scores in this process.
+    """
+
+    def __init__(self, settings: ScoringSettings, folder: Path, num_processes: int) -> None:
+        if num_processes < 0:
+            raise ValueError(f"The number of processes must be 0 or more, got {num_processes}.")
+        self.settings = settings
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) if num_processes else None
+        self._waiting: dict[Future[Scores], str] = {}
+        self._done: list[tuple[str, Scores | Exception]] = []
+
+    def submit(self, task: CaseTask) -> None:
+        """Hand over a case whose prediction files are complete."""
+        file = self.folder / f"{task.case}.json"
+        if self._pool is not None:
+            self._waiting[self._pool.submit(_score_and_store, task, self.settings, file)] = task.case
+            return
+        try:
+            self._done.append((task.case, _score_and_store(task, self.settings, file)))
+        except (ValueError, FileNotFoundError) as error:
+            self._done.append((task.case, error))
+
+    def results(self) -> Iterator[tuple[str, Scores | Exception]]:
+        """Yield ``(case, scores or the error that prevented them)`` as cases finish; call after the last `submit`.
+
+        Raises:
+            RuntimeError: a worker was killed, most likely for lack of memory.
+        """
+        yield from self._done
+        try:
+            for future in as_completed(self._waiting):
+                error = future.exception()
+                if error is None:
+                    yield self._waiting[future], future.result()
+                elif isinstance(error, (ValueError, FileNotFoundError)):
+                    yield self._waiting[future], error
+                else:
+                    raise error
+        except BrokenProcessPool as error:
+            raise RuntimeError("A scoring process was killed, most likely for lack of memory. Finished cases are kept: "
+                               "run the same command again with a smaller -np.") from error
+
+    def close(self) -> None:
+        """Stop the workers; cases not begun are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> CasePool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def collect(pool: CasePool, progress: Iterable[tuple[str, Scores | Exception]] | None = None) -> dict[str, Scores]:
+    """Wait for all cases of a pool.
+
+    Args:
+        pool: all cases submitted.
+        progress: ``pool.results()`` wrapped in a progress bar; None for no bar.
+
+    Returns:
+        case -> scores, sorted by case.
+
+    Raises:
+        ValueError: cases that failed, all of them listed; those that did not fail are stored and not done again.
+    """
+    finished: dict[str, Scores] = {}
+    failed: dict[str, Exception] = {}
+    for case, outcome in progress if progress is not None else pool.results():
+        if isinstance(outcome, Exception):
+            logger.error("%s", outcome)
+            failed[case] = outcome
+        else:
+            finished[case] = outcome
+    if failed:
+        listing = "\n".join(f"  {error}" for _, error in sorted(failed.items()))
+        raise ValueError(f"{len(failed)} of {len(failed) + len(finished)} cases could not be scored; the others are "
+                         f"kept and not done again.\n{listing}")
+    return dict(sorted(finished.items()))
