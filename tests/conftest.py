@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -11,6 +13,19 @@ os.environ.setdefault("nnUNet_n_proc_DA", "0")  # data augmentation in the test'
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
+
+
+def _find_dataset_conversion() -> None:
+    """Let the tests run in a checkout that is not installed: setup.py maps the folder to the same name."""
+    name = "nnunetv2_mgml.dataset_conversion"
+    if importlib.util.find_spec(name) is None:
+        init = Path(__file__).parents[1] / "dataset_conversion" / "__init__.py"
+        spec = importlib.util.spec_from_file_location(name, init)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+_find_dataset_conversion()
 
 
 @pytest.fixture(scope="session")
