@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  (the name its own documentation uses)
+import SimpleITK as sitk
 
 
 def read_axial(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:

@@ -66,9 +66,15 @@ def styled(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches, laid out so that nothing overlaps or is cut off."""
-    return Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
+    """Return an empty figure of a size in inches, laid out so that nothing overlaps or is cut off.
+
+    Args:
+        width: inches.
+        height: inches.
+        layout: ``constrained``, or ``compressed`` for grids of images, which keeps them close together.
+    """
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -93,7 +99,8 @@ def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> by
     """
     buffer = io.BytesIO()
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(file_format)
-    figure.savefig(buffer, format=file_format, dpi=dpi, facecolor="white", metadata=metadata)
+    figure.savefig(buffer, format=file_format, dpi=dpi, facecolor="white", metadata=metadata,
+                   bbox_inches="tight", pad_inches=0.06)
     return buffer.getvalue()
 
 

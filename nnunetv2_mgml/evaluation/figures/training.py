@@ -23,8 +23,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str | None = None)
 
     Args:
         rows: one mapping per epoch, as ``csv.DictReader`` gives them: ``epoch``, ``train_<term>``, ``w_f``, ``t1``,
-            ``t2``, ``beta``, ``alpha``, ``pseudo_dice_<region>``, ``lr``; values are numbers or their text. Columns that
-            are missing, empty or not a number in all rows are left out.
+            ``t2``, ``beta``, ``alpha``, ``pseudo_dice_<region>``, ``lr``; values are numbers or their text. Columns
+            that are missing, empty or not a number in all rows are left out.
         title: heading of the figure.
 
     Raises:
