@@ -113,4 +113,6 @@ class _PredictLoader:
 
             main(entry_point)
 
+        # `inference.predict.main` runs the stock function, which it finds here
+        predict_with_missing_modalities.__wrapped__ = getattr(module, entry_point)
         setattr(module, entry_point, predict_with_missing_modalities)

@@ -1,0 +1,98 @@
+"""Cases given as arrays, or by modality name, to the Python API."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_mgml.inference.inputs import Case, CaseError, parse_missing
+from nnunetv2_mgml.inference.preprocessing import Item, Model, prepare_case, preprocess_volumes
+from nnunetv2_mgml.inference.reading import check_finite
+from nnunetv2_mgml.modalities import channel_index
+
+
+def prepare_image(name: str, image: np.ndarray | Sequence[np.ndarray | None], properties: dict[str, Any],
+                  previous_stage: np.ndarray | None, missing: Sequence[str] | None, model: Model, ofile: str | None
+                  ) -> Item:
+    """Preprocess an image of nnU-Net's array API.
+
+    Args:
+        name: case name, for messages.
+        image: ``(M, z, y, x)``, or ``M`` volumes ``(z, y, x)`` with None for a missing one.
+        properties: nnU-Net's image properties, at least ``spacing`` (mm, ordered as the array axes); not changed.
+        previous_stage: ``(1, z, y, x)`` or ``(z, y, x)`` labels of a cascade's previous stage.
+        missing: as for `inputs.parse_missing`; what it names is not looked at.
+        model: the model.
+        ofile: output file without ending, handed through.
+
+    Raises:
+        CaseError: the number of channels is not ``M``, or see `preprocessing.preprocess_volumes`.
+    """
+    channels = model.channels
+    if len(image) != len(channels):
+        raise CaseError(f"Case {name}: {len(image)} channels given, the model has {len(channels)} "
+                        f"({', '.join(channels)}). Give None in the place of a missing one.")
+    allowed = parse_missing(missing, channels).allowed
+    volumes = {c: volume for c, volume in enumerate(image) if volume is not None and allowed[c]}
+    return _from_volumes(name, volumes, properties, previous_stage, model, ofile)
+
+
+def prepare_named(name: str, images: Mapping[str, np.ndarray | str | Path | None], properties: dict[str, Any] | None,
+                  previous_stage: Any, missing: Sequence[str] | None, model: Model) -> Item:
+    """Preprocess a case given by modality names, all as paths or all as arrays.
+
+    Args:
+        name: case name, for messages.
+        images: modality name (aliases accepted) -> path or ``(z, y, x)`` array; names left out or None are missing.
+        properties: for arrays, nnU-Net's image properties, at least ``spacing`` (mm, ordered as the array axes).
+        previous_stage: path or array of a cascade's previous-stage labels, or None.
+        missing: as for `inputs.parse_missing`.
+        model: the model.
+
+    Raises:
+        ValueError: an unknown name, one modality twice, paths mixed with arrays, or arrays without spacing.
+        CaseError: see `preprocessing.prepare_case`.
+    """
+    channels = model.channels
+    allowed = parse_missing(missing, channels).allowed
+    given: dict[int, Any] = {}
+    for key, image in images.items():
+        channel = channel_index(key, channels)
+        if channel in given:
+            raise ValueError(f"{channels[channel]} is given twice ({', '.join(images)}).")
+        if image is not None:
+            given[channel] = image
+    used = {c: image for c, image in given.items() if allowed[c]}
+    if not used:
+        raise CaseError(f"Case {name}: no modality is left. At least one of {', '.join(channels)} is needed.")
+    are_paths = {isinstance(image, (str, Path)) for image in used.values()}
+    if len(are_paths) > 1:
+        raise ValueError("Give either paths or arrays for all modalities, not both.")
+    if are_paths.pop():
+        files = {c: os.fspath(path) for c, path in used.items()}
+        subset = [c in files for c in range(len(channels))]
+        return prepare_case(Case(name, files), subset, model.plans_manager, model.configuration_manager,
+                            model.dataset_json, None if previous_stage is None else os.fspath(previous_stage))
+    if properties is None or "spacing" not in properties:
+        raise ValueError("Arrays need their spacing in mm, in the order of the array axes: spacing=(z, y, x).")
+    return _from_volumes(name, used, properties, previous_stage, model, None)
+
+
+def _from_volumes(name: str, volumes: dict[int, np.ndarray], properties: dict[str, Any],
+                  previous_stage: np.ndarray | None, model: Model, ofile: str | None) -> Item:
+    if not volumes:
+        raise CaseError(f"Case {name}: no modality is left. At least one of {', '.join(model.channels)} is needed.")
+    shapes = {model.channels[c]: np.shape(volumes[c]) for c in sorted(volumes)}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 3 for shape in shapes.values()):
+        raise CaseError(f"Case {name}: every modality must be a 3-D array of one shape, got "
+                        f"{', '.join(f'{c} {shape}' for c, shape in shapes.items())}.")
+    for channel in sorted(volumes):
+        check_finite(name, model.channels[channel], volumes[channel])
+    if previous_stage is not None and np.ndim(previous_stage) == 3:
+        previous_stage = previous_stage[None]
+    return preprocess_volumes(name, volumes, copy.deepcopy(properties), previous_stage, ofile, model)

@@ -1,0 +1,159 @@
+"""The part of `MGMLPredictor` that meets the network: one preprocessed case in, one written segmentation out."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+
+from nnunetv2_mgml.inference.export import export_case
+from nnunetv2_mgml.inference.model_check import bare
+from nnunetv2_mgml.inference.preprocessing import Item, Model
+from nnunetv2_mgml.inference.report import PredictionReport
+from nnunetv2_mgml.inference.workers import Task, WorkerPool
+from nnunetv2_mgml.modalities import channel_names, subset_name
+
+_log = logging.getLogger(__name__)
+_WAITING_EXPORTS = 2
+"""Predictions that may wait for a free export worker before the next case is predicted."""
+
+
+class SubsetEngine(nnUNetPredictor):
+    """Base of `MGMLPredictor`, which documents the arguments."""
+
+    def __init__(self, *args: Any, missing_modalities: Sequence[str] | str | None = None, cpu_bfloat16: bool = False,
+                 **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if cpu_bfloat16 and self.device.type != "cpu":
+            raise ValueError(f"cpu_bfloat16 is for device cpu, not {self.device.type}; on CUDA nnU-Net uses mixed "
+                             f"precision anyway.")
+        if isinstance(missing_modalities, str):
+            missing_modalities = [missing_modalities]
+        self.missing_modalities = None if missing_modalities is None else list(missing_modalities)
+        self.cpu_bfloat16 = cpu_bfloat16
+        self.failures: dict[str, str] = {}
+        self.sequential_part = (0, 1)
+        self._origin: dict[str, Any] = {}
+        self._report: PredictionReport | None = None
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The model's ``M`` modality names in channel order."""
+        return channel_names(self.dataset_json)
+
+    @property
+    def model(self) -> Model:
+        """What preprocessing needs to know of the model."""
+        return Model(self.plans_manager, self.configuration_manager, self.dataset_json, self.verbose_preprocessing)
+
+    def predict_from_data_iterator(self, data_iterator: Iterable[Item], save_probabilities: bool = False,
+                                   num_processes_segmentation_export: int = default_num_processes) -> list[Any]:
+        """As upstream for items of `preprocessing`; items with ``error`` go to `failures`."""
+        if self.missing_modalities is None:
+            return super().predict_from_data_iterator(data_iterator, save_probabilities,
+                                                      num_processes_segmentation_export)
+        results: list[Any] = []
+        waiting: deque[tuple[int, str, Task]] = deque()
+        at_most = num_processes_segmentation_export and num_processes_segmentation_export + _WAITING_EXPORTS
+        try:
+            with WorkerPool(num_processes_segmentation_export) as pool:
+                for item in data_iterator:
+                    task = self._predict_item(item, save_probabilities, pool)
+                    if task is not None:
+                        waiting.append((len(results), item["case"], task))
+                    results.append(None)
+                    while len(waiting) > at_most:
+                        self._finish(results, pool, *waiting.popleft())
+                while waiting:
+                    self._finish(results, pool, *waiting.popleft())
+        finally:
+            if isinstance(data_iterator, Iterator) and hasattr(data_iterator, "close"):
+                data_iterator.close()
+            compute_gaussian.cache_clear()
+            empty_cache(self.device)
+        return results
+
+    def _predict_item(self, item: Item, save_probabilities: bool, pool: WorkerPool) -> Task | None:
+        if "error" in item:
+            self._fail(item["case"], item["error"])
+            return None
+        present = subset_name(item["availability"], self.channels)
+        _log.info("Predicting %s from %s", item["case"], present)
+        if self._report is not None:
+            self._report.add_item(item)
+        try:
+            logits = self._logits(item)
+        except Exception as error:  # out of memory, say: the next case may be smaller
+            _log.exception("Prediction of case %s failed", item["case"])
+            self._fail(item["case"], f"Case {item['case']}: prediction failed ({type(error).__name__}: {error}).")
+            empty_cache(self.device)
+            return None
+        function, arguments = self._export_call(item, logits, save_probabilities)
+        return pool.submit(function, *arguments)
+
+    def _finish(self, results: list[Any], pool: WorkerPool, index: int, case: str, task: Task) -> None:
+        try:
+            results[index] = pool.result(task)
+        except Exception as error:  # the disk may be full, or the worker killed: the others are still exported
+            _log.exception("Export of case %s failed", case)
+            self._fail(case, f"Case {case}: export failed ({type(error).__name__}: {error}).")
+            return
+        if self._report is not None:
+            self._report.finish(case)
+
+    def _fail(self, case: str, message: str) -> None:
+        _log.error("%s", message)
+        self.failures[case] = message
+        if self._report is not None:
+            self._report.finish(case, message)
+
+    def _logits(self, item: Item) -> np.ndarray:
+        """Run the sliding window; returns ``(heads, z, y, x)`` float16 on the preprocessed grid."""
+        threads = torch.get_num_threads()
+        network = bare(self.network)
+        told = hasattr(network, "set_availability")
+        try:
+            if told:
+                network.set_availability(item["availability"])
+            return self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"])).cpu().numpy()
+        finally:
+            torch.set_num_threads(threads)
+            if told:
+                network.set_availability(None)
+
+    def _export_call(self, item: Item, logits: np.ndarray, probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
+        """Return a picklable function and its arguments: write the files, or return the label map."""
+        if item["ofile"] is not None:
+            return export_case, (logits, item["data_properties"], self.configuration_manager, self.plans_manager,
+                                 self.dataset_json, item["ofile"], probabilities)
+        return convert_predicted_logits_to_segmentation_with_correct_shape, (
+            logits, self.plans_manager, self.configuration_manager, self.label_manager, item["data_properties"],
+            probabilities)
+
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        """As upstream on ``(M + P, z, y, x)`` float32, in bfloat16 if `cpu_bfloat16` asks for it."""
+        with self._precision():
+            return super().predict_sliding_window_return_logits(input_image)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        if not self.cpu_bfloat16:
+            yield
+            return
+        # upstream sums mirrored predictions in the network's own type; bfloat16 has 8 bits only
+        hook = self.network.register_forward_hook(lambda module, inputs, output: output.float())
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                yield
+        finally:
+            hook.remove()

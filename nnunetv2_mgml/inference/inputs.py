@@ -1,0 +1,201 @@
+"""Find the cases to predict and decide which modalities each has. Files may be absent; their numbers never shift.
+
+nnU-Net names a file ``CASE_XXXX<file_ending>`` with the four-digit channel index ``XXXX``. The index is read from the
+name, never from the position in a sorted list, so a case without ``_0001`` keeps its ``_0002`` in channel 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
+from nnunetv2_mgml.modalities import Subset, channel_index, subset_from_missing
+
+AUTO = "auto"
+"""The word that means: go by the files that exist, case by case."""
+
+_log = logging.getLogger(__name__)
+
+
+class CaseError(ValueError):
+    """Something is wrong with one case; the others are not affected."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The input files of one case."""
+
+    name: str
+    files: dict[int, str]
+    """Channel index -> path."""
+    problems: tuple[tuple[int | None, str], ...] = ()
+    """What was wrong with the file names, as ``(channel or None, text)``; `resolve` raises them."""
+
+
+@dataclass(frozen=True)
+class MissingModalities:
+    """A parsed ``--missing_modalities``."""
+
+    auto: bool
+    """Whether a file that does not exist means a missing modality (else it is an error)."""
+    allowed: Subset
+    """False for modalities that count as missing whether their files exist or not."""
+
+
+def parse_missing(missing: str | Sequence[str] | None, channels: Sequence[str]) -> MissingModalities:
+    """Parse what the user said is missing.
+
+    Args:
+        missing: modality names (aliases accepted) and/or ``"auto"``; None: nothing may be missing.
+        channels: the model's ``M`` modality names in channel order.
+
+    Raises:
+        ValueError: an unknown name, every modality named, or an empty list.
+    """
+    if missing is None:
+        return MissingModalities(False, (True,) * len(channels))
+    texts = [missing] if isinstance(missing, str) else list(missing)
+    names = [name for text in texts for name in re.split(r"[,+\s]", text) if name]
+    if not names:
+        raise ValueError(f"Name at least one missing modality of {', '.join(channels)}, or '{AUTO}'.")
+    named = [name for name in names if name.lower() != AUTO]
+    for name in named:
+        try:
+            channel_index(name, channels)
+        except ValueError as error:
+            raise ValueError(f"{error} '{AUTO}' goes by the files that exist.") from None
+    return MissingModalities(len(named) < len(names), subset_from_missing(named, channels))
+
+
+def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) -> list[Case]:
+    """Return the cases of an input folder, sorted by name.
+
+    Args:
+        folder: flat folder of ``CASE_XXXX<file_ending>`` files.
+        file_ending: ``file_ending`` of the model's dataset.json, for example ``".nii.gz"``.
+        channels: the model's modality names in channel order.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no file in it is named as nnU-Net expects.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"Input folder {folder} does not exist.")
+    # A broken link is listed too: it is an unreadable file, not a missing modality.
+    names = sorted(n for n in os.listdir(folder)
+                   if not n.startswith(".") and not os.path.isdir(os.path.join(folder, n)))
+    good, other = _patterns(file_ending)
+    grouped: dict[str, list[str]] = {}
+    ignored = []
+    for name in names:
+        match = good.fullmatch(name) or other.fullmatch(name)
+        if match:
+            grouped.setdefault(match["case"], []).append(os.path.join(folder, name))
+        elif name.endswith(file_ending):
+            ignored.append(name)
+    if not any(good.fullmatch(os.path.basename(p)) for paths in grouped.values() for p in paths):
+        found = f"found {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "it is empty"
+        raise ValueError(f"No case in {folder}: {found}. Name the files {_naming(file_ending, channels)}.")
+    if ignored:
+        _log.warning("Ignored in %s, no channel number _XXXX before %s: %s", folder, file_ending, ", ".join(ignored))
+    return [_case(name, paths, file_ending) for name, paths in sorted(grouped.items())]
+
+
+def cases_from_lists(lists: Sequence[Sequence[str | Path | None]], file_ending: str, channels: Sequence[str]
+                     ) -> list[Case]:
+    """Return one case per list of files, in the order given (nnU-Net's list-of-lists input).
+
+    Args:
+        lists: per case its files; absent ones are left out or None. The channel is read from the file name.
+        file_ending: ``file_ending`` of the model's dataset.json.
+        channels: the model's modality names in channel order.
+    """
+    good, other = _patterns(file_ending)
+    cases = []
+    for number, entry in enumerate(lists):
+        paths = [str(path) for path in entry if path is not None]
+        matches = [good.fullmatch(os.path.basename(p)) or other.fullmatch(os.path.basename(p)) for p in paths]
+        named = [match["case"] for match in matches if match]
+        case = _case(named[0] if named else f"case {number}", [p for p, m in zip(paths, matches, strict=True) if m],
+                     file_ending)
+        problems = [(None, f"{path} is not named {_naming(file_ending, channels)}")
+                    for path, match in zip(paths, matches, strict=True) if not match]
+        if len(set(named)) > 1:
+            problems.append((None, f"its files belong to different cases: {', '.join(sorted(set(named)))}"))
+        cases.append(replace(case, problems=case.problems + tuple(problems)))
+    return cases
+
+
+def resolve(case: Case, missing: str | Sequence[str] | None, channels: Sequence[str]) -> Subset:
+    """Return which modalities of a case are used.
+
+    Args:
+        case: the files that exist.
+        missing: as for `parse_missing`.
+        channels: the model's ``M`` modality names in channel order.
+
+    Returns:
+        ``M`` bools, at least one True.
+
+    Raises:
+        ValueError: ``missing`` itself is wrong (see `parse_missing`).
+        CaseError: a needed file is absent, no modality is left, or the file names are contradictory.
+    """
+    wish = parse_missing(missing, channels)
+    problems = [text for channel, text in case.problems
+                if channel is None or channel >= len(channels) or wish.allowed[channel]]
+    problems += [f"{case.files[c]} has channel number {c:04d}, but the model has {len(channels)} channels "
+                 f"({_numbered(range(len(channels)), channels)})" for c in sorted(case.files) if c >= len(channels)]
+    if problems:
+        raise CaseError(f"Case {case.name}: {'; '.join(problems)}.")
+    present = tuple(c in case.files and wish.allowed[c] for c in range(len(channels)))
+    found = f"found {_numbered(sorted(case.files), channels) or 'no file'}"
+    lacking = [c for c in range(len(channels)) if wish.allowed[c] and not present[c]]
+    if lacking and not wish.auto:
+        raise CaseError(f"Case {case.name}: no file for {_numbered(lacking, channels)}; {found}. Add it, or allow it "
+                        f"to be absent with --missing_modalities {AUTO}.")
+    if not any(present):
+        dropped = _numbered([c for c in range(len(channels)) if not wish.allowed[c]], channels)
+        raise CaseError(f"Case {case.name}: no modality is left; {found}"
+                        f"{f', told to ignore {dropped}' if dropped else ''}. At least one of {', '.join(channels)} is "
+                        f"needed.")
+    return present
+
+
+def _patterns(file_ending: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    endings = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings} - {file_ending}
+    name = r"(?P<case>.+)_(?P<channel>\d{4})"
+    others = "|".join(re.escape(ending) for ending in sorted(endings))
+    return re.compile(name + re.escape(file_ending)), re.compile(f"{name}(?:{others})")
+
+
+def _case(name: str, paths: Sequence[str], file_ending: str) -> Case:
+    good, other = _patterns(file_ending)
+    files: dict[int, str] = {}
+    problems: list[tuple[int | None, str]] = []
+    for path in sorted(paths, key=lambda p: not p.endswith(file_ending)):
+        match = good.fullmatch(os.path.basename(path)) or other.fullmatch(os.path.basename(path))
+        assert match is not None
+        channel = int(match["channel"])
+        if channel in files:
+            problems.append((channel, f"two files for channel {channel:04d}: {files[channel]} and {path}"))
+        elif path.endswith(file_ending):
+            files[channel] = path
+        else:
+            problems.append((channel, f"{path} has channel number {channel:04d}, but the model reads {file_ending} "
+                                      f"files only"))
+    return Case(name, files, tuple(problems))
+
+
+def _numbered(indices: Sequence[int] | range, channels: Sequence[str]) -> str:
+    return ", ".join(f"{channels[i] if i < len(channels) else '?'} (_{i:04d})" for i in indices)
+
+
+def _naming(file_ending: str, channels: Sequence[str]) -> str:
+    return ", ".join(f"CASE_{i:04d}{file_ending} ({name})" for i, name in enumerate(channels))

@@ -1,0 +1,74 @@
+"""Which cases a call predicts, from where, and to which files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, find_cases
+
+
+class PlannedCase(NamedTuple):
+    """One case, its output file without ending (None: return it) and its previous-stage segmentation."""
+
+    case: Case
+    ofile: str | None
+    previous_stage: str | None
+
+
+class Plan(NamedTuple):
+    """The work of one call."""
+
+    todo: list[PlannedCase]
+    done: list[PlannedCase]
+    """Skipped: their output is there and must not be overwritten."""
+
+
+def plan_cases(source: str | Path | Sequence[Sequence[str | Path | None]], target: str | Path | list[str] | None,
+               previous_stage: str | None, file_ending: str, channels: Sequence[str], *, overwrite: bool, part_id: int,
+               num_parts: int, save_probabilities: bool) -> Plan:
+    """Work out what to predict; the parameters are those of ``nnUNetPredictor.predict_from_files``.
+
+    Raises:
+        FileNotFoundError: no input folder.
+        ValueError: no case, a wrong part, outputs that do not match the inputs, or two cases with one output.
+    """
+    if not 0 <= part_id < num_parts:
+        raise ValueError(f"part_id must be 0 to {num_parts - 1} with num_parts {num_parts}, got {part_id}.")
+    find: Any = find_cases if isinstance(source, (str, Path)) else cases_from_lists
+    cases: list[Case] = find(source, file_ending, channels)
+    names = [case.name for case in cases]
+    planned = []
+    for number, (case, ofile) in enumerate(zip(cases, _outputs(names, target), strict=True)):
+        segmentation = os.path.join(previous_stage, case.name + file_ending) if previous_stage else None
+        if names.count(case.name) > 1:
+            case = replace(case, name=f"{case.name} [{number}]")
+        planned.append(PlannedCase(case, ofile, segmentation))
+    mine = planned[part_id::num_parts]
+    needed = (file_ending, ".npz") if save_probabilities else (file_ending,)
+    done = [] if overwrite else [p for p in mine if p.ofile and all(os.path.isfile(p.ofile + e) for e in needed)]
+    return Plan([p for p in mine if p not in done], done)
+
+
+def output_folder(target: str | Path | list[str] | None) -> str | None:
+    """Return the folder predictions go to, or None if they are returned."""
+    if not target:
+        return None
+    return str(target) if isinstance(target, (str, Path)) else os.path.dirname(target[0]) or os.curdir
+
+
+def _outputs(names: list[str], target: str | Path | list[str] | None) -> Sequence[str | None]:
+    if target is None:
+        return [None] * len(names)
+    if not isinstance(target, (str, Path)):
+        if len(target) != len(names):
+            raise ValueError(f"{len(names)} cases but {len(target)} output files.")
+        return target
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"Two cases are named {', '.join(doubles)}; in one output folder every case needs a name of "
+                         f"its own.")
+    return [os.path.join(target, name) for name in names]

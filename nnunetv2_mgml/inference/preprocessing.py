@@ -1,0 +1,189 @@
+"""Preprocess cases of which some modalities are absent, with nnU-Net's own reader and preprocessor.
+
+Only present files are read. An absent channel enters nnU-Net's preprocessing as an empty volume on the grid of the
+present ones, so the crop box and the z-score mask come from present modalities only, and is set to zero again
+afterwards (a normalisation such as CTNormalization moves zero elsewhere).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_mgml.dataloading.availability import present_channels
+from nnunetv2_mgml.inference.inputs import Case, CaseError, resolve
+from nnunetv2_mgml.inference.reading import read_case, read_file
+from nnunetv2_mgml.inference.workers import WorkerDiedError, WorkerPool
+from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+
+Item = dict[str, Any]
+"""One preprocessed case: ``case`` (name), ``data`` ``(M + P, z, y, x)`` float32 array with ``P`` previous-stage one-hot
+channels, ``data_properties`` (nnU-Net's), ``ofile`` (output without ending, or None), ``availability`` (``M`` bools),
+``files`` (modality -> path). A case that failed has only ``case``, ``ofile`` and ``error`` (text)."""
+
+_log = logging.getLogger(__name__)
+
+
+class Model(NamedTuple):
+    """What preprocessing needs to know of a trained model."""
+
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    verbose: bool = False
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The ``M`` modality names in channel order."""
+        return channel_names(self.dataset_json)
+
+
+class Job(NamedTuple):
+    """A case to preprocess, now or in a worker process."""
+
+    case: str
+    ofile: str | None
+    prepare: Callable[[], Item]
+    """Picklable; returns the item or raises."""
+
+
+def prepare_case(case: Case, subset: Sequence[bool], plans_manager: PlansManager,
+                 configuration_manager: ConfigurationManager, dataset_json: dict[str, Any],
+                 prev_stage_file: str | None = None, ofile: str | None = None, verbose: bool = False) -> Item:
+    """Read and preprocess one case.
+
+    Args:
+        case: its files.
+        subset: ``M`` bools; only these modalities are read.
+        plans_manager: the model's plans.
+        configuration_manager: the model's configuration.
+        dataset_json: the model's dataset.json.
+        prev_stage_file: segmentation of a cascade's previous stage.
+        ofile: output file without ending, handed through.
+        verbose: nnU-Net's preprocessor reports what it does.
+
+    Raises:
+        CaseError: a file is unreadable, incomplete or on another grid, or every modality is empty.
+    """
+    model = Model(plans_manager, configuration_manager, dataset_json, verbose)
+    reader = plans_manager.image_reader_writer_class()
+    files = {c: case.files[c] for c, present in enumerate(subset) if present}
+    volumes, properties = read_case(case.name, files, model.channels, reader)
+    previous = None
+    if prev_stage_file is not None:
+        previous = _read_previous_stage(case.name, prev_stage_file, reader)
+    item = preprocess_volumes(case.name, volumes, properties, previous, ofile, model)
+    item["files"] = {model.channels[c]: path for c, path in files.items()}
+    return item
+
+
+def prepare_job(case: Case, missing: Sequence[str] | None, model: Model, prev_stage_file: str | None,
+                ofile: str | None) -> Item:
+    """Decide which modalities a case has (see `inputs.resolve`) and preprocess it; runs in workers as well."""
+    return prepare_case(case, resolve(case, missing, model.channels), model.plans_manager, model.configuration_manager,
+                        model.dataset_json, prev_stage_file, ofile, model.verbose)
+
+
+def iterate_items(jobs: Sequence[Job], num_processes: int) -> Iterator[Item]:
+    """Preprocess cases in order, ahead of the consumer but never more than ``num_processes + 1`` of them.
+
+    Args:
+        jobs: the cases. One that fails yields an item with ``error``; the others are not affected.
+        num_processes: worker processes; with 0, or a single case, everything happens in this process.
+    """
+    workers = min(num_processes, len(jobs)) if len(jobs) > 1 else 0
+    waiting: deque[Any] = deque()
+    with WorkerPool(workers) as pool:
+        for job in jobs:
+            waiting.append((job, pool.submit(run_job, job)))
+            if len(waiting) > workers:
+                yield _collect(pool, *waiting.popleft())
+        while waiting:
+            yield _collect(pool, *waiting.popleft())
+
+
+def run_job(job: Job) -> Item:
+    """Run a job; an exception becomes an item with ``error``."""
+    try:
+        return job.prepare()
+    except CaseError as error:
+        return _failed(job, str(error))
+    except Exception as error:  # whatever is wrong with this case, the others must still be predicted
+        _log.exception("Preprocessing of case %s failed", job.case)
+        return _failed(job, f"Case {job.case}: preprocessing failed ({type(error).__name__}: {error}).")
+
+
+def _collect(pool: WorkerPool, job: Job, task: Any) -> Item:
+    try:
+        return pool.result(task)
+    except WorkerDiedError as error:
+        return _failed(job, f"Case {job.case}: preprocessing failed, {error}.")
+
+
+def _failed(job: Job, error: str) -> Item:
+    return {"case": job.case, "ofile": job.ofile, "error": error}
+
+
+def _read_previous_stage(name: str, path: str, reader: Any) -> np.ndarray:
+    if not os.path.isfile(path):
+        raise CaseError(f"Case {name}: the previous stage's segmentation {path} does not exist. Predict the case with "
+                        f"the previous stage first (-prev_stage_predictions).")
+    return read_file(name, path, reader)[0]
+
+
+def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties: dict[str, Any],
+                       previous: np.ndarray | None, ofile: str | None, model: Model) -> Item:
+    """Run the plans' own preprocessor on the present volumes.
+
+    Args:
+        name: case name, for messages.
+        volumes: channel index -> ``(z, y, x)`` array of the present modalities; at least one, all of one shape.
+        properties: the reader's (``spacing`` in mm, ordered as the array axes); nnU-Net adds crop and shapes.
+        previous: ``(1, z, y, x)`` labels of a cascade's previous stage, or None.
+        ofile: output file without ending, handed through.
+        model: the model.
+
+    Raises:
+        CaseError: the previous stage has another shape, or every volume is empty.
+    """
+    shape = np.shape(next(iter(volumes.values())))
+    if previous is not None and previous.shape[1:] != shape:
+        raise CaseError(f"Case {name}: the previous stage's segmentation has shape {previous.shape[1:]}, the images "
+                        f"have {shape}.")
+    channels = model.channels
+    stacked = np.zeros((len(channels), *shape), dtype=np.float32)
+    for channel, volume in volumes.items():
+        stacked[channel] = volume
+    preprocessor = model.configuration_manager.preprocessor_class(verbose=model.verbose)
+    data, seg, properties = preprocessor.run_case_npy(stacked, previous, properties, model.plans_manager,
+                                                      model.configuration_manager, model.dataset_json)
+    present = _available(name, data, volumes, channels)
+    for channel in range(len(channels)):
+        if not present[channel]:
+            data[channel] = 0
+    if previous is not None:
+        labels = model.plans_manager.get_label_manager(model.dataset_json).foreground_labels
+        data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
+    return {"case": name, "data": np.ascontiguousarray(data, dtype=np.float32), "data_properties": properties,
+            "ofile": ofile, "availability": present, "files": {}}
+
+
+def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> Subset:
+    """Drop modalities that are empty volumes: training counts those as absent as well (dataloading/availability.py)."""
+    filled = present_channels(data, len(channels))
+    present = tuple(c in volumes and filled[c] for c in range(len(channels)))
+    empty = ", ".join(channels[c] for c in sorted(volumes) if not filled[c])
+    if not any(present):
+        raise CaseError(f"Case {name}: no modality is left, {empty} {'has' if len(volumes) == 1 else 'have'} the same "
+                        f"value everywhere.")
+    if empty:
+        _log.warning("Case %s: %s has the same value everywhere and counts as missing (left: %s).", name, empty,
+                     subset_name(present, channels))
+    return present

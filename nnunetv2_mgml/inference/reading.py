@@ -1,0 +1,149 @@
+"""Read the files of one case with the plans' own reader and make sure that they are whole and lie on one grid."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nibabel
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunetv2_mgml.inference.inputs import CaseError
+
+GRID_TOLERANCE = 0.1
+"""Largest distance between the corners of two volumes, in voxels, at which they still count as one grid."""
+
+_CHUNK = 1 << 22
+
+
+def read_case(name: str, files: Mapping[int, str], channels: Sequence[str], reader: BaseReaderWriter
+              ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+    """Read the given files, one channel each.
+
+    Args:
+        name: case name, for messages.
+        files: channel index -> path; at least one.
+        channels: modality names in channel order.
+        reader: instance of the plans' reader.
+
+    Returns:
+        Channel index -> ``(z, y, x)`` float32 volume, and the reader's properties of the first file (``spacing`` in mm,
+        ordered as the array axes).
+
+    Raises:
+        CaseError: a file that cannot be read, is incomplete, holds NaN or more than one channel, or another grid.
+    """
+    volumes: dict[int, np.ndarray] = {}
+    first: dict[str, Any] = {}
+    for channel in sorted(files):
+        volume, properties = read_file(name, files[channel], reader)
+        if volume.shape[0] != 1:
+            raise CaseError(f"Case {name}: {files[channel]} holds {volume.shape[0]} channels; every modality needs a "
+                            f"file of its own with one.")
+        check_finite(name, files[channel], volume)
+        if volumes:
+            origin = min(volumes)
+            difference = _grid_difference(volumes[origin].shape, first, volume.shape[1:], properties)
+            if difference:
+                raise CaseError(f"Case {name}: {channels[channel]} ({files[channel]}) is not on the grid of "
+                                f"{channels[origin]} ({files[origin]}): {difference}. All modalities must be "
+                                f"co-registered and resampled to one grid.")
+        else:
+            first = properties
+        volumes[channel] = volume[0]
+    return volumes, first
+
+
+def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read one file.
+
+    Returns:
+        ``(channels, z, y, x)`` float32 and the reader's properties.
+
+    Raises:
+        CaseError: it does not exist, cannot be read, or ends early.
+    """
+    if not os.path.isfile(path):
+        raise CaseError(f"Case {name}: {path} does not exist{' (a broken link)' if os.path.islink(path) else ''}.")
+    try:
+        check_complete(path)
+        return reader.read_images([path])
+    except Exception as error:  # every reader library has its own exceptions, some derive from nothing narrower
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise CaseError(f"Case {name}: cannot read {path} with {type(reader).__name__} ({type(error).__name__}: "
+                        f"{reason}). Is the file damaged or cut off?") from error
+
+
+def check_complete(path: str) -> None:
+    """Raise an exception if a NIfTI file holds fewer bytes than its header says; other formats are left to the reader.
+
+    SimpleITK reads a truncated NIfTI file without complaint and fills the rest with zeros.
+
+    Raises:
+        EOFError: the file ends early.
+        Exception: whatever nibabel or gzip raise on a damaged file.
+    """
+    if not path.endswith((".nii", ".nii.gz")):
+        return
+    image = nibabel.load(path)
+    expected = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+    size = os.path.getsize(path)
+    if path.endswith(".gz"):
+        with gzip.open(path) as stream:  # to its end, so that the checksum is compared as well
+            size = sum(len(chunk) for chunk in iter(lambda: stream.read(_CHUNK), b""))
+    if size < expected:
+        raise EOFError(f"{expected} bytes expected, {size} found")
+
+
+def check_finite(name: str, what: str, volume: np.ndarray) -> None:
+    """Raise a `CaseError` if a volume holds NaN or infinity: normalisation would spread it over the whole case."""
+    bad = volume.size - int(np.isfinite(volume).sum())
+    if bad:
+        raise CaseError(f"Case {name}: {what} holds {bad} voxels that are NaN or infinite. Replace them, for example "
+                        f"by 0 outside the brain.")
+
+
+def _grid_difference(shape_a: tuple[int, ...], properties_a: dict[str, Any], shape_b: tuple[int, ...],
+                     properties_b: dict[str, Any]) -> str:
+    """Say how two grids differ, or return an empty string. Shapes are ``(z, y, x)``."""
+    if shape_a != shape_b:
+        return f"shape {tuple(shape_b)} instead of {tuple(shape_a)} voxels"
+    a, b = _affine(properties_a), _affine(properties_b)
+    if a is None or b is None:  # formats without orientation: the spacing is all there is
+        old, new = properties_a["spacing"], properties_b["spacing"]
+        return "" if np.allclose(old, new, rtol=1e-3) else f"spacing {_text(new)} instead of {_text(old)} mm"
+    size = [n - 1 for n in reversed(shape_a)][: len(a) - 1]
+    corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, n) for n in size))])
+    distance = float(np.linalg.norm((corners @ (a - b).T)[:, :-1], axis=1).max())
+    spacing_a, spacing_b = (np.linalg.norm(m[:-1, :-1], axis=0) for m in (a, b))
+    if distance <= GRID_TOLERANCE * float(spacing_a.min()):
+        return ""
+    parts = [f"{what} {_text(y)} instead of {_text(x)}{unit}" for what, x, y, unit in (
+        ("spacing", spacing_a, spacing_b, " mm"), ("origin", a[:-1, -1], b[:-1, -1], " mm"),
+        ("direction", (a[:-1, :-1] / spacing_a).ravel(), (b[:-1, :-1] / spacing_b).ravel(), ""))
+        if not np.allclose(x, y, rtol=1e-4, atol=1e-4)]
+    return f"{'; '.join(parts)} (up to {distance:.3g} mm apart)"
+
+
+def _affine(properties: dict[str, Any]) -> np.ndarray | None:
+    """Return the matrix from voxel (x, y, z) to mm, or None where the reader knows none."""
+    if "sitk_stuff" in properties:
+        geometry = properties["sitk_stuff"]
+        size = len(geometry["spacing"])
+        affine = np.eye(size + 1)
+        affine[:-1, :-1] = np.reshape(geometry["direction"], (size, size)) * np.asarray(geometry["spacing"])
+        affine[:-1, -1] = geometry["origin"]
+        return affine
+    if "nibabel_stuff" in properties:
+        geometry = properties["nibabel_stuff"]
+        return np.asarray(geometry.get("reoriented_affine", geometry["original_affine"]), dtype=float)
+    return None
+
+
+def _text(values: Any) -> str:
+    return "(" + ", ".join(f"{float(v):.6g}" for v in values) + ")"

@@ -1,0 +1,77 @@
+"""``mgml_prediction.json``: what a prediction was made with, and from which modalities of each case."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mgml import __version__
+from nnunetv2_mgml.inference.export import write_json
+
+REPORT_NAME = "mgml_prediction.json"
+
+
+class PredictionReport:
+    """Collects one entry per case and writes them beside the predictions.
+
+    Args:
+        folder: the output folder.
+        model: what to say of the model (folder, folds, checkpoint, trainer, ...).
+        channels: the model's modality names in channel order.
+        keep: start from the report in the folder, so that a continued prediction describes all cases.
+        part_id: with ``num_parts`` > 1 every part writes a file of its own.
+        num_parts: number of parts the work is split into.
+    """
+
+    def __init__(self, folder: str, model: dict[str, Any], channels: Sequence[str], *, keep: bool = False,
+                 part_id: int = 0, num_parts: int = 1) -> None:
+        name = REPORT_NAME if num_parts == 1 else f"{Path(REPORT_NAME).stem}_part{part_id}of{num_parts}.json"
+        self.path = Path(folder) / name
+        self.channels = tuple(channels)
+        self.cases: dict[str, dict[str, Any]] = _earlier_cases(self.path) if keep else {}
+        self._head = {
+            "versions": {"nnunetv2_mgml": __version__, "python": platform.python_version(),
+                         **{package: version(package) for package in ("nnunetv2", "torch", "numpy")}},
+            "command": shlex.join(sys.argv), "started": _now(), "model": model, "channels": list(channels)}
+
+    def begin(self, todo: Sequence[str], done: Sequence[str]) -> None:
+        """Note the cases to predict, and those skipped because their output is there."""
+        self.cases.update({case: {"status": "pending"} for case in todo})
+        for case in done:
+            self.cases.setdefault(case, {"status": "skipped"})
+
+    def add_item(self, item: dict[str, Any]) -> None:
+        """Note what a preprocessed case is predicted from."""
+        there = dict(zip(self.channels, item["availability"], strict=True))
+        self.cases[item["case"]] = {
+            "status": "pending", "present": [name for name in self.channels if there[name]],
+            "missing": [name for name in self.channels if not there[name]], "files": item["files"]}
+
+    def finish(self, case: str, error: str | None = None) -> None:
+        """Note how a case ended."""
+        entry = self.cases.setdefault(case, {})
+        entry["status"] = "predicted" if error is None else "failed"
+        if error is not None:
+            entry["error"] = error
+
+    def save(self) -> None:
+        """Write the file. Cases that are still pending were interrupted."""
+        write_json({**self._head, "finished": _now(), "cases": self.cases}, self.path)
+
+
+def _earlier_cases(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["cases"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return {}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
