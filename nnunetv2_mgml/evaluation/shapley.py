@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from math import factorial
 from typing import NamedTuple
 
-from ..modalities import Subset, all_subsets, subset_name
+from nnunetv2_mgml.modalities import Subset, all_subsets, subset_name
 
 
 class ModalityWorth(NamedTuple):

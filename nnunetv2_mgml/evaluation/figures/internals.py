@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .qualitative import label_edges, overlay, show_image
-from .slices import content_box, to_grey
-from .style import HEAT, label_colours, new_figure, styled
+from nnunetv2_mgml.evaluation.figures.qualitative import label_edges, overlay, show_image
+from nnunetv2_mgml.evaluation.figures.slices import content_box, to_grey
+from nnunetv2_mgml.evaluation.figures.style import HEAT, label_colours, new_figure, styled
 
 
 @styled
@@ -47,9 +47,9 @@ def modality_predictions(images: Mapping[str, np.ndarray], single: Mapping[str, 
     for axes in grid.flat:
         axes.set_axis_off()
     for (top, bottom), (name, grey) in zip(grid.T, greys.items(), strict=False):
-        show_image(top, grey, name.upper(), pixel_aspect)
+        show_image(top, grey, name, pixel_aspect)
         if name in single:
-            show_image(bottom, overlay(grey, single[name][box], colours), f"{name.upper()} alone", pixel_aspect)
+            show_image(bottom, overlay(grey, single[name][box], colours), f"{name} alone", pixel_aspect)
     for axes, (name, label_map) in zip(grid[1, len(images):], results.items(), strict=True):
         show_image(axes, overlay(under, label_map[box], colours), name, pixel_aspect)
     if title:

@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from .slices import content_box, to_grey
-from .style import label_colours, new_figure, styled
+from nnunetv2_mgml.evaluation.figures.slices import content_box, to_grey
+from nnunetv2_mgml.evaluation.figures.style import label_colours, new_figure, styled
 
 FILL = 0.42
 """Opacity of an overlay's filled area; its outline is opaque."""
@@ -209,7 +209,7 @@ class _Prepared:
     def draw_images(self, row: Sequence[Axes], *, titles: bool = True) -> None:
         """Draw the modalities into the first axes of a row."""
         for axes, (name, grey) in zip(row, self.greys.items(), strict=False):
-            show_image(axes, grey, name.upper() if titles else "", self.case.pixel_aspect)
+            show_image(axes, grey, name if titles else "", self.case.pixel_aspect)
         if self.case.sides:
             for x, letter in zip((0.03, 0.97), self.case.sides, strict=True):
                 row[0].text(x, 0.97, letter, transform=row[0].transAxes, color="white", fontsize=8, fontweight="bold",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..shapley import ModalityWorth
-from .style import BLACK, CYCLE, new_figure, styled
+from nnunetv2_mgml.evaluation.figures.style import BLACK, CYCLE, new_figure, styled
+from nnunetv2_mgml.evaluation.shapley import ModalityWorth
 
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
 
@@ -31,7 +31,7 @@ def shapley_bars(worth: Mapping[str, Mapping[str, ModalityWorth]], channels: Seq
         centres = np.arange(len(regions)) + (index - (len(channels) - 1) / 2) * width
         shares = np.array([worth[region][name].shapley for region in regions], dtype=float)
         dropped = [worth[region][name].if_dropped for region in regions]
-        axes.bar(centres, shares, width * 0.92, label=name.upper(), color=CYCLE[index % len(CYCLE)],
+        axes.bar(centres, shares, width * 0.92, label=name, color=CYCLE[index % len(CYCLE)],
                  edgecolor="white", hatch=_HATCHES[index % len(_HATCHES)], linewidth=0.5)
         for x, share in zip(centres, shares, strict=True):
             if np.isfinite(share):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,7 +104,12 @@ def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> by
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 200) -> Path:
-    """Write a figure, the format going by the ending (``.png``, ``.svg``, ``.pdf``, ``.jpg``); return the path.
+    """Write a figure in one step (temporary name in the same folder, then rename) and return the path.
+
+    Args:
+        figure: what one of the figure functions returned.
+        path: the ending chooses the format: ``.png``, ``.svg``, ``.pdf`` or ``.jpg``.
+        dpi: resolution of raster formats, in dots per inch.
 
     Raises:
         ValueError: an ending that is none of these.
@@ -114,25 +118,11 @@ def save(figure: Figure, path: str | Path, dpi: int = 200) -> Path:
     file_format = path.suffix.lower().lstrip(".")
     if file_format not in ("png", "svg", "pdf", "jpg"):
         raise ValueError(f"Cannot write a figure to '{path}': the name must end in .png, .svg, .pdf or .jpg.")
-    write_atomic(path, figure_bytes(figure, file_format, dpi))
-    return path
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename, so that no reader meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
+        temporary.write_bytes(figure_bytes(figure, file_format, dpi))
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -9,8 +9,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...modalities import Subset
-from .style import BLACK, GREY, SEQUENTIAL, line_style, new_figure, styled
+from nnunetv2_mgml.evaluation.figures.style import BLACK, GREY, SEQUENTIAL, line_style, new_figure, styled
+from nnunetv2_mgml.modalities import Subset
 
 
 @styled
@@ -71,7 +71,7 @@ def _draw_dots(axes: Axes, subsets: Sequence[Subset], channels: Sequence[str]) -
                      facecolors=[BLACK if on else "white" for on in present[:, column]])
     axes.set_xlim(-0.6, len(channels) - 0.4)
     axes.set_ylim(len(subsets) - 0.5, -0.5)
-    axes.set_xticks(range(len(channels)), [name.upper() for name in channels], rotation=50, ha="left",
+    axes.set_xticks(range(len(channels)), list(channels), rotation=50, ha="left",
                     rotation_mode="anchor")
     axes.xaxis.tick_top()
     axes.set_yticks([])

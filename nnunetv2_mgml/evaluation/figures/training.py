@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .style import BLACK, line_style, new_figure, styled
+from nnunetv2_mgml.evaluation.figures.style import BLACK, line_style, new_figure, styled
 
 _WEIGHTS = {"w_f": "$w_f$", "t1": "$T_1$", "t2": "$T_2$"}
 _SHARPNESS = {"beta": r"$\beta$ (smooth max)", "alpha": r"$\alpha$ (smooth min)"}
