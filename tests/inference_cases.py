@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import SimpleITK as sitk
 import torch
@@ -16,7 +17,6 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-import builders
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.registration import add_ext_dir
 
@@ -32,6 +32,8 @@ def write_model(folder: Path, trainer: str = "nnUNetTrainerMGML", folds: Iterabl
     plans["mgml"] = {"config": {"width_factor": 1.0, "fusion": "concat"}, "num_classes": 4}
     configuration = plans["configurations"]["3d_fullres"]
     configuration["normalization_schemes"] = [normalization] * 4
+    for statistics in plans["foreground_intensity_properties_per_channel"].values():
+        statistics.update(mean=200.0, std=100.0, percentile_00_5=0.0, percentile_99_5=400.0)
     dataset_json = copy.deepcopy(builders.BRATS_JSON)
     if cascade:
         configuration["previous_stage"] = "3d_lowres"
@@ -66,7 +68,7 @@ def _weights(trainer: str, plans: str, dataset: str, seed: int) -> dict[str, tor
 def image(channel: int, seed: int = 0, shape: tuple[int, ...] = SHAPE, margin: int = 2) -> np.ndarray:
     """A random positive volume, int16, zero within ``margin`` voxels of the border (the same for all channels)."""
     volume = np.zeros(shape, dtype=np.int16)
-    inside = (slice(margin, -margin),) * 3
+    inside = tuple(slice(margin, n - margin) for n in shape)
     volume[inside] = np.random.default_rng([seed, channel]).integers(1, 400, size=volume[inside].shape)
     return volume
 

@@ -158,6 +158,8 @@ def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties:
         raise CaseError(f"Case {name}: the previous stage's segmentation has shape {previous.shape[1:]}, the images "
                         f"have {shape}.")
     channels = model.channels
+    if not any(np.any(volume) for volume in volumes.values()):  # nnU-Net would normalise by the mean of no voxel
+        raise _nothing_left(name, volumes, channels)
     stacked = np.zeros((len(channels), *shape), dtype=np.float32)
     for channel, volume in volumes.items():
         stacked[channel] = volume
@@ -181,9 +183,14 @@ def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], c
     present = tuple(c in volumes and filled[c] for c in range(len(channels)))
     empty = ", ".join(channels[c] for c in sorted(volumes) if not filled[c])
     if not any(present):
-        raise CaseError(f"Case {name}: no modality is left, {empty} {'has' if len(volumes) == 1 else 'have'} the same "
-                        f"value everywhere.")
+        raise _nothing_left(name, volumes, channels)
     if empty:
         _log.warning("Case %s: %s has the same value everywhere and counts as missing (left: %s).", name, empty,
                      subset_name(present, channels))
     return present
+
+
+def _nothing_left(name: str, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> CaseError:
+    empty = ", ".join(channels[c] for c in sorted(volumes))
+    return CaseError(f"Case {name}: no modality is left, {empty} {'has' if len(volumes) == 1 else 'have'} the same "
+                     f"value everywhere.")
