@@ -79,9 +79,14 @@ class Evaluation:
         """Case names, sorted."""
         return sorted(self.table["case"].unique())
 
-    def restricted(self, subset_names: Sequence[str]) -> Evaluation:
-        """Return the evaluation with only some of its subsets."""
-        return dataclasses.replace(self, table=self.table[self.table["subset"].isin(subset_names)])
+    def restricted(self, subset_names: Sequence[str] | None = None, cases: Sequence[str] | None = None) -> Evaluation:
+        """Return the evaluation with only some of its subsets or cases; None keeps all."""
+        table = self.table
+        if subset_names is not None:
+            table = table[table["subset"].isin(subset_names)]
+        if cases is not None:
+            table = table[table["case"].isin(cases)]
+        return dataclasses.replace(self, table=table)
 
     def values(self, metric: str, region: str) -> pd.DataFrame:
         """Return one value per case (rows) and subset name (columns, table order) of a metric and region.

@@ -6,11 +6,7 @@ whatever the number of subsets (``tests/test_evaluation_scoring.py`` checks that
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +17,7 @@ from nnunetv2_mgml.evaluation.files import check_same_geometry, read_json, read_
 from nnunetv2_mgml.evaluation.metrics import MaskPair, RegionMask, default_metrics, get_metric
 from nnunetv2_mgml.evaluation.policy import get_policy
 from nnunetv2_mgml.evaluation.regions import LabelSet
-
-logger = logging.getLogger(__name__)
+from nnunetv2_mgml.inference.workers import Task, WorkerDiedError, WorkerPool
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """subset name -> region -> metric -> value."""
@@ -172,64 +167,41 @@ class CasePool:
     """
 
     def __init__(self, settings: ScoringSettings, folder: Path, num_processes: int) -> None:
-        if num_processes < 0:
-            raise ValueError(f"The number of processes must be 0 or more, got {num_processes}.")
         self.settings = settings
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) if num_processes else None
-        self._waiting: dict[Future[Scores], str] = {}
-        self._done: list[tuple[str, Scores | Exception]] = []
+        self._workers = WorkerPool(num_processes)
+        self._tasks: list[tuple[str, Task | CaseTask]] = []
 
     def submit(self, task: CaseTask) -> None:
         """Hand over a case whose prediction files are complete."""
-        file = self.folder / f"{task.case}.json"
-        if self._pool is not None:
-            self._waiting[self._pool.submit(_score_and_store, task, self.settings, file)] = task.case
-            return
-        try:
-            self._done.append((task.case, _score_and_store(task, self.settings, file)))
-        except (ValueError, FileNotFoundError) as error:
-            self._done.append((task.case, error))
+        # Without workers a job runs when it is started: leave that to `results`, so that a progress bar sees it.
+        self._tasks.append((task.case, self._start(task) if self._workers.num_workers else task))
+
+    def _start(self, task: CaseTask) -> Task:
+        return self._workers.submit(_score_and_store, task, self.settings, self.folder / f"{task.case}.json")
 
     def results(self) -> Iterator[tuple[str, Scores | Exception]]:
-        """Yield ``(case, scores or the error that prevented them)`` as cases finish; call after the last `submit`.
-
-        Raises:
-            RuntimeError: a worker was killed, most likely for lack of memory.
-        """
-        yield from self._done
-        try:
-            for future in as_completed(self._waiting):
-                error = future.exception()
-                if error is None:
-                    yield self._waiting[future], future.result()
-                elif isinstance(error, (ValueError, FileNotFoundError)):
-                    yield self._waiting[future], error
-                else:
-                    raise error
-        except BrokenProcessPool as error:
-            raise RuntimeError("A scoring process was killed, most likely for lack of memory. Finished cases are kept: "
-                               "run the same command again with a smaller -np.") from error
-
-    def close(self) -> None:
-        """Stop the workers; cases not begun are dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """Yield ``(case, scores or what prevented them)`` in the order of submission; call after the last `submit`."""
+        for case, task in self._tasks:
+            try:
+                yield case, self._workers.result(self._start(task) if isinstance(task, CaseTask) else task)
+            except (ValueError, FileNotFoundError) as error:
+                yield case, error
+            except WorkerDiedError as error:
+                yield case, ValueError(f"Case {case}: {error}")
 
     def __enter__(self) -> CasePool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._workers.__exit__(*exception)
 
 
-def collect(pool: CasePool, progress: Iterable[tuple[str, Scores | Exception]] | None = None) -> dict[str, Scores]:
-    """Wait for all cases of a pool.
+def collect(outcomes: Iterable[tuple[str, Scores | Exception]]) -> dict[str, Scores]:
+    """Gather the results of a pool.
 
     Args:
-        pool: all cases submitted.
-        progress: ``pool.results()`` wrapped in a progress bar; None for no bar.
+        outcomes: ``CasePool.results()``, wrapped in a progress bar or not.
 
     Returns:
         case -> scores, sorted by case.
@@ -239,9 +211,8 @@ def collect(pool: CasePool, progress: Iterable[tuple[str, Scores | Exception]] |
     """
     finished: dict[str, Scores] = {}
     failed: dict[str, Exception] = {}
-    for case, outcome in progress if progress is not None else pool.results():
+    for case, outcome in outcomes:
         if isinstance(outcome, Exception):
-            logger.error("%s", outcome)
             failed[case] = outcome
         else:
             finished[case] = outcome

@@ -1,0 +1,129 @@
+"""Run an evaluation from prediction folders, and what every evaluation shares; `model_evaluation` starts from a model.
+
+Both resume where they stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunetv2_mgml.evaluation.files import read_json, write_json
+from nnunetv2_mgml.evaluation.regions import label_set
+from nnunetv2_mgml.evaluation.results import Evaluation, build_evaluation, save_evaluation
+from nnunetv2_mgml.evaluation.scoring import CasePool, Scores, ScoringSettings, collect
+from nnunetv2_mgml.evaluation.sources import file_ending, find_references, pair_cases
+from nnunetv2_mgml.evaluation.tables import write_tables
+from nnunetv2_mgml.modalities import channel_names
+
+_OURS = ("results.csv", "summary.json", "table.md", "table.tex", "settings.json", "cases", "predictions")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options every kind of evaluation shares; see `ScoringSettings` for the first four."""
+
+    policy: str = "auto"
+    metrics: tuple[str, ...] | None = None
+    min_region_voxels: dict[str, int] | None = None
+    num_processes: int = 2
+    name: str | None = None
+    overwrite: bool = False
+    show_progress: bool = True
+
+    def scoring(self, dataset_json: dict[str, Any]) -> ScoringSettings:
+        """Return the scoring settings for a data set."""
+        chosen = {} if self.metrics is None else {"metrics": self.metrics}
+        return ScoringSettings(label_set(dataset_json), self.policy, min_region_voxels=self.min_region_voxels or {},
+                               **chosen)
+
+
+def open_output(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
+    """Prepare an evaluation folder: new, or begun with the same settings.
+
+    Args:
+        folder: the evaluation folder.
+        fingerprint: JSON-ready settings that must not change between runs.
+        overwrite: delete what an earlier evaluation left (only files of ours).
+
+    Raises:
+        ValueError: the folder holds an evaluation with other settings; the message names what differs.
+    """
+    file = folder / "settings.json"
+    if overwrite:
+        for name in _OURS:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    if file.is_file():
+        before = _flat(read_json(file))
+        now = _flat(fingerprint)
+        different = [f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+                     for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
+        if different:
+            raise ValueError(f"{folder} holds an evaluation with other settings: {'; '.join(different)}. Use another "
+                             f"-o, or --overwrite to start again.")
+        return
+    write_json(file, fingerprint)
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict) or not content:
+        return {prefix: list(content) if isinstance(content, tuple) else content}
+    return {name: leaf for key, value in content.items()
+            for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def progress_bar(outcomes: Any, total: int, show: bool, text: str = "Scoring") -> Any:
+    """Wrap an iterable of cases in a bar with the remaining time."""
+    return tqdm(outcomes, desc=text, total=total, unit="case", disable=not show)
+
+
+def finish(folder: Path, scores: dict[str, Scores], subset_names: Sequence[str], dataset_json: dict[str, Any],
+           settings: ScoringSettings, name: str, info: dict[str, Any]) -> Evaluation:
+    """Write the results of a complete evaluation and return them."""
+    evaluation = build_evaluation(name, scores, subset_names, channel_names(dataset_json), settings, info)
+    save_evaluation(evaluation, folder)
+    write_tables([evaluation], folder)
+    return evaluation
+
+
+def evaluate_predictions(labels: Path, folders: dict[str, Path], dataset_json: dict[str, Any], output: Path,
+                         options: EvaluationOptions | None = None, allow_missing: bool = False) -> Evaluation:
+    """Evaluate finished prediction folders of any origin.
+
+    Args:
+        labels: folder of reference label maps ``<case><file_ending>``.
+        folders: subset name -> folder of predictions with the same file names (`sources.parse_prediction_folders`).
+        dataset_json: content of dataset.json: channel names, labels, file ending.
+        output: the evaluation folder.
+        options: see `EvaluationOptions`.
+        allow_missing: score the cases that every folder has; the others are listed in ``summary.json``.
+
+    Returns:
+        The evaluation, as written to ``output``.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input, naming the case and the fix. Finished cases are kept.
+    """
+    options = options or EvaluationOptions()
+    settings = options.scoring(dataset_json)
+    ending = file_ending(dataset_json)
+    found = pair_cases(find_references(labels, ending), folders, ending, allow_missing)
+    open_output(output, {"scoring": settings.as_dict(), "channels": list(channel_names(dataset_json)),
+                         "source": {"kind": "predictions", "labels": str(labels.resolve())}}, options.overwrite)
+    with CasePool(settings, output / "cases", options.num_processes) as pool:
+        for task in found.tasks:
+            pool.submit(task)
+        scores = collect(progress_bar(pool.results(), len(found.tasks), options.show_progress))
+    info = {"source": {"kind": "predictions", "labels": str(labels.resolve()),
+                       "folders": {name: str(folder.resolve()) for name, folder in folders.items()}},
+            "missing_cases": found.missing}
+    return finish(output, scores, list(folders), dataset_json, settings, options.name or output.resolve().name, info)
