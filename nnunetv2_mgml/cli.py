@@ -20,7 +20,7 @@ class _Command(NamedTuple):
 
 
 COMMANDS: dict[str, _Command] = {
-    "convert": _Command("nnunetv2_mgml.dataset_conversion.command", "write a dataset into nnUNet_raw",
+    "convert": _Command("nnunetv2_mgml.dataset_conversion.command", "BraTS folders to nnUNet_raw datasets, predictions back, splits",
                         "mgml convert brats /path/to/BraTS -d 137"),
     "plan": _Command("nnunetv2_mgml.planning", "set options: write plans of their own beside nnU-Net's",
                      "mgml plan -d 137 --set fusion=mean num_epochs=300"),
@@ -32,10 +32,11 @@ COMMANDS: dict[str, _Command] = {
     "evaluate": _Command("nnunetv2_mgml.evaluation.command", "score a model on every subset of its modalities",
                          "mgml evaluate -d 137 -c 3d_fullres -f 0"),
     "compare": _Command("nnunetv2_mgml.evaluation.compare_command", "compare evaluations of several models",
-                        "mgml compare -h"),
+                        "mgml compare evaluation_of_baseline evaluation_of_mgml -o comparison"),
     "report": _Command("nnunetv2_mgml.evaluation.report_command", "tables and figures of an evaluation",
                        "mgml report -h"),
-    "demo": _Command("nnunetv2_mgml.demo", "all of the above on synthetic cases, on a CPU", "mgml demo"),
+    "demo": _Command("nnunetv2_mgml.demo", "convert, plan, train, predict and evaluate synthetic cases, on a CPU",
+                     "mgml demo -o demo"),
     "info": _Command("nnunetv2_mgml.info", "versions, folders, options, fusion designs", "mgml info --options"),
 }
 
@@ -44,7 +45,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows the defaults that say something: not None, and not the False of a flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def overview() -> str:
