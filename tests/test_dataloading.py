@@ -11,12 +11,12 @@ from builders import BRATS_JSON, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.config import MGMLConfig
-from nnunetv2_mgml.dataloading.availability import CACHE_NAME, case_availability, present_channels
+from nnunetv2_mgml.dataloading.availability import cache_path, case_availability, present_channels
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler, missing_rates
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
@@ -31,7 +31,8 @@ def sampler(scheme: str, modalities: int = 4, rate: float = 0.5) -> SubsetSample
 
 @given(st.data(), st.sampled_from(SCHEMES), st.integers(1, 5), st.integers(0, 2 ** 32 - 1))
 @settings(deadline=None, max_examples=200)
-def test_mask_is_a_non_empty_subset_of_what_exists(data: st.DataObject, scheme: str, modalities: int, seed: int) -> None:
+def test_mask_is_a_non_empty_subset_of_what_exists(data: st.DataObject, scheme: str, modalities: int, seed: int
+                                                   ) -> None:
     row = st.lists(st.booleans(), min_size=modalities, max_size=modalities).filter(any)
     available = np.array(data.draw(st.lists(row, min_size=1, max_size=4)))
     mask = sampler(scheme, modalities).sample(available, np.random.default_rng(seed))
@@ -122,7 +123,8 @@ def test_availability_is_scanned_once_and_again_when_a_file_changes(tmp_path: Pa
     assert case_availability(dataset, ["a", "b"], 4) == expected
     assert case_availability(dataset, ["a", "b"], 4) == expected
     assert loaded == ["a", "b"]
-    assert set(json.loads((tmp_path / CACHE_NAME).read_text())) == {"a", "b"}
+    assert set(json.loads(cache_path(tmp_path).read_text())) == {"a", "b"}
+    assert infer_dataset_class(str(tmp_path)) is nnUNetDatasetBlosc2  # a cache inside the folder would break this
     for path in tmp_path.glob("b*"):
         path.unlink()
     write_case(tmp_path, "b", (True, True, True, False))
@@ -133,7 +135,7 @@ def test_availability_is_scanned_once_and_again_when_a_file_changes(tmp_path: Pa
 def test_empty_case_and_missing_file_are_named(tmp_path: Path) -> None:
     write_case(tmp_path, "void", (False,) * 4)
     dataset = nnUNetDatasetBlosc2(str(tmp_path))
-    with pytest.raises(ValueError, match="Case void .* is empty"):
+    with pytest.raises(ValueError, match=r"Case void .* is empty"):
         case_availability(dataset, ["void"], 4)
     with pytest.raises(FileNotFoundError, match="of case gone"):
         case_availability(dataset, ["gone"], 4)
@@ -141,9 +143,9 @@ def test_empty_case_and_missing_file_are_named(tmp_path: Path) -> None:
 
 def test_broken_cache_is_rebuilt(tmp_path: Path) -> None:
     write_case(tmp_path, "a", (True, False, True, True))
-    (tmp_path / CACHE_NAME).write_text("{ not json")
+    cache_path(tmp_path).write_text("{ not json")
     assert case_availability(nnUNetDatasetBlosc2(str(tmp_path)), ["a"], 4)["a"] == (True, False, True, True)
-    assert json.loads((tmp_path / CACHE_NAME).read_text())["a"]["present"] == [True, False, True, True]
+    assert json.loads(cache_path(tmp_path).read_text())["a"]["present"] == [True, False, True, True]
 
 
 # --- loader -----------------------------------------------------------------------------------------------------------

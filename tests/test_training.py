@@ -61,9 +61,10 @@ def test_a_run_writes_what_a_user_looks_for(nnunet_folders: Path) -> None:
     assert not list(folder.glob("*.tmp"))
     rows = read_log(folder / LOG_NAME)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    needed = {"lr", "train_segmentation", "train_modality", "train_soft_label", "train_consistency", "train_meta", "t1", "t2", "w_f", "beta", "alpha",
-              "train_total", "val_loss", "pseudo_dice_whole_tumor", "pseudo_dice_tumor_core",
-              "pseudo_dice_enhancing_tumor", "pseudo_dice_mean", "seconds"}
+    terms = ("segmentation", "modality", "soft_label", "consistency", "meta", "total")
+    dice = ("whole_tumor", "tumor_core", "enhancing_tumor", "mean")
+    needed = {"lr", "t1", "t2", "w_f", "beta", "alpha", "val_loss", "seconds", *(f"train_{t}" for t in terms),
+              *(f"pseudo_dice_{d}" for d in dice)}
     assert needed <= set(rows[-1])
     assert all(np.isfinite(row[name]) for row in rows for name in ("train_total", "train_soft_label", "w_f", "beta"))
     assert "1 of 2 training cases are incomplete" in Path(trainer.log_file).read_text()
@@ -246,7 +247,7 @@ def test_final_validation_tells_the_network_what_each_case_has(nnunet_folders: P
     assert [subset for subset in told if subset is not None] == [(True,) * 4, (True, True, False, True)]
     assert told[-1] is None
     summary = json.loads((Path(trainer.output_folder) / "validation" / "summary.json").read_text())
-    assert set(summary["mean"]) == {"(1, 2, 3)", "(2, 3)", "3"}
+    assert set(summary["mean"]) == {"(1, 2, 3)", "(2, 3)", "(3,)"}
 
 
 def test_one_modality_is_refused_with_the_reason(nnunet_folders: Path) -> None:

@@ -2,7 +2,8 @@
 
 nnU-Net's preprocessing needs a file for every channel, so an incomplete case carries an empty volume for each sequence
 it lacks; normalisation leaves that volume zero. A patch says nothing (outside the brain every channel is zero), so the
-scan is over the whole volume.
+scan is over the whole volume. The cache lies beside the preprocessed folder, not in it: nnU-Net infers the data format
+from the file endings it finds there and refuses a folder with a second one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunetv2_mgml.modalities import Subset
 
-CACHE_NAME = "mgml_availability.json"
 _DATA_ENDINGS = (".b2nd", ".npy", ".npz")
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def case_availability(dataset: nnUNetBaseDataset, identifiers: Iterable[str], nu
     """Return the modalities of every case, scanning those the cache does not know or whose file has changed.
 
     Args:
-        dataset: nnU-Net's dataset of the preprocessed folder (the cache is written there).
+        dataset: nnU-Net's dataset of the preprocessed folder.
         identifiers: the cases.
         num_modalities: ``M``.
 
@@ -49,7 +49,7 @@ def case_availability(dataset: nnUNetBaseDataset, identifiers: Iterable[str], nu
         ValueError: a case in which every modality is empty.
     """
     folder = Path(dataset.source_folder)
-    cache = _read_cache(folder / CACHE_NAME)
+    cache = _read_cache(cache_path(folder))
     result: dict[str, Subset] = {}
     changed = False
     for name in identifiers:
@@ -64,8 +64,13 @@ def case_availability(dataset: nnUNetBaseDataset, identifiers: Iterable[str], nu
                              f"dataset and preprocess again.")
         result[name] = tuple(entry["present"])
     if changed:
-        _write_cache(folder / CACHE_NAME, cache)
+        _write_cache(cache_path(folder), cache)
     return result
+
+
+def cache_path(folder: Path) -> Path:
+    """Return the cache of a preprocessed folder, ``mgml_availability_<folder>.json`` beside it."""
+    return folder.with_name(f"mgml_availability_{folder.name}.json")
 
 
 def _signature(folder: Path, name: str) -> list[Any]:
