@@ -82,12 +82,12 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
             continue
         try:
             image = read_volume(path)
-            if is_empty(image, path.name):
-                result.missing.append(modality)
-                empty.append(modality)
-                continue
         except ValueError as error:
             result.problems.append(str(error))
+            continue
+        if is_empty(image):
+            result.missing.append(modality)
+            empty.append(modality)
             continue
         difference = geometry_difference(image, next(iter(volumes.values()))) if volumes else None
         if difference:

@@ -86,16 +86,9 @@ def same_header(image: sitk.Image, reference: sitk.Image) -> bool:
                for what in ("Spacing", "Origin", "Direction"))
 
 
-def is_empty(image: sitk.Image, name: str) -> bool:
-    """Return whether a volume is zero all over, which for us means an absent sequence.
-
-    Raises:
-        ValueError: NaN or infinite values; the message starts with ``name``.
-    """
-    values = sitk.GetArrayViewFromImage(image)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"{name} has NaN or infinite values")
-    return not values.any()
+def is_empty(image: sitk.Image) -> bool:
+    """Return whether a volume is zero all over, which for us means an absent sequence (ITK reads NaN as zero)."""
+    return not sitk.GetArrayViewFromImage(image).any()
 
 
 def read_segmentation(path: Path, convention: str, reference: sitk.Image) -> tuple[sitk.Image, tuple[int, ...]]:

@@ -22,15 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "brats", help="BraTS folder (2018 to 2025) -> nnUNet_raw dataset",
         description="Convert a BraTS folder of any edition from 2018 to 2025 to an nnU-Net raw dataset. The edition is "
                     "recognised by the file names. Example: mgml convert brats /data/BraTS2021 -d 137",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=parser.formatter_class)
     brats.add_argument("source", metavar="SRC", help="folder with the cases, at any depth")
     brats.add_argument("-d", type=int, required=True, dest="dataset_id", metavar="ID", help="nnU-Net dataset id")
-    brats.add_argument("--name", help="dataset name (default: the edition, such as BraTS2021)",
-                       default=argparse.SUPPRESS)
+    brats.add_argument("--name", help="dataset name (default: the edition, such as BraTS2021)")
     how = brats.add_mutually_exclusive_group()
-    how.add_argument("--copy", action="store_false", dest="link", default=False, help="copy the images (the default)")
-    how.add_argument("--link", action="store_true", default=argparse.SUPPRESS,
-                     help="make symbolic links to .nii.gz images instead of copies")
+    how.add_argument("--copy", action="store_true", help="copy the images (the default)")
+    how.add_argument("--link", action="store_true", help="make symbolic links to .nii.gz images instead of copies")
     brats.add_argument("--missing_ok", "--missing-ok", action="store_true",
                        help=f"accept cases that lack sequences: empty volumes, listed in {MISSING_FILE}")
     brats.add_argument("--skip_bad", "--skip-bad", action="store_true",
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "back", help="predictions -> label values of BraTS",
         description="Write predictions with the label values of BraTS; names and geometry stay. "
                     "Example: mgml convert back predictions submission --to brats2023",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=parser.formatter_class)
     back.add_argument("source", metavar="SRC", help="folder of predictions")
     back.add_argument("target", metavar="DST", help="folder to write to")
     back.add_argument("--to", choices=CONVENTIONS, required=True, help="label values to write")
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "split", help="fixed split for a dataset that is already converted",
         description="Write splits_final.json for an existing dataset; test cases are linked into imagesTs, labelsTs. "
                     "Example: mgml convert split -d 137 --split paper2020",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=parser.formatter_class)
     split.add_argument("-d", type=int, required=True, dest="dataset_id", metavar="ID", help="nnU-Net dataset id")
     _add_split_arguments(split)
     split.add_argument("--overwrite", action="store_true", help="replace another existing split")
@@ -64,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
     presets = ", ".join(f"{name} ({':'.join(map(str, ratio))})" for name, ratio in PRESETS.items())
-    parser.add_argument("--split", metavar="RATIO", default=argparse.SUPPRESS,
+    parser.add_argument("--split", metavar="RATIO",
                         help=f"random train:validation:test split: {presets} or A:B:C; test cases go to imagesTs")
-    parser.add_argument("--split_files", "--split-files", nargs="+", metavar="TXT", default=argparse.SUPPRESS,
+    parser.add_argument("--split_files", "--split-files", nargs="+", metavar="TXT",
                         help="lists of training, validation and test cases, one name a line")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random split")
 
@@ -88,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
                                num_processes=args.num_processes, progress=True)
         _say(f"Wrote {len(written)} segmentation(s) with the values of {args.to} to {args.target}")
         return 0
-    split, path = split_dataset(args.dataset_id, split=getattr(args, "split", None), seed=args.seed,
-                                split_files=getattr(args, "split_files", None), overwrite=args.overwrite)
+    split, path = split_dataset(args.dataset_id, split=args.split, seed=args.seed,
+                                split_files=args.split_files, overwrite=args.overwrite)
     _say(f"Wrote {path}: {split}. Train fold 0; the test cases are named in {path.parent / TEST_FILE} and linked into "
          f"imagesTs and labelsTs.")
     return 0
@@ -97,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_brats(args: argparse.Namespace) -> int:
     summary = convert_brats(
-        args.source, args.dataset_id, getattr(args, "name", None), link=args.link, missing_ok=args.missing_ok,
-        skip_bad=args.skip_bad, overwrite=args.overwrite, split=getattr(args, "split", None),
-        split_files=getattr(args, "split_files", None), seed=args.seed, label_convention=args.label_convention,
+        args.source, args.dataset_id, args.name, link=args.link, missing_ok=args.missing_ok,
+        skip_bad=args.skip_bad, overwrite=args.overwrite, split=args.split,
+        split_files=args.split_files, seed=args.seed, label_convention=args.label_convention,
         num_processes=args.num_processes, progress=True)
     _say("\n".join(describe(summary)))
     return 1 if summary.skipped else 0
@@ -130,4 +128,4 @@ def describe(summary: ConversionSummary) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(text)  # noqa: T201
+    print(text)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES
+from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-_SEGMENTATION = {"brats2021": "_seg", "brats2023": "-seg"}
 _CONTENT = {suffix: (naming, modality)
             for naming, table in BRATS_FILE_SUFFIXES.items()
-            for modality, suffix in {**table, "seg": _SEGMENTATION[naming]}.items()}
+            for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()}
 _STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, _CONTENT))})", re.IGNORECASE)
 
 

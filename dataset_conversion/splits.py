@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES
+from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
 from .discovery import patient
 from .paths import write_json
@@ -21,8 +21,8 @@ PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023":
 SPLITS_FILE = "splits_final.json"
 TEST_FILE = "test_cases.json"
 _TAIL = re.compile(r"(\.nii\.gz|\.nii|\.np[yz]|\.h5|\.pkl)$", re.IGNORECASE)
-_SUFFIXES = sorted({s for table in BRATS_FILE_SUFFIXES.values() for s in table.values()} | {"_seg", "-seg", "_vol"},
-                   key=len, reverse=True)
+_SUFFIXES = sorted({s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()}
+                   | {"_vol"}, key=len, reverse=True)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ BRATS_FILE_SUFFIXES: dict[str, dict[str, str]] = {
 }
 """File naming of the challenge (``<case><suffix>.nii.gz``): up to 2021 and since 2023 -> modality -> suffix."""
 
+BRATS_SEGMENTATION_SUFFIX: dict[str, str] = {"brats2021": "_seg", "brats2023": "-seg"}
+"""The same for the segmentation."""
+
 PAPER_CHANNELS: tuple[str, ...] = ("flair", "t1ce", "t1", "t2")
 """Row order of the MGML paper's Table 3, used to lay out four-modality tables."""
 
