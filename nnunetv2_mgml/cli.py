@@ -20,7 +20,8 @@ class _Command(NamedTuple):
 
 
 COMMANDS: dict[str, _Command] = {
-    "convert": _Command("nnunetv2_mgml.dataset_conversion.command", "BraTS folders to nnUNet_raw datasets, predictions back, splits",
+    "convert": _Command("nnunetv2_mgml.dataset_conversion.command",
+                        "BraTS folders to nnUNet_raw datasets, predictions back, splits",
                         "mgml convert brats /path/to/BraTS -d 137"),
     "plan": _Command("nnunetv2_mgml.planning", "set options: write plans of their own beside nnU-Net's",
                      "mgml plan -d 137 --set fusion=mean num_epochs=300"),

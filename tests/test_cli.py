@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_mgml import __version__, info
-from nnunetv2_mgml.cli import COMMANDS, main
+from nnunetv2_mgml.cli import COMMANDS, _HelpFormatter, main
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.registration import DISABLE_VARIABLE, EXT_DIR, EXT_VARIABLE, PTH_NAME
 
@@ -93,6 +94,14 @@ def test_help_shows_defaults_that_say_something(capsys):
     assert "(default: False)" not in out
     assert "(default: None)" not in out
     assert "example: mgml plan" in out
+
+
+def test_a_default_of_zero_is_shown():
+    parser = argparse.ArgumentParser(formatter_class=_HelpFormatter)
+    parser.add_argument("--seed", default=0, help="of the bootstrap")
+    parser.add_argument("--quiet", action="store_true", help="no bar")
+    assert "of the bootstrap (default: 0)" in parser.format_help()
+    assert "default: False" not in parser.format_help()
 
 
 @pytest.fixture
