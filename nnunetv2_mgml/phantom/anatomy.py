@@ -143,7 +143,7 @@ def _tissue_labels(rng: np.random.Generator, shape: tuple[int, int, int], radius
     # Folds are the zero crossings of a band of noise; they open towards the surface.
     fold = np.abs(smooth_noise(rng, shape, 0.032) + 0.25 * spread * smooth_noise(rng, shape, 0.02))
     atrophy = 1 + 0.5 * spread * rng.uniform(-1, 1)
-    sulcus = 0.28 * atrophy * np.clip(1 - depth / 0.3, 0, None)
+    sulcus = 0.22 * atrophy * np.clip(1 - depth / 0.3, 0, None)
     ribbon = sulcus + 0.55 * np.clip(1.3 - depth / 0.32, 0, 1)
     midline = np.abs(points[2] + 0.01 * smooth_noise(rng, shape, 0.1))
     upper = points[0] > -0.15

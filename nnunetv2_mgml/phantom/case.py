@@ -19,14 +19,17 @@ _SIGNAL = {
     #               t1    t1ce  t2    flair
     "white":       (1.00, 0.98, 0.43, 0.56),
     "grey":        (0.69, 0.71, 0.64, 0.74),
-    "fluid":       (0.33, 0.35, 1.20, 0.22),
+    "fluid":       (0.36, 0.38, 1.10, 0.24),
     "lesion":      (0.76, 0.76, 0.92, 1.08),
     "cavity":      (0.36, 0.38, 1.15, 0.34),
     "vessel":      (0.80, 1.70, 0.34, 0.52),
-    "edema":       (0.76, 0.76, 0.98, 1.12),
-    "necrosis":    (0.50, 0.50, 1.08, 0.84),
-    "enhancing":   (0.70, 1.55, 0.84, 0.96),
+    "edema":       (0.77, 0.77, 1.02, 1.08),
+    "necrosis":    (0.54, 0.52, 1.20, 0.98),
+    "enhancing":   (0.84, 1.60, 0.98, 1.14),
 }
+_VARIATION = {"necrosis": 0.18, "enhancing": 0.14, "edema": 0.1}
+"""Spread of a signal between cases, as a share of it; 0.07 for all other rows. Cores reach from cyst to solid."""
+
 _LABELS = {"edema": EDEMA, "necrosis": NECROSIS, "enhancing": ENHANCING}
 
 
@@ -103,7 +106,8 @@ def _sequence(rng: np.random.Generator, channel: int, shares: dict[str, np.ndarr
     spread = difficulty.anatomy
     signal = np.zeros(brain.shape, np.float32)
     for name, row in _SIGNAL.items():
-        signal += shares[name] * np.float32(row[channel] * (1 + 0.07 * spread * rng.uniform(-1, 1)))
+        variation = _VARIATION.get(name, 0.07) * spread * rng.uniform(-1, 1)
+        signal += shares[name] * np.float32(row[channel] * (1 + variation))
     signal = ndimage.gaussian_filter(signal, (rng.uniform(0.2, 0.6), 0.3, 0.3))
     signal *= _bias_field(rng, brain.shape, 0.12 * spread)
     sigma = difficulty.noise * rng.uniform(0.025, 0.06)
