@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="dataset.json of the predictions; else searched beside predictions and labels")
     source.add_argument("--subsets", nargs="+", metavar="SUBSET", help="only these, for example all t1+flair t2")
     source.add_argument("--allow_missing", action="store_true",
-                        help="with --predictions: score the cases every folder has instead of refusing")
+                        help="leave out what is not there instead of refusing: cases without a prediction in every "
+                             "folder; with a model, subsets whose modalities a case does not have")
     _add_scoring_arguments(parser)
     _add_model_arguments(parser)
 
@@ -76,9 +77,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("-step_size", type=float, default=0.5, help="sliding window step, as a share of the patch")
     model.add_argument("--disable_tta", action="store_true", help="no mirroring (up to 8 times faster)")
     model.add_argument("--cpu_bfloat16", action="store_true", help="with -device cpu: bfloat16 where the CPU has it")
-    model.add_argument("--exact_preprocessing", action="store_true",
-                       help="crop and normalise for every subset from its own modalities, as prediction does, instead "
-                            "of once from all; slower, see docs/evaluation.md")
+    model.add_argument("--shared_preprocessing", action="store_true",
+                       help="crop and normalise once from all modalities; faster where every modality has zeros of its "
+                            "own, but no longer to the voxel what prediction from a subset gives (docs/evaluation.md)")
+    model.add_argument("-npp", type=int, default=1, metavar="N", help="processes that preprocess; 0: only this one")
+    model.add_argument("-nps", type=int, default=2, metavar="N", help="processes that write label maps; 0: this one")
     model.add_argument("--write_subset_report", action="store_true",
                        help="store mean and spread per subset in the model folder; predictions then say which quality "
                             "to expect")

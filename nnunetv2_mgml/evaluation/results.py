@@ -121,9 +121,12 @@ def _spread(values: pd.Series) -> dict[str, float]:
 
 
 def tidy_table(scores: dict[str, Scores], subset_names: Sequence[str]) -> pd.DataFrame:
-    """Turn ``{case: {subset: {region: {metric: value}}}}`` into the tidy table, for the named subsets only."""
+    """Turn ``{case: {subset: {region: {metric: value}}}}`` into the tidy table, for the named subsets only.
+
+    A case may lack subsets whose modalities it does not have.
+    """
     rows = [(case, subset, region, metric, float(value))
-            for case in sorted(scores) for subset in subset_names
+            for case in sorted(scores) for subset in subset_names if subset in scores[case]
             for region, metrics in scores[case][subset].items() for metric, value in metrics.items()]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
 

@@ -197,11 +197,13 @@ class CasePool:
         self._workers.__exit__(*exception)
 
 
-def collect(outcomes: Iterable[tuple[str, Scores | Exception]]) -> dict[str, Scores]:
+def collect(outcomes: Iterable[tuple[str, Scores | Exception]],
+            failures: dict[str, Exception] | None = None) -> dict[str, Scores]:
     """Gather the results of a pool.
 
     Args:
         outcomes: ``CasePool.results()``, wrapped in a progress bar or not.
+        failures: cases that failed before they could be scored.
 
     Returns:
         case -> scores, sorted by case.
@@ -210,7 +212,7 @@ def collect(outcomes: Iterable[tuple[str, Scores | Exception]]) -> dict[str, Sco
         ValueError: cases that failed, all of them listed; those that did not fail are stored and not done again.
     """
     finished: dict[str, Scores] = {}
-    failed: dict[str, Exception] = {}
+    failed: dict[str, Exception] = dict(failures or {})
     for case, outcome in outcomes:
         if isinstance(outcome, Exception):
             failed[case] = outcome
@@ -218,6 +220,6 @@ def collect(outcomes: Iterable[tuple[str, Scores | Exception]]) -> dict[str, Sco
             finished[case] = outcome
     if failed:
         listing = "\n".join(f"  {error}" for _, error in sorted(failed.items()))
-        raise ValueError(f"{len(failed)} of {len(failed) + len(finished)} cases could not be scored; the others are "
+        raise ValueError(f"{len(failed)} of {len(failed) + len(finished)} cases could not be evaluated; the others are "
                          f"kept and not done again.\n{listing}")
     return dict(sorted(finished.items()))
