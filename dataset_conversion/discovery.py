@@ -59,10 +59,14 @@ def nifti_stem(name: str) -> str | None:
     return None
 
 
+def _raise(error: OSError) -> None:
+    raise ValueError(f"Folder {error.filename} cannot be read ({error.strerror}); its cases would be lost.") from error
+
+
 def _walk(source: Path) -> Iterator[tuple[str, Path, Path]]:
     """Yield (stem that names the content, file, folder of the case) of every NIfTI file, in sorted order."""
     seen: set[str] = set()
-    for root, folders, files in os.walk(source, followlinks=True):
+    for root, folders, files in os.walk(source, followlinks=True, onerror=_raise):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads back up
             folders.clear()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -34,7 +35,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], num_process
         Results in the order of ``jobs``.
 
     Raises:
-        ValueError: ``num_processes`` below 1.
+        ValueError: ``num_processes`` below 1, or a worker process that died.
     """
     processes = default_processes() if num_processes is None else num_processes
     if processes < 1:
@@ -54,6 +55,9 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], num_process
                     for future in as_completed(futures):
                         results[futures[future]] = future.result()
                         bar.update()
+                except BrokenProcessPool as error:
+                    raise ValueError("A worker process died. Too little memory? Fewer processes (-np 1) need less; in "
+                                     "a script of yours, is the call under 'if __name__ == \"__main__\":'?") from error
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
