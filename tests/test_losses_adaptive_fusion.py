@@ -116,8 +116,8 @@ def test_gradient_reaches_the_parameters_and_not_the_logits() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(scale=st.sampled_from([1.0, 2000.0, 1e4]),
-       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), sharpness=st.sampled_from([1e-3, 20.0, 100.0]),
-       w_f=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 9))
+       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+       sharpness=st.sampled_from([1e-3, 20.0, 100.0]), w_f=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 9))
 def test_finite_for_extreme_logits(scale: float, dtype: torch.dtype, sharpness: float, w_f: float, seed: int) -> None:
     logits = randn(2, 4, 4, 3, seed=seed, scale=1).clamp(-1, 1).mul(scale).to(dtype)
     values = [torch.full((2,), x).requires_grad_() for x in (w_f, sharpness, sharpness)]
