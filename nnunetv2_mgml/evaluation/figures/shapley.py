@@ -15,16 +15,17 @@ _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
 
 @styled
 def shapley_bars(worth: Mapping[str, Mapping[str, ModalityWorth]], channels: Sequence[str],
-                 metric: str = "Dice") -> Figure:
+                 metric: str = "Dice", value_format: str = "{:.2f}") -> Figure:
     """Draw the Shapley value of each modality, grouped by region, with a tick for the loss when only it is missing.
 
     Args:
         worth: region -> modality -> what `modality_worth` returned.
         channels: modality names in the order of the bars.
         metric: name of the score.
+        value_format: how the number above a bar is written.
     """
     regions = list(worth)
-    figure = new_figure(max(4.2, 1.5 + 0.42 * len(regions) * (len(channels) + 1)), 3.3)
+    figure = new_figure(max(4.6, 1.0 + 0.4 * len(regions) * (len(channels) + 1)), 3.5)
     axes = figure.subplots()
     width = 0.8 / len(channels)
     for index, name in enumerate(channels):
@@ -33,10 +34,10 @@ def shapley_bars(worth: Mapping[str, Mapping[str, ModalityWorth]], channels: Seq
         dropped = [worth[region][name].if_dropped for region in regions]
         axes.bar(centres, shares, width * 0.92, label=name, color=CYCLE[index % len(CYCLE)],
                  edgecolor="white", hatch=_HATCHES[index % len(_HATCHES)], linewidth=0.5)
-        for x, share in zip(centres, shares, strict=True):
+        for x, share, lost in zip(centres, shares, dropped, strict=True):
             if np.isfinite(share):
-                axes.annotate(f"{share:.2f}", (x, max(share, 0.0)), xytext=(0, 2), textcoords="offset points",
-                              ha="center", va="bottom", fontsize=7.5)
+                axes.annotate(value_format.format(share), (x, np.nanmax([share, lost, 0.0])), xytext=(0, 3),
+                              textcoords="offset points", ha="center", va="bottom", fontsize=7.5)
         axes.hlines(dropped, centres - width * 0.38, centres + width * 0.38, color="white", linewidth=4.5)
         axes.hlines(dropped, centres - width * 0.38, centres + width * 0.38, color=BLACK, linewidth=1.8,
                     label="lost if only this one is missing" if index == len(channels) - 1 else "_nolegend_")
@@ -45,5 +46,5 @@ def shapley_bars(worth: Mapping[str, Mapping[str, ModalityWorth]], channels: Seq
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(f"Shapley value ({metric})")
     axes.margins(y=0.12)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(loc="outside lower center", ncols=min(len(channels) + 1, 4))
     return figure

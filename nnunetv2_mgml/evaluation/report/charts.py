@@ -1,0 +1,87 @@
+"""The page's figures that need no images, and how a figure becomes part of the page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from nnunetv2_mgml.evaluation.figures.shapley import shapley_bars
+from nnunetv2_mgml.evaluation.figures.style import figure_bytes
+from nnunetv2_mgml.evaluation.figures.subsets import score_by_count, subset_heatmap
+from nnunetv2_mgml.evaluation.figures.training import training_curves
+from nnunetv2_mgml.evaluation.metrics import Metric
+from nnunetv2_mgml.evaluation.regions import short_name
+from nnunetv2_mgml.evaluation.report.content import mean_scores, worth_by_region
+from nnunetv2_mgml.evaluation.results import Evaluation
+from nnunetv2_mgml.evaluation.tables import display_name
+from nnunetv2_mgml.modalities import channel_index, table_rows
+
+_MIME = {"png": "image/png", "svg": "image/svg+xml", "jpg": "image/jpeg"}
+
+
+class Picture(NamedTuple):
+    """A figure of the page."""
+
+    title: str
+    caption: str
+    uri: str
+    """``data:`` URI of the image."""
+
+
+def data_uri(content: bytes, file_format: str) -> str:
+    """Return an image file as a ``data:`` URI; the format is ``png``, ``svg`` or ``jpg``."""
+    return f"data:{_MIME[file_format]};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def picture(title: str, caption: str, figure: Figure, file_format: str = "svg", dpi: int = 130) -> Picture:
+    """Turn a figure into a `Picture`: ``svg`` for charts, ``png`` for sheets of images."""
+    return Picture(title, caption, data_uri(figure_bytes(figure, file_format, dpi), file_format))
+
+
+def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:
+    """Draw heatmap, score by number of modalities and, where all subsets were evaluated, Shapley values."""
+    scores = mean_scores(evaluation, metric)
+    regions = [short_name(region) for region in evaluation.region_names]
+    order = table_rows(evaluation.channels)
+    position = [channel_index(name, evaluation.channels) for name in order]
+    rows = [tuple(subset[p] for p in position) for subset in evaluation.subsets]
+    label = f"{metric.title} ({metric.unit})"
+    pictures = [
+        picture("Every subset of modalities",
+                f"Mean {label} over {len(evaluation.cases)} cases, by region and available modalities (● present).",
+                subset_heatmap(scores, rows, [display_name(name) for name in order], regions, label,
+                               value_format="{:.1f}")),
+        picture("How many modalities are enough",
+                f"Mean {label} against the number of available modalities; each faint point is one subset.",
+                score_by_count(scores, evaluation.subsets, regions, label))]
+    worth = worth_by_region(evaluation, metric)
+    if worth:
+        pictures.append(picture(
+            "Which sequence is worth acquiring",
+            f"Shapley value of each modality: its gain in mean {metric.title}, averaged over all orders in which the "
+            f"modalities could be acquired, computed exactly from all {len(rows)} subsets. No modality at all counts "
+            f"as 0, so the bars of a region add up to its score with all modalities. The black ticks show what is lost "
+            f"when only that modality is missing.",
+            shapley_bars(worth, [display_name(name) for name in evaluation.channels], f"{metric.title}, {metric.unit}",
+                         "{:.1f}")))
+    return pictures
+
+
+def training_chart(log: Path) -> Picture:
+    """Draw the training curves from ``mgml_training_log.csv``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has no row.
+    """
+    if not log.is_file():
+        raise FileNotFoundError(f"There is no training log {log}.")
+    with open(log, newline="", encoding="utf-8") as stream:
+        rows: Sequence[dict[str, str]] = list(csv.DictReader(stream))
+    return picture("Training", f"Losses, meta-parameters and pseudo Dice over {len(rows)} epochs.",
+                   training_curves(rows))

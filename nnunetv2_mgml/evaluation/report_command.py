@@ -1,0 +1,154 @@
+"""``mgml report``: one self-contained HTML page about an evaluation, to be opened in any browser, offline."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mgml.evaluation.figures.qualitative import Case
+from nnunetv2_mgml.evaluation.figures.style import label_colours
+from nnunetv2_mgml.evaluation.files import write_text
+from nnunetv2_mgml.evaluation.metrics import Metric
+from nnunetv2_mgml.evaluation.report.cases import ImageSources, load_case, spread_cases
+from nnunetv2_mgml.evaluation.report.charts import score_charts, training_chart
+from nnunetv2_mgml.evaluation.report.content import headline_metric
+from nnunetv2_mgml.evaluation.report.page import Pictures, Viewer, build_page, viewer_data
+from nnunetv2_mgml.evaluation.report.sheets import case_sheet, label_names, overview_row, overview_sheet
+from nnunetv2_mgml.evaluation.report.sprites import MAX_SIDE, MAX_SLICES, viewer_case
+from nnunetv2_mgml.evaluation.results import Evaluation, load_evaluation
+from nnunetv2_mgml.evaluation.sources import (
+    file_ending,
+    find_dataset_json,
+    load_dataset_json,
+    parse_prediction_folders,
+)
+
+MEGABYTE = 1_000_000
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mgml report``."""
+    parser.add_argument("evaluation", metavar="EVALDIR", type=Path, help="folder written by `mgml evaluate`")
+    parser.add_argument("-o", metavar="FILE", type=Path, help="the page; report.html in EVALDIR by default")
+    parser.add_argument("--title", help="heading of the page; the evaluation's name by default")
+    parser.add_argument("--training_log", metavar="FILE", type=Path,
+                        help="mgml_training_log.csv of a fold, for the training curves")
+    viewer = parser.add_argument_group("slice viewer", "needs images (-i); without them the page has tables and charts")
+    viewer.add_argument("-i", metavar="IMAGES", type=Path, help="folder of images (CASE_0000, CASE_0001, ...)")
+    viewer.add_argument("-l", metavar="LABELS", type=Path,
+                        help="folder of reference label maps; by default the one the evaluation used")
+    viewer.add_argument("--predictions", nargs="+", metavar="SUBSET=FOLDER",
+                        help="label maps as for `mgml evaluate`: one root whose folders are named by subset, or one "
+                             "folder per subset; by default those the evaluation wrote or used")
+    viewer.add_argument("--dataset_json", metavar="FILE", type=Path,
+                        help="dataset.json with the file ending; else searched beside images, labels and predictions")
+    viewer.add_argument("--max_cases", metavar="N", type=int, default=4,
+                        help="cases in the viewer, at evenly spaced ranks from worst to best")
+    viewer.add_argument("--cases", nargs="+", metavar="CASE", help="these cases instead")
+    viewer.add_argument("--max_megabytes", metavar="MB", type=float, default=15.0,
+                        help="size of the viewer's data; cases that do not fit are left out, and the page says so")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``mgml report``; returns the exit code."""
+    if args.max_cases < 1:
+        raise ValueError(f"--max_cases must be at least 1, got {args.max_cases}. Leave -i out for no viewer.")
+    evaluation = load_evaluation(args.evaluation)
+    metric = headline_metric(evaluation)
+    pictures = Pictures(charts=score_charts(evaluation, metric))
+    if args.training_log:
+        pictures.charts.append(training_chart(args.training_log))
+    viewer = None
+    if args.i is not None:
+        viewer = _build_viewer(args, evaluation, metric, pictures)
+    page = build_page(evaluation, args.title or evaluation.name, pictures, viewer)
+    output = args.o or args.evaluation / "report.html"
+    write_text(output, page)
+    print(f"report: {output} ({len(page.encode()) / MEGABYTE:.1f} MB)")
+    return 0
+
+
+def _build_viewer(args: argparse.Namespace, evaluation: Evaluation, metric: Metric, pictures: Pictures) -> Viewer:
+    """Fill the case figures of ``pictures`` and return the viewer."""
+    sources = find_sources(args, evaluation)
+    shown = evaluation.restricted(list(sources.predictions))
+    names = args.cases or spread_cases(evaluation, metric, args.max_cases)
+    unknown = [name for name in names if name not in evaluation.cases]
+    if unknown:
+        raise ValueError(f"The evaluation has no case {', '.join(unknown)}. It has: {', '.join(evaluation.cases[:20])}"
+                         f"{', ...' if len(evaluation.cases) > 20 else ''}.")
+    labels = label_names(evaluation)
+    colours = label_colours(list(labels))
+    entries: list[dict[str, Any]] = []
+    rows: list[Case] = []
+    used = 0
+    for name in names:
+        case = load_case(name, evaluation.channels, sources, evaluation.info.get("ignore_label"))
+        entry = viewer_case(case, sorted(labels))
+        size = sum(len(uri) for uri in (*entry["images"].values(), *entry["predictions"].values(), entry["reference"]))
+        if used + size > args.max_megabytes * MEGABYTE:
+            logger.warning("Case %s is not in the viewer: with it the data would exceed %g MB (--max_megabytes).",
+                           name, args.max_megabytes)
+            continue
+        used += size
+        entries.append(entry)
+        rows.append(overview_row(shown, case))
+        pictures.sheets.append(case_sheet(shown, metric, case, colours))
+    if not entries:
+        raise ValueError(f"Not even one case fits into --max_megabytes {args.max_megabytes:g}; one needs about "
+                         f"{size / MEGABYTE:.1f}.")
+    overview = overview_sheet(shown, rows, colours)
+    if overview:
+        pictures.sheets.insert(0, overview)
+    data = viewer_data(shown, metric, entries, labels, colours)
+    return Viewer(data, _note(args, evaluation, entries, len(names)))
+
+
+def _note(args: argparse.Namespace, evaluation: Evaluation, entries: list[dict[str, Any]], asked: int) -> str:
+    choice = "as asked for" if args.cases else "at evenly spaced ranks of the mean score, from worst to best"
+    thinned = [f"{entry['name']}: {len(entry['slices'])} slices" for entry in entries
+               if len(entry["slices"]) > 1 and entry["slices"][1] - entry["slices"][0] > 1]
+    reduced = [f"{entry['name']} by {entry['factor']}" for entry in entries if entry["factor"] > 1]
+    parts = [f"The viewer holds {len(entries)} of {len(evaluation.cases)} cases, {choice}.",
+             f"{asked - len(entries)} did not fit into {args.max_megabytes:g} MB." if asked > len(entries) else "",
+             "It shows axial slices around the labelled ones, cropped to the content, as 8-bit JPEG images scaled "
+             "between the 0.5th and 99.5th percentile; label maps are exact.",
+             f"At most {MAX_SLICES} slices per case, evenly thinned ({'; '.join(thinned)})." if thinned else "",
+             f"Slices are reduced to at most {MAX_SIDE} pixels ({', '.join(reduced)})." if reduced else ""]
+    return " ".join(part for part in parts if part)
+
+
+def find_sources(args: argparse.Namespace, evaluation: Evaluation) -> ImageSources:
+    """Find images, labels and predictions: as given, else where the evaluation wrote or read them.
+
+    Raises:
+        FileNotFoundError: a folder does not exist, or none is known.
+        ValueError: predictions are named wrongly, or of no subset of the evaluation.
+    """
+    source = evaluation.info.get("source") or {}
+    labels = args.l or (Path(source["labels"]) if source.get("labels") else None)
+    if labels is None:
+        raise FileNotFoundError("The evaluation does not say where its label maps are; give the folder with -l.")
+    own = args.evaluation / "predictions"
+    if args.predictions:
+        folders = parse_prediction_folders(args.predictions, evaluation.channels)
+    elif own.is_dir():
+        folders = parse_prediction_folders([str(own)], evaluation.channels)
+    elif source.get("folders"):
+        folders = {name: Path(folder) for name, folder in source["folders"].items()}
+    else:
+        raise FileNotFoundError(f"No predictions: {own} does not exist. Give their folder with --predictions, or leave "
+                                f"-i out for a page without images.")
+    for option, folder in (("-i", args.i), ("-l", labels)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"The folder {folder} does not exist; give another with {option}.")
+    folders = {name: folder for name, folder in folders.items() if name in evaluation.subset_names}
+    if not folders:
+        raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
+    candidates = [args.dataset_json] if args.dataset_json else [
+        args.i, args.i.parent, labels, labels.parent, *folders.values(), own]
+    ending = file_ending(load_dataset_json(find_dataset_json(candidates)))
+    return ImageSources(args.i, labels, folders, ending)
