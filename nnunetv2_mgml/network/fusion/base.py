@@ -82,12 +82,17 @@ class FusionDesign(nn.Module):
         """Return the defaults updated by ``options``.
 
         Raises:
-            ValueError: an option this design does not have.
+            ValueError: an option this design does not have, or a value of another kind than its default; integers must
+                be at least 1 and other numbers at least 0.
         """
         unknown = sorted(set(options) - set(cls.default_options))
         if unknown:
             allowed = ", ".join(sorted(cls.default_options)) or "none"
             raise ValueError(f"Fusion design '{cls.name}' has no option {', '.join(unknown)}. Allowed: {allowed}.")
+        for name, value in options.items():
+            expected = _expected(cls.default_options[name], value)
+            if expected:
+                raise ValueError(f"Option {name} of fusion design '{cls.name}' is {value!r}; it must be {expected}.")
         return {**cls.default_options, **options}
 
     def begin(self) -> Any:
@@ -109,6 +114,18 @@ class FusionDesign(nn.Module):
 
     def initialize(self) -> None:
         """Called after Kaiming initialisation, for parameters that need other start values."""
+
+
+def _expected(default: Any, value: Any) -> str | None:
+    """Return what an option with this default allows, or None where the value is fine."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, int):
+        return None if is_number and isinstance(value, int) and value >= 1 else "an integer of at least 1"
+    if isinstance(default, float):
+        return None if is_number and value >= 0 else "a number of at least 0"
+    return None if isinstance(value, type(default)) else f"a {type(default).__name__}"
 
 
 _REGISTRY: dict[str, type[FusionDesign]] = {}
