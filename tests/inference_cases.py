@@ -17,6 +17,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.inference.arrays import prepare_named
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.registration import add_ext_dir
 
@@ -90,6 +91,22 @@ def write_case(folder: Path, name: str, present: Iterable[int] = range(4), seed:
     return {c: write_image(folder / f"{name}_{c:04d}.nii.gz", image(c, seed)) for c in present}
 
 
+def run(the_predictor: MGMLPredictor, source: Any, target: Path, **kwargs: Any) -> dict[str, bytes]:
+    """Predict without worker processes and return the segmentation files."""
+    the_predictor.predict_from_files_sequential(source, target, **kwargs)
+    return segmentations(target)
+
+
+def segmentations(folder: Path) -> dict[str, bytes]:
+    """Return the content of the segmentation files in a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def report(folder: Path, name: str = "mgml_prediction.json") -> dict[str, Any]:
+    """Read the report a prediction wrote."""
+    return json.loads((folder / name).read_text())
+
+
 def load(path: Path | str) -> np.ndarray:
     """Read a label map ``(z, y, x)``."""
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
@@ -101,3 +118,8 @@ def predictor(model: Path, missing: Any = ("auto",), folds: Any = (0,), **kwargs
     result = MGMLPredictor(missing_modalities=missing, **kwargs)
     result.initialize_from_trained_model_folder(str(model), folds)
     return result
+
+
+def item_of(the_predictor: MGMLPredictor, images: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Preprocess arrays given by modality name."""
+    return prepare_named("p", images, {"spacing": [1.0] * 3}, None, ["auto"], the_predictor.model)

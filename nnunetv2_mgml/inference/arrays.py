@@ -93,6 +93,7 @@ def _from_volumes(name: str, volumes: dict[int, np.ndarray], properties: dict[st
                         f"{', '.join(f'{c} {shape}' for c, shape in shapes.items())}.")
     for channel in sorted(volumes):
         check_finite(name, model.channels[channel], volumes[channel])
-    if previous_stage is not None and np.ndim(previous_stage) == 3:
-        previous_stage = previous_stage[None]
+    if previous_stage is not None:  # signed: nnU-Net marks what lies outside the image with -1
+        previous_stage = np.asarray(previous_stage, dtype=np.float32)
+        previous_stage = previous_stage[None] if previous_stage.ndim == 3 else previous_stage
     return preprocess_volumes(name, volumes, copy.deepcopy(properties), previous_stage, ofile, model)

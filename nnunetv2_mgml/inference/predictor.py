@@ -96,7 +96,7 @@ class MGMLPredictor(SubsetEngine):
             ValueError, FileNotFoundError: wrong arguments, found before any work.
         """
         source, target = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
-        source, target = (str(path) if isinstance(path, Path) else path for path in (source, target))
+        source, target = _as_text(source), _as_text(target)
         previous = self.configuration_manager.previous_stage_name
         if previous is not None and folder_with_segs_from_prev_stage is None:
             raise ValueError(f"This model is the second stage of a cascade: give the folder with the predictions of "
@@ -228,3 +228,10 @@ class MGMLPredictor(SubsetEngine):
         item = prepare_named("given", images, properties, previous_stage, self.missing_modalities or [AUTO], self.model)
         function, arguments = self._export_call(item, self._logits(item), return_probabilities)
         return function(*arguments)
+
+
+def _as_text(paths: Any) -> Any:
+    """Replace Path objects, also in lists: upstream looks for ``str`` and writes its arguments as JSON."""
+    if isinstance(paths, (list, tuple)):
+        return [_as_text(path) for path in paths]
+    return str(paths) if isinstance(paths, Path) else paths
