@@ -10,7 +10,7 @@ lint:
 	$(PYTHON) -m ruff check .
 
 demo: .venv/bin/mgml
-	.venv/bin/mgml demo
+	.venv/bin/mgml demo -o demo --overwrite
 
 .venv/bin/mgml: setup.py pyproject.toml
 	python3 -m venv .venv

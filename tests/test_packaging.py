@@ -104,10 +104,10 @@ def test_wheel_contents(wheel, checkout):
     assert "Requires-Dist: nnunetv2<2.9,>=2.8.1" in metadata
     assert "Requires-Python: >=3.10" in metadata
     packaged = {name for name in names if name.startswith("nnunetv2_mgml/")}
-    expected = {path.relative_to(checkout).as_posix() for path in (checkout / "nnunetv2_mgml").rglob("*.py")}
-    expected |= {f"nnunetv2_mgml/{path.relative_to(checkout).as_posix()}"
-                 for path in (checkout / "dataset_conversion").rglob("*.py")}
-    assert packaged == expected | {"nnunetv2_mgml/py.typed"}
+    expected = {path.relative_to(checkout) for path in (checkout / "nnunetv2_mgml").rglob("*") if path.is_file()}
+    expected |= {"nnunetv2_mgml" / path.relative_to(checkout) for path in (checkout / "dataset_conversion").rglob("*")
+                 if path.is_file()}
+    assert packaged == {path.as_posix() for path in expected}
 
 
 def test_start_up_line_is_one_line_of_ascii():
