@@ -171,17 +171,16 @@ def test_nnunets_own_module(tmp_path, argument, first):
 TRAINERS = """
 import pickle
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
-import nnunetv2_mgml.training as training
-for name in training.__all__:
-    first, second = find(name), find(name)
-    assert first is second is pickle.loads(pickle.dumps(first)) is getattr(training, name), name
-print("found", len(training.__all__))
+from nnunetv2_mgml.training import TRAINERS
+for name, trainer in TRAINERS.items():
+    assert find(name) is find(name) is pickle.loads(pickle.dumps(trainer)) is trainer, name
+print("found", len(TRAINERS))
 """
 
 
 def test_nnunet_finds_the_same_trainers_twice_and_they_pickle():
     """The documented fallback: the variable exported by hand, no start-up line."""
-    from nnunetv2_mgml.training import __all__ as trainers
+    from nnunetv2_mgml.training import TRAINERS as trainers
 
     printed = run_python(TRAINERS, **{VARIABLE: registration.EXT_DIR})
     assert printed.splitlines()[-1] == f"found {len(trainers)}"

@@ -13,16 +13,17 @@ from builders import BRATS_JSON, configuration, make_trainer, plans, write_datas
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_mgml.config import MGMLConfig
-from nnunetv2_mgml.training import (
-    nnUNetTrainerMGML,
+from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+from nnunetv2_mgml.training.base import zero_absent
+from nnunetv2_mgml.training.training_log import LOG_NAME, TrainingLog, read_log
+from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_baseline,
     nnUNetTrainerMGML_fixedSoftLabels,
     nnUNetTrainerMGML_noConsistency,
     nnUNetTrainerMGML_noMetaAMF,
     nnUNetTrainerModalityDropout,
 )
-from nnunetv2_mgml.training.base import zero_absent
-from nnunetv2_mgml.training.training_log import LOG_NAME, TrainingLog, read_log
 
 VARIANTS = (nnUNetTrainerMGML, nnUNetTrainerMGML_baseline, nnUNetTrainerMGML_fixedSoftLabels,
             nnUNetTrainerMGML_noConsistency, nnUNetTrainerMGML_noMetaAMF)
@@ -153,6 +154,16 @@ def test_variants_fix_their_options(cls: type[nnUNetTrainerMGML], nnunet_folders
         nnUNetTrainerMGML_fixedSoftLabels: (True, False, False),
         nnUNetTrainerMGML_noConsistency: (True, False, True), nnUNetTrainerMGML_noMetaAMF: (False, True, False)}[cls]
     assert (trainer.config.uses_soft_label, trainer.config.uses_teacher, trainer.meta_network is not None) == expected
+
+
+def test_every_fusion_design_has_a_baseline_and_an_mgml_trainer() -> None:
+    by_design: dict[str, set[bool]] = {}
+    for trainer in TRAINERS.values():
+        if issubclass(trainer, nnUNetTrainerMGML) and "fusion" in trainer.config_overrides:
+            config = trainer.resolve_config({})
+            by_design.setdefault(config.fusion, set()).add(config.uses_soft_label and config.uses_teacher)
+    published = set(fusion_designs()) - {"mean", "concat"}
+    assert by_design == {design: {True, False} for design in published}
 
 
 @pytest.mark.parametrize("layout", ["2d", "residual", "anisotropic", "labels", "ignore", "label_ignore", "cascade",

@@ -1,13 +1,6 @@
 """What nnU-Net finds through ``nnUNet_extTrainer``: the trainers, re-exported by absolute imports."""
 
-from nnunetv2_mgml.training import (
-    nnUNetTrainerMGML,
-    nnUNetTrainerMGML_baseline,
-    nnUNetTrainerMGML_fixedSoftLabels,
-    nnUNetTrainerMGML_noConsistency,
-    nnUNetTrainerMGML_noMetaAMF,
-    nnUNetTrainerModalityDropout,
-)
+from nnunetv2_mgml.training import TRAINERS
 
-__all__ = ["nnUNetTrainerMGML", "nnUNetTrainerMGML_baseline", "nnUNetTrainerMGML_fixedSoftLabels",
-           "nnUNetTrainerMGML_noConsistency", "nnUNetTrainerMGML_noMetaAMF", "nnUNetTrainerModalityDropout"]
+globals().update(TRAINERS)  # nnU-Net asks this module for a trainer by name, with hasattr
+__all__ = list(TRAINERS)

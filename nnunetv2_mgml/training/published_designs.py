@@ -1,0 +1,109 @@
+"""Trainers named after the published methods: their fusion design alone, and with MGML on top (``_MGML``).
+
+The same choice as ``mgml plan --set fusion=...``: one framework, preprocessing, encoder and decoder, so that only the
+fusion (and MGML) differs. They are the designs inside our network, not the authors' code.
+"""
+
+# ruff: noqa: N801  nnU-Net's naming scheme: the class name is the argument of -tr
+
+from __future__ import annotations
+
+from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+
+_BASELINE = {"soft_label": "none", "consistency_weight": 0.0}
+
+
+class nnUNetTrainerRFNet(nnUNetTrainerMGML):
+    """Region-aware fusion (Ding et al., ICCV 2021)."""
+
+    config_overrides = {"fusion": "region_aware", **_BASELINE}
+
+
+class nnUNetTrainerRFNet_MGML(nnUNetTrainerMGML):
+    """Region-aware fusion with MGML."""
+
+    config_overrides = {"fusion": "region_aware"}
+
+
+class nnUNetTrainermmFormer(nnUNetTrainerMGML):
+    """Intra- and inter-modal transformers (Zhang et al., MICCAI 2022)."""
+
+    config_overrides = {"fusion": "mmformer", **_BASELINE}
+
+
+class nnUNetTrainermmFormer_MGML(nnUNetTrainerMGML):
+    """Intra- and inter-modal transformers with MGML."""
+
+    config_overrides = {"fusion": "mmformer"}
+
+
+class nnUNetTrainerIMFuse(nnUNetTrainerMGML):
+    """Interleaved Mamba fusion (Pipoli et al., MICCAI 2025)."""
+
+    config_overrides = {"fusion": "imfuse", **_BASELINE}
+
+
+class nnUNetTrainerIMFuse_MGML(nnUNetTrainerMGML):
+    """Interleaved Mamba fusion with MGML."""
+
+    config_overrides = {"fusion": "imfuse"}
+
+
+class nnUNetTrainerHeMIS(nnUNetTrainerMGML):
+    """Mean and variance over the modalities (Havaei et al., MICCAI 2016)."""
+
+    config_overrides = {"fusion": "hemis", **_BASELINE}
+
+
+class nnUNetTrainerHeMIS_MGML(nnUNetTrainerMGML):
+    """Mean and variance over the modalities with MGML."""
+
+    config_overrides = {"fusion": "hemis"}
+
+
+class nnUNetTrainerUHVED(nnUNetTrainerMGML):
+    """Product of Gaussians (Dorent et al., MICCAI 2019), without the reconstruction term."""
+
+    config_overrides = {"fusion": "uhved", **_BASELINE}
+
+
+class nnUNetTrainerUHVED_MGML(nnUNetTrainerMGML):
+    """Product of Gaussians with MGML."""
+
+    config_overrides = {"fusion": "uhved"}
+
+
+class nnUNetTrainerUNetMFI(nnUNetTrainerMGML):
+    """Modality-adaptive feature interaction (Zhao et al., MICCAI 2022)."""
+
+    config_overrides = {"fusion": "mfi", **_BASELINE}
+
+
+class nnUNetTrainerUNetMFI_MGML(nnUNetTrainerMGML):
+    """Modality-adaptive feature interaction with MGML."""
+
+    config_overrides = {"fusion": "mfi"}
+
+
+class nnUNetTrainerM2FTrans(nnUNetTrainerMGML):
+    """Masked fusion tokens (Shi et al., IEEE JBHI 2024)."""
+
+    config_overrides = {"fusion": "m2ftrans", **_BASELINE}
+
+
+class nnUNetTrainerM2FTrans_MGML(nnUNetTrainerMGML):
+    """Masked fusion tokens with MGML."""
+
+    config_overrides = {"fusion": "m2ftrans"}
+
+
+class nnUNetTrainerSFusion(nnUNetTrainerMGML):
+    """Self-attention over the available modalities (SFusion, Liu et al., MICCAI 2023)."""
+
+    config_overrides = {"fusion": "sfusion", **_BASELINE}
+
+
+class nnUNetTrainerSFusion_MGML(nnUNetTrainerMGML):
+    """Self-attention over the available modalities with MGML."""
+
+    config_overrides = {"fusion": "sfusion"}
