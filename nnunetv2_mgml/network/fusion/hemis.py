@@ -12,6 +12,9 @@ from torch import nn
 
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
 
+_MAX_VARIANCE = 1e4
+"""A variance squares the features; far beyond this (features of +-100) float16 overflows after the convolution."""
+
 
 def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and population variance over present modalities, both ``(B, C, *spatial)`` float32.
@@ -42,6 +45,6 @@ class HemisFusion(FusionDesign):
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
-        largest = torch.finfo(features.dtype).max  # a variance squares the features: it may leave the half range
-        stacked = torch.cat([moment.clamp(max=largest).to(features.dtype) for moment in moments(features, mask)], 1)
+        mean, variance = moments(features, mask)
+        stacked = torch.cat((mean, variance.clamp(max=_MAX_VARIANCE)), 1).to(features.dtype)
         return FusedScale(self.scales[scale](stacked))

@@ -1,0 +1,95 @@
+"""Every fusion design inside the network it is made for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from builders import network
+from fusion_cases import QUICK, VARIANTS
+
+from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+
+designs = pytest.mark.parametrize("name", [*fusion_designs(), *VARIANTS])
+LAYOUTS = {"3d": dict(patch=(8, 12, 12), strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+                      kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3]], residual=True),
+           "2d": dict(patch=(16, 12))}
+
+
+def make_network(name: str, layout: str = "3d", seed: int = 0) -> MultiEncoderUNet:
+    """Three modalities, three stages, biases away from zero so that an all-zero channel has features."""
+    fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
+    torch.manual_seed(seed)
+    net = network(MGMLConfig(fusion=fusion, fusion_options=options, width_factor=1.0), modalities=3,
+                  deep_supervision=True, **LAYOUTS[layout])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return net
+
+
+def image(layout: str = "3d", batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, *LAYOUTS[layout]["patch"], generator=torch.Generator().manual_seed(1))
+
+
+@designs
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_is_exact(name: str, layout: str) -> None:
+    """Whatever an absent channel holds, no bit of the output changes, for every subset."""
+    net = make_network(name, layout).eval()
+    x = image(layout)
+    for subset in all_subsets(3):
+        mask = torch.tensor([subset])
+        with torch.no_grad():
+            reference = net(x, modality_mask=mask)
+            for content in (math.nan, 1e6 * torch.randn(x[:, ~mask[0]].shape)):
+                changed = x.clone()
+                changed[:, ~mask[0]] = content
+                for one, two in zip(reference, net(changed, modality_mask=mask), strict=True):
+                    assert one.isfinite().all()
+                    assert torch.equal(one, two)
+
+
+@designs
+def test_skipped_encoders_give_the_masked_result(name: str) -> None:
+    net = make_network(name).eval()
+    x = image()
+    for subset in all_subsets(3):
+        with torch.no_grad():
+            masked = net(x, modality_mask=torch.tensor([subset]))
+            net.set_availability(subset)
+            skipped = net(x)
+            net.set_availability(None)
+        torch.testing.assert_close(masked[0], skipped[0], atol=1e-5, rtol=1e-5)
+
+
+@designs
+def test_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
+    net, other = make_network(name, seed=0).eval(), make_network(name, seed=1).eval()
+    torch.save({"network_weights": net.state_dict()}, tmp_path / "checkpoint_final.pth")
+    stored = torch.load(tmp_path / "checkpoint_final.pth", weights_only=True)
+    other.load_state_dict(stored["network_weights"], strict=True)
+    x, mask = image(), torch.tensor([[True, False, True]])
+    with torch.no_grad():
+        assert torch.equal(net(x, modality_mask=mask)[0], other(x, modality_mask=mask)[0])
+
+
+@designs
+def test_training_step(name: str) -> None:
+    """Student and teacher in one pass: every parameter gets a finite gradient, the teacher none and no noise."""
+    net = make_network(name).train()
+    x, mask = image(batch=2), torch.tensor([[True, False, False], [False, True, True]])
+    output = net(x, modality_mask=mask, available=torch.ones(2, 3).bool(), return_aux=True, with_teacher=True)
+    again = net(x, modality_mask=mask, available=torch.ones(2, 3).bool(), return_aux=True, with_teacher=True)
+    assert torch.equal(output.teacher, again.teacher)
+    assert not output.teacher.requires_grad
+    parts = [*output.student, output.modality, *output.auxiliary, output.fusion_loss]
+    sum(part.square().mean() for part in parts).backward()
+    for key, parameter in net.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from builders import network
+from fusion_cases import make_design, make_pass, make_spec, run, take_modalities
+from torch.distributions import Normal, kl_divergence
+
+from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.fusion import build_fusion
+from nnunetv2_mgml.network.fusion.uhved import gaussian_kl, product_of_gaussians, subset_kl, subset_patterns
+
+
+def test_two_identical_experts() -> None:
+    """Two experts N(mu, v) and the prior: mean 2 mu / v / (1 + 2 / v), variance 1 / (1 + 2 / v)."""
+    mu, v = 1.7, 0.4
+    mean, variance = product_of_gaussians(torch.full((1, 2, 1), mu), torch.full((1, 2, 1), 1 / v))
+    assert mean.item() == pytest.approx(2 * mu / v / (1 + 2 / v))
+    assert variance.item() == pytest.approx(1 / (1 + 2 / v))
+
+
+def test_absent_experts_leave_prior_and_others() -> None:
+    mean, variance = product_of_gaussians(torch.tensor([[3.0, -5.0]]), torch.tensor([[4.0, 0.0]]))
+    assert mean.item() == pytest.approx(12 / 5)
+    assert variance.item() == pytest.approx(1 / 5)
+
+
+def test_gaussian_kl() -> None:
+    m1, m2 = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    v1, v2 = torch.rand(2, 50, generator=torch.Generator().manual_seed(1)) + 0.1
+    reference = kl_divergence(Normal(m1, v1.sqrt()), Normal(m2, v2.sqrt()))
+    torch.testing.assert_close(gaussian_kl(m1, v1, m2, v2), reference)
+
+
+def slow_subset_kl(mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor) -> float:
+    """Subset by subset with torch.distributions, sample by sample."""
+    total = 0.0
+    for b, present in enumerate(mask):
+        have = [m for m, p in enumerate(present) if p]
+
+        def posterior(subset: tuple[int, ...], b: int = b) -> Normal:
+            variance = 1 / (1 + sum(precision[b, m] for m in subset))
+            return Normal(variance * sum(precision[b, m] * mean[b, m] for m in subset), variance.sqrt())
+
+        subsets = [s for n in range(1, len(have) + 1) for s in itertools.combinations(have, n)]
+        given = posterior(tuple(have))
+        proper = [kl_divergence(given, posterior(s)).mean() for s in subsets if len(s) < len(have)]
+        prior = [kl_divergence(posterior(s), Normal(0.0, 1.0)).mean() for s in subsets]
+        total += (sum(proper) / len(proper) if proper else 0) + sum(prior) / len(prior)
+    return float(total / len(mask))
+
+
+@pytest.mark.parametrize("modalities", [2, 3, 4])
+def test_subset_kl_against_enumeration(modalities: int) -> None:
+    """The closed form over all subsets of what each sample has; 14 and 15 of them for four complete modalities."""
+    mask = torch.tensor(list(all_subsets(modalities)))
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(len(mask), modalities, 3, 6, generator=generator)
+    precision = 5 * torch.rand(mean.shape, generator=generator) * mask[:, :, None, None]
+    patterns = subset_patterns(modalities, 15, mask.device)
+    assert len(patterns) == 2 ** modalities - 1
+    assert subset_kl(mean, precision, mask, patterns).item() == pytest.approx(slow_subset_kl(mean, precision, mask),
+                                                                              rel=1e-5)
+
+
+def test_random_subsets_of_many_modalities() -> None:
+    """For more than four modalities eight random subsets; on average they give the enumeration."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, True, False, True, True]])
+    mean, precision = torch.randn(1, 5, 2, 4), 3 * torch.rand(1, 5, 2, 4) * mask[:, :, None, None]
+    draws = [subset_kl(mean, precision, mask, subset_patterns(5, 15, mask.device)) for _ in range(2000)]
+    assert len(subset_patterns(5, 15, mask.device)) == 8
+    assert torch.stack(draws).mean().item() == pytest.approx(slow_subset_kl(mean, precision, mask), rel=0.03)
+
+
+def test_kl_on_random_voxels_is_the_mean_over_all() -> None:
+    spec = make_spec()
+    few, everything = (make_design("uhved", make_spec(options={"kl_voxels": n})) for n in (64, 10 ** 6))
+    torch.manual_seed(0)
+    mean, precision = torch.randn(2, 3, 4, 500), torch.rand(2, 3, 4, 500)
+    mask = torch.ones(2, 3).bool()
+    reference = everything.divergence(mean, precision, mask)
+    patterns = subset_patterns(3, 15, mask.device)
+    assert reference.item() == pytest.approx(0.1 / spec.num_scales * subset_kl(mean, precision, mask, patterns).item())
+    draws = torch.stack([few.divergence(mean, precision, mask) for _ in range(200)])
+    assert draws.std() > 0
+    assert draws.mean().item() == pytest.approx(reference.item(), rel=0.02)
+
+
+def test_samples_in_training_only() -> None:
+    """Mean and spread of the samples are those of the product; evaluation and the teacher pass give its mean."""
+    spec = make_spec()
+    design = make_design("uhved", spec).train()
+    inputs = make_pass(spec, [[1, 0, 1]])
+    scale = spec.num_scales - 1
+    mean, variance = product_of_gaussians(*design.experts(scale, inputs.features[scale], inputs.mask))
+    torch.manual_seed(0)
+    results = [design.fuse_scale(scale, inputs.features[scale], inputs.mask, None, None) for _ in range(400)]
+    samples = torch.stack([result.fused for result in results])
+    assert ((samples.mean(0) - mean).abs() < 5 * variance.sqrt() / 20).all()
+    assert (samples.var(0) / variance).mean().item() == pytest.approx(1, abs=0.05)
+    assert results[0].loss is not None
+    with torch.no_grad():
+        assert torch.equal(design.fuse_scale(scale, inputs.features[scale], inputs.mask, None, None).fused, mean)
+    evaluated = design.eval().fuse_scale(scale, inputs.features[scale], inputs.mask, None, None)
+    assert torch.equal(evaluated.fused, mean)
+    assert evaluated.loss is None
+
+
+def test_log_variance_starts_below_the_prior() -> None:
+    """Also after the network's own weight initialisation."""
+    net = network(MGMLConfig(fusion="uhved", width_factor=1.0))
+    for head in net.fusion.scales:
+        mean_bias, log_variance_bias = head.bias.unflatten(0, (4, 2, -1)).unbind(1)
+        assert (mean_bias == 0).all()
+        assert (log_variance_bias == -2).all()
+
+
+def test_extreme_log_variances_stay_finite() -> None:
+    spec = make_spec()
+    design = make_design("uhved", spec)
+    for extreme in (-1e4, 1e4):
+        with torch.no_grad():
+            for head in design.scales:
+                head.bias.fill_(extreme)
+        results = run(design, make_pass(spec, [[1, 1, 1]]))
+        sum(r.fused.sum() + r.loss for r in results).backward()
+        assert all(r.fused.isfinite().all() and r.loss.isfinite() for r in results)
+        assert all(p.grad.isfinite().all() for p in design.parameters())
+
+
+def test_removal() -> None:
+    """Masking a modality equals never having had it."""
+    spec = make_spec()
+    design, smaller = make_design("uhved", spec).eval(), make_design("uhved", make_spec(modalities=2)).eval()
+    keep = [0, 2]
+    smaller.load_state_dict({k: take_modalities(v, keep, 3, 0) for k, v in design.state_dict().items()})
+    inputs = make_pass(spec, [[1, 0, 1]])
+    removed = run(smaller, inputs._replace(features=[f[:, keep] for f in inputs.features], mask=inputs.mask[:, keep]))
+    for one, two in zip(run(design, inputs), removed, strict=True):
+        torch.testing.assert_close(one.fused, two.fused, atol=1e-5, rtol=1e-5)
+
+
+def test_number_of_parameters() -> None:
+    widths = (32, 64, 128, 256, 320, 320)
+    spec = make_spec(modalities=4, channels=widths, strides=((1,) * 3, *((2,) * 3,) * 5), kernel_sizes=((3,) * 3,) * 6)
+    count = sum(p.numel() for p in build_fusion("uhved", spec).parameters())
+    assert count == sum(4 * (2 * c ** 2 + 2 * c) for c in widths)
+    assert round(count / 1e6, 2) == 2.34
