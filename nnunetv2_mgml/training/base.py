@@ -23,6 +23,7 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.training.subset_validation import validate_subsets
 from nnunetv2_mgml.training.training_log import TrainingLog
 
 _TRAINER_ATTRIBUTES = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr",
@@ -34,8 +35,7 @@ class MissingModalityTrainer(nnUNetTrainer):
 
     Overridden hooks: ``__init__``, ``initialize``, ``get_dataloaders`` (mirrored: the loader class is fixed there),
     ``configure_optimizers``, ``on_train_start``, ``on_train_epoch_start``, ``on_train_epoch_end``,
-    ``on_validation_epoch_end``, ``on_epoch_end``, ``validation_step``, ``load_checkpoint``,
-    ``perform_actual_validation``.
+    ``on_epoch_end``, ``validation_step``, ``save_checkpoint``, ``load_checkpoint``, ``perform_actual_validation``.
     """
 
     supports_missing_modalities: ClassVar[bool] = True
@@ -57,6 +57,7 @@ class MissingModalityTrainer(nnUNetTrainer):
                             "num_classes": self.num_classes}
         self.training_log = TrainingLog(self.output_folder)
         self._steps_in_epoch = 0
+        self._weights_file: str | None = None
 
     @classmethod
     def resolve_config(cls, plans: dict[str, Any]) -> MGMLConfig:
@@ -220,8 +221,23 @@ class MissingModalityTrainer(nnUNetTrainer):
         return {name: float(np.mean([rank[name] for rank in gathered])) for name in values}
 
     # --- final validation ---------------------------------------------------------------------------------------------
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's saving; the subset table is made from the file whose weights are in memory."""
+        super().save_checkpoint(filename)
+        if not self.disable_checkpointing:
+            self._weights_file = filename
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's loading."""
+        super().load_checkpoint(filename_or_checkpoint)
+        if isinstance(filename_or_checkpoint, str):
+            self._weights_file = filename_or_checkpoint
+
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation; the network is told before each case which modalities the case has."""
+        """nnU-Net's validation, then the table over all subsets (``validate_subsets``).
+
+        Before each case the network is told which modalities the case has.
+        """
         stock_class = self.dataset_class
         self.dataset_class = announcing(stock_class, self._announce_case)
         try:
@@ -229,6 +245,8 @@ class MissingModalityTrainer(nnUNetTrainer):
         finally:
             self.dataset_class = stock_class
             self.set_case_availability(None)
+        if self.config.validate_subsets and self.local_rank == 0:
+            self.print_to_log_file(validate_subsets(self, self._weights_file))
 
     def _announce_case(self, dataset: nnUNetBaseDataset, identifier: str) -> None:
         self.set_case_availability(case_availability(dataset, [identifier], self.num_modalities)[identifier])

@@ -160,6 +160,7 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         checkpoint[CHECKPOINT_KEY] = self._training_state()
         torch.save(checkpoint, temporary)
         os.replace(temporary, filename)
+        self._weights_file = filename
 
     def _training_state(self) -> dict[str, Any]:
         if self.meta_network is None or self.meta_optimizer is None:
