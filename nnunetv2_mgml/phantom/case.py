@@ -18,14 +18,14 @@ from .tumor import EDEMA, ENHANCING, NECROSIS, grow_tumors, plan_tumors
 _SIGNAL = {
     #               t1    t1ce  t2    flair
     "white":       (1.00, 0.98, 0.43, 0.56),
-    "grey":        (0.69, 0.71, 0.64, 0.74),
+    "grey":        (0.76, 0.78, 0.64, 0.74),
     "fluid":       (0.36, 0.38, 1.10, 0.24),
     "lesion":      (0.76, 0.76, 0.92, 1.08),
     "cavity":      (0.36, 0.38, 1.15, 0.34),
     "vessel":      (0.80, 1.70, 0.34, 0.52),
-    "edema":       (0.77, 0.77, 1.02, 1.08),
-    "necrosis":    (0.54, 0.52, 1.20, 0.98),
-    "enhancing":   (0.84, 1.60, 0.98, 1.14),
+    "edema":       (0.68, 0.72, 1.02, 1.08),
+    "necrosis":    (0.44, 0.46, 1.20, 0.98),
+    "enhancing":   (0.80, 1.60, 0.98, 1.14),
 }
 _VARIATION = {"necrosis": 0.18, "enhancing": 0.14, "edema": 0.1}
 """Spread of a signal between cases, as a share of it; 0.07 for all other rows. Cores reach from cyst to solid."""
