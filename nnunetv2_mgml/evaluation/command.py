@@ -90,15 +90,16 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``mgml evaluate``; returns the exit code."""
     if args.predictions:
-        evaluation, output, model_folder = _run_predictions(args)
+        if args.write_subset_report:
+            raise ValueError("--write_subset_report stores the result in a model's folder, so it needs a model (-m, or "
+                             "-d and -c) instead of --predictions.")
+        evaluation, output = _run_predictions(args)
     else:
         from nnunetv2_mgml.evaluation.model_command import run_model
 
         evaluation, output, model_folder = run_model(args)
-    if args.write_subset_report:
-        if model_folder is None:
-            raise ValueError("--write_subset_report needs a model (-m, or -d and -c): it is stored in its folder.")
-        print(f"expected quality per subset: {write_subset_report(evaluation, model_folder)}")
+        if args.write_subset_report:
+            print(f"expected quality per subset: {write_subset_report(evaluation, model_folder)}")
     print(summary_text(evaluation))
     print(f"\nresults, tables and summary: {output}")
     return 0
@@ -131,7 +132,7 @@ def _sizes(entries: list[str], dataset_json: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _run_predictions(args: argparse.Namespace) -> tuple[Evaluation, Path, Path | None]:
+def _run_predictions(args: argparse.Namespace) -> tuple[Evaluation, Path]:
     given = [option for option in ("-d", "-c", "-m", "-i") if getattr(args, option[1:]) is not None]
     if given:
         raise ValueError(f"--predictions takes finished label maps; {', '.join(given)} would predict. Give one or the "
@@ -155,7 +156,7 @@ def _run_predictions(args: argparse.Namespace) -> tuple[Evaluation, Path, Path |
         by_subset = {name: by_subset[name] for name in wanted}
     evaluation = evaluate_predictions(args.l, by_subset, dataset_json, args.o, options_from(args, dataset_json),
                                       args.allow_missing)
-    return evaluation, args.o, None
+    return evaluation, args.o
 
 
 def summary_text(evaluation: Evaluation) -> str:

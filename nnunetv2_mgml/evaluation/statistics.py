@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import wilcoxon
+from scipy.stats import rankdata, wilcoxon
 
 from nnunetv2_mgml.evaluation.results import AVERAGE, Evaluation
 from nnunetv2_mgml.evaluation.tables import common_subsets
 
 BOOTSTRAP_DRAWS = 10_000
 CONFIDENCE = 0.95
+EXACT_CASES = 200
 _DRAWS_AT_ONCE = 2_000_000
 COLUMNS = ("metric", "baseline", "method", "region", "subset", "n", "baseline_mean", "method_mean", "difference",
            "ci_low", "ci_high", "p", "p_holm")
@@ -61,14 +62,31 @@ def bootstrap_interval(differences: np.ndarray, draws: int = BOOTSTRAP_DRAWS, co
 def wilcoxon_p(differences: np.ndarray) -> float:
     """Return the two-sided p value of the Wilcoxon signed-rank test.
 
-    Zero differences (two perfect answers) are ranked with the others and their ranks dropped (Pratt), so that many ties
-    do not make the rest look more certain than it is. NaN below two cases, 1 when all differences are zero.
+    Zero differences (two perfect answers) are ranked with the others and their ranks dropped (Pratt). The null
+    distribution is exact, ties included, up to `EXACT_CASES` cases that differ (scipy's is exact without ties only, or
+    takes a second per test); beyond that scipy's normal approximation is used.
+
+    Args:
+        differences: ``(n,)`` float64 without NaN.
+
+    Returns:
+        The p value; NaN below two cases, 1 when all differences are zero.
     """
     if len(differences) < 2:
         return np.nan
-    if not np.any(differences):
+    different = differences != 0
+    if not different.any():
         return 1.0
-    return float(wilcoxon(differences, zero_method="pratt").pvalue)
+    if np.count_nonzero(different) > EXACT_CASES:
+        return float(wilcoxon(differences, zero_method="pratt", method="approx").pvalue)
+    ranks = np.rint(2 * rankdata(np.abs(differences))[different]).astype(int)  # doubled: mid-ranks are halves
+    observed = ranks[differences[different] > 0].sum()
+    chance = np.ones(1)  # of each sum of positive ranks, when every sign is a coin toss
+    for rank in ranks:
+        chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
+    centre = ranks.sum() / 2
+    as_extreme = np.abs(np.arange(len(chance)) - centre) >= abs(observed - centre)
+    return float(min(1.0, chance[as_extreme].sum()))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
