@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ from nnunetv2_mgml.evaluation.figures.style import label_colours
 from nnunetv2_mgml.evaluation.files import write_text
 from nnunetv2_mgml.evaluation.metrics import Metric
 from nnunetv2_mgml.evaluation.report.cases import ImageSources, load_case, spread_cases
-from nnunetv2_mgml.evaluation.report.charts import score_charts, training_chart
+from nnunetv2_mgml.evaluation.report.charts import Picture, score_charts, training_chart
 from nnunetv2_mgml.evaluation.report.content import headline_metric
 from nnunetv2_mgml.evaluation.report.page import Pictures, Viewer, build_page, viewer_data
-from nnunetv2_mgml.evaluation.report.sheets import case_sheet, label_names, overview_row, overview_sheet
+from nnunetv2_mgml.evaluation.report.sheets import (
+    case_sheet,
+    label_names,
+    overview_row,
+    overview_sheet,
+    telling_subsets,
+)
 from nnunetv2_mgml.evaluation.report.sprites import MAX_SIDE, MAX_SLICES, viewer_case
 from nnunetv2_mgml.evaluation.results import Evaluation, load_evaluation
 from nnunetv2_mgml.evaluation.sources import (
@@ -50,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     viewer.add_argument("--cases", nargs="+", metavar="CASE", help="these cases instead")
     viewer.add_argument("--max_megabytes", metavar="MB", type=float, default=15.0,
                         help="size of the viewer's data; cases that do not fit are left out, and the page says so")
+    inside = parser.add_argument_group("inside the network", "predictions of each modality alone, soft label, "
+                                                             "confidence and features of one case (with -i)")
+    inside.add_argument("--internals", metavar="CASE", nargs="?", const="",
+                        help="compute them for this case; the first one of the viewer if none is named")
+    inside.add_argument("-m", metavar="MODEL_FOLDER", type=Path,
+                        help="model folder TRAINER__PLANS__CONFIGURATION; by default the one that was evaluated")
+    inside.add_argument("-f", metavar="FOLD", help="fold; by default the first one that was evaluated, else 0")
+    inside.add_argument("-chk", metavar="FILE", help="checkpoint; by default the one that was evaluated")
+    inside.add_argument("-device", default="cpu", choices=("cuda", "cpu", "mps"), help="where the network runs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,9 +77,15 @@ def run(args: argparse.Namespace) -> int:
     pictures = Pictures(charts=score_charts(evaluation, metric))
     if args.training_log:
         pictures.charts.append(training_chart(args.training_log))
+    if args.internals is not None and args.i is None:
+        raise ValueError("--internals needs the images of the case: give their folder with -i.")
     viewer = None
     if args.i is not None:
-        viewer = _build_viewer(args, evaluation, metric, pictures)
+        sources = find_sources(args, evaluation)
+        names = _choose_cases(args, evaluation, metric)
+        viewer = _build_viewer(args, evaluation, metric, sources, names, pictures)
+        if args.internals is not None:
+            pictures.internals = _internals(args, evaluation, sources, args.internals or names[0])
     page = build_page(evaluation, args.title or evaluation.name, pictures, viewer)
     output = args.o or args.evaluation / "report.html"
     write_text(output, page)
@@ -71,15 +93,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build_viewer(args: argparse.Namespace, evaluation: Evaluation, metric: Metric, pictures: Pictures) -> Viewer:
-    """Fill the case figures of ``pictures`` and return the viewer."""
-    sources = find_sources(args, evaluation)
-    shown = evaluation.restricted(list(sources.predictions))
+def _choose_cases(args: argparse.Namespace, evaluation: Evaluation, metric: Metric) -> list[str]:
     names = args.cases or spread_cases(evaluation, metric, args.max_cases)
     unknown = [name for name in names if name not in evaluation.cases]
     if unknown:
         raise ValueError(f"The evaluation has no case {', '.join(unknown)}. It has: {', '.join(evaluation.cases[:20])}"
                          f"{', ...' if len(evaluation.cases) > 20 else ''}.")
+    return names
+
+
+def _build_viewer(args: argparse.Namespace, evaluation: Evaluation, metric: Metric, sources: ImageSources,
+                  names: Sequence[str], pictures: Pictures) -> Viewer:
+    """Fill the case figures of ``pictures`` and return the viewer."""
+    shown = evaluation.restricted(list(sources.predictions))
     labels = label_names(evaluation)
     colours = label_colours(list(labels))
     entries: list[dict[str, Any]] = []
@@ -119,6 +145,29 @@ def _note(args: argparse.Namespace, evaluation: Evaluation, entries: list[dict[s
              f"At most {MAX_SLICES} slices per case, evenly thinned ({'; '.join(thinned)})." if thinned else "",
              f"Slices are reduced to at most {MAX_SIDE} pixels ({', '.join(reduced)})." if reduced else ""]
     return " ".join(part for part in parts if part)
+
+
+def _internals(args: argparse.Namespace, evaluation: Evaluation, sources: ImageSources, case: str) -> list[Picture]:
+    """Run the model on one case and draw what it holds inside."""
+    from nnunetv2_mgml.evaluation.internals import compute_internals, load_model
+    from nnunetv2_mgml.evaluation.report.inside import inside_pictures
+    from nnunetv2_mgml.inference.inputs import Case as CaseFiles
+
+    evaluated = evaluation.info.get("model") or {}
+    folder = args.m or (Path(evaluated["folder"]) if "folder" in evaluated else None)
+    if folder is None:
+        raise ValueError("The evaluation was made from finished predictions and names no model; give its folder with "
+                         "-m.")
+    fold = args.f or (evaluated.get("folds") or ["0"])[0]
+    model = load_model(folder, fold, args.chk or evaluated.get("checkpoint", "checkpoint_final.pth"), args.device)
+    if model.predictor.channels != evaluation.channels:
+        raise ValueError(f"The model in {folder} has channels {', '.join(model.predictor.channels)}, the evaluation "
+                         f"{', '.join(evaluation.channels)}. Give the model that was evaluated with -m.")
+    files = {channel: str(path) for channel in range(len(evaluation.channels))
+             if (path := sources.images / f"{case}_{channel:04d}{sources.file_ending}").is_file()}
+    internals = compute_internals(model, CaseFiles(case, files), sources.labels / f"{case}{sources.file_ending}",
+                                  telling_subsets(evaluation, most=len(evaluation.channels) + 1))
+    return inside_pictures(evaluation, case, internals, label_colours(list(label_names(evaluation))))
 
 
 def find_sources(args: argparse.Namespace, evaluation: Evaluation) -> ImageSources:

@@ -18,16 +18,16 @@ from nnunetv2_mgml.evaluation.figures.style import HEAT, label_colours, new_figu
 
 
 @styled
-def modality_predictions(images: Mapping[str, np.ndarray], single: Mapping[str, np.ndarray], soft_label: np.ndarray,
-                         fused: np.ndarray, reference: np.ndarray | None, labels: Mapping[int, str],
-                         colours: Mapping[int, str] | None = None, *, title: str = "",
+def modality_predictions(images: Mapping[str, np.ndarray], single: Mapping[str, np.ndarray],
+                         soft_label: np.ndarray | None, fused: np.ndarray, reference: np.ndarray | None,
+                         labels: Mapping[int, str], colours: Mapping[int, str] | None = None, *, title: str = "",
                          pixel_aspect: float = 1.0) -> Figure:
     """Draw each modality above its own prediction, beside soft label, fused prediction and ground truth (figure 9).
 
     Args:
         images: modality name -> image ``(y, x)``.
         single: modality name -> label map ``(y, x)`` that the shared decoder predicts from this modality alone.
-        soft_label: most probable label of the soft label, ``(y, x)``.
+        soft_label: most probable label of the soft label, ``(y, x)``, or None.
         fused: label map of the fused prediction, ``(y, x)``.
         reference: ground truth ``(y, x)``, or None.
         labels: label value -> name, for the legend.
@@ -36,7 +36,8 @@ def modality_predictions(images: Mapping[str, np.ndarray], single: Mapping[str, 
         pixel_aspect: height of a pixel divided by its width.
     """
     colours = colours or label_colours(list(labels))
-    results = {"Soft label": soft_label, "Fused": fused} | ({} if reference is None else {"Ground truth": reference})
+    results = {name: labels for name, labels in (("Soft label", soft_label), ("Fused", fused),
+                                                 ("Ground truth", reference)) if labels is not None}
     box = content_box(*images.values(), *single.values(), *results.values())
     greys = {name: to_grey(image)[box] for name, image in images.items()}
     under = list(greys.values())[-1]

@@ -65,8 +65,8 @@ def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:
             "Which sequence is worth acquiring",
             f"Shapley value of each modality: its gain in mean {metric.title}, averaged over all orders in which the "
             f"modalities could be acquired, computed exactly from all {len(rows)} subsets. No modality at all counts "
-            f"as 0, so the bars of a region add up to its score with all modalities. The black ticks show what is lost "
-            f"when only that modality is missing.",
+            f"as 0, so the bars of a region add up to its score with all modalities. The tables also say "
+            f"how good each modality is alone and what is lost when only it is missing.",
             shapley_bars(worth, [display_name(name) for name in evaluation.channels], f"{metric.title}, {metric.unit}",
                          "{:.1f}")))
     return pictures

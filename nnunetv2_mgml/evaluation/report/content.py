@@ -137,8 +137,8 @@ def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
         if rows.any() and np.isfinite(scores[rows]).any():
             per_region = [_mean(scores[rows, column]) for column in range(len(names))]
             detail = ", ".join(f"{name} {_number(value)}" for name, value in zip(names, per_region, strict=True))
-            result.append(Finding(f"{_number(_mean(np.array(per_region)))} {metric.unit}", f"mean {metric.title} {title}",
-                                  detail))
+            value = f"{_number(_mean(np.array(per_region)))} {metric.unit}"
+            result.append(Finding(value, f"mean {metric.title} {title}", detail))
     worth = worth_by_region(evaluation, metric)
     if worth:
         best = {region: max(values, key=lambda name: _low_if_nan(values[name].shapley))
