@@ -77,6 +77,9 @@ class SubsetEngine(nnUNetPredictor):
                 while waiting:
                     self._finish(results, pool, *waiting.popleft())
         finally:
+            for _, case, task in waiting:  # interrupted: what the workers still finished is complete
+                if self._report is not None and task.succeeded():
+                    self._report.finish(case)
             if isinstance(data_iterator, Iterator) and hasattr(data_iterator, "close"):
                 data_iterator.close()
             compute_gaussian.cache_clear()
@@ -96,10 +99,11 @@ class SubsetEngine(nnUNetPredictor):
         except Exception as error:  # out of memory, say: the next case may be smaller
             _log.exception("Prediction of case %s failed", item["case"])
             self._fail(item["case"], f"Case {item['case']}: prediction failed ({type(error).__name__}: {error}).")
-            empty_cache(self.device)
-            return None
-        function, arguments = self._export_call(item, logits, save_probabilities)
-        return pool.submit(function, *arguments)
+        else:
+            function, arguments = self._export_call(item, logits, save_probabilities)
+            return pool.submit(function, *arguments)
+        empty_cache(self.device)  # only now is the failed attempt's memory free
+        return None
 
     def _finish(self, results: list[Any], pool: WorkerPool, index: int, case: str, task: Task) -> None:
         try:

@@ -25,6 +25,10 @@ class Task:
     arguments: tuple[Any, ...]
     future: Future[Any]
 
+    def succeeded(self) -> bool:
+        """Whether it is over and raised nothing."""
+        return self.future.done() and not self.future.cancelled() and self.future.exception() is None
+
 
 class WorkerPool:
     """Run picklable functions in spawned processes, or in this one when ``num_workers`` is 0.
