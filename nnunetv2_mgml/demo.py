@@ -22,8 +22,10 @@ SPLIT = (24, 2, 4)
 """Phantoms for training, validation and testing."""
 
 OPTIONS: dict[str, object] = {
-    "num_epochs": 20, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 4, "patch_size": [48, 48, 48],
-    "width_factor": 0.25, "fusion": "region_aware", "initial_lr": 0.01, "seed": 0}
+    "num_epochs": 15, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4, "patch_size": [40, 48, 40],
+    "width_factor": 0.25, "optimizer": "adam", "initial_lr": 0.002, "weight_decay": 1e-4, "seed": 0,
+    "validate_subsets": False}
+"""A small network and 300 steps: Adam gets further in so few than nnU-Net's SGD."""
 
 SUBSETS: dict[str, tuple[str, ...]] = {
     "t1+t1ce+t2+flair": (), "t1+t2+flair": ("t1ce",), "t1+t1ce+t2": ("flair",), "t1": ("t1ce", "t2", "flair")}
