@@ -334,7 +334,7 @@ def test_telling_channels_are_those_that_see_the_lesion():
 def test_feature_channels_are_drawn_per_source():
     images, truth = head()
     features = {"dwi": np.random.default_rng(0).normal(size=(5, 12, 12)), "adc": np.zeros((5, 12, 12))}
-    figure = internals.feature_channels(features, [3, 0], images["dwi"], truth)
+    figure = internals.feature_channels(features, [3, 0], images, truth)
     assert {"channel 3", "channel 0", "dwi", "adc", "Image"} <= set(texts(figure))
     assert len([axes for axes in figure.axes if axes.images]) == 6
 

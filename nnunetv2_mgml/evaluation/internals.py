@@ -80,7 +80,7 @@ def load_model(model_folder: Path, fold: int | str, checkpoint: str, device: str
         ValueError: a model whose inside cannot be shown: not ours, 2D, or a cascade's second stage.
     """
     predictor = MGMLPredictor(use_mirroring=False, device=torch.device(device), allow_tqdm=False,
-                              missing_modalities=["auto"])
+                              perform_everything_on_device=device == "cuda", missing_modalities=["auto"])
     predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
     network = bare(predictor.network).to(predictor.device).eval()
     if not isinstance(network, MultiEncoderUNet):

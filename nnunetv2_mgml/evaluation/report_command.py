@@ -149,15 +149,16 @@ def _note(args: argparse.Namespace, evaluation: Evaluation, entries: list[dict[s
 
 def _internals(args: argparse.Namespace, evaluation: Evaluation, sources: ImageSources, case: str) -> list[Picture]:
     """Run the model on one case and draw what it holds inside."""
-    from nnunetv2_mgml.evaluation.internals import compute_internals, load_model
-    from nnunetv2_mgml.evaluation.report.inside import inside_pictures
-    from nnunetv2_mgml.inference.inputs import Case as CaseFiles
-
     evaluated = evaluation.info.get("model") or {}
     folder = args.m or (Path(evaluated["folder"]) if "folder" in evaluated else None)
     if folder is None:
         raise ValueError("The evaluation was made from finished predictions and names no model; give its folder with "
                          "-m.")
+    # only this part needs torch
+    from nnunetv2_mgml.evaluation.internals import compute_internals, load_model
+    from nnunetv2_mgml.evaluation.report.inside import inside_pictures
+    from nnunetv2_mgml.inference.inputs import Case as CaseFiles
+
     fold = args.f or (evaluated.get("folds") or ["0"])[0]
     model = load_model(folder, fold, args.chk or evaluated.get("checkpoint", "checkpoint_final.pth"), args.device)
     if model.predictor.channels != evaluation.channels:

@@ -128,28 +128,30 @@ def telling_channels(features: np.ndarray, mask: np.ndarray, count: int) -> list
 
 
 @styled
-def feature_channels(features: Mapping[str, np.ndarray], channels: Sequence[int], image: np.ndarray | None = None,
-                     reference: np.ndarray | None = None, *, title: str = "", pixel_aspect: float = 1.0) -> Figure:
+def feature_channels(features: Mapping[str, np.ndarray], channels: Sequence[int],
+                     images: Mapping[str, np.ndarray] | None = None, reference: np.ndarray | None = None, *,
+                     title: str = "", pixel_aspect: float = 1.0) -> Figure:
     """Draw feature channels of an intermediate layer, one row per source and one column per channel (figure 12).
 
     Args:
         features: row title (a modality, a subset or a model) -> features ``(C, y, x)`` float of one slice. Each map is
             scaled by itself, between its 1st and 99th percentile.
         channels: channel indices to draw.
-        image: modality shown in the first column, ``(y, x)`` at its own resolution; None leaves the column out.
-        reference: label map outlined on ``image``, ``(y, x)``, same shape.
+        images: row title -> image shown in the first column, ``(y, x)`` at its own resolution; None leaves the column
+            out.
+        reference: label map outlined on the images, ``(y, x)``, same shape.
         title: heading.
         pixel_aspect: height of a pixel divided by its width.
     """
-    first = 0 if image is None else 1
+    first = 0 if images is None else 1
     columns = len(channels) + first
     example = next(iter(features.values()))
     ratio = example.shape[1] * pixel_aspect / example.shape[2]
     figure = new_figure(1.3 * columns, (1.3 * ratio + 0.06) * len(features) + 0.6, "compressed")
     grid = figure.subplots(len(features), columns, squeeze=False)
     for row, (name, maps) in enumerate(features.items()):
-        if image is not None:
-            show_image(grid[row, 0], _outlined(image, reference), "Image" if row == 0 else "", pixel_aspect)
+        if images is not None:
+            show_image(grid[row, 0], _outlined(images[name], reference), "Image" if row == 0 else "", pixel_aspect)
         for column, channel in enumerate(channels, start=first):
             axes = grid[row, column]
             low, high = np.percentile(maps[channel], (1, 99))

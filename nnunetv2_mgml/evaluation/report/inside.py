@@ -13,8 +13,7 @@ from nnunetv2_mgml.evaluation.figures.internals import (
 from nnunetv2_mgml.evaluation.internals import Internals
 from nnunetv2_mgml.evaluation.regions import short_name
 from nnunetv2_mgml.evaluation.report.charts import Picture, picture
-from nnunetv2_mgml.evaluation.report.content import subset_title
-from nnunetv2_mgml.evaluation.report.sheets import label_names
+from nnunetv2_mgml.evaluation.report.sheets import label_names, short_title
 from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.tables import display_name
 from nnunetv2_mgml.modalities import parse_subset
@@ -42,7 +41,7 @@ def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, col
     masks = {short_name(name): np.isin(internals.reference, values)
              for name, values in evaluation.regions.items()}
     probabilities = {
-        subset_title(parse_subset(subset, evaluation.channels), evaluation.channels):
+        short_title(parse_subset(subset, evaluation.channels), evaluation):
             {"confidence" if name == "confidence" else short_name(name): values for name, values in maps.items()}
         for subset, maps in internals.probabilities.items()}
     pictures.append(picture(
@@ -56,7 +55,7 @@ def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, col
         f"{case}: features", f"Encoder features at scale {internals.scale} (0 is full resolution), before fusion: the "
                              f"{len(chosen)} of {len(pooled)} channels in which tumour and surroundings differ most. "
                              f"Each map has a scale of its own. {_PATCH}",
-        feature_channels(maps, chosen, list(images.values())[-1], internals.reference, pixel_aspect=aspect),
+        feature_channels(maps, chosen, images, internals.reference, pixel_aspect=aspect),
         "png", _DPI))
     return pictures
 

@@ -61,7 +61,7 @@ def case_sheet(evaluation: Evaluation, metric: Metric, volumes: CaseVolumes, col
         name = subset_name(subset, evaluation.channels)
         if name not in volumes.predictions:
             continue
-        title = f"{_short_title(subset, evaluation)}\n{_score_line(scores[name])}"
+        title = f"{short_title(subset, evaluation)}\n{_score_line(scores[name])}"
         predictions[title] = volumes.predictions[name][z]
         present[title] = [display_name(c) for c, on in zip(evaluation.channels, subset, strict=True) if on]
     figure = qualitative_sheet(
@@ -77,7 +77,7 @@ def case_sheet(evaluation: Evaluation, metric: Metric, volumes: CaseVolumes, col
 def overview_row(evaluation: Evaluation, volumes: CaseVolumes) -> Case:
     """Return one row of `overview_sheet`: the case cut at its most telling slice, around the tumour."""
     z = telling_slice(volumes.reference)
-    predictions = {_short_title(s, evaluation): volumes.predictions[subset_name(s, evaluation.channels)][z]
+    predictions = {short_title(s, evaluation): volumes.predictions[subset_name(s, evaluation.channels)][z]
                    for s in telling_subsets(evaluation, most=max(6, len(evaluation.channels) + 1))
                    if subset_name(s, evaluation.channels) in volumes.predictions}
     return Case({display_name(name): image[z] for name, image in volumes.images.items()}, volumes.reference[z],
@@ -94,7 +94,8 @@ def overview_sheet(evaluation: Evaluation, rows: Sequence[Case], colours: dict[i
                    case_rows(rows, label_names(evaluation), colours), "png", _DPI)
 
 
-def _short_title(subset: Subset, evaluation: Evaluation) -> str:
+def short_title(subset: Subset, evaluation: Evaluation) -> str:
+    """Return what a panel is headed: ``all modalities``, ``without T1ce``, or the modalities present."""
     count = len(evaluation.channels)
     if all(subset) and count > 1:
         return "all modalities"
