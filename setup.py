@@ -90,6 +90,8 @@ if __name__ == "__main__":
             "numpy",
             "acvl-utils",
             "matplotlib",
+            "pillow",
+            "jinja2",
             "tqdm",
         ],
         extras_require={
@@ -97,6 +99,7 @@ if __name__ == "__main__":
             "test": ["pytest", "hypothesis", "setuptools>=70.1"],
             "dev": ["ruff==0.17.6", "build"],
             "lesions": ["panoptica"],
+            "browser": ["playwright"],  # tests/test_report_browser.py, with a Chromium on the PATH
         },
         entry_points={"console_scripts": ["mgml = nnunetv2_mgml.cli:main"]},
         cmdclass=commands(),
