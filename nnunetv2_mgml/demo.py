@@ -87,7 +87,7 @@ class _Demo:
         self.logs.mkdir(parents=True)
         folders = {f"nnUNet_{name}": str(root / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
         # nnU-Net starts 8 export workers by default; each takes seconds to import torch
-        self.environment = {**os.environ, "nnUNet_def_n_proc": "2", **folders}
+        self.environment = {**os.environ, "nnUNet_def_n_proc": "2", "PYTHONUNBUFFERED": "1", **folders}
         self.raw = root / "nnUNet_raw" / DATASET
         self.model_folder = root / "nnUNet_results" / DATASET / f"nnUNetTrainerMGML__{PLANS}__3d_fullres"
         self.step = 0

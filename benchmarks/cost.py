@@ -1,0 +1,225 @@
+"""What each fusion design costs, and what MGML adds: parameters, FLOPs, time, peak memory. Writes docs/costs.md.
+
+    python benchmarks/cost.py                      # every design, 48^3 patches, CPU: about half an hour on two cores
+    python benchmarks/cost.py --designs concat region_aware --patch 64 --device cuda
+
+Every measurement runs in a process of its own, so that peak memory is that of one setting. Within a process the two
+things compared are timed in turns, and medians are reported; ratios are what to read, absolute times are the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.losses import MGMLLoss, build_meta_network
+from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.network.fusion import fusion_designs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from builders import configuration  # noqa: E402
+
+MODALITIES, CLASSES, REGIONS = 4, 4, 3
+PAPER = {"region_aware": "RFNet 65.96 -> 77.33", "mmformer": "mmFormer 41.35 -> 44.54", "imfuse": "IM-Fuse 70.81 -> 76.59"}
+"""Seconds per epoch without and with MGML in the paper's Table 7 (RTX 3090, the authors' own networks)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--designs", nargs="+", default=list(fusion_designs()), help="fusion designs")
+    parser.add_argument("--patch", type=int, default=48, help="edge of the cubic patch, voxels")
+    parser.add_argument("--stages", type=int, default=4, help="resolution stages of the U-Net")
+    parser.add_argument("--width_factor", type=float, default=0.5, help="of nnU-Net's widths 32, 64, 128, ...")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions; the median counts")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "costs.md")
+    parser.add_argument("--worker", nargs=2, metavar=("DESIGN", "WHAT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(WORKERS[args.worker[1]](args.worker[0], args)))
+        return
+    rows = {}
+    for design in args.designs:
+        rows[design] = {what: run_worker(design, what) for what in WORKERS}
+        print(design, json.dumps(rows[design]), flush=True)
+    text = page(rows, args)
+    temporary = args.output.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, args.output)
+    print(f"wrote {args.output}")
+
+
+def run_worker(design: str, what: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, *sys.argv, "--worker", design, what], check=True, stdout=subprocess.PIPE,
+                          text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Bench:
+    """A network, its losses and one random batch."""
+
+    def __init__(self, design: str, mgml: bool, args: argparse.Namespace) -> None:
+        from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
+        from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+        from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+        torch.manual_seed(0)
+        self.device = torch.device(args.device)
+        widths = [min(320, 32 * 2 ** s) for s in range(args.stages)]
+        plan = configuration((args.patch,) * 3, MODALITIES, args.stages, widths=widths)
+        kwargs = plan["architecture"]["arch_kwargs"]
+        kwargs["n_conv_per_stage"] = [2] * args.stages
+        kwargs["n_conv_per_stage_decoder"] = [2] * (args.stages - 1)
+        off = {} if mgml else {"soft_label": "none", "consistency_weight": 0.0}
+        self.config = MGMLConfig(fusion=design, width_factor=args.width_factor, **off)
+        self.network = build_network(ConfigurationManager(plan), self.config, MODALITIES, REGIONS, CLASSES,
+                                     True).to(self.device)
+        self.meta = build_meta_network(self.config, MODALITIES, CLASSES)
+        stock = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5, "ddp": False},
+                                dice_class=MemoryEfficientSoftDiceLoss)
+        weights = [0.5 ** s for s in range(args.stages - 1)]
+        self.loss = MGMLLoss(self.config, DeepSupervisionWrapper(stock, weights), regions=True, num_classes=CLASSES,
+                             meta_network=None if self.meta is None else self.meta.to(self.device))
+        self.x = torch.randn(2, MODALITIES, *(args.patch,) * 3, device=self.device)
+        labels = torch.randint(0, CLASSES, (2, 1, *(args.patch,) * 3), device=self.device)
+        target = torch.cat([labels >= region for region in (1, 2, 3)], 1)
+        self.targets = [target[:, :, :: 2 ** s, :: 2 ** s, :: 2 ** s] for s in range(args.stages - 1)]
+        self.mask = torch.tensor([[True, False, True, True], [False, True, False, False]], device=self.device)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.99, nesterov=True)
+
+    def step(self) -> None:
+        """One training step."""
+        available = torch.ones_like(self.mask)
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.network(self.x, modality_mask=self.mask, available=available, return_aux=True,
+                              with_teacher=self.config.uses_teacher)
+        self.loss(output, self.targets, self.mask, available).total.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        self.optimizer.step()
+
+
+def in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each function, timed in turns after one untimed call each."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            synchronise(device)
+            start = time.perf_counter()
+            function()
+            synchronise(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_mebibytes(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_memory(design: str, args: argparse.Namespace, mgml: bool) -> dict[str, float]:
+    """Peak memory of training, above what the process holds before its first step."""
+    bench = Bench(design, mgml, args)
+    before = peak_mebibytes(args.device)
+    for _ in range(2):
+        bench.step()
+    return {"mebibytes": peak_mebibytes(args.device) - before}
+
+
+def measure_training(design: str, args: argparse.Namespace) -> dict[str, float]:
+    plain, mgml = Bench(design, False, args), Bench(design, True, args)
+    return in_turns({"plain": plain.step, "mgml": mgml.step}, args.repeats, args.device)
+
+
+def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float]:
+    network = Bench(design, True, args).network.eval()
+    network.decoder.deep_supervision = False
+    x = torch.randn(1, MODALITIES, *(args.patch,) * 3, device=args.device)
+    masks = [[bool(code >> m & 1) for m in range(MODALITIES)] for code in range(1, 2 ** MODALITIES)]
+
+    @torch.inference_mode()
+    def predict(subset: tuple[bool, ...], cpu_bfloat16: bool = False) -> None:
+        network.set_availability(subset)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_bfloat16):
+            network(x)
+
+    @torch.inference_mode()
+    def all_subsets() -> None:
+        features = network.encode(x)
+        for mask in masks:
+            network.fuse_decode(features, torch.tensor([mask], device=args.device))
+
+    def separately() -> None:
+        for mask in masks:
+            predict(tuple(mask))
+
+    full, one = (True,) * MODALITIES, (True, *(False,) * (MODALITIES - 1))
+    functions = {"four": lambda: predict(full), "one": lambda: predict(one), "fifteen": all_subsets,
+                 "separately": separately}
+    if args.device == "cpu":
+        functions["bfloat16"] = lambda: predict(full, True)
+    result = in_turns(functions, args.repeats, args.device)
+    network.set_availability(full)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(x)
+    return {**result, "gflop": counter.get_total_flops() / 1e9,
+            "million": sum(p.numel() for n, p in network.named_parameters() if "modality_decoder" not in n) / 1e6,
+            "fusion_million": sum(p.numel() for p in network.fusion.parameters()) / 1e6}
+
+
+WORKERS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
+    "prediction": measure_prediction, "training": measure_training,
+    "memory_plain": lambda design, args: measure_memory(design, args, False),
+    "memory_mgml": lambda design, args: measure_memory(design, args, True)}
+
+
+def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> str:
+    lines = [
+        "# What the fusion designs cost", "",
+        f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, device {args.device}, "
+        f"torch {torch.__version__}: {MODALITIES} modalities, {args.patch}^3 patch, {args.stages} stages, width factor "
+        f"{args.width_factor:g}. Training steps have batch 2. Times in seconds; ratios are what carries over to other "
+        f"machines. *Paper* is Table 7 of Zou et al., seconds per epoch without and with MGML, of the authors' networks "
+        f"on an RTX 3090.", "",
+        "| design | parameters (fusion), M | GFLOP per patch | step | with MGML | peak memory, MiB | with MGML | paper |",
+        "|---|---|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        p, t = row["prediction"], row["training"]
+        plain, mgml = row["memory_plain"]["mebibytes"], row["memory_mgml"]["mebibytes"]
+        lines.append(f"| `{name}` | {p['million']:.2f} ({p['fusion_million']:.2f}) | {p['gflop']:.1f} | "
+                     f"{t['plain']:.2f} | {t['mgml']:.2f} (x {t['mgml'] / t['plain']:.2f}) | {plain:.0f} | {mgml:.0f} "
+                     f"(x {mgml / plain:.2f}) | {PAPER.get(name, '-')} |")
+    lines += ["", "Prediction of one patch. *15 subsets*: encoders once, then every subset's fusion and decoding.", "",
+              "| design | four modalities | one | 15 subsets | 15 one by one | four, bfloat16 |",
+              "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        p = row["prediction"]
+        cells = [f"{p[key]:.2f} (x {p[key] / p['four']:.2f})" if key in p else "-"
+                 for key in ("one", "fifteen", "separately", "bfloat16")]
+        lines.append(f"| `{name}` | {p['four']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
