@@ -31,10 +31,11 @@ from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.fusion import fusion_designs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from builders import configuration  # noqa: E402
+from builders import configuration
 
 MODALITIES, CLASSES, REGIONS = 4, 4, 3
-PAPER = {"region_aware": "RFNet 65.96 -> 77.33", "mmformer": "mmFormer 41.35 -> 44.54", "imfuse": "IM-Fuse 70.81 -> 76.59"}
+PAPER = {"region_aware": "RFNet 65.96 -> 77.33", "mmformer": "mmFormer 41.35 -> 44.54",
+         "imfuse": "IM-Fuse 70.81 -> 76.59"}
 """Seconds per epoch without and with MGML in the paper's Table 7 (RTX 3090, the authors' own networks)."""
 
 
