@@ -201,9 +201,9 @@ def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace)
         f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, device {args.device}, "
         f"torch {torch.__version__}: {MODALITIES} modalities, {args.patch}^3 patch, {args.stages} stages, width factor "
         f"{args.width_factor:g}. Training steps have batch 2. Times in seconds; ratios are what carries over to other "
-        f"machines. *Paper* is Table 7 of Zou et al., seconds per epoch without and with MGML, of the authors' networks "
-        f"on an RTX 3090.", "",
-        "| design | parameters (fusion), M | GFLOP per patch | step | with MGML | peak memory, MiB | with MGML | paper |",
+        f"machines. *Paper* is Table 7 of Zou et al., seconds per epoch without and with MGML, of the authors' "
+        f"networks on an RTX 3090.", "",
+        "| design | parameters (fusion), M | GFLOP a patch | step | with MGML | peak memory, MiB | with MGML | paper |",
         "|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         p, t = row["prediction"], row["training"]
