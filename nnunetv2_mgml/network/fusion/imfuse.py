@@ -2,7 +2,7 @@
 
 Voxels in row-major order, per voxel the modalities and then a read-out token, whose output is the fused feature.
 Differences from the published code: one learned vector plus a position code instead of a token per voxel (any patch
-size; 21.5 M parameters less), absent modalities leave the sequence instead of passing through as zeros, state size 16,
+size; 22.5 M numbers less), absent modalities leave the sequence instead of passing through as zeros, state size 16,
 and no intra-modal transformers. Used at the bottleneck and at scales with at most ``max_voxels`` voxels; skip fusion
 elsewhere.
 """
