@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +215,18 @@ def test_removal(name: str) -> None:
             removed = run(smaller, Pass([f[:, keep] for f in inputs.features], inputs.mask[:, keep], inputs.contexts))
         for one, two in zip(masked, removed, strict=True):
             torch.testing.assert_close(one.fused, two.fused, atol=1e-5, rtol=1e-5)
+
+
+@designs
+def test_documented(name: str) -> None:
+    """docs/fusion.md has a table row with all options and their defaults, and a paragraph."""
+    text = (Path(__file__).parents[1] / "docs" / "fusion.md").read_text()
+    if name in VARIANTS:
+        pytest.skip("a variant of a documented design")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    for option, default in fusion_designs()[name].default_options.items():
+        assert f"`{option}` ({json.dumps(default)})" in row
+    assert f"\n**{name}.** " in text
 
 
 def test_a_design_joins_by_registering(monkeypatch: pytest.MonkeyPatch) -> None:

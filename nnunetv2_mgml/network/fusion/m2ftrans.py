@@ -50,7 +50,7 @@ class BlockAttention(SelfAttention):
         query, key, _ = self.split(tokens)
         modalities = mask.shape[1]
         border = tokens.shape[1] // (modalities + 1) * modalities
-        scores = query[:, :, border:] @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+        scores = (query[:, :, border:] / math.sqrt(query.shape[3])) @ key.transpose(2, 3)
         weights = scores.float().masked_fill(~self._keep(tokens, mask), -torch.inf).softmax(3)
         return weights.mean(1).sum(1)[:, :border].unflatten(1, (modalities, -1)).detach()
 
