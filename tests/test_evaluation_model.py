@@ -209,13 +209,13 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     arguments = ["evaluate", "-d", "900", "-c", "3d_fullres", "-device", "cpu", "--disable_tta", "-np", "0", "-npp",
                  "0", "-nps", "0", "--disable_progress_bar", "--subsets", "t1", "all", "--write_subset_report"]
     assert cli.main([*arguments, "-f", "0"]) == 0
-    first = load_evaluation(model / "fold_0" / "subset_evaluation")
+    first = load_evaluation(model / "fold_0" / "subset_evaluation_no_mirroring")
     assert first.cases == ["a"]
     assert first.subset_names == ["t1", "t1+t1ce+t2+flair"]
     assert cli.main([*arguments, "-f", "0", "1"]) == 0
-    both = load_evaluation(model / "subset_evaluation_folds_0_1")
+    both = load_evaluation(model / "subset_evaluation_no_mirroring_folds_0_1")
     assert both.cases == ["a", "b"]
-    ours = load(model / "subset_evaluation_folds_0_1" / "predictions" / "t1" / "b.nii.gz")
+    ours = load(model / "subset_evaluation_no_mirroring_folds_0_1" / "predictions" / "t1" / "b.nii.gz")
     alone = predictor(model, ["t1ce", "t2", "flair"], folds=(1,)).predict_case({"t1": raw / "imagesTr/b_0000.nii.gz"})
     np.testing.assert_array_equal(ours, alone)
     report = json.loads((model / "subset_report.json").read_text())

@@ -240,3 +240,21 @@ def test_image_formats_without_depth(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(labels), str(path))
     settings = ScoringSettings(label_set({"labels": {"background": 0, "lesion": 1}}))
     assert score_case(CaseTask("case", path, {"t1": path}), settings)["t1"]["lesion"]["dice"] == 1
+
+
+@pytest.mark.slow
+def test_real_patients_agree_with_nnunet(real_data, tmp_path):
+    """All ten BraTS 2021 references, four of them without enhancing tumour, against each other's neighbour."""
+    files = sorted(real_data.glob("brats2021/*/*_seg.nii.gz"))
+    regions = {"whole tumor": (1, 2, 4), "tumor core": (1, 4), "enhancing tumor": (4,)}
+    labels = label_set({"labels": {"background": 0, **{name: list(v) for name, v in regions.items()}}})
+    missing = 0
+    for reference, prediction in zip(files, files[1:] + files[:1], strict=True):
+        ours = score_case(CaseTask(reference.name, reference, {"t1": prediction}), ScoringSettings(labels, "nan"))["t1"]
+        theirs = compute_metrics(str(reference), str(prediction), SimpleITKIO(), list(regions.values()))["metrics"]
+        for name, region in regions.items():
+            np.testing.assert_allclose(ours[name]["dice"], theirs[region]["Dice"], atol=1e-12)
+            missing += math.isnan(ours[name]["hd95"])
+            volume = (theirs[region]["n_pred"] - theirs[region]["n_ref"]) / 1000
+            assert ours[name]["absolute_volume_error"] == pytest.approx(abs(volume))
+    assert missing > 0

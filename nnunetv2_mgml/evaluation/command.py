@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("-o", metavar="OUT", type=Path, help="evaluation folder; for validation cases by default "
-                                                              "subset_evaluation in the fold's folder")
+                                                              "subset_evaluation[_no_mirroring] in the fold's folder")
     scoring.add_argument("--policy", choices=("auto", *POLICIES), default="auto",
                          help="value where reference or prediction is empty. auto: brats for regions WT, TC and ET, "
                               "else nan. " + "; ".join(f"{p.name}: {p.summary}" for p in POLICIES.values()))

@@ -115,8 +115,9 @@ def _validation_cases(args: argparse.Namespace, model_folder: Path, folds: tuple
             raise FileNotFoundError(f"{len(absent)} validation cases of fold {fold} are not in "
                                     f"{Path(nnUNet_raw) / dataset}: {', '.join(absent[:10])}.")
         work.append(FoldCases((fold,), [known[name] for name in names]))
-    output = args.o or (model_folder / f"fold_{folds[0]}" / _DEFAULT_FOLDER if len(folds) == 1 else
-                        model_folder / f"{_DEFAULT_FOLDER}_folds_{'_'.join(map(str, folds))}")
+    name = f"{_DEFAULT_FOLDER}{'_no_mirroring' if args.disable_tta else ''}"
+    output = args.o or (model_folder / f"fold_{folds[0]}" / name if len(folds) == 1 else
+                        model_folder / f"{name}_folds_{'_'.join(map(str, folds))}")
     return work, {"kind": "validation", "dataset": dataset, "folds": [str(fold) for fold in folds]}, output
 
 

@@ -48,7 +48,7 @@ def require_panoptica() -> None:
     """Raise a ValueError with the install line when panoptica is not there."""
     if find_spec("panoptica") is None:
         raise ValueError("Lesion-wise metrics need the panoptica library, which is not installed. "
-                         "Fix: pip install panoptica")
+                         "Fix: pip install panoptica (or the package with its extra 'lesions').")
 
 
 @lru_cache(maxsize=1)
