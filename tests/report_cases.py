@@ -52,7 +52,7 @@ def write_volumes(root: Path, evaluation_folder: Path, cases: list[str], dataset
         truth[4:8, 6:12, 8 + number:15 + number] = 1
         truth[5:7, 8:10, 10 + number:12 + number] = 2
         for channel in range(len(channels)):
-            image = head * (100 + 40 * channel + 60 * truth.astype(float))
+            image = head * (200 + 60 * truth + channel * 5 * x)
             write(root / "imagesTs" / f"{case}_{channel:04d}.nii.gz", image.astype(np.int16))
         write(root / "labelsTs" / f"{case}.nii.gz", truth)
         for subset in all_subsets(len(channels)):
