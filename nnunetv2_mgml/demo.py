@@ -18,7 +18,7 @@ from tqdm import tqdm
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_Phantom"
 PLANS = "nnUNetMGMLPlans"
-SPLIT = (24, 2, 4)
+SPLIT = (24, 1, 4)
 """Phantoms for training, validation and testing."""
 
 OPTIONS: dict[str, object] = {
@@ -133,7 +133,7 @@ class _Demo:
         flag = ("--missing_modalities", *missing) if missing else ()
         self._call(f"predict_{output.name}", "nnUNetv2_predict", "-i", str(images), "-o", str(output), "-d",
                    str(DATASET_ID), "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerMGML", "-p", PLANS, "-device",
-                   self.device, "-npp", "0", "-nps", "0", *flag)
+                   self.device, "-npp", "0", "-nps", "0", "--disable_tta", *flag)
 
     def evaluate(self) -> str:
         """Step 6: the Dice table."""

@@ -14,7 +14,7 @@ from evaluation_cases import CHANNELS, DATASET_JSON, random_labels, synthetic_ev
 from nnunetv2_mgml import cli
 from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.sources import choose_subsets, parse_prediction_folders
-from nnunetv2_mgml.evaluation.subset_report import (
+from nnunetv2_mgml.subset_report import (
     REPORT_NAME,
     expected_quality,
     quality_line,
@@ -195,7 +195,7 @@ class TestSubsetReport:
             expected_quality(model, (True,) * 4)
 
     def test_prediction_side_imports_nothing_heavy(self):
-        code = ("import sys, nnunetv2_mgml.evaluation.subset_report;"
+        code = ("import sys, nnunetv2_mgml.subset_report;"
                 "sys.exit(bool({'torch', 'pandas', 'nnunetv2', 'scipy'} & set(sys.modules)))")
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -19,8 +19,8 @@ from nnunetv2_mgml.evaluation.sources import (
     load_dataset_json,
     parse_prediction_folders,
 )
-from nnunetv2_mgml.evaluation.subset_report import write_subset_report
 from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.subset_report import write_subset_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

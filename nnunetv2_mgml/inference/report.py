@@ -1,8 +1,13 @@
-"""``mgml_prediction.json``: what a prediction was made with, and from which modalities of each case."""
+"""``mgml_prediction.json``: what a prediction was made with, and from which modalities of each case.
+
+Where the model folder holds a ``subset_report.json`` it also says how good the model was on that subset, and which
+regions are unreliable there. They are flagged, never dropped.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -14,8 +19,11 @@ from typing import Any
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.inference.export import write_json
+from nnunetv2_mgml.modalities import subset_name
+from nnunetv2_mgml.subset_report import expected_quality, quality_line, unreliable_regions
 
 REPORT_NAME = "mgml_prediction.json"
+_log = logging.getLogger(__name__)
 
 
 class PredictionReport:
@@ -36,7 +44,8 @@ class PredictionReport:
         self.path = Path(folder) / name
         self.channels = tuple(channels)
         self.cases: dict[str, dict[str, Any]] = _earlier_cases(self.path) if keep else {}
-        self._head = {
+        self._told: set[tuple[bool, ...]] = set()
+        self._head: dict[str, Any] = {
             "versions": {"nnunetv2_mgml": __version__, "python": platform.python_version(),
                          **{package: version(package) for package in ("nnunetv2", "torch", "numpy")}},
             "command": shlex.join(sys.argv), "started": _now(), "model": model, "channels": list(channels)}
@@ -52,7 +61,19 @@ class PredictionReport:
         there = dict(zip(self.channels, item["availability"], strict=True))
         self.cases[item["case"]] = {
             "status": "pending", "present": [name for name in self.channels if there[name]],
-            "missing": [name for name in self.channels if not there[name]], "files": item["files"]}
+            "missing": [name for name in self.channels if not there[name]], "files": item["files"],
+            **self._quality(item["availability"])}
+
+    def _quality(self, subset: Sequence[bool]) -> dict[str, Any]:
+        """What the model reached on this subset, where its folder says so; told once per subset."""
+        folder = self._head["model"].get("folder")
+        expected = None if folder is None else expected_quality(folder, subset)
+        if folder is None or expected is None:
+            return {}
+        if tuple(subset) not in self._told:
+            self._told.add(tuple(subset))
+            _log.info("%s: %s", subset_name(subset, self.channels), quality_line(folder, subset))
+        return {"expected_dice": expected, "unreliable_regions": unreliable_regions(folder, subset)}
 
     def finish(self, case: str, error: str | None = None) -> None:
         """Note how a case ended."""

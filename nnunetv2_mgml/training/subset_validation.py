@@ -25,7 +25,7 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
     """
     from nnunetv2_mgml.evaluation import command  # evaluation is built on trained models, so it is imported last
     from nnunetv2_mgml.evaluation.model_command import run_model
-    from nnunetv2_mgml.evaluation.subset_report import write_subset_report
+    from nnunetv2_mgml.subset_report import write_subset_report
 
     if weights_file is None:
         return "No table over all modality subsets: there is no checkpoint of these weights."
