@@ -135,8 +135,8 @@ def _build_viewer(args: argparse.Namespace, evaluation: Evaluation, metric: Metr
 
 def _note(args: argparse.Namespace, evaluation: Evaluation, entries: list[dict[str, Any]], asked: int) -> str:
     choice = "as asked for" if args.cases else "at evenly spaced ranks of the mean score, from worst to best"
-    thinned = [f"{entry['name']}: {len(entry['slices'])} slices" for entry in entries
-               if len(entry["slices"]) > 1 and entry["slices"][1] - entry["slices"][0] > 1]
+    steps = {entry["name"]: entry["slices"][1] - entry["slices"][0] for entry in entries if len(entry["slices"]) > 1}
+    thinned = [f"{name}: 1 slice in {step}" for name, step in steps.items() if step > 1]
     reduced = [f"{entry['name']} by {entry['factor']}" for entry in entries if entry["factor"] > 1]
     parts = [f"The viewer holds {len(entries)} of {len(evaluation.cases)} cases, {choice}.",
              f"{asked - len(entries)} did not fit into {args.max_megabytes:g} MB." if asked > len(entries) else "",
