@@ -78,8 +78,8 @@ class MGMLConfig:
                               choices=("meta_amf", "fixed", "mean", "none"))
     soft_label_weight: float = _option(
         0.5, "lambda2 of eq. 10, on a loss averaged over voxels and scaled by temperature^2 (the paper's 0.3 tau^2/10 "
-             "is for a sum over voxels). At 1 its gradient was 0.18 to 0.54 of the modality loss's (ten BraTS cases, 400 "
-             "steps), so 0.5 keeps it at 0.1 to 0.3", low=0)
+             "is for a sum over voxels). At 1 its gradient was 0.18 to 0.54 of the modality loss's (ten BraTS cases, "
+             "400 steps), so 0.5 keeps it at 0.1 to 0.3", low=0)
     temperature: float = _option(6.0, "tau of eq. 9, also of the soft label", low=0.1)
     mask_ratio: float = _option(0.2, "expected share of voxels dropped from the soft-label loss at w_f = 0.5 (eq. 6)",
                                 low=0, high=0.95)

@@ -26,7 +26,7 @@ class Shell:
     def __init__(self, root: Path) -> None:
         self.root = root
         folders = {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}
-        self.environment = {**os.environ, **folders, "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "0"}
+        self.environment = {**os.environ, **folders, "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "1"}
 
     def __call__(self, command: str, *arguments: object, code: int = 0) -> str:
         script = Path(sys.executable).with_name(command)
