@@ -20,7 +20,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2_mgml.inference.inputs import Case, CaseError
 from nnunetv2_mgml.inference.preprocessing import Item, Model, preprocess_volumes
 from nnunetv2_mgml.inference.reading import read_case
-from nnunetv2_mgml.modalities import Subset, subset_name
+from nnunetv2_mgml.modalities import Subset
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,3 @@ def _group(subsets: Sequence[Subset], volumes: dict[int, np.ndarray], model: Mod
             filled[key] = np.packbits(create_nonzero_mask(union[None])).tobytes()
         groups.setdefault(filled[key], []).append(subset)
     return list(groups.values())
-
-
-def describe_groups(groups: Sequence[SubsetGroup], channels: Sequence[str]) -> str:
-    """Return how the subsets of a case were grouped, for the log."""
-    return "; ".join(", ".join(subset_name(s, channels) for s in group.subsets) for group in groups)
