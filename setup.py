@@ -90,6 +90,8 @@ if __name__ == "__main__":
             "numpy",
             "acvl-utils",
             "matplotlib",
+            "pandas",
+            "scipy",
             "pillow",
             "jinja2",
             "tqdm",
