@@ -32,6 +32,9 @@ SUBSETS: dict[str, tuple[str, ...]] = {
 """Subset -> what ``--missing_modalities`` is told."""
 
 STEPS = 7
+MARKER = "mgml_demo.txt"
+LEARNED = {"t1+t1ce+t2+flair": 0.75, "t1": 0.4}
+"""Subset -> mean whole-tumour Dice that a working installation reaches at least."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo.
+    """Run the demo; the exit code is 1 where the model has not learned what it should.
 
     Raises:
-        ValueError: the output folder exists and ``--overwrite`` is not given.
+        ValueError: the output folder exists and ``--overwrite`` is not given, or it is not an earlier demo's.
     """
     root: Path = args.output.resolve()
-    if root.exists() and any(root.iterdir()):
-        if not args.overwrite:
-            raise ValueError(f"{root} exists. Choose another folder with -o, or delete it with --overwrite.")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if not args.overwrite or not (root / MARKER).is_file():
+            raise ValueError(f"{root} exists. Choose another folder with -o"
+                             f"{', or replace it with --overwrite' if (root / MARKER).is_file() else ''}.")
         shutil.rmtree(root)
     started = time.perf_counter()
     demo = _Demo(root, args.device)
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     figure = demo.draw()
     _say(f"\n{table}\nFigure: {figure}\nCurves: {demo.model_folder / 'fold_0' / 'mgml_progress.png'}\n"
          f"Model:  {demo.model_folder}\nEverything took {(time.perf_counter() - started) / 60:.1f} minutes.")
-    return 0
+    return demo.judge()
 
 
 def _options() -> dict[str, object]:
@@ -85,6 +89,7 @@ class _Demo:
         self.device = device
         self.logs = root / "logs"
         self.logs.mkdir(parents=True)
+        (root / MARKER).write_text("Written by mgml demo; --overwrite deletes only folders that hold this file.\n")
         folders = {f"nnUNet_{name}": str(root / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
         # nnU-Net starts 8 export workers by default; each takes seconds to import torch
         self.environment = {**os.environ, "nnUNet_def_n_proc": "2", "PYTHONUNBUFFERED": "1", **folders}
@@ -151,6 +156,16 @@ class _Demo:
         path = self.root / "demo.png"
         draw_demo_figure(self.raw, self.root / "predictions", self.root / "evaluation", list(SUBSETS), path)
         return path
+
+    def judge(self) -> int:
+        """Return 0 where the whole-tumour Dice is what it should be, else say what is not and return 1."""
+        from nnunetv2_mgml.evaluation.results import load_evaluation
+
+        reached = load_evaluation(self.root / "evaluation").summary("dice", "whole_tumor")
+        low = {subset: reached[subset]["mean"] for subset, bound in LEARNED.items() if reached[subset]["mean"] < bound}
+        for subset, dice in low.items():
+            _say(f"The model has not learned: whole-tumour Dice {dice:.2f} from {subset}, expected {LEARNED[subset]}.")
+        return 1 if low else 0
 
     def _announce(self, what: str) -> None:
         self.step += 1
