@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from .dataset_folder import FILE_ENDING
 from .paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
 from .splits import Split, check_existing_split, parse_ratio, random_split, split_from_files, write_splits
+
+_log = logging.getLogger(__name__)
 
 
 def split_dataset(dataset_id: int, *, split: str | None = None, split_files: Sequence[str | Path] | None = None,
@@ -43,8 +46,12 @@ def split_dataset(dataset_id: int, *, split: str | None = None, split_files: Seq
     if not cases:
         raise FileNotFoundError(f"No dataset with id {dataset_id} and labels labelsTr/*{FILE_ENDING} in "
                                 f"{nnunet_folder(RAW)}. Convert it first: mgml convert brats.")
-    chosen = (split_from_files(cases, [Path(path) for path in split_files])[0] if split_files
-              else random_split(cases, parse_ratio(split or ""), seed))
+    if split_files:
+        chosen, left_out = split_from_files(cases, [Path(path) for path in split_files])
+        if left_out:
+            _log.warning("Left out, as no split list names them: %s", ", ".join(left_out))
+    else:
+        chosen = random_split(cases, parse_ratio(split or ""), seed)
     folder = nnunet_folder(PREPROCESSED) / raw.name
     check_existing_split(chosen, folder, overwrite)
     for part in ("images", "labels"):

@@ -96,9 +96,12 @@ def _run(name: str, arguments: list[str]) -> int:
     module.add_arguments(parser)
     try:
         return module.run(parser.parse_args(arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _run_nnunet_like(name: str, arguments: list[str]) -> int:

@@ -68,8 +68,13 @@ def run(args: argparse.Namespace) -> int:
     channels = channel_names(_read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess"))
     plans = make_plans(source, changes, configurations, args.plans_name, channels)
     target = folder / f"{args.plans_name}.json"
+    replaced = MGMLConfig.from_plans(_read_json(target, "mgml plan")).as_dict() if target.is_file() else None
     _write_json(target, plans)
-    print(f"Wrote {target}")
+    print(f"{'Replaced' if replaced else 'Wrote'} {target}")
+    for key, value in plans[PLANS_KEY]["config"].items():
+        if replaced is not None and replaced[key] != value and key not in changes:
+            print(f"  {key} = {json.dumps(value)}, was {json.dumps(replaced[key])}; start from the old plans with "
+                  f"-p {args.plans_name} to keep it")
     for key, value in changes.items():
         where = f" ({', '.join(configurations)})" if key in NNUNET_KEYS else ""
         print(f"  {key} = {json.dumps(value)}{where}")

@@ -47,7 +47,9 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
     if _METRIC not in evaluation.metrics:
         raise ValueError(f"The evaluation has no {_METRIC}; evaluate with --metrics {_METRIC} (or the default).")
     summaries = {region: evaluation.summary(_METRIC, region) for region in evaluation.region_names}
+    model = evaluation.info.get("model") or {}
     content = {
+        "folds": model.get("folds"), "checkpoint": model.get("checkpoint"), "mirroring": model.get("mirroring"),
         "metric": _METRIC, "policy": evaluation.policy, "channels": list(channels),
         "number_of_cases": len(evaluation.cases), "evaluated": evaluation.info.get("source"),
         "created": evaluation.info.get("created"), "versions": evaluation.info.get("versions"),
@@ -111,4 +113,14 @@ def quality_line(model_folder: Path | str, subset: Sequence[bool], bound: float 
         spread = "" if entry["sd"] is None else f" ± {entry['sd']:.2f}"
         parts.append(f"{region} {value}{spread}" + (f" (unreliable, below {bound:g})" if region in weak else ""))
     counts = {entry["n"] for entry in expected.values()}
-    return f"expected Dice: {', '.join(parts)}; over {' to '.join(map(str, sorted(counts)))} cases"
+    return (f"expected Dice: {', '.join(parts)}; over {' to '.join(map(str, sorted(counts)))} cases"
+            f"{_made_with(Path(model_folder) / REPORT_NAME)}")
+
+
+def _made_with(path: Path) -> str:
+    """Say which weights the report is of: predictions may use others."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not content.get("folds"):
+        return ""
+    mirroring = "" if content.get("mirroring") else ", without mirroring"
+    return f" (fold {', '.join(content['folds'])}, {content['checkpoint']}{mirroring})"

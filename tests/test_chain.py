@@ -77,6 +77,13 @@ def test_whole_chain_on_a_phantom(tmp_path: Path) -> None:
     model = tmp_path / "results" / "Dataset902_Chain" / f"nnUNetTrainerMGML__{PLANS}__3d_fullres"
     report = json.loads((model / "subset_report.json").read_text())
     assert len(report["subsets"]) == 15
+    assert report["folds"] == ["0"]
+    train = ("nnUNetv2_train", 902, "3d_fullres", 0, "-tr", "nnUNetTrainerMGML", "-p", PLANS, "-device", "cpu")
+    checkpoint = (model / "fold_0" / "checkpoint_final.pth").read_bytes()
+    assert "Validation cases on every subset" in shell(*train, "--val")
+    shell("mgml", "plan", "-d", 902, "-c", "3d_fullres", "--set", "num_epochs=3", "validate_subsets=false", "-p", PLANS)
+    assert "Epoch 2" in shell(*train, "--c")
+    assert (model / "fold_0" / "checkpoint_final.pth").read_bytes() != checkpoint
     images = tmp_path / "raw" / "Dataset902_Chain" / "imagesTs"
     masked, absent, stock = (tmp_path / name for name in ("masked", "absent", "stock"))
     shell.predict(images, masked, 902, "--missing_modalities", "t1ce")

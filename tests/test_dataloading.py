@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def test_present_channels_sees_a_single_voxel_anywhere() -> None:
     assert present_channels(data, 3) == (True, False, True)
 
 
+def test_an_empty_channel_that_normalisation_moved_is_absent() -> None:
+    """CTNormalization turns an empty volume into one negative value everywhere."""
+    data = np.random.default_rng(0).normal(size=(2, 6, 5, 5)).astype(np.float32)
+    data[1] = -1.33
+    assert present_channels(data, 2) == (True, False)
+
+
 def test_availability_is_scanned_once_and_again_when_a_file_changes(tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     write_case(tmp_path, "a", (True, True, True, True))
@@ -139,6 +147,19 @@ def test_empty_case_and_missing_file_are_named(tmp_path: Path) -> None:
         case_availability(dataset, ["void"], 4)
     with pytest.raises(FileNotFoundError, match="of case gone"):
         case_availability(dataset, ["gone"], 4)
+
+
+def test_cache_can_be_read_by_others(tmp_path: Path) -> None:
+    write_case(tmp_path, "a", (True,) * 4)
+    case_availability(nnUNetDatasetBlosc2(str(tmp_path)), ["a"], 4)
+    assert cache_path(tmp_path).stat().st_mode & 0o044 == 0o644 & ~_umask() & 0o044
+    assert not list(tmp_path.parent.glob("*.tmp"))
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def test_broken_cache_is_rebuilt(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.modalities import all_subsets
-from nnunetv2_mgml.network.encoders import scaled_widths, silent_without_gradient
+from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_without_gradient
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
 from nnunetv2_mgml.network.outputs import TrainingOutput
@@ -228,12 +229,14 @@ def test_scaled_widths(widths: list[int], factor: float) -> None:
 
 
 def test_plan_dropout_is_silent_in_the_teacher_pass() -> None:
-    layer = silent_without_gradient(nn.Dropout3d)(0.5).train()
+    layers = nn.Sequential(nn.Conv3d(64, 64, 1), nn.Dropout3d(0.5)).train()
+    silence_dropout_without_gradient(layers)
     x = torch.ones(1, 64, 2, 2, 2)
     with torch.no_grad():
-        assert torch.equal(layer(x), x)
-    assert not torch.equal(layer(x), x)
-    assert silent_without_gradient(None) is None
+        assert torch.equal(layers(x), layers[0](x))
+    assert not torch.equal(layers(x), layers[0](x))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(layers)(x), layers(x))
 
 
 def test_one_modality_is_refused() -> None:

@@ -16,6 +16,7 @@ from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
 from nnunetv2_mgml.training.base import zero_absent
+from nnunetv2_mgml.training.subset_validation import validate_subsets
 from nnunetv2_mgml.training.training_log import LOG_NAME, TrainingLog, read_log
 from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_baseline,
@@ -283,6 +284,54 @@ def test_nnunets_own_names_are_options(nnunet_folders: Path) -> None:
     assert {name: getattr(trainer, name) for name in options} == options
     stock = make_trainer(nnUNetTrainerMGML, plans(), dict.fromkeys(options))
     assert (stock.num_epochs, stock.num_iterations_per_epoch, stock.initial_lr) == (1000, 250, 0.01)
+
+
+def test_another_fold_of_another_network_is_refused(nnunet_folders: Path) -> None:
+    """plans.json is shared by the folds: overwriting it would make the earlier fold unloadable."""
+    plans_dict = write_dataset(nnunet_folders)
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1})
+    first.run_training()
+    saved = (Path(first.output_folder_base) / "plans.json").read_text()
+    other = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "fusion": "mean", "width_factor": 0.5})
+    other.output_folder = str(Path(other.output_folder_base) / "fold_1")
+    with pytest.raises(ValueError, match=r"fusion was 'concat', is now 'mean'; width_factor .*--plans_name"):
+        other.on_train_start()
+    assert (Path(first.output_folder_base) / "plans.json").read_text() == saved
+    with pytest.raises(ValueError, match=r"trained with another network: fusion was 'concat'"):
+        other.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    longer = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "consistency_weight": 0.5})
+    longer.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    assert longer.current_epoch == 1
+
+
+def test_both_optimisers_under_one_gradient_scaler(nnunet_folders: Path) -> None:
+    """A finite step moves network and MetaNetwork; a step with infinite gradients moves neither."""
+    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders))
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+    trainer.current_epoch = 2
+
+    def weights() -> list[torch.Tensor]:
+        return [p.detach().clone() for module in (trainer.network, trainer.meta_network) for p in module.parameters()]
+
+    before = weights()
+    trainer.train_step(synthetic_batch(trainer))
+    after = weights()
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.ndim > 1 and len(a) > 3)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
+    trainer.train_step(synthetic_batch(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(after, weights(), strict=True))
+
+
+def test_no_table_over_subsets_without_raw_images_and_why(nnunet_folders: Path) -> None:
+    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1})
+    trainer.run_training()
+    said = validate_subsets(trainer, trainer._weights_file)
+    assert said.startswith("No table over all modality subsets:")
+    assert "nnU-Net's own validation above is complete" in said
+    assert "no checkpoint" in validate_subsets(trainer, None)
+    trainer.fold = "all"
+    assert "fold 'all'" in validate_subsets(trainer, "checkpoint_final.pth")
 
 
 def test_warm_up_is_linear(nnunet_folders: Path) -> None:

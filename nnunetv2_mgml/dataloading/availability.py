@@ -1,9 +1,9 @@
 """Which modalities each preprocessed case has: decided once for the whole case and cached beside the data.
 
 nnU-Net's preprocessing needs a file for every channel, so an incomplete case carries an empty volume for each sequence
-it lacks; normalisation leaves that volume zero. A patch says nothing (outside the brain every channel is zero), so the
-scan is over the whole volume. The cache lies beside the preprocessed folder, not in it: nnU-Net infers the data format
-from the file endings it finds there and refuses a folder with a second one.
+it lacks. Normalisation leaves that volume at one value, zero for z-scores. A patch says nothing (outside the brain
+every channel is zero), so the scan is over the whole volume. The cache lies beside the preprocessed folder, not in it:
+nnU-Net infers the data format from the file endings it finds there and refuses a folder with a second one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,21 @@ _log = logging.getLogger(__name__)
 
 
 def present_channels(data: Any, num_modalities: int) -> Subset:
-    """Return which of the first ``num_modalities`` channels are not zero everywhere.
+    """Return which of the first ``num_modalities`` channels do not have one and the same value everywhere.
 
     Args:
         data: ``(C, z, y, x)`` array, NumPy or blosc2; read channel by channel, the middle slab first.
         num_modalities: ``M``.
     """
     middle = data.shape[1] // 2
-    return tuple(bool(np.any(np.asarray(data[m, middle:middle + 1])) or np.any(np.asarray(data[m])))
+    return tuple(_varies(np.asarray(data[m, middle:middle + 1])) or _varies(np.asarray(data[m]))
                  for m in range(num_modalities))
+
+
+def _varies(values: np.ndarray) -> bool:
+    """Whether values differ by more than resampling a constant can make them; NaN counts as a difference."""
+    low, high = float(values.min()), float(values.max())
+    return not high - low <= 1e-5 * max(1.0, abs(high))
 
 
 def case_availability(dataset: nnUNetBaseDataset, identifiers: Iterable[str], num_modalities: int) -> dict[str, Subset]:
@@ -88,17 +93,16 @@ def _read_cache(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:
-        _log.warning("%s is not valid JSON; scanning the cases again.", path)
+    except (json.JSONDecodeError, OSError) as error:
+        _log.warning("Cannot read %s (%s); scanning the cases again.", path, error)
         return {}
 
 
 def _write_cache(path: Path, cache: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    except OSError as error:  # a read-only data folder costs the scan each time, nothing else
+        temporary.write_text(json.dumps(cache))
+        os.replace(temporary, path)
+    except OSError as error:  # a read-only or full disk costs the scan each time, nothing else
         _log.warning("Cannot write %s (%s); the cases will be scanned again next time.", path, error)
-        return
-    with os.fdopen(handle, "w") as file:
-        json.dump(cache, file)
-    os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)

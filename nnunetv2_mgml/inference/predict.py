@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             "exist or not. 'auto' goes by the files that exist, case by case. Both may be combined: "
                             "--missing_modalities auto t1ce. Needs a model trained for it (nnUNetTrainerMGML).")
     group.add_argument("--cpu_bfloat16", action="store_true",
-                       help="With -device cpu: run the network in bfloat16, faster on CPUs with instructions for it.")
+                       help="With -device cpu: run the network in bfloat16, faster on CPUs with instructions for it. "
+                            "nnUNetv2_predict takes it together with --missing_modalities, mgml predict also alone.")
     try:
         # --c has always been short for --continue_prediction; our --cpu_bfloat16 would make it ambiguous
         parser.add_argument("--c", dest="continue_prediction", action="store_true", default=argparse.SUPPRESS,

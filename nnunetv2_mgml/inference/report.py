@@ -67,7 +67,11 @@ class PredictionReport:
     def _quality(self, subset: Sequence[bool]) -> dict[str, Any]:
         """What the model reached on this subset, where its folder says so; told once per subset."""
         folder = self._head["model"].get("folder")
-        expected = None if folder is None else expected_quality(folder, subset)
+        try:
+            expected = None if folder is None else expected_quality(folder, subset)
+        except ValueError as error:  # a note that cannot be read must not cost the prediction
+            _log.warning("%s", error)
+            return {}
         if folder is None or expected is None:
             return {}
         if tuple(subset) not in self._told:

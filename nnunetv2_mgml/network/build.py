@@ -9,7 +9,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
-from nnunetv2_mgml.network.encoders import EncoderSpec, encoder_spec, plan_unet
+from nnunetv2_mgml.network.encoders import (
+    EncoderSpec,
+    encoder_spec,
+    plan_unet,
+    silence_dropout_without_gradient,
+)
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 
@@ -55,6 +60,7 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
         modality_decoder=shared)
     network.apply(unet.initialize)
     network.fusion.initialize()
+    silence_dropout_without_gradient(network)
     return network
 
 

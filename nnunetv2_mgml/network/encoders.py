@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @dataclass
@@ -67,17 +68,20 @@ def encoder_spec(encoder: nn.Module) -> EncoderSpec:
     return EncoderSpec(
         output_channels=list(encoder.output_channels), strides=[list(s) for s in encoder.strides],
         kernel_sizes=kernels, conv_op=encoder.conv_op, conv_bias=encoder.conv_bias, norm_op=encoder.norm_op,
-        norm_op_kwargs=encoder.norm_op_kwargs, dropout_op=silent_without_gradient(encoder.dropout_op),
+        norm_op_kwargs=encoder.norm_op_kwargs, dropout_op=encoder.dropout_op,
         dropout_op_kwargs=encoder.dropout_op_kwargs, nonlin=encoder.nonlin, nonlin_kwargs=encoder.nonlin_kwargs)
 
 
-def silent_without_gradient(dropout_op: type[nn.Module] | None) -> type[nn.Module] | None:
-    """Return a dropout class that drops only while gradients are recorded, so that the teacher pass is not noisy."""
-    if dropout_op is None:
-        return None
-    forward: Callable[[nn.Module, torch.Tensor], torch.Tensor] = dropout_op.forward
+def silence_dropout_without_gradient(network: nn.Module) -> None:
+    """Let the plan's dropout layers drop only while gradients are recorded, so that the teacher pass is not noisy."""
+    for module in network.modules():
+        if isinstance(module, _DropoutNd):
+            module.__class__ = _silent(type(module))
 
-    def drop(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return forward(self, x) if torch.is_grad_enabled() else x
 
-    return type(f"Training{dropout_op.__name__}", (dropout_op,), {"forward": drop})
+@functools.cache
+def _silent(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return kind.forward(self, x) if torch.is_grad_enabled() else x
+
+    return type(f"Student{kind.__name__}", (kind,), {"forward": forward})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
 from nnunetv2_mgml.training.subset_validation import validate_subsets
 from nnunetv2_mgml.training.training_log import TrainingLog
 
@@ -168,7 +170,10 @@ class MissingModalityTrainer(nnUNetTrainer):
 
     # --- the epoch ----------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
-        """Resume the log, then nnU-Net's own preparations."""
+        """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log."""
+        if self.local_rank == 0:
+            refuse_other_network(Path(self.output_folder_base), Path(self.output_folder).name,
+                                 self.plans_manager.plans, self.configuration_name)
         super().on_train_start()
         self.training_log.resume(self.current_epoch)
 
@@ -177,6 +182,7 @@ class MissingModalityTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         self.seed_epoch()
         self._steps_in_epoch = 0
+        self._weights_file = None
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's step on the subset drawn for each sample, so that pseudo Dice speaks of random subsets."""
@@ -228,10 +234,20 @@ class MissingModalityTrainer(nnUNetTrainer):
             self._weights_file = filename
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net's loading."""
-        super().load_checkpoint(filename_or_checkpoint)
+        """nnU-Net's loading.
+
+        Raises:
+            ValueError: the checkpoint is of another network.
+        """
         if isinstance(filename_or_checkpoint, str):
+            stored = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
+            differences = network_differences(stored["init_args"]["plans"], self.plans_manager.plans,
+                                              self.configuration_name)
+            if differences:
+                raise ValueError(f"{filename_or_checkpoint} was trained with another network: "
+                                 f"{'; '.join(differences)}. Use the plans it was trained with.")
             self._weights_file = filename_or_checkpoint
+        super().load_checkpoint(filename_or_checkpoint)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, then the table over all subsets (``validate_subsets``).

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_mgml.subset_report import REPORT_NAME, write_subset_report
+
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.base import MissingModalityTrainer
+
+
+FOLDER = "subset_validation"
+"""In the fold's folder; replaced by each validation, so no evaluation made by hand goes there."""
 
 
 def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) -> str:
@@ -25,7 +33,6 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
     """
     from nnunetv2_mgml.evaluation import command  # evaluation is built on trained models, so it is imported last
     from nnunetv2_mgml.evaluation.model_command import run_model
-    from nnunetv2_mgml.subset_report import write_subset_report
 
     if weights_file is None:
         return "No table over all modality subsets: there is no checkpoint of these weights."
@@ -33,16 +40,32 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
         return "No table over all modality subsets: fold 'all' has no validation cases of its own."
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
+    target = Path(trainer.output_folder) / FOLDER
     arguments = ["-m", str(trainer.output_folder_base), "-d", trainer.plans_manager.dataset_name, "-f",
                  str(trainer.fold), "-chk", Path(weights_file).name, "-device", trainer.device.type, "--disable_tta",
-                 "--overwrite", "--allow_missing", "--disable_progress_bar"]
+                 "-o", str(target), "--overwrite", "--allow_missing", "--disable_progress_bar"]
     if trainer.config.cpu_bfloat16:
         arguments.append("--cpu_bfloat16")
     try:
         evaluation, output, model_folder = run_model(parser.parse_args(arguments))
-        report = write_subset_report(evaluation, model_folder)
-    except (ValueError, FileNotFoundError) as error:
+    except Exception as error:  # the training and nnU-Net's validation are complete; this must not undo their success
+        trainer.print_to_log_file(traceback.format_exc(), also_print_to_console=False)
         return (f"No table over all modality subsets: {error} nnU-Net's own validation above is complete; 'mgml "
                 f"evaluate' makes the table later.")
-    return (f"Validation cases on every subset of the modalities, without mirroring\n{command.summary_text(evaluation)}"
-            f"\nTables: {output}; quality to expect per subset, quoted by predictions: {report}")
+    text = (f"Validation cases on every subset of the modalities, without mirroring\n"
+            f"{command.summary_text(evaluation)}\nTables: {output}")
+    if _is_others(model_folder / REPORT_NAME, trainer.fold):
+        return f"{text}\nThe {REPORT_NAME} of other folds is kept; mgml evaluate --write_subset_report replaces it."
+    report = write_subset_report(evaluation, model_folder)
+    return f"{text}; quality to expect per subset, quoted by predictions: {report}"
+
+
+def _is_others(report: Path, fold: int | str) -> bool:
+    """Whether a report exists that is of more, or other, folds than this one."""
+    if not report.is_file():
+        return False
+    try:
+        folds = json.loads(report.read_text()).get("folds")
+    except json.JSONDecodeError:
+        return False
+    return folds is not None and folds != [str(fold)]

@@ -42,4 +42,5 @@ class nnUNetTrainerModalityDropout(MissingModalityTrainer):
     def train_step(self, batch: dict) -> dict[str, Any]:
         """nnU-Net's step on the visible channels."""
         visible: torch.Tensor = zero_absent(batch["data"], batch["modality_mask"])
-        return super().train_step({**batch, "data": visible})
+        with self.autocast():
+            return super().train_step({**batch, "data": visible})
