@@ -119,12 +119,12 @@ class MGMLConfig:
         if self.sharpness_min >= self.sharpness_max:
             raise ValueError(f"sharpness_min ({self.sharpness_min}) must be below sharpness_max "
                              f"({self.sharpness_max}).")
-        if self.modality_missing_rate and self.mask_sampling != "bernoulli":
-            raise ValueError(f"modality_missing_rate needs mask_sampling=bernoulli; with {self.mask_sampling} it would "
-                             f"be ignored.")
         for name, rate in self.modality_missing_rate.items():
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"modality_missing_rate of '{name}' must be a number in [0, 1), got {rate!r}.")
+        if self.modality_missing_rate and self.mask_sampling != "bernoulli":
+            raise ValueError(f"modality_missing_rate needs mask_sampling=bernoulli; with {self.mask_sampling} it would "
+                             f"be ignored.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -39,8 +39,8 @@ class Shell:
     def predict(self, images: Path, output: Path, dataset: int, *flags: object, fold: object = 0, code: int = 0
                 ) -> str:
         model = ("-d", dataset, "-c", "3d_fullres", "-f", fold, "-tr", "nnUNetTrainerMGML", "-p", PLANS)
-        return self("nnUNetv2_predict", "-i", images, "-o", output, *model, "-device", "cpu", "-npp", 0, "-nps", 0,
-                    *flags, code=code)
+        quick = ("-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta")
+        return self("nnUNetv2_predict", "-i", images, "-o", output, *model, *quick, *flags, code=code)
 
 
 def labels(path: Path) -> np.ndarray:

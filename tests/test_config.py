@@ -42,7 +42,8 @@ def test_every_option_survives_json(name, data):
         value = min(value, 19.0)  # must stay below sharpness_max
     if name == "sharpness_max":
         value = max(value, 1.0)
-    config = MGMLConfig().updated({name: value})
+    needed = {"mask_sampling": "bernoulli"} if name == "modality_missing_rate" and value else {}
+    config = MGMLConfig().updated({name: value, **needed})
     assert getattr(config, name) == value
     plans = json.loads(json.dumps({PLANS_KEY: {"config": config.as_dict()}}))
     assert MGMLConfig.from_plans(plans) == config
@@ -84,6 +85,7 @@ def test_unknown_option_lists_all():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sharpness_min": 5.0, "sharpness_max": 5.0}, "must be below"),
+    ({"modality_missing_rate": {"t1": 0.2}}, r"needs mask_sampling=bernoulli; with uniform_subset it would be ignored"),
     ({"modality_missing_rate": {"t1": 1.0}}, r"'t1' must be a number in \[0, 1\)"),
     ({"modality_missing_rate": {"t1": True}}, r"'t1' must be a number"),
     ({"modality_missing_rate": {"t1": "often"}}, r"'t1' must be a number"),

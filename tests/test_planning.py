@@ -193,7 +193,7 @@ def test_inheritance_is_respected(stock):
     ({"temperature": "hot"}, "option temperature: 'hot'"),
     ({"fusion": "average"}, "Unknown fusion design 'average'. Allowed: .*mean"),
     ({"fusion": "mean", "fusion_options": {"heads": 2}}, "'mean' has no option heads"),
-    ({"modality_missing_rate": {"pet": 0.5}}, "Unknown modality 'pet'"),
+    ({"mask_sampling": "bernoulli", "modality_missing_rate": {"pet": 0.5}}, "Unknown modality 'pet'"),
 ])
 def test_bad_options(stock, changes, message):
     with pytest.raises(ValueError, match=message):
