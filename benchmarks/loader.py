@@ -13,6 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -53,6 +54,8 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(args.batches + 5):
         for name, loader in loaders.items():
+            np.random.seed(turn)  # the same patches and augmentation for both
+            torch.manual_seed(turn)
             start = time.process_time()
             loader.generate_train_batch()
             if turn >= 5:
