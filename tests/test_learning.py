@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,25 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     return 2 * float((prediction & reference).sum()) / float(prediction.sum() + reference.sum())
 
 
+class WithoutAugmentation(nnUNetTrainerMGML):
+    """An overfit asks whether two cases can be learned by heart; augmentation makes them many."""
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
+        rotation, dummy_2d, _, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return rotation, dummy_2d, self.configuration_manager.patch_size, mirror_axes
+
+    @staticmethod
+    def get_training_transforms(patch_size: Any, rotation_for_DA: Any, deep_supervision_scales: Any, *args: Any,
+                                use_mask_for_norm: Any = None, **labels: Any) -> Any:
+        return nnUNetTrainerMGML.get_validation_transforms(deep_supervision_scales, **labels)
+
+
 @pytest.mark.slow
 def test_overfit_on_two_cases_reaches_dice_095(nnunet_folders: Path) -> None:
     plans_dict = plans(patch=(24, 24, 24))
-    options = {"num_epochs": 4, "num_iterations_per_epoch": 50, "fusion": "region_aware", "optimizer": "adam",
+    options = {"num_epochs": 4, "num_iterations_per_epoch": 75, "fusion": "region_aware", "optimizer": "adam",
                "initial_lr": 3e-3}
-    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, plans_dict=copy.deepcopy(plans_dict),
+    trainer = make_trainer(WithoutAugmentation, write_dataset(nnunet_folders, plans_dict=copy.deepcopy(plans_dict),
                                                             shape=(24, 24, 24)), options)
     trainer.run_training()
     network = trainer.bare_network.eval()

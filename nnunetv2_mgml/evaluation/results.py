@@ -182,7 +182,7 @@ def load_evaluation(folder: Path) -> Evaluation:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; run 'mgml evaluate -o {folder}' again to write it.")
     table = pd.read_csv(file, dtype={"case": str, "subset": str, "region": str, "metric": str, "value": "float64"},
-                        keep_default_na=False, na_values={"value": ["nan"]})
+                        keep_default_na=False, na_values={"value": ["nan"]}, float_precision="round_trip")
     if tuple(table.columns) != COLUMNS:
         raise ValueError(f"{file} must have the columns {', '.join(COLUMNS)}, found {', '.join(table.columns)}.")
     channels = tuple(summary["channels"])
