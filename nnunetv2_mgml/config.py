@@ -57,6 +57,11 @@ class MGMLConfig:
     width_factor: float = _option(0.5, "feature channels as a multiple of the plan's (rounded to multiples of 8); one "
                                        "encoder per modality at full width would be four times the stock network",
                                   low=0.05, high=4)
+    decoder_width_ratio: float = _option(
+        0.5, "feature channels of fusion and decoders as a multiple of the encoders' (rounded to multiples of 8). They "
+             "run once per modality or subset, the encoders once per patch", low=0.1, high=1)
+    decoder_convs: int | None = _option(1, "convolutions per decoder stage, as in nnU-Net's residual encoder plans; "
+                                           "null: the plan's", low=1, kinds=_INT)
 
     # --- which modalities a training sample sees ----------------------------------------------------------------------
     mask_sampling: str = _option(

@@ -67,7 +67,7 @@ def test_maps_reach_the_fusion_detached() -> None:
     result.fused.sum().backward()
     assert all(p.grad is None for p in design.maps.parameters())
     result.auxiliary.sum().backward()
-    assert all(p.grad is not None for p in design.maps[2].parameters())
+    assert all(p.grad is not None for p in design.maps["2"].parameters())
 
 
 def test_a_class_missing_from_the_patch_gives_finite_weights() -> None:

@@ -35,7 +35,7 @@ class WithoutAugmentation(nnUNetTrainerMGML):
 def test_overfit_on_two_cases_reaches_dice_095(nnunet_folders: Path) -> None:
     plans_dict = plans(patch=(24, 24, 24))
     options = {"num_epochs": 4, "num_iterations_per_epoch": 75, "fusion": "region_aware", "optimizer": "adam",
-               "initial_lr": 3e-3}
+               "initial_lr": 3e-3, "width_factor": 1.0}
     trainer = make_trainer(WithoutAugmentation, write_dataset(nnunet_folders, plans_dict=copy.deepcopy(plans_dict),
                                                             shape=(24, 24, 24)), options)
     trainer.run_training()

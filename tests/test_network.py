@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from builders import network
+from builders import configuration, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_without_gradient
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
@@ -138,7 +142,7 @@ def test_training_output(fusion: str) -> None:
     assert out.teacher.shape == out.student[0].shape
     assert not out.teacher.requires_grad
     assert out.fusion_loss.shape == ()
-    assert len(out.auxiliary) == (3 if fusion == "region_aware" else 0)
+    assert len(out.auxiliary) == (2 if fusion == "region_aware" else 0)  # full resolution has none
 
 
 def test_teacher_is_the_complete_pass_and_student_the_incomplete_one() -> None:
@@ -270,9 +274,9 @@ def test_region_fusion_equals_the_written_out_formula() -> None:
     """Against the definition that builds x_{m,k} = x_m P_k, in float64."""
     from nnunetv2_mgml.network.fusion.region_aware import RegionFusion
 
-    module: RegionFusion = network(config("region_aware")).fusion.fusions[1].double()
+    module: RegionFusion = network(config("region_aware")).fusion.fusions["1"].double()
     gen = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 16, 4, 4, 4, dtype=torch.float64, generator=gen)
+    x = torch.randn(2, 4, 8, 4, 4, 4, dtype=torch.float64, generator=gen)
     maps = torch.randn(2, 4, 4, 4, 4, dtype=torch.float64, generator=gen).softmax(1)
     captured: list[torch.Tensor] = []
     module.regions.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
@@ -292,3 +296,52 @@ def test_region_fusion_equals_the_written_out_formula() -> None:
 
 def test_registry_holds_the_designs_of_this_issue() -> None:
     assert set(DESIGNS) <= set(fusion_designs())
+
+
+def test_decoders_work_at_a_share_of_the_encoders_width() -> None:
+    """Features leave the encoders projected; with ratio 1 there is no projection, with None the plan's convolutions."""
+    layout = {"patch": (16, 16, 16), "widths": [16, 32, 64]}
+    narrow = network(config("concat"), **layout)
+    assert [f.shape[2] for f in narrow.encode(batch((16, 16, 16)))] == [8, 16, 32]
+    assert narrow.decoder.stages[-1].convs[0].conv.out_channels == 8
+    wide = network(config("concat", decoder_width_ratio=1.0), **layout)
+    assert [f.shape[2] for f in wide.encode(batch((16, 16, 16)))] == [16, 32, 64]
+    assert not list(wide.encoders[0].projections.parameters())
+
+
+@pytest.mark.parametrize(("convs", "expected"), [(None, 2), (1, 1), (3, 3)])
+def test_decoder_convolutions_are_the_plans_or_ours(convs: int | None, expected: int) -> None:
+    plan = configuration((16, 16, 16))
+    plan["architecture"]["arch_kwargs"]["n_conv_per_stage_decoder"] = [2, 2]
+    net = build_network(ConfigurationManager(plan), config("concat", decoder_convs=convs), 4, 3, 4, False)
+    assert [len(stage.convs) for stage in net.decoder.stages] == [expected] * 2
+    assert [len(stage.convs) for stage in net.modality_decoder.stages] == [expected] * 2
+
+
+@pytest.mark.parametrize("fusion", ["mean", "concat", "region_aware"])
+def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
+    """With stock widths: one of four modalities at most 0.45 of all four, 15 subsets at most 4 full predictions."""
+    plan = configuration((32, 32, 32), stages=4, widths=[32, 64, 128, 256])
+    plan["architecture"]["arch_kwargs"].update(n_conv_per_stage=[2] * 4, n_conv_per_stage_decoder=[2] * 3)
+    net = build_network(ConfigurationManager(plan), MGMLConfig(fusion=fusion), 4, 3, 4, False).eval()
+    x = batch((32, 32, 32), size=1)
+
+    def flops(function: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            function()
+        return counter.get_total_flops()
+
+    def predict(subset: tuple[bool, ...]) -> int:
+        net.set_availability(subset)
+        return flops(lambda: net(x))
+
+    full = predict((True,) * 4)
+    assert predict((True, False, False, False)) <= 0.45 * full
+    masks = torch.tensor([[bool(code >> m & 1) for m in range(4)] for code in range(1, 16)])
+
+    def all_subsets() -> None:
+        features = net.encode(x)
+        for mask in masks:
+            net.fuse_decode(features, mask[None])
+
+    assert flops(all_subsets) <= 4 * full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -11,8 +12,10 @@ from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
 from nnunetv2_mgml.network.encoders import (
     EncoderSpec,
+    NarrowedEncoder,
     encoder_spec,
     plan_unet,
+    scaled_widths,
     silence_dropout_without_gradient,
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
@@ -49,14 +52,18 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
                      configuration_manager.network_arch_init_kwargs_req_import,
                      1 + num_input_channels - modalities, num_classes, config.width_factor)
     spec = encoder_spec(unet.encoder)
-    convs, nonlin_first = arch_kwargs["n_conv_per_stage_decoder"], bool(arch_kwargs.get("nonlin_first", False))
+    narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, config.decoder_width_ratio))
+    convs = config.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
+    nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     shared = None
     if config.modality_decoder_weight > 0 or config.uses_soft_label:
-        shared = modality_decoder(spec, num_classes, convs, nonlin_first)
+        shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
     network = MultiEncoderUNet(
-        encoders=[copy.deepcopy(unet.encoder) for _ in range(modalities)],
-        fusion=build_fusion(config.fusion, _fusion_spec(spec, modalities, num_classes, configuration_manager, config)),
-        decoder=FusionDecoder(spec, num_output_channels, convs, deep_supervision, nonlin_first),
+        encoders=[NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels)
+                  for _ in range(modalities)],
+        fusion=build_fusion(config.fusion,
+                            _fusion_spec(narrow, modalities, num_classes, configuration_manager, config)),
+        decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
         modality_decoder=shared)
     network.apply(unet.initialize)
     network.fusion.initialize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,29 @@ def silence_dropout_without_gradient(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, _DropoutNd):
             module.__class__ = _silent(type(module))
+
+
+class NarrowedEncoder(nn.Module):
+    """An encoder whose features are projected, scale by scale, to the width the fusion and the decoders work at.
+
+    The projections are 1x1 convolutions; they run with the encoder, once per patch, whatever subsets are asked for.
+
+    Args:
+        encoder: returns ``(B, C_s, *spatial_s)`` per scale.
+        spec: of that encoder.
+        widths: channels per scale after the projection.
+    """
+
+    def __init__(self, encoder: nn.Module, spec: EncoderSpec, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projections = nn.ModuleList(
+            nn.Identity() if before == after else spec.conv_op(before, after, 1, bias=spec.conv_bias)
+            for before, after in zip(spec.output_channels, widths, strict=True))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Map ``(B, 1 + P, *spatial)`` to ``(B, widths[s], *spatial_s)``, full resolution first."""
+        return [project(f) for project, f in zip(self.projections, self.encoder(x), strict=True)]
 
 
 @functools.cache

@@ -11,18 +11,19 @@ from __future__ import annotations
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
 _BASELINE = {"soft_label": "none", "consistency_weight": 0.0}
+_RFNET = {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}}
 
 
 class nnUNetTrainerRFNet(nnUNetTrainerMGML):
-    """Region-aware fusion (Ding et al., ICCV 2021)."""
+    """Region-aware fusion at every scale (Ding et al., ICCV 2021)."""
 
-    config_overrides = {"fusion": "region_aware", **_BASELINE}
+    config_overrides = {**_RFNET, **_BASELINE}
 
 
 class nnUNetTrainerRFNet_MGML(nnUNetTrainerMGML):
-    """Region-aware fusion with MGML."""
+    """Region-aware fusion at every scale with MGML."""
 
-    config_overrides = {"fusion": "region_aware"}
+    config_overrides = _RFNET
 
 
 class nnUNetTrainermmFormer(nnUNetTrainerMGML):

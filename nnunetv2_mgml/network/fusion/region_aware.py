@@ -2,8 +2,10 @@
 
 At every scale a small head (PRM) predicts label maps from the masked features and the decoder; they have a loss of
 their own and reach the fusion (RFM) detached. Each class then weighs the modalities by an MLP on its pooled features.
-Two things differ from the published code, none in the result: the ``(B, M, K, C, V)`` tensor is never built (the
-weights act before the maps), and the pooling denominator is floored at 1e-3 for half precision.
+RFNet does so at full resolution too; here that scale, as costly as all others together, has the shortcut alone unless
+``full_resolution_regions`` is set. Two things differ from the published code, none in the result: the
+``(B, M, K, C, V)`` tensor is never built (the weights act before the maps), and the pooling denominator is floored at
+1e-3 for half precision.
 """
 
 from __future__ import annotations
@@ -84,19 +86,24 @@ class RegionFusion(nn.Module):
 
 @register
 class RegionAwareFusion(FusionDesign):
-    """PRM and RFM at every scale."""
+    """PRM and RFM at every scale, the full resolution only where ``full_resolution_regions`` asks for it."""
 
     name = "region_aware"
-    summary = "class maps weigh the modalities per region at every scale (RFNet, ICCV 2021)"
+    summary = "class maps weigh the modalities per region, scale by scale (RFNet, ICCV 2021)"
+    default_options = {"full_resolution_regions": False}
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
-        self.maps = nn.ModuleList(ProbabilityMap(spec, s) for s in range(spec.num_scales))
-        self.fusions = nn.ModuleList(RegionFusion(spec, s) for s in range(spec.num_scales))
+        finest = 0 if self.options["full_resolution_regions"] or spec.num_scales == 1 else 1
+        self.shortcut = skip_fusion(spec, 0) if finest else None
+        self.maps = nn.ModuleDict({str(s): ProbabilityMap(spec, s) for s in range(finest, spec.num_scales)})
+        self.fusions = nn.ModuleDict({str(s): RegionFusion(spec, s) for s in range(finest, spec.num_scales)})
 
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
-        logits = self.maps[scale](features.flatten(1, 2), context)
+        if scale == 0 and self.shortcut is not None:
+            return FusedScale(self.shortcut(features.flatten(1, 2)))
+        logits = self.maps[str(scale)](features.flatten(1, 2), context)
         maps = logits.float().softmax(1).to(features.dtype).detach()
-        return FusedScale(self.fusions[scale](features, maps), auxiliary=logits)
+        return FusedScale(self.fusions[str(scale)](features, maps), auxiliary=logits)

@@ -1,0 +1,112 @@
+"""Reads settings.json and turns it into runs: one training with its evaluation each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+SETTINGS = FOLDER / "settings.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+
+    group: str
+    dataset: str
+    design: str
+    variant: str
+    seed: int
+    fold: int
+    trainer: str
+    options: dict[str, Any] = field(hash=False)
+    """Everything ``mgml plan --set`` gets."""
+    dataset_settings: dict[str, Any] = field(hash=False)
+    subsets: tuple[str, ...] = ()
+    """The only subsets to evaluate; empty: all."""
+
+    @property
+    def name(self) -> str:
+        """Name of the plans and of the result file; unique within the settings."""
+        fold = f"_fold{self.fold}" if self.dataset_settings["kind"] == "real" else ""
+        return f"{self.group}_{self.design}_{self.variant}{fold}_seed{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        """Where the result goes."""
+        return RESULTS / self.group / f"{self.design}__{self.variant}__fold{self.fold}__seed{self.seed}.json"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything that could change the result does (code aside)."""
+        content = [self.trainer, self.options, self.dataset_settings, self.fold, list(self.subsets)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def finished(self) -> bool:
+        """Whether a result of these very settings is there."""
+        return self.file.is_file() and json.loads(self.file.read_text())["fingerprint"] == self.fingerprint
+
+
+def read_settings(file: Path = SETTINGS) -> dict[str, Any]:
+    """Read the settings."""
+    return json.loads(file.read_text())
+
+
+def all_runs(settings: dict[str, Any], groups: Sequence[str] | None = None) -> list[Run]:
+    """Return the runs of some groups (default: all), seed by seed so that tables fill evenly.
+
+    Raises:
+        ValueError: an unknown group, or two runs of one name.
+    """
+    unknown = set(groups or ()) - set(settings["groups"])
+    if unknown:
+        raise ValueError(f"Unknown group {', '.join(sorted(unknown))}. Allowed: {', '.join(settings['groups'])}.")
+    runs = [run for name in groups or settings["groups"] for run in _group_runs(settings, name)]
+    names = [run.name for run in runs]
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"Two runs are called {', '.join(doubles)}.")
+    return runs
+
+
+def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
+    group = settings["groups"][name]
+    dataset = group["dataset"]
+    data = settings["datasets"][dataset]
+    for seed in group["seeds"]:
+        for fold in group.get("folds", [0]):
+            for design in group["designs"]:
+                for variant, trainer, changes, subsets in _variants(settings, group):
+                    options = {**settings["training"][dataset], "fusion": design, "seed": seed,
+                               **group.get("set", {}), **changes}
+                    yield Run(name, dataset, design, variant, seed, fold, trainer, options, data, subsets)
+
+
+def _variants(settings: dict[str, Any], group: dict[str, Any]
+              ) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
+    """Yield name, trainer, options, subsets: variants as named, or changed by ``only_subsets`` or ``try``."""
+    for variant in group["variants"]:
+        entry = settings["variants"][variant]
+        trainer, options = entry["trainer"], entry.get("set", {})
+        if "only_subsets" in group:
+            for subset in group["only_subsets"]:
+                yield f"{variant}_only_{subset}", trainer, {**options, **only(subset)}, (subset,)
+        elif "try" in group:
+            for label, changes in group["try"].items():
+                yield f"{variant}_{label}", trainer, {**options, **changes}, ()
+        else:
+            yield variant, trainer, options, ()
+
+
+def only(subset: str) -> dict[str, Any]:
+    """Return options under which every training sample has this subset alone (to one in a million)."""
+    kept = subset.split("+")
+    return {"mask_sampling": "bernoulli",
+            "modality_missing_rate": {name: 0.0 if name in kept else 1 - 1e-6
+                                      for name in ("t1", "t1ce", "t2", "flair")}}
