@@ -25,8 +25,9 @@ MARKER = "ablation.json"
 def environment(work: Path) -> dict[str, str]:
     """Return the environment of nnU-Net's commands: its folders below ``work``, one thread, no worker processes."""
     folders = {f"nnUNet_{name}": str(work / name) for name in ("raw", "preprocessed", "results")}
-    return {**os.environ, **folders, "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f", "OMP_NUM_THREADS": "1",
-            "nnUNet_extTrainer": EXT_DIR, "PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return {**os.environ, **folders, "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f",
+            "nnUNet_extTrainer": EXT_DIR, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def folder_name(data: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import sys
 
-os.cpu_count = multiprocessing.cpu_count = lambda: 1
-sys.argv = sys.argv[1:]
-(script,) = importlib.metadata.entry_points(group="console_scripts", name=sys.argv[0])
-sys.exit(script.load()())
+if __name__ == "__main__":  # not in the worker processes a script may start
+    os.cpu_count = multiprocessing.cpu_count = lambda: 1
+    sys.argv = sys.argv[1:]
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name=sys.argv[0])
+    sys.exit(script.load()())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,15 +39,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("ablation_work"), help="folder for data and models")
     parser.add_argument("--groups", nargs="+", help="groups of settings.json (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--designs", nargs="+", help="only these fusion designs")
+    parser.add_argument("--match", default="", help="only runs whose name (see --list) this regular expression finds")
     parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 2)), help="runs side by side")
     parser.add_argument("--keep_models", action="store_true", help="keep checkpoints and predictions")
     parser.add_argument("--list", action="store_true", help="show what is finished and stop")
     args = parser.parse_args()
     settings = read_settings()
-    runs = [run for run in all_runs(settings, args.groups)
-            if (args.seeds is None or run.seed in args.seeds) and (args.designs is None or run.design in args.designs)]
+    runs = [run for run in all_runs(settings, args.groups) if re.search(args.match, run.name)]
     if args.list:
         for run in runs:
             print("done" if run.finished() else "    ", run.name)

@@ -1,0 +1,206 @@
+"""The text of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from collect import Difference, Result, difference, select, statistics
+
+PAPER = {"baseline": (83.90, 73.97, 57.07), "consistency": (84.70, 75.79, 58.24), "meta_amf": (85.35, 76.67, 59.82),
+         "fixed_soft_labels": (85.15, 76.28, 59.43), "mgml": (86.31, 77.08, 60.38)}
+"""WT, TC, ET of the paper's Tables 1 and 2 (mmFormer, BraTS2020)."""
+PAPER_TEMPERATURE = {"2": 76.16, "4": 76.14, "6": 76.21, "8": 76.19, "10": 76.15}
+PAPER_LAMBDA3 = {"0.001": 76.14, "0.01": 76.21, "0.1": 76.19}
+REGIONS = ("WT", "TC", "ET")
+
+
+def page(settings: dict[str, Any], results: Sequence[Result]) -> str:
+    """Return the page; sections without results say so."""
+    sections = [_head(settings, results), _main(results), _subsets(results), _designs(results), _headroom(results),
+                _readings(results), _sensitivity(results), _real(settings, results), FULL_SIZE]
+    return "\n".join(sections)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, or a line saying that there is nothing yet."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if not lines:
+        return "No finished runs yet.\n"
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) + "\n"
+
+
+def change_cells(change: Difference | None) -> list[str]:
+    """Return difference, interval and values per seed."""
+    if change is None:
+        return ["-", "-", "-"]
+    return [f"{change.mean:+.2f}", f"{change.low:+.2f} to {change.high:+.2f}",
+            " ".join(f"{value:+.2f}" for value in change.per_seed)]
+
+
+def mean_cells(results: Sequence[Result]) -> list[str]:
+    """Return mean with spread, then the regions."""
+    values = statistics(results)
+    spread = "" if values["sd"] != values["sd"] else f" ± {values['sd']:.2f}"
+    return [f"{values['mean']:.2f}{spread}", *(f"{values[region]:.2f}" for region in REGIONS), str(values["seeds"])]
+
+
+def _head(settings: dict[str, Any], results: Sequence[Result]) -> str:
+    data, training = settings["datasets"]["phantom"], settings["training"]["phantom"]
+    training_part, validation, test = data["split"].split(":")
+    steps = training["num_epochs"] * training["num_iterations_per_epoch"]
+    hours = sum(sum(r.content["hours"].values()) for r in results)
+    commits = ", ".join(sorted({r.content["commit"][:9] + ("*" if r.content["code_changed"] else "")
+                                for r in results})) or "-"
+    versions = results[0].content["versions"] if results else {}
+    shape, patch = ("x".join(map(str, sizes)) for sizes in (data["shape"], training["patch_size"]))
+    difficulty = ", ".join(f"{key} {value:g}" for key, value in data["difficulty"].items())
+    used = ", ".join(f"{key} {versions[key]}" for key in ("torch", "nnunetv2", "nnunetv2_mgml") if key in versions)
+    return f"""# Does MGML help? What two cores can say
+
+Made by `python benchmarks/ablation/report.py` from {len(results)} result files in `benchmarks/ablation/results/`;
+never edited by hand. Every run is the plugin's own commands (`benchmarks/ablation/run.py`), settings are in
+`benchmarks/ablation/settings.json`. **These are small experiments on synthetic cases** (no BraTS and no GPU here): they
+show whether the implementation does what it should and which readings of the paper are harmful, not what MGML gains on
+BraTS.
+
+Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
+{data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
+{patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU, one thread. Prediction without mirroring. Dice in percent,
+mean over 15 subsets and the cases; empty-case policy of BraTS. ± is the standard deviation over seeds; intervals are
+95 % bootstrap over cases of the paired difference. Together {hours:.1f} core-hours; commits {commits} (* with
+uncommitted changes); {used}.
+
+![differences per subset and design](images/results.png)
+"""
+
+
+def _rows(results: Sequence[Result], baseline: Sequence[Result], variants: Iterable[str], paper: bool = False
+          ) -> Iterable[list[str]]:
+    for variant in variants:
+        chosen = [r for r in results if r.run.variant == variant]
+        if chosen:
+            change = difference(baseline, chosen) if variant != "baseline" else None
+            cells = [f"`{variant}`", *mean_cells(chosen), *change_cells(change)]
+            yield [*cells, *([f"{np.mean(PAPER[variant]):.2f}" if variant in PAPER else "-"] if paper else [])]
+
+
+_CHANGE = ("difference", "95 % interval", "per seed")
+
+
+def _main(results: Sequence[Result]) -> str:
+    chosen = select(results, "main")
+    order = dict.fromkeys(r.run.variant for r in chosen)
+    rows = _rows(chosen, select(chosen, variant="baseline"), order, paper=True)
+    return ("## The ablation (fusion `region_aware`)\n\n*Paper*: mean of WT, TC and ET in Tables 1 and 2 of Zou et al. "
+            "(mmFormer on BraTS2020), figures of the paper.\n\n"
+            + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE, "paper"], rows))
+
+
+def _subsets(results: Sequence[Result]) -> str:
+    rows = []
+    variants = ("modality_dropout", "baseline", "mgml")
+    found = {v: select(results, "main", variant=v) for v in variants}
+    if all(found.values()):
+        mean = {v: np.mean([r.dice for r in found[v]], axis=(0, 3)) for v in variants}
+        for index, subset in enumerate(found["baseline"][0].subsets):
+            rows.append([subset, *(" / ".join(f"{x:.1f}" for x in mean[v][:, index]) for v in variants)])
+    return "## Per subset\n\nWT / TC / ET, mean over seeds.\n\n" + table(
+        ["present", *(f"`{v}`" for v in variants)], rows)
+
+
+def _designs(results: Sequence[Result]) -> str:
+    chosen = select(results, "designs")
+    rows = []
+    for design in dict.fromkeys(r.run.design for r in chosen):
+        baseline, mgml = (select(chosen, design=design, variant=v) for v in ("baseline", "mgml"))
+        if baseline and mgml:
+            change = difference(baseline, mgml)
+            rows.append([f"`{design}`", mean_cells(baseline)[0], mean_cells(mgml)[0], *change_cells(change)[:2],
+                         " / ".join(f"{change.regions[r]:+.2f}" for r in REGIONS), mean_cells(mgml)[-1]])
+    return "## MGML on the other fusion designs\n\n" + table(
+        ["design", "baseline", "MGML", *_CHANGE[:2], "WT / TC / ET", "seeds"], rows)
+
+
+def _headroom(results: Sequence[Result]) -> str:
+    rows = []
+    for result in select(results, "headroom"):
+        subset = result.run.subsets[0]
+        shared = [r for r in select(results, "main", variant="baseline") if r.run.seed == result.run.seed]
+        if shared:
+            of_all = shared[0].dice[:, shared[0].subsets.index(subset)].mean(1)
+            alone = result.dice[:, 0].mean(1)
+            rows.append([subset, " / ".join(f"{x:.1f}" for x in alone), " / ".join(f"{x:.1f}" for x in of_all),
+                         f"{alone.mean() - of_all.mean():+.2f}"])
+    return ("## Headroom\n\nA network trained on one subset only, for the same number of steps, against the baseline "
+            "for all subsets: what a better training could gain at most. WT / TC / ET.\n\n"
+            + table(["subset", "trained on it alone", "baseline", "headroom"], rows))
+
+
+def _readings(results: Sequence[Result]) -> str:
+    chosen = select(results, "readings")
+    baseline = select(results, "main", variant="baseline")
+    rows = [[*row[:2], *row[3 - 1:5], *row[6:8], f"`{_set(chosen, row[0])}`"]
+            for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))]
+    return ("## Readings of the losses that were tried\n\nEach against the baseline of the same seed; one seed tells "
+            "harmful from harmless, not good from better.\n\n"
+            + table(["run", "mean", *REGIONS, *_CHANGE[:2], "set"], rows))
+
+
+def _set(results: Sequence[Result], cell: str) -> str:
+    run = next(r.run for r in results if f"`{r.run.variant}`" == cell)
+    shared = set.intersection(*({(k, str(v)) for k, v in r.run.options.items()} for r in results))
+    return " ".join(f"{k}={v}" for k, v in run.options.items() if (k, str(v)) not in shared and k != "seed")
+
+
+def _sensitivity(results: Sequence[Result]) -> str:
+    default = [r for r in select(results, "main", variant="mgml") if r.run.seed == 0]
+    parts = ["## Sensitivity\n\nOne seed. *Paper*: mean of WT, TC and ET in Tables 5 and 6.\n"]
+    for title, group, known, option in (("tau", "temperature", PAPER_TEMPERATURE, "temperature"),
+                                        ("lambda3", "lambda3", PAPER_LAMBDA3, "consistency_weight")):
+        rows = {float(r.run.options[option]): mean_cells([r]) for r in select(results, group)}
+        if default:
+            from nnunetv2_mgml.config import MGMLConfig
+
+            rows.setdefault(float(default[0].run.options.get(option, getattr(MGMLConfig(), option))),
+                            mean_cells(default))
+        parts.append(table([title, "mean", *REGIONS, "paper"],
+                           ([f"{value:g}", *cells[:4], f"{known[f'{value:g}']:.2f}" if f"{value:g}" in known else "-"]
+                            for value, cells in sorted(rows.items()))))
+    return "\n".join(parts)
+
+
+def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
+    data, training = settings["datasets"]["real"], settings["training"]["real"]
+    chosen = select(results, "real")
+    folds = len({r.run.fold for r in chosen})
+    rows = _rows(chosen, select(chosen, variant="baseline"), dict.fromkeys(r.run.variant for r in chosen))
+    return (f"## Real cases\n\nThe eleven BraTS cases of `MGML_REAL_DATA` at {data['spacing_mm'][0]:g} mm, {folds} of "
+            f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
+            f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
+            f"{training['batch_size']}. Far too few cases and steps to judge the method; published models were "
+            f"trained on these cases too.\n\n"
+            + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE], rows))
+
+
+FULL_SIZE = """## At full size
+
+**Not run here.** With BraTS2020 or BraTS2023 and a GPU the same comparison is, without any change to the code:
+
+```bash
+mgml convert brats /path/to/BraTS2020 -d 137 --split 219:50:100
+nnUNetv2_plan_and_preprocess -d 137 -c 3d_fullres
+mgml plan -d 137 --preset paper
+for T in nnUNetTrainerMGML_baseline nnUNetTrainerMGML_noMetaAMF nnUNetTrainerMGML_noConsistency nnUNetTrainerMGML; do
+    nnUNetv2_train 137 3d_fullres 0 -tr $T -p nnUNetMGMLPlans
+    mgml evaluate -d 137 -c 3d_fullres -f 0 -tr $T -p nnUNetMGMLPlans -o evaluation/$T \\
+        -i $nnUNet_raw/Dataset137_BraTS2020/imagesTs -l $nnUNet_raw/Dataset137_BraTS2020/labelsTs
+done
+mgml compare evaluation/nnUNetTrainerMGML_baseline evaluation/nnUNetTrainerMGML -o evaluation/comparison
+```
+
+`--set fusion=mmformer` (or another design) on `mgml plan` repeats it for that design. Expected, not measured: the paper
+trains 900 epochs of 150 steps at batch 1 on 80x80x80 patches, 66 to 77 s an epoch for RFNet on an RTX 3090 (Table 7):
+17 to 19 hours a run. [costs.md](costs.md) has the memory of a training step on a CPU, per fusion design.
+"""
