@@ -1,10 +1,11 @@
 """What each fusion design costs, and what MGML adds: parameters, FLOPs, time, peak memory. Writes docs/costs.md.
 
-    python benchmarks/cost.py                      # every design, 48^3 patches, CPU: about half an hour on two cores
+    python benchmarks/cost.py                      # every design, 40^3 patches, on the CPU
     python benchmarks/cost.py --designs concat region_aware --patch 64 --device cuda
 
 Every measurement runs in a process of its own, so that peak memory is that of one setting. Within a process the two
 things compared are timed in turns, and medians are reported; ratios are what to read, absolute times are the machine's.
+What is measured is kept in ``benchmarks/results/cost.json``, design by design; ``--again`` measures it anew.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from builders import configuration
 
 MODALITIES, CLASSES, REGIONS = 4, 4, 3
+RESULTS = Path(__file__).parent / "results" / "cost.json"
 PAPER = {"region_aware": "RFNet 65.96 -> 77.33", "mmformer": "mmFormer 41.35 -> 44.54",
          "imfuse": "IM-Fuse 70.81 -> 76.59"}
 """Seconds per epoch without and with MGML in the paper's Table 7 (RTX 3090, the authors' own networks)."""
@@ -42,26 +44,36 @@ PAPER = {"region_aware": "RFNet 65.96 -> 77.33", "mmformer": "mmFormer 41.35 -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--designs", nargs="+", default=list(fusion_designs()), help="fusion designs")
-    parser.add_argument("--patch", type=int, default=48, help="edge of the cubic patch, voxels")
+    parser.add_argument("--patch", type=int, default=40, help="edge of the cubic patch, voxels")
     parser.add_argument("--stages", type=int, default=4, help="resolution stages of the U-Net")
     parser.add_argument("--width_factor", type=float, default=0.5, help="of nnU-Net's widths 32, 64, 128, ...")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions; the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "costs.md")
+    parser.add_argument("--again", action="store_true", help="do not use what earlier runs measured")
     parser.add_argument("--worker", nargs=2, metavar=("DESIGN", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(WORKERS[args.worker[1]](args.worker[0], args)))
         return
+    measured = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     rows = {}
     for design in args.designs:
-        rows[design] = {what: run_worker(design, what) for what in WORKERS}
+        key = f"{design} patch {args.patch} stages {args.stages} width {args.width_factor:g} {args.device}"
+        if args.again or key not in measured:
+            measured[key] = {what: run_worker(design, what) for what in WORKERS}
+            write(RESULTS, json.dumps(measured, indent=1) + "\n")
+        rows[design] = measured[key]
         print(design, json.dumps(rows[design]), flush=True)
-    text = page(rows, args)
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, args.output)
+    write(args.output, page(rows, args))
     print(f"wrote {args.output}")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def run_worker(design: str, what: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -55,9 +56,18 @@ def call(work: Path, log: Path, command: Sequence[str], **more: str) -> None:
 def prepare(work: Path, data: dict[str, Any]) -> None:
     """Convert, preprocess and split a data set unless that is done; remade from scratch when its settings changed.
 
+    Runners that share a work folder wait for each other here.
+
     Raises:
         FileNotFoundError: real cases are asked for and ``MGML_REAL_DATA`` names no folder.
     """
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "prepare.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _prepare(work, data)
+
+
+def _prepare(work: Path, data: dict[str, Any]) -> None:
     preprocessed = work / "preprocessed" / folder_name(data)
     marker = preprocessed / MARKER
     if marker.is_file() and json.loads(marker.read_text()) == data:

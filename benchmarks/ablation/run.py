@@ -104,7 +104,8 @@ def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
     subsets = ["--subsets", *run.subsets] if run.subsets else []
     call(work, log, ["mgml", "evaluate", "-m", str(model), "-f", str(run.fold), *source, "-o", str(output), "-device",
                      "cpu", "--disable_tta", "--cpu_bfloat16", "--metrics", "dice", "-np", "0", "-npp", "0", "-nps",
-                     "0", "--disable_progress_bar", *subsets])
+                     "0", "--disable_progress_bar", *subsets, "--remove_small",
+                     *(f"{region}={voxels}" for region, voxels in run.remove_small.items())])
     return load_evaluation(output)
 
 

@@ -28,6 +28,8 @@ class Run:
     options: dict[str, Any] = field(hash=False)
     """Everything ``mgml plan --set`` gets."""
     dataset_settings: dict[str, Any] = field(hash=False)
+    remove_small: dict[str, int] = field(hash=False)
+    """Region -> voxels below which a prediction of it counts as none."""
     subsets: tuple[str, ...] = ()
     """The only subsets to evaluate; empty: all."""
 
@@ -45,7 +47,7 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """Changes when anything that could change the result does (code aside)."""
-        content = [self.trainer, self.options, self.dataset_settings, self.fold, list(self.subsets)]
+        content = [self.trainer, self.options, self.dataset_settings, self.fold, self.remove_small, list(self.subsets)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished(self) -> bool:
@@ -85,7 +87,8 @@ def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
                 for variant, trainer, changes, subsets in _variants(settings, group):
                     options = {**settings["training"][dataset], "fusion": design, "seed": seed,
                                **group.get("set", {}), **changes}
-                    yield Run(name, dataset, design, variant, seed, fold, trainer, options, data, subsets)
+                    yield Run(name, dataset, design, variant, seed, fold, trainer, options, data,
+                              settings["remove_small"][dataset], subsets)
 
 
 def _variants(settings: dict[str, Any], group: dict[str, Any]
