@@ -50,6 +50,14 @@ class MGMLConfig:
                                      "reproducible when nnUNet_n_proc_DA=0", low=0, kinds=_INT)
     cpu_bfloat16: bool = _option(False, "train in bfloat16 autocast on a CPU (about twice as fast where it has AVX-512 "
                                         "BF16 or AMX)")
+    deterministic: bool = _option(False, "deterministic cuDNN and PyTorch algorithms (slower on a GPU; an operation "
+                                         "without one warns). Set seed and nnUNet_n_proc_DA=0 too for a run that "
+                                         "repeats")
+
+    # --- augmentation -------------------------------------------------------------------------------------------------
+    augmentation: str = _option(
+        "nnunet", "nnunet: nnU-Net's; paper: rotation in one plane by up to 10 degrees, intensity scale and shift of "
+        "0.1, flips of all axes (section 4.1), nothing else", choices=("nnunet", "paper"))
 
     # --- network ------------------------------------------------------------------------------------------------------
     fusion: str = _option("region_aware", "fusion design, one of `mgml info --fusions`")

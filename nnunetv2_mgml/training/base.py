@@ -12,7 +12,6 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 from torch import nn
@@ -24,7 +23,9 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.training.augmentation import AugmentationTrainer
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
+from nnunetv2_mgml.training.determinism import make_deterministic
 from nnunetv2_mgml.training.subset_validation import validate_subsets
 from nnunetv2_mgml.training.training_log import TrainingLog
 
@@ -32,7 +33,7 @@ _TRAINER_ATTRIBUTES = ("num_epochs", "num_iterations_per_epoch", "num_val_iterat
                        "weight_decay", "oversample_foreground_percent", "save_every")
 
 
-class MissingModalityTrainer(nnUNetTrainer):
+class MissingModalityTrainer(AugmentationTrainer):
     """nnU-Net's trainer with a random subset of modalities per sample, in training and in validation.
 
     Overridden hooks: ``__init__``, ``initialize``, ``get_dataloaders`` (mirrored: the loader class is fixed there),
@@ -171,6 +172,8 @@ class MissingModalityTrainer(nnUNetTrainer):
     # --- the epoch ----------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
         """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log."""
+        if self.config.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
+            make_deterministic()
         if self.local_rank == 0:
             refuse_other_network(Path(self.output_folder_base), Path(self.output_folder).name,
                                  self.plans_manager.plans, self.configuration_name)
