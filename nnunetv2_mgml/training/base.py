@@ -58,6 +58,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         # plans is nnU-Net's dict: it is copied beside the checkpoint, so inference finds the resolved configuration
         plans[PLANS_KEY] = {"version": __version__, "config": self.config.as_dict(), "channels": list(self.channels),
                             "num_classes": self.num_classes}
+        self.training_availability: dict[str, Subset] = {}
         self.training_log = TrainingLog(self.output_folder)
         self._steps_in_epoch = 0
         self._weights_file: str | None = None
@@ -138,7 +139,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         return build_sampler(self.config, self.channels)
 
     def _report_availability(self, dataset: nnUNetBaseDataset) -> None:
-        availability = case_availability(dataset, dataset.identifiers, self.num_modalities)
+        self.training_availability = availability = case_availability(dataset, dataset.identifiers, self.num_modalities)
         incomplete = {name: subset for name, subset in availability.items() if not all(subset)}
         self.print_to_log_file(f"Modalities: {', '.join(self.channels)}; {len(incomplete)} of {len(availability)} "
                                f"training cases are incomplete")
