@@ -50,6 +50,14 @@ class MGMLConfig:
                                      "reproducible when nnUNet_n_proc_DA=0", low=0, kinds=_INT)
     cpu_bfloat16: bool = _option(False, "train in bfloat16 autocast on a CPU (about twice as fast where it has AVX-512 "
                                         "BF16 or AMX)")
+    deterministic: bool = _option(False, "deterministic cuDNN and PyTorch algorithms (slower on a GPU; an operation "
+                                         "without one warns). Set seed and nnUNet_n_proc_DA=0 too for a run that "
+                                         "repeats")
+
+    # --- augmentation -------------------------------------------------------------------------------------------------
+    augmentation: str = _option(
+        "nnunet", "nnunet: nnU-Net's; paper: rotation in one plane by up to 10 degrees, intensity scale and shift of "
+        "0.1, flips of all axes (section 4.1), nothing else", choices=("nnunet", "paper"))
 
     # --- network ------------------------------------------------------------------------------------------------------
     fusion: str = _option("region_aware", "fusion design, one of `mgml info --fusions`")
@@ -109,8 +117,19 @@ class MGMLConfig:
     teacher_augmentation: bool = _option(False, "the teacher sees its own, stronger intensity augmentation (a second "
                                                 "encoder pass)")
 
+    # --- rebalancing (PASSION, Shi et al., ACM MM 2024): training cases that lack modalities at unequal rates ---------
+    rebalancing: str = _option("none", "passion: modalities that lag behind the fused prediction learn more from it (M "
+                                       "more passes of the fusion decoder in training); none: off",
+                               choices=("none", "passion"))
+    rebalancing_temperature: float = _option(4.0, "tau of its distillation", low=0.1)
+    rebalancing_distillation_weight: float = _option(
+        0.125, "weight of its distillation, a sum over classes (published: 0.5 on the mean over 4 classes)", low=0)
+    rebalancing_prototype_weight: float = _option(0.1, "weight of its prototype term", low=0)
+    rebalancing_rate: float = _option(0.01, "step of the balance weights per epoch (eta), times 1.5 from the start and "
+                                            "again after each third of the training", low=0)
+
     # --- schedule and reading -----------------------------------------------------------------------------------------
-    ramp_up_fraction: float = _option(0.1, "share of the epochs over which both terms grow linearly to full weight",
+    ramp_up_fraction: float = _option(0.1, "share of the epochs over which these terms grow linearly to full weight",
                                       low=0, high=1)
     reading: str = _option("ours", "ours; paper: the text taken literally; reference: what the published code does. "
                                    "The last two are for reproduction", choices=("ours", "paper", "reference"))
@@ -130,6 +149,8 @@ class MGMLConfig:
         if self.modality_missing_rate and self.mask_sampling != "bernoulli":
             raise ValueError(f"modality_missing_rate needs mask_sampling=bernoulli; with {self.mask_sampling} it would "
                              f"be ignored.")
+        if self.uses_rebalancing and self.reading != "ours":
+            raise ValueError(f"rebalancing={self.rebalancing} needs reading=ours; got reading={self.reading}.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -176,6 +197,11 @@ class MGMLConfig:
     def uses_teacher(self) -> bool:
         """Whether the consistency term is on."""
         return self.consistency_weight > 0
+
+    @property
+    def uses_rebalancing(self) -> bool:
+        """Whether modalities are weighted by how far they lag behind."""
+        return self.rebalancing != "none"
 
 
 def _coerce(value: Any, kinds: tuple[type, ...]) -> Any:

@@ -27,7 +27,8 @@ NNUNET_KEYS: dict[str, str] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "nnunet": {},
     "paper": {"patch_size": [80, 80, 80], "batch_size": 1, "optimizer": "adam", "initial_lr": 2e-4,
-              "weight_decay": 1e-4, "num_epochs": 900, "num_iterations_per_epoch": 150, "seed": 1024},
+              "weight_decay": 1e-4, "num_epochs": 900, "num_iterations_per_epoch": 150, "augmentation": "paper",
+              "seed": 1024, "deterministic": True},
 }
 """Preset -> what it sets; ``--set`` goes over it."""
 
@@ -45,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="nnunet",
                         help="nnunet: nnU-Net's own training settings; paper: those of the MGML paper ("
                              + ", ".join(f"{key}={value}" for key, value in PRESETS["paper"].items())
-                             + "), without its augmentation (rotation up to 10 degrees, intensity shift and scale 0.1, "
-                               "flips), which stays nnU-Net's")
+                             + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips")
     parser.add_argument("--list", action="store_true", help="list all options with their defaults and stop")
 
 

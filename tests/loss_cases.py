@@ -131,3 +131,47 @@ def slow_segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, valid: to
             dice.append((2 * overlap + 1e-5) / (sizes + 1e-5))
         pairs.append(entropy / max(len(voxels), 1) - np.mean(dice))
     return float(np.mean(pairs))
+
+
+def slow_divergence(students: list[torch.Tensor], teacher: list[torch.Tensor], temperature: float, regions: bool,
+                    valid: list[torch.Tensor] | None = None) -> np.ndarray:
+    """PASSION's KL per sample and modality, with loops: all but the lowest resolution, halved from one to the next."""
+    batch, modalities = students[0].shape[:2]
+    result = np.zeros((batch, modalities))
+    for scale in range(max(1, len(students) - 1)):
+        everywhere = torch.ones(batch, *students[scale].shape[3:]).bool()
+        counted = (everywhere if valid is None else valid[scale]).flatten(1).numpy()
+        s = students[scale].double().flatten(3).numpy() / temperature
+        t = teacher[scale].double().flatten(2).numpy() / temperature
+        for b, m in np.ndindex(batch, modalities):
+            values = []
+            for v in np.flatnonzero(counted[b]):
+                if regions:
+                    values.append(sum(kl(log_softmax(np.array([x, 0])), log_softmax(np.array([y, 0])))
+                                      for x, y in zip(t[b, :, v], s[b, m, :, v], strict=True)))
+                else:
+                    values.append(kl(log_softmax(t[b, :, v]), log_softmax(s[b, m, :, v])))
+            result[b, m] += temperature ** 2 / 2 ** scale * np.mean(values)
+    return result
+
+
+def slow_prototype_distances(features: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor,
+                             valid: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squared and mean absolute difference of the cosine maps, with loops."""
+    students, fused = features.double().flatten(3).numpy(), teacher.double().flatten(2).numpy()
+    truth = labels.flatten(1).numpy()
+    counted = np.ones_like(truth, dtype=bool) if valid is None else valid.flatten(1).numpy()
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    squared, absolute = np.zeros(students.shape[:2]), np.zeros(students.shape[:2])
+    for b, m in np.ndindex(students.shape[:2]):
+        voxels = np.flatnonzero(counted[b])
+        differences = []
+        for k in set(truth[b, voxels]):
+            inside = [v for v in voxels if truth[b, v] == k]
+            own, other = students[b, m][:, inside].mean(1), fused[b][:, inside].mean(1)
+            differences += [cosine(students[b, m][:, v], own) - cosine(fused[b][:, v], other) for v in voxels]
+        squared[b, m], absolute[b, m] = np.mean(np.square(differences)), np.mean(np.abs(differences))
+    return squared, absolute

@@ -68,7 +68,7 @@ NO_SEGMENTATION = {"segmentation_weight": 0.0}
 def test_total_is_the_weighted_sum_of_its_parts(regions: bool, ignore: bool, deep: bool) -> None:
     step = Step({"segmentation_weight": 1.5, "modality_decoder_weight": 0.7, "auxiliary_weight": 0.4,
                  "soft_label_weight": 0.8, "consistency_weight": 0.03}, regions, ignore, deep)
-    total, parts = step.run(ramp=0.5)
+    total, parts, _ = step.run(ramp=0.5)
     expected = 1.5 * (parts["segmentation"] + 0.7 * parts["modality"] + 0.4 * (parts["auxiliary"] + parts["fusion"])) \
         + 0.5 * (0.8 * parts["soft_label"] + 0.03 * parts["consistency"]) + parts["meta"]
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)

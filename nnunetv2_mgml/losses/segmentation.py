@@ -63,9 +63,12 @@ def class_mass(log_probabilities: torch.Tensor, valid: torch.Tensor | None) -> t
 
 
 def segmentation_of_log_probabilities(log_probabilities: torch.Tensor, mass: torch.Tensor, labels: torch.Tensor,
-                                      valid: torch.Tensor | None, present: torch.Tensor, batch_dice: bool
-                                      ) -> torch.Tensor:
-    """`modality_segmentation_loss` for log-probabilities ``(B, M, K, *spatial)`` whose `class_mass` is known."""
+                                      valid: torch.Tensor | None, present: torch.Tensor, batch_dice: bool,
+                                      modality_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """`modality_segmentation_loss` for log-probabilities ``(B, M, K, *spatial)`` whose `class_mass` is known.
+
+    With ``modality_weights (M,)``: the weighted *sum* over the present modalities, averaged over samples.
+    """
     index = labels.flatten(1)[:, None, None].expand(-1, log_probabilities.shape[1], 1, -1)
     log_true = log_probabilities.flatten(3).gather(2, index).squeeze(2)
     with torch.no_grad():
@@ -82,6 +85,8 @@ def segmentation_of_log_probabilities(log_probabilities: torch.Tensor, mass: tor
     if batch_dice:
         intersection, predicted, volume = (x.sum(0, keepdim=True) for x in (intersection, predicted, volume))
     dice = (2 * intersection + _SMOOTH) / (predicted + volume + _SMOOTH).clamp_min(1e-8)
+    if modality_weights is not None:
+        return ((cross_entropy - dice.mean(-1)) * weights * modality_weights).sum() / len(weights)
     dice_weights = weights.amax(0, keepdim=True) if batch_dice else weights
     return weighted_mean(cross_entropy, weights) - weighted_mean(dice.mean(-1), dice_weights)
 

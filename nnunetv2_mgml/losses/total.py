@@ -2,6 +2,7 @@
 
 Who gets which gradient: L_seg everything; L_SL the encoders and the shared decoder, through the modality logits as
 students; L_CR the fused path of the student; L_meta the MetaNetwork alone. The soft label and the teacher get none.
+Rebalancing, an option, weighs the shared decoder's part of L_seg by modality and adds two terms (`rebalancing`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from nnunetv2_mgml.losses.adaptive_fusion import adaptive_fusion, mean_fusion
 from nnunetv2_mgml.losses.consistency import consistency_loss
 from nnunetv2_mgml.losses.distillation import soft_label_loss
 from nnunetv2_mgml.losses.meta_network import MetaParameters
+from nnunetv2_mgml.losses.rebalancing import Balance, Rebalancing, rebalancing_terms
 from nnunetv2_mgml.losses.segmentation import (
     auxiliary_loss,
     class_mass,
@@ -38,6 +40,8 @@ class LossTerms(NamedTuple):
     """Scalar for backward."""
     parts: dict[str, torch.Tensor]
     """Detached scalars, unweighted: the terms that are on, and the batch means of the meta-parameters."""
+    distance: torch.Tensor | None = None
+    """``(B, M)``, how far each modality is from the teacher (rebalancing only; 0 where absent)."""
 
 
 class _Target(NamedTuple):
@@ -85,7 +89,7 @@ class MGMLLoss(nn.Module):
         self._meta_network = (meta_network,)  # a tuple hides it from nn.Module: no second owner of its parameters
 
     def forward(self, output: TrainingOutput, target: torch.Tensor | Sequence[torch.Tensor], mask: torch.Tensor,
-                available: torch.Tensor, ramp: float = 1.0) -> LossTerms:
+                available: torch.Tensor, ramp: float = 1.0, balance: Balance | None = None) -> LossTerms:
         """Compute all terms.
 
         Args:
@@ -93,7 +97,8 @@ class MGMLLoss(nn.Module):
             target: nnU-Net's target, a list (highest resolution first) under deep supervision; see `label_target`.
             mask: ``(B, M)`` bool, the modalities the student saw.
             available: ``(B, M)`` bool, the modalities each case has; a superset of ``mask``, never empty.
-            ramp: weight in [0, 1] of the soft-label and consistency terms.
+            ramp: weight in [0, 1] of the soft-label, consistency and rebalancing terms.
+            balance: this epoch's weights of the modalities for rebalancing; None: all 1.
 
         Returns:
             The total and its parts.
@@ -119,12 +124,31 @@ class MGMLLoss(nn.Module):
             total = total + config.auxiliary_weight * parts["auxiliary"]
         parts["fusion"] = output.fusion_loss
         total = config.segmentation_weight * (total + config.auxiliary_weight * output.fusion_loss)
+        modality_weights, distance = None, None
+        if config.uses_rebalancing:
+            balance = balance or Balance.even(available.shape[1], available.device)
+            terms = self._rebalance(output, target, truth, balance)
+            parts["distillation"], parts["prototype"], distance = terms.distillation, terms.prototype, terms.distance
+            total = total + ramp * (config.rebalancing_distillation_weight * terms.distillation
+                                    + config.rebalancing_prototype_weight * terms.prototype)
+            modality_weights = (1 + ramp * (terms.switch - 1)) * balance.beta * balance.count
         if output.modality is not None:
-            total = total + self._modality_terms(output.modality, truth, ramp, parts)
+            total = total + self._modality_terms(output.modality, truth, ramp, parts, modality_weights)
         if config.uses_teacher:
             parts["consistency"] = self._consistency(output, mask, available, valid)
             total = total + ramp * config.consistency_weight * parts["consistency"]
-        return LossTerms(total, {name: value.detach() for name, value in parts.items()})
+        return LossTerms(total, {name: value.detach() for name, value in parts.items()}, distance)
+
+    def _rebalance(self, output: TrainingOutput, target: torch.Tensor | Sequence[torch.Tensor], truth: _Target,
+                   balance: Balance) -> Rebalancing:
+        valid = [truth.valid]
+        if truth.valid is not None and not isinstance(target, torch.Tensor):
+            valid += [label_target(t, regions=self.regions, ignore_label=self.ignore_label)[1] for t in target[1:]]
+        elif truth.valid is None:
+            valid = [None] * len(output.student)
+        return rebalancing_terms(
+            output.single, truth.labels, valid, truth.present, balance, num_classes=self.num_classes,
+            temperature=self.config.rebalancing_temperature, regions=self.regions)
 
     def _check(self, output: TrainingOutput) -> None:
         config = self.config
@@ -137,9 +161,12 @@ class MGMLLoss(nn.Module):
         if output.teacher is None and config.uses_teacher:
             raise ValueError("The network returned no teacher, which consistency_weight > 0 needs. Call it with "
                              "with_teacher=True, or set consistency_weight to 0.")
+        if output.single is None and config.uses_rebalancing:
+            raise ValueError("The network returned no predictions from single modalities, which rebalancing needs. "
+                             "Call it with with_single=True, or set rebalancing to none.")
 
-    def _modality_terms(self, logits: torch.Tensor, truth: _Target, ramp: float, parts: dict[str, torch.Tensor]
-                        ) -> torch.Tensor:
+    def _modality_terms(self, logits: torch.Tensor, truth: _Target, ramp: float, parts: dict[str, torch.Tensor],
+                        modality_weights: torch.Tensor | None = None) -> torch.Tensor:
         """The terms on the shared decoder's ``(B, M, K, *spatial)``; its log-softmax is computed once for all."""
         config = self.config
         with no_autocast(logits):
@@ -147,7 +174,7 @@ class MGMLLoss(nn.Module):
             log_probabilities = logits.log_softmax(2)
             mass = class_mass(log_probabilities, truth.valid)
             parts["modality"] = segmentation_of_log_probabilities(
-                log_probabilities, mass, truth.labels, truth.valid, truth.present, self.batch_dice)
+                log_probabilities, mass, truth.labels, truth.valid, truth.present, self.batch_dice, modality_weights)
             total = config.segmentation_weight * config.modality_decoder_weight * parts["modality"]
             if not config.uses_soft_label:
                 return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -10,6 +10,19 @@ from torch import nn
 
 from nnunetv2_mgml.network.encoders import EncoderSpec
 from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
+
+
+class Decoded(NamedTuple):
+    """Result of `FusionDecoder`."""
+
+    outputs: list[torch.Tensor]
+    """Logits ``(B, R, *spatial_s)``, highest resolution first (one entry without deep supervision)."""
+    auxiliary: list[torch.Tensor]
+    """The design's auxiliary label logits."""
+    loss: torch.Tensor
+    """The sum of the design's own losses, scalar float32."""
+    features: torch.Tensor
+    """What the full-resolution head reads, ``(B, C, *spatial)``."""
 
 
 class FusionDecoder(UNetDecoder):
@@ -22,18 +35,13 @@ class FusionDecoder(UNetDecoder):
                  nonlin_first: bool = False) -> None:
         super().__init__(spec, num_outputs, n_conv_per_stage, deep_supervision, nonlin_first=nonlin_first)
 
-    def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign
-                ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign) -> Decoded:
         """Fuse and decode.
 
         Args:
             features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
             mask: ``(B, M)`` bool, True = present.
             fusion: the design.
-
-        Returns:
-            Logits ``(B, R, *spatial_s)`` highest resolution first (one entry without deep supervision); the design's
-            auxiliary label logits; the sum of its own losses (scalar float32).
         """
         state = fusion.begin()
         auxiliary: list[torch.Tensor] = []
@@ -56,7 +64,7 @@ class FusionDecoder(UNetDecoder):
             context = self.stages[stage](torch.cat((context, fused.fused), 1))
             if self.deep_supervision or scale == 0:
                 outputs.append(self.seg_layers[stage](context))
-        return outputs[::-1], auxiliary, loss
+        return Decoded(outputs[::-1], auxiliary, loss, context)
 
 
 def modality_decoder(spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any, nonlin_first: bool = False

@@ -13,9 +13,9 @@ import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import nn
 
-from nnunetv2_mgml.network.decoder import FusionDecoder
+from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
-from nnunetv2_mgml.network.outputs import TrainingOutput
+from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
 
 
 class MultiEncoderUNet(nn.Module):
@@ -86,7 +86,7 @@ class MultiEncoderUNet(nn.Module):
         Returns:
             Logits ``(B, R, *spatial)``, or with deep supervision a list of them, highest resolution first.
         """
-        outputs, _, _ = self.decoder(features, mask, self.fusion)
+        outputs = self.decoder(features, mask, self.fusion).outputs
         return outputs if self.decoder.deep_supervision else outputs[0]
 
     def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -102,8 +102,8 @@ class MultiEncoderUNet(nn.Module):
         return logits.unflatten(0, (batch, modalities))
 
     def forward(self, x: torch.Tensor, modality_mask: torch.Tensor | None = None, available: torch.Tensor | None = None,
-                return_aux: bool = False, with_teacher: bool = False, teacher_input: torch.Tensor | None = None
-                ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
+                return_aux: bool = False, with_teacher: bool = False, teacher_input: torch.Tensor | None = None,
+                with_single: bool = False) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
         """Predict.
 
         Args:
@@ -114,6 +114,8 @@ class MultiEncoderUNet(nn.Module):
             return_aux: return a `TrainingOutput` instead of the logits.
             with_teacher: with ``return_aux``, also predict from all available modalities, without gradient.
             teacher_input: the teacher's own augmented view, shaped as ``x``; None: it reuses the student's features.
+            with_single: with ``return_aux``, also run the fusion decoder on each modality alone (rebalancing); their
+                teacher is that of ``with_teacher``, without it the prediction from ``modality_mask``.
 
         Returns:
             What nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list highest resolution first.
@@ -130,18 +132,27 @@ class MultiEncoderUNet(nn.Module):
         features = self.encode(self._zero_absent(x, available))
         if not return_aux:
             return self.fuse_decode(features, modality_mask)
-        student, auxiliary, fusion_loss = self.decoder(features, modality_mask, self.fusion)
+        student = self.decoder(features, modality_mask, self.fusion)
         modality = None if self.modality_decoder is None else self.decode_modalities(features)
         teacher = self._teach(features, available, teacher_input) if with_teacher else None
-        return TrainingOutput(student, modality, teacher, auxiliary, fusion_loss)
+        single = self._decode_single(features, student if teacher is None else teacher) if with_single else None
+        return TrainingOutput(student.outputs, modality, None if teacher is None else teacher.outputs[0],
+                              student.auxiliary, student.loss, single)
 
-    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None
-               ) -> torch.Tensor:
+    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None) -> Decoded:
         with torch.no_grad():
             if own_input is not None:
                 features = self.encode(self._zero_absent(own_input, available))
-            outputs, _, _ = self.decoder([f.detach() for f in features], available, self.fusion)
-        return outputs[0]
+            return self.decoder([f.detach() for f in features], available, self.fusion)
+
+    def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
+        """Run every modality for every sample, also where it is absent: which those are is the loss's business."""
+        alone = torch.eye(self.num_modalities, dtype=torch.bool, device=features[0].device)
+        students = [self.decoder(features, row.expand(len(features[0]), -1), self.fusion) for row in alone]
+        return SingleModalities(
+            students=[torch.stack([s.outputs[scale] for s in students], 1) for scale in range(len(teacher.outputs))],
+            features=torch.stack([s.features for s in students], 1),
+            teacher=[output.detach() for output in teacher.outputs], teacher_features=teacher.features.detach())
 
     def _zero_absent(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         extra = x.shape[1] - self.num_modalities

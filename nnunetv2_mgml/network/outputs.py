@@ -7,6 +7,19 @@ from typing import NamedTuple
 import torch
 
 
+class SingleModalities(NamedTuple):
+    """The fusion decoder run on each modality alone, and the prediction that teaches it; ``C`` decoder channels."""
+
+    students: list[torch.Tensor]
+    """Fused heads from one modality, each ``(B, M, R, *spatial_s)``, highest resolution first."""
+    features: torch.Tensor
+    """What the full-resolution head of a student reads, ``(B, M, C, *spatial)``."""
+    teacher: list[torch.Tensor]
+    """Fused heads from all modalities the sample has, each ``(B, R, *spatial_s)``, without gradient."""
+    teacher_features: torch.Tensor
+    """``(B, C, *spatial)``, without gradient."""
+
+
 class TrainingOutput(NamedTuple):
     """Result of ``MultiEncoderUNet.forward(..., return_aux=True)``.
 
@@ -24,3 +37,5 @@ class TrainingOutput(NamedTuple):
     """The fusion design's own label logits, each ``(B, K, *spatial_s)`` at its own resolution; may be empty."""
     fusion_loss: torch.Tensor
     """Sum of the loss terms the fusion design computes itself (a KL divergence, ...), scalar float32; often 0."""
+    single: SingleModalities | None = None
+    """What rebalancing compares; None when not asked."""

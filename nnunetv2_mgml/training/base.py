@@ -12,7 +12,6 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 from torch import nn
@@ -24,7 +23,9 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.training.augmentation import AugmentationTrainer
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
+from nnunetv2_mgml.training.determinism import make_deterministic
 from nnunetv2_mgml.training.subset_validation import validate_subsets
 from nnunetv2_mgml.training.training_log import TrainingLog
 
@@ -32,7 +33,7 @@ _TRAINER_ATTRIBUTES = ("num_epochs", "num_iterations_per_epoch", "num_val_iterat
                        "weight_decay", "oversample_foreground_percent", "save_every")
 
 
-class MissingModalityTrainer(nnUNetTrainer):
+class MissingModalityTrainer(AugmentationTrainer):
     """nnU-Net's trainer with a random subset of modalities per sample, in training and in validation.
 
     Overridden hooks: ``__init__``, ``initialize``, ``get_dataloaders`` (mirrored: the loader class is fixed there),
@@ -57,6 +58,7 @@ class MissingModalityTrainer(nnUNetTrainer):
         # plans is nnU-Net's dict: it is copied beside the checkpoint, so inference finds the resolved configuration
         plans[PLANS_KEY] = {"version": __version__, "config": self.config.as_dict(), "channels": list(self.channels),
                             "num_classes": self.num_classes}
+        self.training_availability: dict[str, Subset] = {}
         self.training_log = TrainingLog(self.output_folder)
         self._steps_in_epoch = 0
         self._weights_file: str | None = None
@@ -137,7 +139,7 @@ class MissingModalityTrainer(nnUNetTrainer):
         return build_sampler(self.config, self.channels)
 
     def _report_availability(self, dataset: nnUNetBaseDataset) -> None:
-        availability = case_availability(dataset, dataset.identifiers, self.num_modalities)
+        self.training_availability = availability = case_availability(dataset, dataset.identifiers, self.num_modalities)
         incomplete = {name: subset for name, subset in availability.items() if not all(subset)}
         self.print_to_log_file(f"Modalities: {', '.join(self.channels)}; {len(incomplete)} of {len(availability)} "
                                f"training cases are incomplete")
@@ -171,6 +173,8 @@ class MissingModalityTrainer(nnUNetTrainer):
     # --- the epoch ----------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
         """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log."""
+        if self.config.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
+            make_deterministic()
         if self.local_rank == 0:
             refuse_other_network(Path(self.output_folder_base), Path(self.output_folder).name,
                                  self.plans_manager.plans, self.configuration_name)

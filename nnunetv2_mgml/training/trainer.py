@@ -20,6 +20,7 @@ from nnunetv2_mgml.losses import MetaParameters, MGMLLoss, build_meta_network
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.training.base import MissingModalityTrainer
+from nnunetv2_mgml.training.rebalancing import ModalityBalance
 
 CHECKPOINT_KEY = "mgml"
 FIGURE_NAME = "mgml_progress.png"
@@ -29,8 +30,9 @@ _CLIP_NORM = 12.0  # nnU-Net's
 class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming scheme; the name is the CLI's argument
     """Trains one model for every subset of the modalities.
 
-    Overridden hooks, beside those of the base: ``build_network_architecture``, ``initialize``,
-    ``on_train_epoch_start``, ``train_step`` (mirrored), ``on_epoch_end``, ``save_checkpoint``, ``load_checkpoint``.
+    Overridden hooks, beside those of the base: ``build_network_architecture``, ``initialize``, ``on_train_start``,
+    ``on_train_epoch_start``, ``train_step`` (mirrored), ``on_train_epoch_end``, ``on_epoch_end``, ``save_checkpoint``,
+    ``load_checkpoint``.
     """
 
     @classmethod
@@ -62,6 +64,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         self.mgml_loss = MGMLLoss(self.config, self.loss, regions=self.label_manager.has_regions,
                                   num_classes=self.num_classes, ignore_label=self.label_manager.ignore_label,
                                   batch_dice=self.configuration_manager.batch_dice, meta_network=self.meta_network)
+        self.balance = ModalityBalance(self.channels, self.config.rebalancing_rate, self.device) \
+            if self.config.uses_rebalancing else None
         self._teacher_transforms = stronger_intensity_transforms() if self.config.teacher_augmentation else None
         self._report_size()
 
@@ -83,6 +87,12 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         done = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
         return 1.0 if steps <= 0 else min(1.0, done / steps)
 
+    def on_train_start(self) -> None:
+        """Count how many training cases have each modality."""
+        super().on_train_start()
+        if self.balance is not None:
+            self.balance.count_cases(self.training_availability.values())
+
     def on_train_epoch_start(self) -> None:
         """Put the MetaNetwork's learning rate on the same poly schedule as the network's."""
         super().on_train_epoch_start()
@@ -103,14 +113,29 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             own_view = teacher_view(data, self.num_modalities, self._teacher_transforms)
         with self.autocast():
             output = self.network(data, modality_mask=mask, available=available, return_aux=True,
-                                  with_teacher=self.config.uses_teacher, teacher_input=own_view)
-            terms = self.mgml_loss(output, target, mask, available, self.ramp)
+                                  with_teacher=self.needs_teacher, teacher_input=own_view,
+                                  with_single=self.balance is not None)
+            terms = self.mgml_loss(output, target, mask, available, self.ramp,
+                                   None if self.balance is None else self.balance.weights())
         self._optimize(terms.total)
+        if self.balance is not None:
+            self.balance.observe(terms.distance, available)
         self._steps_in_epoch += 1
         names = list(terms.parts)
         values = torch.stack([terms.total.detach().float(), *(terms.parts[n].float() for n in names)]).cpu().numpy()
         columns = [name if name in MetaParameters._fields else f"train_{name}" for name in names]
         return {"loss": values[0], **{name: float(v) for name, v in zip(columns, values[1:], strict=True)}}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a pass on all modalities is needed; rebalancing has one anyway where no modality is removed."""
+        return self.config.uses_teacher or (self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the loss terms, then weigh the modalities anew once the warm-up is over."""
+        super().on_train_epoch_end(train_outputs)
+        if self.balance is not None:
+            self.training_log.add(self.balance.end_epoch(self.current_epoch, self.num_epochs, self.ramp >= 1))
 
     def _optimize(self, loss: torch.Tensor) -> None:
         optimizers = [self.optimizer] if self.meta_optimizer is None else [self.optimizer, self.meta_optimizer]
@@ -163,19 +188,20 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         self._weights_file = filename
 
     def _training_state(self) -> dict[str, Any]:
+        balance = {} if self.balance is None else {"balance": self.balance.state_dict()}
         if self.meta_network is None or self.meta_optimizer is None:
-            return {"meta_network": None, "meta_optimizer": None}
+            return {"meta_network": None, "meta_optimizer": None, **balance}
         return {"meta_network": self._bare_meta_network().state_dict(),
-                "meta_optimizer": self.meta_optimizer.state_dict()}
+                "meta_optimizer": self.meta_optimizer.state_dict(), **balance}
 
     def _bare_meta_network(self) -> nn.Module:
         return self.meta_network.module if isinstance(self.meta_network, DistributedDataParallel) else self.meta_network
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net's loading, then the MetaNetwork and its optimiser, so that ``--c`` resumes exactly.
+        """nnU-Net's loading, then the MetaNetwork, its optimiser and the balance, so that ``--c`` resumes exactly.
 
         Raises:
-            ValueError: the checkpoint was written with another choice of soft label.
+            ValueError: the checkpoint was written with another choice of soft label or of rebalancing.
         """
         super().load_checkpoint(filename_or_checkpoint)
         checkpoint = filename_or_checkpoint
@@ -183,12 +209,16 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
         state = checkpoint.get(CHECKPOINT_KEY, {"meta_network": None})
         if (state["meta_network"] is None) != (self.meta_network is None):
-            raise ValueError(f"The checkpoint was trained with soft_label={self._stored_soft_label(checkpoint)}, this "
-                             f"trainer has soft_label={self.config.soft_label}; use the same plans and trainer.")
+            raise ValueError(self._mismatch(checkpoint, "soft_label"))
+        if ("balance" in state) != (self.balance is not None):
+            raise ValueError(self._mismatch(checkpoint, "rebalancing"))
+        if self.balance is not None:
+            self.balance.load_state_dict(state["balance"])
         if self.meta_network is not None and self.meta_optimizer is not None:
             self._bare_meta_network().load_state_dict(state["meta_network"])
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
 
-    @staticmethod
-    def _stored_soft_label(checkpoint: dict[str, Any]) -> str:
-        return MGMLConfig.from_plans(checkpoint["init_args"]["plans"]).soft_label
+    def _mismatch(self, checkpoint: dict[str, Any], option: str) -> str:
+        stored = getattr(MGMLConfig.from_plans(checkpoint["init_args"]["plans"]), option)
+        return (f"The checkpoint was trained with {option}={stored}, this trainer has "
+                f"{option}={getattr(self.config, option)}; use the same plans and trainer.")
