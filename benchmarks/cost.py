@@ -27,6 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.files import write_json, write_text
 from nnunetv2_mgml.losses import MGMLLoss, build_meta_network
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.fusion import fusion_designs
@@ -62,18 +63,11 @@ def main() -> None:
         key = f"{design} patch {args.patch} stages {args.stages} width {args.width_factor:g} {args.device}"
         if args.again or key not in measured:
             measured[key] = {what: run_worker(design, what) for what in WORKERS}
-            write(RESULTS, json.dumps(measured, indent=1) + "\n")
+            write_json(RESULTS, measured)
         rows[design] = measured[key]
         print(design, json.dumps(rows[design]), flush=True)
-    write(args.output, page(rows, args))
+    write_text(args.output, page(rows, args))
     print(f"wrote {args.output}")
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def run_worker(design: str, what: str) -> dict[str, float]:

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 
 from .labels import dataset_labels
-from .paths import names_in_use, write_json
+from .paths import names_in_use
 
 FILE_ENDING = ".nii.gz"
 MISSING_FILE = "missing_modalities.json"
@@ -80,7 +81,7 @@ def write_description(folder: Path, name: str, origin: str, num_training: int, w
         missing: case -> absent modalities.
     """
     labels, order = dataset_labels(with_cavity)
-    write_json({
+    write_json(folder / "dataset.json", {
         # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
         "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(BRATS_CHANNELS)},
         "labels": labels,
@@ -89,6 +90,6 @@ def write_description(folder: Path, name: str, origin: str, num_training: int, w
         "file_ending": FILE_ENDING,
         "name": name,
         "description": f"Converted by mgml convert brats from {origin}",
-    }, folder / "dataset.json")
+    })
     if missing:
-        write_json(missing, folder / MISSING_FILE)
+        write_json(folder / MISSING_FILE, missing)

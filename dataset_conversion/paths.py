@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
 
@@ -44,10 +42,3 @@ def names_in_use(dataset_id: int) -> dict[str, Path]:
         if folder is not None and folder.is_dir():
             found.update({path.name: folder for path in folder.glob(f"Dataset{dataset_id:03d}*") if path.is_dir()})
     return found
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write JSON in one step: to a temporary name in the same folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
 from .discovery import patient
-from .paths import write_json
 
 PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
@@ -165,8 +165,8 @@ def write_splits(split: Split, folder: Path, overwrite: bool) -> Path:
     """
     check_existing_split(split, folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(list(split.test), folder / TEST_FILE)
-    write_json(_content(split), folder / SPLITS_FILE)
+    write_json(folder / TEST_FILE, list(split.test))
+    write_json(folder / SPLITS_FILE, _content(split))
     return folder / SPLITS_FILE
 
 

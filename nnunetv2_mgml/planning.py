@@ -14,6 +14,7 @@ from typing import Any
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig, parse_assignments
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.info import options_text
 from nnunetv2_mgml.modalities import channel_index, channel_names
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     plans = make_plans(source, changes, configurations, args.plans_name, channels)
     target = folder / f"{args.plans_name}.json"
     replaced = MGMLConfig.from_plans(_read_json(target, "mgml plan")).as_dict() if target.is_file() else None
-    _write_json(target, plans)
+    write_json(target, plans, indent=4)
     print(f"{'Replaced' if replaced else 'Wrote'} {target}")
     for key, value in plans[PLANS_KEY]["config"].items():
         if replaced is not None and replaced[key] != value and key not in changes:
@@ -217,12 +218,3 @@ def _read_json(file: Path, command: str) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,11 +6,11 @@ Written from an evaluation, read by prediction. Importing this module imports ne
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.modalities import channel_names, subset_name
 
 if TYPE_CHECKING:
@@ -56,12 +56,7 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
         "subsets": {name: {region: _finite(summaries[region][name]) for region in summaries}
                     for name in evaluation.subset_names}}
     path = folder / REPORT_NAME
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, content)
     return path
 
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ import pages
 from collect import Result, finished, select, statistics
 from settings import FOLDER, RESULTS, read_settings
 
+from nnunetv2_mgml.files import write_json, write_text
+
 DOCS = FOLDER.parents[1] / "docs"
 
 
@@ -25,8 +25,8 @@ def main() -> None:
     """Write everything."""
     settings = read_settings()
     results = finished(settings)
-    write(RESULTS / "summary.json", json.dumps(summary(settings, results), indent=4) + "\n")
-    write(DOCS / "results.md", pages.page(settings, results))
+    write_json(RESULTS / "summary.json", summary(settings, results))
+    write_text(DOCS / "results.md", pages.page(settings, results))
     figure.draw(results, DOCS / "images" / "results.png")
     print(f"{len(results)} results; wrote {RESULTS / 'summary.json'} and {DOCS / 'results.md'}")
 
@@ -43,14 +43,6 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
                     key: value if key == "seeds" else None if value != value else round(value, 2)
                     for key, value in statistics(chosen).items()}
     return entries
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from settings import FOLDER, Run, all_runs, read_settings
 from tqdm import tqdm
 
 from nnunetv2_mgml.evaluation.results import Evaluation, load_evaluation, provenance
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.training.training_log import LOG_NAME, read_log
 
 CONFIGURATION = "3d_fullres"
@@ -86,10 +87,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
                                          "evaluation": (time.time() - trained) / 3600},
               **scores(evaluation), "validation": validation_scores(model, run.fold),
               "meta": last_epoch(model, run.fold)}
-    run.file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = run.file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    os.replace(temporary, run.file)
+    write_json(run.file, result, indent=None)
     if not keep_model:
         shutil.rmtree(model)
     return result

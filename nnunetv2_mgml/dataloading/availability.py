@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.modalities import Subset
 
 _DATA_ENDINGS = (".b2nd", ".npy", ".npz")
@@ -99,10 +99,7 @@ def _read_cache(path: Path) -> dict[str, Any]:
 
 
 def _write_cache(path: Path, cache: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(cache))
-        os.replace(temporary, path)
+        write_json(path, cache, indent=None)
     except OSError as error:  # a read-only or full disk costs the scan each time, nothing else
         _log.warning("Cannot write %s (%s); the cases will be scanned again next time.", path, error)
-        temporary.unlink(missing_ok=True)

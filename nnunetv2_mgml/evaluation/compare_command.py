@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnunetv2_mgml.evaluation.files import write_json, write_text
 from nnunetv2_mgml.evaluation.metrics import all_metrics, get_metric
 from nnunetv2_mgml.evaluation.policy import get_policy
 from nnunetv2_mgml.evaluation.regions import short_name
 from nnunetv2_mgml.evaluation.results import AVERAGE, Evaluation, load_evaluation, provenance
 from nnunetv2_mgml.evaluation.statistics import BOOTSTRAP_DRAWS, CONFIDENCE, compare_evaluations, pairable
 from nnunetv2_mgml.evaluation.tables import write_tables
+from nnunetv2_mgml.files import write_json, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

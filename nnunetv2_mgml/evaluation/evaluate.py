@@ -13,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mgml.evaluation.files import read_json, write_json
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.results import Evaluation, build_evaluation, save_evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, Scores, ScoringSettings, collect
 from nnunetv2_mgml.evaluation.sources import file_ending, find_references, pair_cases
 from nnunetv2_mgml.evaluation.tables import write_tables
+from nnunetv2_mgml.files import read_json, write_json
 from nnunetv2_mgml.modalities import channel_names
 
 _OURS = ("results.csv", "summary.json", "table.md", "table.tex", "settings.json", "cases", "predictions")

@@ -1,13 +1,9 @@
-"""Reading label maps with their geometry, and writing files so that a kill never leaves half of one."""
+"""Reading label maps with their geometry."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -79,44 +75,3 @@ def check_same_geometry(reference: LabelImage, other: LabelImage, case: str) -> 
 
 def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(round(float(v), 4) for v in values)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step (temporary name in the same folder, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step; NaN becomes null, because NaN is not JSON."""
-    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error

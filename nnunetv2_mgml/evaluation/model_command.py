@@ -14,11 +14,11 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunetv2_mgml.evaluation.command import options_from
-from nnunetv2_mgml.evaluation.files import read_json
 from nnunetv2_mgml.evaluation.model_evaluation import FoldCases, LabelledCase, PredictionOptions, evaluate_model
 from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.sources import choose_subsets, file_ending, find_references, load_dataset_json
 from nnunetv2_mgml.evaluation.subset_predictor import SubsetPredictor
+from nnunetv2_mgml.files import read_json
 from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.model_check import check_model_folder
 from nnunetv2_mgml.modalities import channel_names

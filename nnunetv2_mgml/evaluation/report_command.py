@@ -10,7 +10,6 @@ from typing import Any
 
 from nnunetv2_mgml.evaluation.figures.qualitative import Case
 from nnunetv2_mgml.evaluation.figures.style import label_colours
-from nnunetv2_mgml.evaluation.files import write_text
 from nnunetv2_mgml.evaluation.metrics import Metric
 from nnunetv2_mgml.evaluation.report.cases import ImageSources, load_case, spread_cases
 from nnunetv2_mgml.evaluation.report.charts import Picture, score_charts, training_chart
@@ -31,6 +30,7 @@ from nnunetv2_mgml.evaluation.sources import (
     load_dataset_json,
     parse_prediction_folders,
 )
+from nnunetv2_mgml.files import write_text
 
 MEGABYTE = 1_000_000
 logger = logging.getLogger(__name__)

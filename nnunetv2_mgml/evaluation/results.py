@@ -26,11 +26,11 @@ from typing import Any
 import pandas as pd
 
 import nnunetv2_mgml
-from nnunetv2_mgml.evaluation.files import read_json, write_json, write_text
 from nnunetv2_mgml.evaluation.metrics import get_metric
 from nnunetv2_mgml.evaluation.policy import get_policy
 from nnunetv2_mgml.evaluation.regions import table_region_order
 from nnunetv2_mgml.evaluation.scoring import Scores, ScoringSettings
+from nnunetv2_mgml.files import read_json, write_json, write_text
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
 
 COLUMNS = ("case", "subset", "region", "metric", "value")
@@ -181,10 +181,13 @@ def load_evaluation(folder: Path) -> Evaluation:
     file = folder / "results.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; run 'mgml evaluate -o {folder}' again to write it.")
-    table = pd.read_csv(file, dtype={"case": str, "subset": str, "region": str, "metric": str, "value": "float64"},
-                        keep_default_na=False, na_values={"value": ["nan"]}, float_precision="round_trip")
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
     if tuple(table.columns) != COLUMNS:
         raise ValueError(f"{file} must have the columns {', '.join(COLUMNS)}, found {', '.join(table.columns)}.")
+    try:
+        table["value"] = [float(text) for text in table["value"]]  # to the last bit, which not every pandas reads
+    except ValueError as error:
+        raise ValueError(f"{file} has a value that is no number ({error}).") from error
     channels = tuple(summary["channels"])
     for name in table["subset"].unique():
         parse_subset(name, channels)

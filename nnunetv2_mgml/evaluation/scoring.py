@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_mgml.evaluation.files import check_same_geometry, read_json, read_label_image, write_json
+from nnunetv2_mgml.evaluation.files import check_same_geometry, read_label_image
 from nnunetv2_mgml.evaluation.metrics import MaskPair, RegionMask, default_metrics, get_metric
 from nnunetv2_mgml.evaluation.policy import get_policy
 from nnunetv2_mgml.evaluation.regions import LabelSet
+from nnunetv2_mgml.files import read_json, write_json
 from nnunetv2_mgml.inference.workers import Task, WorkerDiedError, WorkerPool
 
 Scores = dict[str, dict[str, dict[str, float]]]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.evaluation.files import read_json
 from nnunetv2_mgml.evaluation.scoring import CaseTask
+from nnunetv2_mgml.files import read_json
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_mgml.evaluation.files import write_text
 from nnunetv2_mgml.evaluation.metrics import Metric, get_metric
 from nnunetv2_mgml.evaluation.policy import get_policy
 from nnunetv2_mgml.evaluation.regions import short_name
 from nnunetv2_mgml.evaluation.results import AVERAGE, Evaluation
+from nnunetv2_mgml.files import write_text
 from nnunetv2_mgml.modalities import channel_index, parse_subset, table_rows
 
 _MAX_COLUMNS = 15

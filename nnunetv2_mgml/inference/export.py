@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,14 +35,3 @@ def export_case(logits: np.ndarray, properties: dict[str, Any], configuration_ma
         # The segmentation last: --continue_prediction takes it as the sign that the case is done.
         for written in sorted(os.listdir(scratch), key=lambda entry: entry == segmentation):
             os.replace(os.path.join(scratch, written), os.path.join(folder, written))
-
-
-def write_json(content: dict[str, Any], path: str | Path) -> None:
-    """Write a JSON file under a temporary name in the same folder and move it into place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

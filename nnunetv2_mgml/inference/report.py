@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.inference.export import write_json
+from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.modalities import subset_name
 from nnunetv2_mgml.subset_report import expected_quality, quality_line, unreliable_regions
 
@@ -88,7 +88,7 @@ class PredictionReport:
 
     def save(self) -> None:
         """Write the file. Cases that are still pending were interrupted."""
-        write_json({**self._head, "finished": _now(), "cases": self.cases}, self.path)
+        write_json(self.path, {**self._head, "finished": _now(), "cases": self.cases})
 
 
 def _earlier_cases(path: Path) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
 from nnunetv2_mgml.evaluation.figures.style import save
 from nnunetv2_mgml.evaluation.figures.training import training_curves
+from nnunetv2_mgml.files import replacing
 from nnunetv2_mgml.losses import MetaParameters, MGMLLoss, build_meta_network
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
@@ -179,12 +180,11 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        temporary = f"{filename}.tmp"
-        super().save_checkpoint(temporary)
-        checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
-        checkpoint[CHECKPOINT_KEY] = self._training_state()
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)
+        with replacing(filename) as temporary:
+            super().save_checkpoint(str(temporary))
+            checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
+            checkpoint[CHECKPOINT_KEY] = self._training_state()
+            torch.save(checkpoint, temporary)
         self._weights_file = filename
 
     def _training_state(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from nnunetv2_mgml.files import replacing
+
 LOG_NAME = "mgml_training_log.csv"
 Row = dict[str, float]
 
@@ -50,12 +52,10 @@ class TrainingLog:
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
+        with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(temporary, self.path)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Row]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib.style
 from matplotlib.figure import Figure
+
+from nnunetv2_mgml.files import replacing
 
 BLACK = "#000000"
 GREY = "#6E6E6E"
@@ -119,10 +120,6 @@ def save(figure: Figure, path: str | Path, dpi: int = 200) -> Path:
     if file_format not in ("png", "svg", "pdf", "jpg"):
         raise ValueError(f"Cannot write a figure to '{path}': the name must end in .png, .svg, .pdf or .jpg.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(figure_bytes(figure, file_format, dpi))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
