@@ -117,6 +117,11 @@ class MGMLConfig:
     teacher_augmentation: bool = _option(False, "the teacher sees its own, stronger intensity augmentation (a second "
                                                 "encoder pass)")
 
+    # --- where both terms teach ---------------------------------------------------------------------------------------
+    teaching: str = _option("everywhere", "everywhere (the paper); better: only voxels where the soft label or the "
+                                          "teacher gives the true class more probability than the student",
+                            choices=("everywhere", "better"))
+
     # --- rebalancing (PASSION, Shi et al., ACM MM 2024): training cases that lack modalities at unequal rates ---------
     rebalancing: str = _option("none", "passion: modalities that lag behind the fused prediction learn more from it (M "
                                        "more passes of the fusion decoder in training); none: off",

@@ -82,22 +82,26 @@ def slow_fusion(logits: torch.Tensor, available: torch.Tensor, p: MetaParameters
 
 
 def slow_soft_label_loss(logits: torch.Tensor, fused: torch.Tensor, available: torch.Tensor, keep: torch.Tensor,
-                         temperature: float) -> float:
-    """Eq. 7-8 as implemented, with loops."""
+                         temperature: float, labels: torch.Tensor | None = None) -> float:
+    """Eq. 7-8 as implemented, with loops; with labels only where the soft label is nearer to them."""
     values, scores = logits.double().flatten(3).numpy(), fused.double().flatten(2).numpy()
     kept = keep.flatten(2)[:, 0].numpy()
     pairs = []
     for b, m in np.argwhere(available.numpy()):
         voxels = np.flatnonzero(kept[b])
-        divergences = [kl(log_softmax(scores[b, :, v] / temperature), log_softmax(values[b, m, :, v] / temperature))
-                       for v in voxels]
+        divergences = []
+        for v in voxels:
+            soft, own = (log_softmax(x / temperature) for x in (scores[b, :, v], values[b, m, :, v]))
+            true = None if labels is None else labels[b].flatten()[v]
+            divergences.append(kl(soft, own) if true is None or soft[true] > own[true] else 0.0)
         pairs.append(temperature ** 2 * sum(divergences) / max(len(voxels), 1))
     return float(np.mean(pairs))
 
 
 def slow_consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, available: torch.Tensor,
-                          temperature: float, regions: bool, valid: torch.Tensor | None = None) -> float:
-    """Eq. 9 as implemented, with loops."""
+                          temperature: float, regions: bool, valid: torch.Tensor | None = None,
+                          truth: torch.Tensor | None = None) -> float:
+    """Eq. 9 as implemented, with loops; with ``truth`` only where the teacher is nearer to it."""
     students, teachers = (x.double().flatten(2).numpy() / temperature for x in (student, teacher))
     samples = []
     for b in range(len(students)):
@@ -107,10 +111,13 @@ def slow_consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: to
         total = 0.0
         for v in voxels:
             if regions:
-                for t, s in zip(teachers[b, :, v], students[b, :, v], strict=True):
-                    total += kl(log_softmax(np.array([t, 0])), log_softmax(np.array([s, 0])))
+                for r, (t, s) in enumerate(zip(teachers[b, :, v], students[b, :, v], strict=True)):
+                    if truth is None or (t > s) == bool(truth[b, r].flatten()[v]):
+                        total += kl(log_softmax(np.array([t, 0])), log_softmax(np.array([s, 0])))
             else:
-                total += kl(log_softmax(teachers[b, :, v]), log_softmax(students[b, :, v]))
+                log_t, log_s = log_softmax(teachers[b, :, v]), log_softmax(students[b, :, v])
+                true = None if truth is None else truth[b].flatten()[v]
+                total += kl(log_t, log_s) if true is None or log_t[true] > log_s[true] else 0.0
         samples.append(total / max(len(voxels), 1))
     return temperature ** 2 * float(np.mean(samples)) if samples else 0.0
 

@@ -25,6 +25,25 @@ def test_against_slow_reference(regions: bool, spatial: tuple[int, ...], tempera
 
 
 @pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 6.0])
+def test_teaching_only_where_the_teacher_is_better(regions: bool, temperature: float) -> None:
+    """Against the slow reference; and then descending it never lowers what the truth gets."""
+    student, teacher = randn(2, 3, 4, 3), randn(2, 3, 4, 3, seed=1)
+    truth = bools(2, 3, 4, 3, seed=2) if regions else bools(2, 4, 3, seed=2).long() + bools(2, 4, 3, seed=3).long()
+    expected = slow_consistency_loss(student, teacher, SOME, ALL, temperature, regions, None, truth)
+    student.requires_grad_()
+    loss = consistency_loss(student, teacher, SOME, ALL, temperature, regions, None, truth)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < slow_consistency_loss(student.detach(), teacher, SOME, ALL, temperature, regions)
+    loss.backward()
+    if regions:
+        assert (student.grad[truth] <= 0).all()
+        assert (student.grad[~truth] >= 0).all()
+    else:
+        assert (student.grad.gather(1, truth[:, None]) <= 0).all()
+
+
+@pytest.mark.parametrize("regions", [True, False])
 def test_students_that_saw_everything_are_skipped_but_stay_in_the_graph(regions: bool) -> None:
     """Acceptance 6, first half; also where a case is incomplete itself."""
     for available in (ALL, SOME):

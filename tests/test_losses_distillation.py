@@ -24,6 +24,22 @@ def test_against_slow_reference(modalities: int, spatial: tuple[int, ...], tempe
                                                                                                        rel=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 6.0])
+def test_teaching_only_where_the_soft_label_is_better(temperature: float) -> None:
+    logits, fused = randn(2, 3, 4, 4, 3), randn(2, 4, 4, 3, seed=1)
+    available, keep, valid = bools(2, 3), bools(2, 1, 4, 3, chance=0.7), bools(2, 4, 3, seed=5, chance=0.6)
+    labels = torch.randint(4, (2, 4, 3), generator=torch.Generator().manual_seed(0))
+    expected = slow_soft_label_loss(logits, fused, available, keep & valid[:, None], temperature, labels)
+    logits.requires_grad_()
+    loss = soft_label_loss(logits, fused, available, keep, temperature, valid, labels=labels)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < slow_soft_label_loss(logits.detach(), fused, available, keep & valid[:, None], temperature)
+    loss.backward()
+    index = labels[:, None, None].expand(-1, 3, 1, -1, -1)
+    assert (logits.grad.gather(2, index) <= 0).all()
+    assert not logits.grad[~available].any()
+
+
 @settings(max_examples=20, deadline=None)
 @given(offset=st.floats(-50, 50), seed=st.integers(0, 99))
 def test_offsets_that_change_no_prediction_change_nothing(offset: float, seed: int) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import torch
 
+from nnunetv2_mgml.losses.consistency import better
 from nnunetv2_mgml.losses.tensors import at_least_float32, no_autocast, voxel_mean, weighted_mean
 
 
 def soft_label_loss(logits: torch.Tensor, fused: torch.Tensor, available: torch.Tensor, keep: torch.Tensor,
-                    temperature: float, valid: torch.Tensor | None = None, train_target: bool = False) -> torch.Tensor:
+                    temperature: float, valid: torch.Tensor | None = None, train_target: bool = False,
+                    labels: torch.Tensor | None = None) -> torch.Tensor:
     """``tau^2 KL(softmax(S / tau) || softmax(L_m / tau))``, averaged over kept voxels and present (sample, modality).
 
     Args:
@@ -23,6 +25,8 @@ def soft_label_loss(logits: torch.Tensor, fused: torch.Tensor, available: torch.
         keep: ``(B, 1, *spatial)`` bool.
         temperature: tau.
         valid: ``(B, *spatial)`` bool, voxels without the ignore label; None: all.
+        labels: ``(B, *spatial)`` in ``[0, K)``; where given, a modality learns only where the soft label gives the true
+            class more probability than it does itself.
         train_target: let gradients through the soft label (to the MetaNetwork: the paper's objective).
 
     Returns:
@@ -33,8 +37,13 @@ def soft_label_loss(logits: torch.Tensor, fused: torch.Tensor, available: torch.
         students = (at_least_float32(logits) / temperature).log_softmax(2)
         count = available.sum(1, keepdim=True)
         share = (available / count.clamp_min(1)).to(students.dtype)
+        kept = keep[:, 0] if valid is None else keep[:, 0] & valid
+        if labels is not None:
+            divergence = (target.exp()[:, None] * (target[:, None] - students)).sum(2)
+            taught = better(target[:, None], students, labels).to(divergence.dtype) \
+                * share.reshape(*share.shape, *[1] * (divergence.ndim - 2))
+            return temperature ** 2 * weighted_mean(voxel_mean((taught * divergence).sum(1), kept), count[:, 0])
         # The target is the same for all modalities, so only the mean of their log-probabilities enters.
         students = (students * share.reshape(*share.shape, *[1] * (students.ndim - 2))).sum(1)
         divergence = (target.exp() * (target - students)).sum(1)
-        kept = keep[:, 0] if valid is None else keep[:, 0] & valid
         return temperature ** 2 * weighted_mean(voxel_mean(divergence, kept), count[:, 0])

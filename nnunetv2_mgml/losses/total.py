@@ -135,7 +135,9 @@ class MGMLLoss(nn.Module):
         if output.modality is not None:
             total = total + self._modality_terms(output.modality, truth, ramp, parts, modality_weights)
         if config.uses_teacher:
-            parts["consistency"] = self._consistency(output, mask, available, valid)
+            heads = target[0] if deep else target
+            reference = heads[:, :output.student[0].shape[1]] if self.regions else labels
+            parts["consistency"] = self._consistency(output, mask, available, valid, reference)
             total = total + ramp * config.consistency_weight * parts["consistency"]
         return LossTerms(total, {name: value.detach() for name, value in parts.items()}, distance)
 
@@ -209,7 +211,8 @@ class MGMLLoss(nn.Module):
         keep = keep_map(log_soft[:, 0].detach().exp(), w_f, config.mask_ratio, config.mask_mode)
         from_label = config.soft_label == "meta_amf" and config.meta_objective == "soft_label"
         parts["soft_label"] = soft_label_loss(log_probabilities, fused, present, keep, config.temperature, truth.valid,
-                                              train_target=from_label)
+                                              train_target=from_label,
+                                              labels=truth.labels if config.teaching == "better" else None)
         total = ramp * config.soft_label_weight * parts["soft_label"]
         if config.soft_label == "meta_amf" and not from_label:
             parts["meta"] = segmentation_of_log_probabilities(
@@ -231,10 +234,11 @@ class MGMLLoss(nn.Module):
         return ramp * config.soft_label_weight * loss
 
     def _consistency(self, output: TrainingOutput, mask: torch.Tensor, available: torch.Tensor,
-                     valid: torch.Tensor | None) -> torch.Tensor:
+                     valid: torch.Tensor | None, reference: torch.Tensor) -> torch.Tensor:
         config, student, teacher = self.config, output.student[0], output.teacher
         if config.reading == "ours":
-            return consistency_loss(student, teacher, mask, available, config.temperature, self.regions, valid)
+            return consistency_loss(student, teacher, mask, available, config.temperature, self.regions, valid,
+                                    reference if config.teaching == "better" else None)
         published = readings.paper_consistency_loss if config.reading == "paper" else \
             readings.reference_consistency_loss
         return published(student, teacher, config.temperature, self.regions, valid)
