@@ -117,6 +117,11 @@ class MGMLConfig:
     teacher_augmentation: bool = _option(False, "the teacher sees its own, stronger intensity augmentation (a second "
                                                 "encoder pass)")
 
+    complete_view_weight: float = _option(
+        0.0, "weight of nnU-Net's loss on the teacher's own prediction, from all modalities the case has: a teacher "
+             "worth learning from, for one backward pass of the decoder (not in the paper, whose teacher learns only "
+             "as a student); 0: off", low=0)
+
     # --- where both terms teach ---------------------------------------------------------------------------------------
     teaching: str = _option("everywhere", "everywhere (the paper); better: only voxels where the soft label or the "
                                           "teacher gives the true class more probability than the student",
@@ -202,6 +207,11 @@ class MGMLConfig:
     def uses_teacher(self) -> bool:
         """Whether the consistency term is on."""
         return self.consistency_weight > 0
+
+    @property
+    def supervises_teacher(self) -> bool:
+        """Whether the prediction from all modalities has a segmentation loss of its own."""
+        return self.complete_view_weight > 0
 
     @property
     def uses_rebalancing(self) -> bool:

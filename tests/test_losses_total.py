@@ -273,3 +273,18 @@ def test_works_with_a_meta_network_wrapped_for_ddp(tmp_path: Any) -> None:
             torch.testing.assert_close(a.grad, b.grad)
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_complete_view_is_supervised_by_nnunets_loss(deep: bool) -> None:
+    step = Step({"complete_view_weight": 0.5, "consistency_weight": 0.0}, deep=deep)
+    complete = [randn(*student.shape, seed=9).requires_grad_() for student in step.student]
+    with pytest.raises(ValueError, match="teacher_learns=True"):
+        step.run()
+    output = step.output()._replace(complete=complete)
+    total, parts, _ = step.loss(output, step.target, step.mask, step.available)
+    stock = step.loss.segmentation_loss(complete if deep else complete[0], step.target)
+    assert torch.equal(parts["complete"], stock.detach())
+    total.backward()
+    (gradient,) = torch.autograd.grad(0.5 * stock, complete[:1])
+    assert torch.allclose(complete[0].grad, gradient)

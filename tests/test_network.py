@@ -345,3 +345,18 @@ def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
             net.fuse_decode(features, mask[None])
 
     assert flops(all_subsets) <= 4 * full
+
+
+@pytest.mark.parametrize("fusion", DESIGNS)
+def test_a_learning_teacher_gives_the_same_prediction_with_gradient(fusion: str) -> None:
+    net = network(config(fusion), deep_supervision=True)
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    arguments = {"modality_mask": mask, "available": torch.ones_like(mask), "return_aux": True, "with_teacher": True}
+    plain = net(batch((16, 16, 16)), **arguments)
+    learning = net(batch((16, 16, 16)), **arguments, teacher_learns=True)
+    assert plain.complete is None
+    assert torch.equal(plain.teacher, learning.teacher)
+    assert torch.equal(learning.complete[0].detach(), learning.teacher)
+    assert not learning.teacher.requires_grad
+    sum(output.sum() for output in learning.complete).backward()
+    assert all(p.grad is not None for encoder in net.encoders for p in encoder.parameters())

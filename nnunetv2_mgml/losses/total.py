@@ -122,6 +122,10 @@ class MGMLLoss(nn.Module):
         if output.auxiliary:
             parts["auxiliary"] = auxiliary_loss(output.auxiliary, labels, valid, self.batch_dice)
             total = total + config.auxiliary_weight * parts["auxiliary"]
+        if config.supervises_teacher:
+            parts["complete"] = self.segmentation_loss(list(output.complete), target) if deep else \
+                self.segmentation_loss(output.complete[0], target)
+            total = total + config.complete_view_weight * parts["complete"]
         parts["fusion"] = output.fusion_loss
         total = config.segmentation_weight * (total + config.auxiliary_weight * output.fusion_loss)
         modality_weights, distance = None, None
@@ -163,6 +167,9 @@ class MGMLLoss(nn.Module):
         if output.teacher is None and config.uses_teacher:
             raise ValueError("The network returned no teacher, which consistency_weight > 0 needs. Call it with "
                              "with_teacher=True, or set consistency_weight to 0.")
+        if output.complete is None and config.supervises_teacher:
+            raise ValueError("The network returned no teacher with gradient, which complete_view_weight > 0 needs. "
+                             "Call it with with_teacher=True and teacher_learns=True, or set the weight to 0.")
         if output.single is None and config.uses_rebalancing:
             raise ValueError("The network returned no predictions from single modalities, which rebalancing needs. "
                              "Call it with with_single=True, or set rebalancing to none.")

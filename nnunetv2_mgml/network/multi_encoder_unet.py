@@ -103,7 +103,8 @@ class MultiEncoderUNet(nn.Module):
 
     def forward(self, x: torch.Tensor, modality_mask: torch.Tensor | None = None, available: torch.Tensor | None = None,
                 return_aux: bool = False, with_teacher: bool = False, teacher_input: torch.Tensor | None = None,
-                with_single: bool = False) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
+                with_single: bool = False, teacher_learns: bool = False
+                ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
         """Predict.
 
         Args:
@@ -116,6 +117,7 @@ class MultiEncoderUNet(nn.Module):
             teacher_input: the teacher's own augmented view, shaped as ``x``; None: it reuses the student's features.
             with_single: with ``return_aux``, also run the fusion decoder on each modality alone (rebalancing); their
                 teacher is that of ``with_teacher``, without it the prediction from ``modality_mask``.
+            teacher_learns: with ``with_teacher``, keep the teacher's gradient (``TrainingOutput.complete``).
 
         Returns:
             What nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list highest resolution first.
@@ -134,16 +136,18 @@ class MultiEncoderUNet(nn.Module):
             return self.fuse_decode(features, modality_mask)
         student = self.decoder(features, modality_mask, self.fusion)
         modality = None if self.modality_decoder is None else self.decode_modalities(features)
-        teacher = self._teach(features, available, teacher_input) if with_teacher else None
+        teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
         single = self._decode_single(features, student if teacher is None else teacher) if with_single else None
-        return TrainingOutput(student.outputs, modality, None if teacher is None else teacher.outputs[0],
-                              student.auxiliary, student.loss, single)
+        return TrainingOutput(student.outputs, modality, None if teacher is None else teacher.outputs[0].detach(),
+                              student.auxiliary, student.loss, teacher.outputs if teacher and teacher_learns else None,
+                              single)
 
-    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None) -> Decoded:
-        with torch.no_grad():
+    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
+               ) -> Decoded:
+        with torch.set_grad_enabled(learns):
             if own_input is not None:
                 features = self.encode(self._zero_absent(own_input, available))
-            return self.decoder([f.detach() for f in features], available, self.fusion)
+            return self.decoder(features if learns else [f.detach() for f in features], available, self.fusion)
 
     def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
         """Run every modality for every sample, also where it is absent: which those are is the loss's business."""

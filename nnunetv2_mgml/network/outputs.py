@@ -32,10 +32,12 @@ class TrainingOutput(NamedTuple):
     modality: torch.Tensor | None
     """Shared decoder's prediction from each modality alone, ``(B, M, K, *spatial)``; None when no loss needs it."""
     teacher: torch.Tensor | None
-    """Fused prediction from all modalities that exist, ``(B, R, *spatial)``, without gradient; None when not asked."""
+    """Fused prediction from all modalities that exist, ``(B, R, *spatial)``; taught from without gradient."""
     auxiliary: list[torch.Tensor]
     """The fusion design's own label logits, each ``(B, K, *spatial_s)`` at its own resolution; may be empty."""
     fusion_loss: torch.Tensor
     """Sum of the loss terms the fusion design computes itself (a KL divergence, ...), scalar float32; often 0."""
+    complete: list[torch.Tensor] | None = None
+    """The teacher's prediction with gradient, at all resolutions, shaped as ``student``; None when not asked."""
     single: SingleModalities | None = None
     """What rebalancing compares; None when not asked."""

@@ -115,7 +115,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         with self.autocast():
             output = self.network(data, modality_mask=mask, available=available, return_aux=True,
                                   with_teacher=self.needs_teacher, teacher_input=own_view,
-                                  with_single=self.balance is not None)
+                                  with_single=self.balance is not None,
+                                  teacher_learns=self.config.supervises_teacher)
             terms = self.mgml_loss(output, target, mask, available, self.ramp,
                                    None if self.balance is None else self.balance.weights())
         self._optimize(terms.total)
@@ -130,7 +131,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
     @property
     def needs_teacher(self) -> bool:
         """Whether a pass on all modalities is needed; rebalancing has one anyway where no modality is removed."""
-        return self.config.uses_teacher or (self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
+        return self.config.uses_teacher or self.config.supervises_teacher or (
+            self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss terms, then weigh the modalities anew once the warm-up is over."""
