@@ -140,16 +140,18 @@ def _headroom(results: Sequence[Result]) -> str:
 
 
 def _readings(results: Sequence[Result]) -> str:
-    chosen = select(results, "readings")
+    chosen = [r for group in ("readings", "teaching", "beyond") for r in select(results, group)]
     baseline = select(results, "main", variant="baseline")
-    rows = [[*row[:2], *row[3 - 1:5], *row[6:8], f"`{_set(chosen, row[0])}`"]
+    rows = [[*row[:9], f"`{_set(chosen, row[0])}`"]
             for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))]
-    return ("## Readings of the losses that were tried\n\nEach against the baseline of the same seed; one seed tells "
-            "harmful from harmless, not good from better.\n\n"
-            + table(["run", "mean", *REGIONS, *_CHANGE[:2], "set"], rows))
+    return ("## Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
+            "seeds. One seed tells harmful from harmless, not good from better. `teaching` and `complete_view_weight` "
+            "are not in the paper ([method.md](method.md)).\n\n"
+            + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows))
 
 
 def _set(results: Sequence[Result], cell: str) -> str:
+    """Return the options of a variant that not all of these runs share."""
     run = next(r.run for r in results if f"`{r.run.variant}`" == cell)
     shared = set.intersection(*({(k, str(v)) for k, v in r.run.options.items()} for r in results))
     return " ".join(f"{k}={v}" for k, v in run.options.items() if (k, str(v)) not in shared and k != "seed")
