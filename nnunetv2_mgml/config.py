@@ -118,9 +118,9 @@ class MGMLConfig:
                                                 "encoder pass)")
 
     complete_view_weight: float = _option(
-        0.0, "weight of nnU-Net's loss on the teacher's own prediction, from all modalities the case has: a teacher "
-             "worth learning from, for one backward pass of the decoder (not in the paper, whose teacher learns only "
-             "as a student); 0: off", low=0)
+        1.0, "weight of nnU-Net's loss on the teacher's own prediction, from all modalities the case has. Not in the "
+             "paper, whose teacher learns only when it is drawn as a student; 0: off. On phantoms it added 1.3 to 2.5 "
+             "Dice points (docs/results.md)", low=0)
 
     # --- where both terms teach ---------------------------------------------------------------------------------------
     teaching: str = _option("everywhere", "everywhere (the paper); better: only voxels where the soft label or the "

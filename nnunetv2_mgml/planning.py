@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nnunet": {},
     "paper": {"patch_size": [80, 80, 80], "batch_size": 1, "optimizer": "adam", "initial_lr": 2e-4,
               "weight_decay": 1e-4, "num_epochs": 900, "num_iterations_per_epoch": 150, "augmentation": "paper",
-              "seed": 1024, "deterministic": True},
+              "complete_view_weight": 0.0, "seed": 1024, "deterministic": True},
 }
 """Preset -> what it sets; ``--set`` goes over it."""
 

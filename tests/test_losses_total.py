@@ -25,7 +25,7 @@ class Step:
                  deep: bool = False, seed: int = 0, shape: tuple[int, ...] = SHAPE, modalities: int = M,
                  available: torch.Tensor = AVAILABLE, mask: torch.Tensor = MASK) -> None:
         torch.manual_seed(seed)
-        self.config = MGMLConfig().updated(changes or {})
+        self.config = MGMLConfig(complete_view_weight=0.0).updated(changes or {})
         batch, heads = len(available), K - 1 if regions else K
         self.student = [randn(batch, heads, *(n // 2 ** s for n in shape), seed=s).requires_grad_()
                         for s in range(2 if deep else 1)]

@@ -229,7 +229,8 @@ def test_paper_preset_and_set_over_it(folder):
     plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
     assert MGMLConfig.from_plans(plans) == MGMLConfig(optimizer="adam", initial_lr=2e-4, weight_decay=1e-4,
                                                       num_epochs=900, num_iterations_per_epoch=150, seed=7,
-                                                      augmentation="paper", deterministic=True)
+                                                      augmentation="paper", deterministic=True,
+                                                      complete_view_weight=0.0)
     configuration = plans["configurations"]["3d_fullres"]
     assert (configuration["patch_size"], configuration["batch_size"]) == ([80, 80, 80], 1)
     assert configuration["architecture"]["arch_kwargs"]["n_stages"] == 5
@@ -239,7 +240,7 @@ def test_help_tells_the_paper_preset(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "augmentation=paper, seed=1024, deterministic=True" in said
+    assert "augmentation=paper, complete_view_weight=0.0, seed=1024, deterministic=True" in said
     assert "rotation up to 10 degrees, intensity scale and shift 0.1, flips" in said
     assert "stays nnU-Net's" not in said
 

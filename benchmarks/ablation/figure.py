@@ -23,7 +23,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def _subsets(axes: Axes, results: Sequence[Result]) -> None:
     baseline = select(results, "main", "region_aware", "baseline")
-    variants = [v for v in ("consistency", "meta_amf", "mgml") if select(results, "main", "region_aware", v)]
+    variants = [v for v in ("mgml_paper_terms", "complete_view", "mgml") if select(results, "main", "region_aware", v)]
     for index, variant in enumerate(variants):
         change = difference(baseline, select(results, "main", "region_aware", variant))
         if change is not None:

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mgml.config import PLANS_KEY
+from nnunetv2_mgml.planning import NNUNET_KEYS
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 SETTINGS = FOLDER / "settings.json"
@@ -46,8 +50,13 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything that could change the result does (code aside)."""
-        content = [self.trainer, self.options, self.dataset_settings, self.fold, self.remove_small, list(self.subsets)]
+        """Changes when anything that could change the result does, defaults of the plugin included (code aside)."""
+        trainer = TRAINERS[self.trainer]
+        config = trainer.resolve_config({PLANS_KEY: {"config": {key: value for key, value in self.options.items()
+                                                                if key not in NNUNET_KEYS}}})
+        plan = {key: value for key, value in self.options.items() if key in NNUNET_KEYS}
+        content = [issubclass(trainer, nnUNetTrainerMGML), config.as_dict(), plan, self.dataset_settings, self.fold,
+                   self.remove_small, list(self.subsets)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
-_BASELINE = {"soft_label": "none", "consistency_weight": 0.0}
+_BASELINE = {"soft_label": "none", "consistency_weight": 0.0, "complete_view_weight": 0.0}
 _RFNET = {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}}
 
 

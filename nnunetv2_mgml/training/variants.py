@@ -1,4 +1,4 @@
-"""Ablations and baselines: a trainer each, a few lines each."""
+"""Ablations and baselines: a trainer each, a few lines each. Those named by the paper have its terms alone."""
 
 # ruff: noqa: N801  nnU-Net's naming scheme: the class name is the argument of -tr
 
@@ -15,25 +15,31 @@ from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 class nnUNetTrainerMGML_noConsistency(nnUNetTrainerMGML):
     """Without L_CR (the paper's "Baseline + Meta-AMF")."""
 
-    config_overrides = {"consistency_weight": 0.0}
+    config_overrides = {"consistency_weight": 0.0, "complete_view_weight": 0.0}
 
 
 class nnUNetTrainerMGML_noMetaAMF(nnUNetTrainerMGML):
     """Without the soft label (the paper's "Baseline + L_CR")."""
 
-    config_overrides = {"soft_label": "none"}
+    config_overrides = {"soft_label": "none", "complete_view_weight": 0.0}
 
 
 class nnUNetTrainerMGML_fixedSoftLabels(nnUNetTrainerMGML):
     """Soft labels from fixed parameters (the paper's FPSLD, Table 2), without L_CR."""
 
-    config_overrides = {"soft_label": "fixed", "consistency_weight": 0.0}
+    config_overrides = {"soft_label": "fixed", "consistency_weight": 0.0, "complete_view_weight": 0.0}
 
 
 class nnUNetTrainerMGML_baseline(nnUNetTrainerMGML):
     """The multi-encoder network with the segmentation losses only."""
 
-    config_overrides = {"soft_label": "none", "consistency_weight": 0.0}
+    config_overrides = {"soft_label": "none", "consistency_weight": 0.0, "complete_view_weight": 0.0}
+
+
+class nnUNetTrainerMGML_paperTerms(nnUNetTrainerMGML):
+    """The paper's MGML, Meta-AMF and L_CR, without the loss on the complete view that our default adds."""
+
+    config_overrides = {"complete_view_weight": 0.0}
 
 
 class nnUNetTrainerModalityDropout(MissingModalityTrainer):
