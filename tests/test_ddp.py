@@ -38,7 +38,8 @@ def gradients(samples: slice, distributed: bool) -> dict[str, torch.Tensor]:
     target = torch.cat([labels >= region for region in (1, 2, 3)], 1)[samples]
     mask = torch.tensor([[True, False, True, False], [False, True, False, True]])[samples]
     available = torch.ones_like(mask)
-    output = net(x[samples], modality_mask=mask, available=available, return_aux=True, with_teacher=True)
+    output = net(x[samples], modality_mask=mask, available=available, return_aux=True, with_teacher=True,
+                 teacher_learns=True)
     terms = loss(output, [target, target[..., ::2, ::2, ::2]], mask, available, 1.0)
     terms.total.backward()
     modules = {"network": net, "meta": meta}

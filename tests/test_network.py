@@ -203,7 +203,8 @@ def test_compiles_without_graph_breaks(fusion: str) -> None:
     net = network(config(fusion), deep_supervision=True)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    arguments = dict(modality_mask=mask, available=torch.ones_like(mask), return_aux=True, with_teacher=True)
+    arguments = dict(modality_mask=mask, available=torch.ones_like(mask), return_aux=True, with_teacher=True,
+                     teacher_learns=True)
     x = batch((16, 16, 16))
     assert torch.allclose(compiled(x, **arguments).student[0], net(x, **arguments).student[0], atol=1e-5)
 
