@@ -119,7 +119,7 @@ class MGMLConfig:
 
     complete_view_weight: float = _option(
         1.0, "weight of nnU-Net's loss on the teacher's own prediction, from all modalities the case has. Not in the "
-             "paper, whose teacher learns only when it is drawn as a student; 0: off. On phantoms it added 1.3 to 2.5 "
+             "paper, whose teacher learns only when it is drawn as a student; 0: off. On phantoms it added 2.3 "
              "Dice points (docs/results.md)", low=0)
 
     # --- where both terms teach ---------------------------------------------------------------------------------------
