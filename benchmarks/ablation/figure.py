@@ -35,7 +35,7 @@ def _subsets(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_xlabel("difference to the baseline, Dice points (mean of WT, TC, ET)")
     axes.set_title("region_aware, per subset")
     if variants:
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(variants))
 
 
 def _designs(axes: Axes, results: Sequence[Result]) -> None:
@@ -52,7 +52,7 @@ def _designs(axes: Axes, results: Sequence[Result]) -> None:
         axes.plot(change.mean, row, "o", color=CYCLE[0])
         axes.plot(change.per_seed, [row + 0.22] * len(change.per_seed), ".", color=GREY, markersize=4)
     axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(labels), 2) - 0.5, -0.5)
     axes.axvline(0, color=BLACK, linewidth=0.8)
     axes.set_xlabel("MGML - baseline, Dice points;\n95 % interval over cases, dots: seeds")
     axes.set_title("per fusion design")
