@@ -210,8 +210,8 @@ class MGMLConfig:
 
     @property
     def supervises_teacher(self) -> bool:
-        """Whether the prediction from all modalities has a segmentation loss of its own."""
-        return self.complete_view_weight > 0
+        """Whether the prediction from all modalities has its own segmentation loss; not where it is the student's."""
+        return self.complete_view_weight > 0 and self.mask_sampling != "fixed"
 
     @property
     def uses_rebalancing(self) -> bool:

@@ -128,6 +128,8 @@ def test_terms_that_are_off():
     assert not MGMLConfig().updated({"consistency_weight": 0}).uses_teacher
     assert MGMLConfig().uses_soft_label
     assert MGMLConfig().uses_teacher
+    assert MGMLConfig().supervises_teacher
+    assert not MGMLConfig(mask_sampling="fixed").supervises_teacher  # the student sees everything there is
 
 
 def test_parse_assignments():

@@ -157,7 +157,8 @@ class Step:
 
     def __init__(self, changes: dict[str, Any] | None = None, regions: bool = True, ignore: bool = False) -> None:
         torch.manual_seed(0)
-        self.config = MGMLConfig().updated({"rebalancing": "passion", "mask_ratio": 0.0, **(changes or {})})
+        self.config = MGMLConfig().updated({"rebalancing": "passion", "mask_ratio": 0.0, "complete_view_weight": 0.0,
+                                           **(changes or {})})
         self.single = single(regions, scales=2)
         self.modality = randn(2, M, K, *SHAPE, seed=3).requires_grad_()
         self.labels = labels_of(2, *SHAPE, classes=K + ignore)

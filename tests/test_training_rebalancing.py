@@ -323,4 +323,5 @@ def test_one_more_teacher_pass_only_where_modalities_are_removed(nnunet_folders:
              for name, options in OPTIONS.items()}
     assert needs == {"passion": False, "with_mgml": True, "with_teacher_view": True, "random_masks": True}
     assert make_trainer(nnUNetTrainerMGML, plans_dict).needs_teacher
-    assert not make_trainer(nnUNetTrainerMGML, plans_dict, {"consistency_weight": 0.0}).needs_teacher
+    off = {"consistency_weight": 0.0, "complete_view_weight": 0.0}
+    assert not make_trainer(nnUNetTrainerMGML, plans_dict, off).needs_teacher

@@ -139,8 +139,8 @@ class MultiEncoderUNet(nn.Module):
         teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
         single = self._decode_single(features, student if teacher is None else teacher) if with_single else None
         return TrainingOutput(student.outputs, modality, None if teacher is None else teacher.outputs[0].detach(),
-                              student.auxiliary, student.loss, teacher.outputs if teacher and teacher_learns else None,
-                              single)
+                              student.auxiliary, student.loss, single,
+                              teacher.outputs if teacher and teacher_learns else None)
 
     def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
                ) -> Decoded:

@@ -37,7 +37,7 @@ class TrainingOutput(NamedTuple):
     """The fusion design's own label logits, each ``(B, K, *spatial_s)`` at its own resolution; may be empty."""
     fusion_loss: torch.Tensor
     """Sum of the loss terms the fusion design computes itself (a KL divergence, ...), scalar float32; often 0."""
-    complete: list[torch.Tensor] | None = None
-    """The teacher's prediction with gradient, at all resolutions, shaped as ``student``; None when not asked."""
     single: SingleModalities | None = None
     """What rebalancing compares; None when not asked."""
+    complete: list[torch.Tensor] | None = None
+    """The teacher's prediction with gradient, at all resolutions, shaped as ``student``; None when not asked."""
