@@ -23,8 +23,8 @@ SPLIT = (24, 1, 4)
 
 OPTIONS: dict[str, object] = {
     "num_epochs": 15, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4, "patch_size": [40, 48, 40],
-    "width_factor": 0.25, "optimizer": "adam", "initial_lr": 0.002, "weight_decay": 1e-4, "seed": 0,
-    "validate_subsets": False}
+    "width_factor": 0.25, "decoder_width_ratio": 1.0, "augmentation": "paper", "optimizer": "adam",
+    "initial_lr": 0.002, "weight_decay": 1e-4, "seed": 0, "validate_subsets": False}
 """A small network and 300 steps: Adam gets further in so few than nnU-Net's SGD."""
 
 SUBSETS: dict[str, tuple[str, ...]] = {
