@@ -55,8 +55,8 @@ def files(work: Path, args: argparse.Namespace) -> dict[str, Callable[[], None]]
     def predict(subset: str) -> None:
         channels = model_channels(args)
         missing = [name for name in channels if name not in subset.split("+")]
-        flag = ["--missing_modalities", *missing] if missing else []
-        run(["predict", *common, "-i", str(work / "images"), "-o", tempfile.mkdtemp(dir=work), *flag])
+        run(["predict", *common, "-i", str(work / "images"), "-o", tempfile.mkdtemp(dir=work), "--missing_modalities",
+             *(missing or ["auto"])])
 
     def everything() -> None:
         run(["evaluate", *common, "-i", str(work / "images"), "-l", str(work / "labels"), "-o",
@@ -112,7 +112,10 @@ def run(arguments: list[str]) -> None:
     """Run a command of ours in this process, silently."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        code = mgml(arguments)
+        try:
+            code = mgml(arguments)
+        except SystemExit as end:  # nnU-Net's entry points end so
+            code = end.code
     if code:
         raise RuntimeError(f"mgml {' '.join(arguments)} ended with {code}:\n{output.getvalue()[-2000:]}")
 
