@@ -30,7 +30,7 @@ def write_model(folder: Path, trainer: str = "nnUNetTrainerMGML", folds: Iterabl
                 cascade: bool = False, normalization: str = "ZScoreNormalization") -> Path:
     """Write what nnU-Net's predictor reads of a trained model; every region is predicted somewhere."""
     plans = builders.plans(stages=2)
-    plans["mgml"] = {"config": {"width_factor": 1.0, "fusion": "concat"}, "num_classes": 4}
+    plans["mgml"] = {"config": {"width_factor": 1.0, "decoder_width_ratio": 1.0, "fusion": "concat"}, "num_classes": 4}
     configuration = plans["configurations"]["3d_fullres"]
     configuration["normalization_schemes"] = [normalization] * 4
     for statistics in plans["foreground_intensity_properties_per_channel"].values():

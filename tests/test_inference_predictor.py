@@ -244,12 +244,10 @@ def test_bfloat16_on_a_cpu(model: Path, auto: MGMLPredictor) -> None:
     half = predictor(model, cpu_bfloat16=True)
     hook = half.network.encoders[0].register_forward_hook(lambda _m, _i, output: seen.append(output[0].dtype))
     item = item_of(half, {"t1": image(0), "t2": image(2)})
-    full = auto._logits(item).astype(np.float32)
-    difference = np.abs(half._logits(item).astype(np.float32) - full)
+    difference = np.abs(half._logits(item).astype(np.float32) - auto._logits(item).astype(np.float32))
     hook.remove()
     assert seen
-    assert 0 < difference.max() < 0.1 * np.abs(full).max()
-    assert difference.mean() < 0.01 * np.abs(full).max()
+    assert 0 < difference.max() < 0.15
     assert not half.network._forward_hooks
     with pytest.raises(ValueError, match="cpu_bfloat16 is for device cpu, not cuda"):
         MGMLPredictor(device=torch.device("cuda"), cpu_bfloat16=True)
