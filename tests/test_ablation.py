@@ -113,6 +113,10 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
     page = ablation.pages.page(settings, results)
     assert "No finished runs" not in page
     assert all(f"`{name}`" in page for name in (*settings["variants"], *fusion_designs()))
+    assert "`teaching=better`" in page
+    assert "`fusion_options={'grid': 4}`" in page
+    weights = page.split("| complete_view_weight |")[1].split("\n\n")[0]
+    assert [line.split(" | ")[0] for line in weights.splitlines()[2:]] == ["| 0", "| 0.1", "| 0.3", "| 1"]
     ablation.figure.draw(results, ablation.folder / "figure.png")
     assert (ablation.folder / "figure.png").stat().st_size > 10_000
 

@@ -18,8 +18,9 @@ REGIONS = ("WT", "TC", "ET")
 
 def page(settings: dict[str, Any], results: Sequence[Result]) -> str:
     """Return the page; sections without results say so."""
-    sections = [_head(settings, results), _main(results), _subsets(results), _designs(results), _headroom(results),
-                _readings(results), _sensitivity(results), _real(settings, results), FULL_SIZE]
+    sections = [_head(settings, results), _main(results), _subsets(results), _designs(settings, results),
+                _headroom(results), _readings(settings, results), _sensitivity(results), _real(settings, results),
+                FULL_SIZE]
     return "\n".join(sections)
 
 
@@ -113,8 +114,10 @@ def _subsets(results: Sequence[Result]) -> str:
         ["present", *(f"`{v}`" for v in variants)], rows)
 
 
-def _designs(results: Sequence[Result]) -> str:
+def _designs(settings: dict[str, Any], results: Sequence[Result]) -> str:
     chosen = select(results, "designs")
+    special = "; ".join(f"`{design}` with " + ", ".join(f"`{key}={value}`" for key, value in options.items())
+                        for design, options in settings["design_options"].items())
     rows = []
     for design in dict.fromkeys(r.run.design for r in chosen):
         baseline, mgml = (select(chosen, design=design, variant=v) for v in ("baseline", "mgml"))
@@ -122,7 +125,7 @@ def _designs(results: Sequence[Result]) -> str:
             change = difference(baseline, mgml)
             rows.append([f"`{design}`", mean_cells(baseline)[0], mean_cells(mgml)[0], *change_cells(change)[:2],
                          " / ".join(f"{change.regions[r]:+.2f}" for r in REGIONS), mean_cells(mgml)[-1]])
-    return "## MGML on the other fusion designs\n\n" + table(
+    return f"## MGML on the other fusion designs\n\nDefault options, but {special} to spare time.\n\n" + table(
         ["design", "baseline", "MGML", *_CHANGE[:2], "WT / TC / ET", "seeds"], rows)
 
 
@@ -141,10 +144,10 @@ def _headroom(results: Sequence[Result]) -> str:
             + table(["subset", "trained on it alone", "baseline", "headroom"], rows))
 
 
-def _readings(results: Sequence[Result]) -> str:
+def _readings(settings: dict[str, Any], results: Sequence[Result]) -> str:
     chosen = [r for group in ("readings", "teaching") for r in select(results, group)]
     baseline = select(results, "main", variant="baseline")
-    rows = [[*row[:9], f"`{_set(chosen, row[0])}`"]
+    rows = [[*row[:9], f"`{_set(settings, chosen, row[0])}`"]
             for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))]
     return ("## Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
             "seeds, without the complete view. One seed tells harmful from harmless, not good from better. `teaching` "
@@ -152,28 +155,43 @@ def _readings(results: Sequence[Result]) -> str:
             + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows))
 
 
-def _set(results: Sequence[Result], cell: str) -> str:
-    """Return the options of a variant that not all of these runs share."""
+def _set(settings: dict[str, Any], results: Sequence[Result], cell: str) -> str:
+    """Return the options of a variant beyond those of every training."""
     run = next(r.run for r in results if f"`{r.run.variant}`" == cell)
-    shared = set.intersection(*({(k, str(v)) for k, v in r.run.options.items()} for r in results))
-    return " ".join(f"{k}={v}" for k, v in run.options.items() if (k, str(v)) not in shared and k != "seed")
+    common = {**settings["training"][run.dataset], "fusion": run.design, "seed": run.seed}
+    return " ".join(f"{k}={v}" for k, v in run.options.items() if k not in common or common[k] != v)
+
+
+_SENSITIVITY: tuple[tuple[str, str, dict[str, float], str], ...] = (
+    ("tau", "mgml_paper_terms", PAPER_TEMPERATURE, "temperature"),
+    ("lambda3", "mgml_paper_terms", PAPER_LAMBDA3, "consistency_weight"),
+    ("complete_view_weight", "mgml", {}, "complete_view_weight"))
+"""Title and group, the variant of the main table with the default, the paper's figures, and the option."""
 
 
 def _sensitivity(results: Sequence[Result]) -> str:
-    default = [r for r in select(results, "main", variant="mgml_paper_terms") if not r.run.seed]
-    parts = ["## Sensitivity\n\nOne seed. *Paper*: mean of WT, TC and ET in Tables 5 and 6.\n"]
-    for title, group, known, option in (("tau", "temperature", PAPER_TEMPERATURE, "temperature"),
-                                        ("lambda3", "lambda3", PAPER_LAMBDA3, "consistency_weight")):
-        rows = {float(r.run.options[option]): mean_cells([r]) for r in select(results, group)}
-        if default:
-            from nnunetv2_mgml.config import MGMLConfig
-
-            rows.setdefault(float(default[0].run.options.get(option, getattr(MGMLConfig(), option))),
-                            mean_cells(default))
-        parts.append(table([title, "mean", *REGIONS, "paper"],
-                           ([f"{value:g}", *cells[:4], f"{known[f'{value:g}']:.2f}" if f"{value:g}" in known else "-"]
-                            for value, cells in sorted(rows.items()))))
+    parts = ["## Sensitivity\n\nOne seed. *One modality*: mean over the four subsets of one modality. *Paper*: mean of "
+             "WT, TC and ET in Tables 5 and 6. The weight of the loss on the complete view is not the paper's; at 0 "
+             "it is `mgml_paper_terms`.\n"]
+    for title, variant, known, option in _SENSITIVITY:
+        rows = {_value(r, option): r for r in select(results, "main") if not r.run.seed
+                and r.run.variant in (variant, "mgml_paper_terms")}
+        rows |= {_value(r, option): r for r in select(results, option)}
+        parts.append(table([title, "mean", *REGIONS, "one modality", "paper"],
+                           ([f"{value:g}", *mean_cells([r])[:4], f"{_one_modality(r):.2f}",
+                             f"{known[f'{value:g}']:.2f}" if f"{value:g}" in known else "-"]
+                            for value, r in sorted(rows.items()))))
     return "\n".join(parts)
+
+
+def _value(result: Result, option: str) -> float:
+    """Return the value of an option in a run, the trainer's default where it was not set."""
+    return float(getattr(result.run.config, option))
+
+
+def _one_modality(result: Result) -> float:
+    """Return the mean Dice over the subsets of a single modality."""
+    return float(result.dice[:, ["+" not in subset for subset in result.subsets]].mean())
 
 
 def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.config import PLANS_KEY
+from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
 from nnunetv2_mgml.planning import NNUNET_KEYS
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
 
@@ -49,14 +49,17 @@ class Run:
         return RESULTS / self.group / f"{self.design}__{self.variant}__fold{self.fold}__seed{self.seed}.json"
 
     @property
+    def config(self) -> MGMLConfig:
+        """Every option of the plugin as the trainer resolves it, defaults included."""
+        return TRAINERS[self.trainer].resolve_config({PLANS_KEY: {"config": {
+            key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}})
+
+    @property
     def fingerprint(self) -> str:
         """Changes when anything that could change the result does, defaults of the plugin included (code aside)."""
-        trainer = TRAINERS[self.trainer]
-        config = trainer.resolve_config({PLANS_KEY: {"config": {key: value for key, value in self.options.items()
-                                                                if key not in NNUNET_KEYS}}})
         plan = {key: value for key, value in self.options.items() if key in NNUNET_KEYS}
-        content = [issubclass(trainer, nnUNetTrainerMGML), config.as_dict(), plan, self.dataset_settings, self.fold,
-                   self.remove_small, list(self.subsets)]
+        content = [issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML), self.config.as_dict(), plan,
+                   self.dataset_settings, self.fold, self.remove_small, list(self.subsets)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished(self) -> bool:
@@ -95,7 +98,7 @@ def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
             for design in group["designs"]:
                 for variant, trainer, changes, subsets in _variants(settings, group):
                     options = {**settings["training"][dataset], "fusion": design, "seed": seed,
-                               **group.get("set", {}), **changes}
+                               **settings["design_options"].get(design, {}), **changes}
                     yield Run(name, dataset, design, variant, seed, fold, trainer, options, data,
                               settings["remove_small"][dataset], subsets)
 
