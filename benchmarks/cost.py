@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--designs", nargs="+", default=list(fusion_designs()), help="fusion designs")
     parser.add_argument("--patch", type=int, default=40, help="edge of the cubic patch, voxels")
+    parser.add_argument("--batch", type=int, default=2, choices=(1, 2), help="samples of a training step")
     parser.add_argument("--stages", type=int, default=4, help="resolution stages of the U-Net")
     parser.add_argument("--width_factor", type=float, default=0.5, help="of nnU-Net's widths 32, 64, 128, ...")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions; the median counts")
@@ -65,7 +66,7 @@ def main() -> None:
     measured = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     rows = {}
     for design in args.designs:
-        key = f"{design} patch {args.patch} stages {args.stages} width {args.width_factor:g} {args.device}"
+        key = f"{design} patch {args.patch} batch {args.batch} stages {args.stages} width {args.width_factor:g} {args.device}"
         if args.again or key not in measured:
             measured[key] = {what: run_worker(design, what) for what in WORKERS}
             write_json(RESULTS, measured)
@@ -106,21 +107,26 @@ class Bench:
         weights = [0.5 ** s for s in range(args.stages - 1)]
         self.loss = MGMLLoss(self.config, DeepSupervisionWrapper(stock, weights), regions=True, num_classes=CLASSES,
                              meta_network=None if self.meta is None else self.meta.to(self.device))
-        self.x = torch.randn(2, MODALITIES, *(args.patch,) * 3, device=self.device)
-        labels = torch.randint(0, CLASSES, (2, 1, *(args.patch,) * 3), device=self.device)
+        self.x = torch.randn(args.batch, MODALITIES, *(args.patch,) * 3, device=self.device)
+        labels = torch.randint(0, CLASSES, (args.batch, 1, *(args.patch,) * 3), device=self.device)
         target = torch.cat([labels >= region for region in (1, 2, 3)], 1)
         self.targets = [target[:, :, :: 2 ** s, :: 2 ** s, :: 2 ** s] for s in range(args.stages - 1)]
-        self.mask = torch.tensor([[True, False, True, True], [False, True, False, False]], device=self.device)
+        self.mask = torch.tensor([[True, False, True, True], [False, True, False, False]][:args.batch],
+                                 device=self.device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.99, nesterov=True)
 
-    def step(self) -> None:
-        """One training step."""
+    def forward(self) -> torch.Tensor:
+        """Forward pass and loss of a training step."""
         available = torch.ones_like(self.mask)
-        self.optimizer.zero_grad(set_to_none=True)
         output = self.network(self.x, modality_mask=self.mask, available=available, return_aux=True,
                               with_teacher=self.config.uses_teacher,
                               teacher_learns=self.config.supervises_teacher)
-        self.loss(output, self.targets, self.mask, available).total.backward()
+        return self.loss(output, self.targets, self.mask, available).total
+
+    def step(self) -> None:
+        """One training step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.forward().backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
         self.optimizer.step()
 
@@ -209,8 +215,8 @@ def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace)
         "# What the fusion designs cost", "",
         f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, device {args.device}, "
         f"torch {torch.__version__}: {MODALITIES} modalities, {args.patch}^3 patch, {args.stages} stages, width factor "
-        f"{args.width_factor:g}. Training steps have batch 2. Times in seconds; ratios are what carries over to other "
-        f"machines. *Paper* is Table 7 of Zou et al., seconds per epoch without and with MGML, of the authors' "
+        f"{args.width_factor:g}. Training steps have batch {args.batch}. Times in seconds; ratios are what carries over "
+        f"to other machines. *Paper* is Table 7 of Zou et al., seconds per epoch without and with MGML, of the authors' "
         f"networks on an RTX 3090.", "",
         "*MGML*: Meta-AMF and L_CR; *default*: also the loss on the complete view. Inference is the same for all.", "",
         "| design | parameters (fusion), M | GFLOP a patch | step | MGML | default | peak memory, MiB | MGML | default "

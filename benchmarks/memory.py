@@ -1,0 +1,96 @@
+"""Memory a full-size training step keeps, counted without a GPU. Writes docs/memory.md.
+
+    python benchmarks/memory.py
+
+The forward pass and the losses run on fake tensors (shapes without data), and every tensor that autograd keeps for the
+backward pass is counted once, under 16-bit autocast; then the parameters, their gradients and SGD's momentum in 32 bit.
+Temporary tensors, the allocator's cache and cuDNN's workspace come on top: it is a lower bound, not a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from cost import TERMS, Bench
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from nnunetv2_mgml.files import write_text
+from nnunetv2_mgml.network.fusion import fusion_designs
+
+SIZES = {"80^3, batch 1": {"patch": 80, "batch": 1, "stages": 5},
+         "128^3, batch 2": {"patch": 128, "batch": 2, "stages": 6}}
+"""The paper's training, and nnU-Net's own plan for BraTS."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--designs", nargs="+", default=list(fusion_designs()), help="fusion designs")
+    parser.add_argument("--width_factor", type=float, default=1.0, help="of nnU-Net's widths 32, 64, 128, ...")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "memory.md")
+    args = parser.parse_args()
+    rows = {}
+    for design in tqdm(args.designs):
+        rows[design] = [[gibibytes(Bench(design, terms, sized(args, size))) for terms in TERMS]
+                        for size in SIZES.values()]
+    write_text(args.output, page(rows, args))
+    print(f"wrote {args.output}")
+
+
+def sized(args: argparse.Namespace, size: dict[str, int]) -> argparse.Namespace:
+    return argparse.Namespace(width_factor=args.width_factor, device="cpu", **size)
+
+
+def gibibytes(bench: Bench) -> float:
+    """Return what a training step keeps: tensors saved for backward, parameters, gradients, momentum."""
+    parameters = sum(p.numel() for p in bench.network.parameters())
+    return (saved_bytes(bench) + 3 * 4 * parameters) / 2 ** 30
+
+
+def saved_bytes(bench: Bench, fake: bool = True) -> int:
+    """Return the bytes of all tensors kept for the backward pass; parameters are not counted.
+
+    Args:
+        bench: network, losses and a batch.
+        fake: whether to run on shapes only, which needs neither the memory nor the time of the real thing.
+    """
+    owned = {p.untyped_storage()._cdata for p in bench.network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage
+        return tensor
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if fake:
+        bench.x, bench.mask, *bench.targets = map(mode.from_tensor, (bench.x, bench.mask, *bench.targets))
+    with mode if fake else torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = bench.forward()
+    del loss
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
+    head = [f"{size}: {terms}" for size in SIZES for terms in ("without MGML", "MGML", "default")]
+    lines = [
+        "# Memory of full-size training", "",
+        f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
+        f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors saved for "
+        f"the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit. **A lower "
+        f"bound, not measured on a GPU**: temporary tensors, allocator and cuDNN workspace come on top.", "",
+        f"80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
+        f"L_CR; *default*: also the loss on the complete view.", "",
+        f"| design | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    lines += [f"| `{name}` | {' | '.join(f'{value:.1f}' for row in values for value in row)} |"
+              for name, values in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
