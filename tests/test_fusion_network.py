@@ -81,19 +81,36 @@ def test_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @designs
-def test_training_step(name: str) -> None:
-    """Student and teacher in one pass: every parameter gets a finite gradient, the teacher none and no noise."""
+@pytest.mark.parametrize("learns", [False, True])
+def test_training_step(name: str, learns: bool) -> None:
+    """Student and teacher in one pass: every parameter gets a finite gradient, the teacher has no noise."""
     net = make_network(name).train()
     x, mask = image(batch=2), torch.tensor([[True, False, False], [False, True, True]])
-    output = net(x, modality_mask=mask, available=torch.ones(2, 3).bool(), return_aux=True, with_teacher=True)
-    again = net(x, modality_mask=mask, available=torch.ones(2, 3).bool(), return_aux=True, with_teacher=True)
+    arguments = {"modality_mask": mask, "available": torch.ones(2, 3).bool(), "return_aux": True, "with_teacher": True,
+                 "teacher_learns": learns}
+    output, again = net(x, **arguments), net(x, **arguments)
     assert torch.equal(output.teacher, again.teacher)
     assert not output.teacher.requires_grad
-    parts = [*output.student, output.modality, *output.auxiliary, output.fusion_loss]
+    parts = [*output.student, output.modality, *output.auxiliary, output.fusion_loss, *(output.complete or [])]
     sum(part.square().mean() for part in parts).backward()
     for key, parameter in net.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
+
+
+@designs
+def test_a_learning_teacher_compiles_and_stays_silent(name: str) -> None:
+    """Its pass is part of the one graph, and the student after it is as noisy as before."""
+    net = make_network(name, "2d").train()
+    x, mask = image("2d"), torch.tensor([[True, False, True]])
+    arguments = {"modality_mask": mask, "available": torch.ones(1, 3).bool(), "return_aux": True, "with_teacher": True,
+                 "teacher_learns": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, **arguments).teacher, net(x, **arguments).teacher, atol=1e-4, rtol=1e-4)
+    noisy = not torch.equal(net(x, **arguments).student[0], net(x, **arguments).student[0])
+    assert noisy == (not torch.equal(compiled(x, **arguments).student[0], compiled(x, **arguments).student[0]))
 
 
 def discs(generator: torch.Generator, batch: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

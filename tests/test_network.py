@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_without_gradient
+from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_of_the_teacher
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
 from nnunetv2_mgml.network.outputs import TrainingOutput
@@ -235,7 +235,7 @@ def test_scaled_widths(widths: list[int], factor: float) -> None:
 
 def test_plan_dropout_is_silent_in_the_teacher_pass() -> None:
     layers = nn.Sequential(nn.Conv3d(64, 64, 1), nn.Dropout3d(0.5)).train()
-    silence_dropout_without_gradient(layers)
+    silence_dropout_of_the_teacher(layers)
     x = torch.ones(1, 64, 2, 2, 2)
     with torch.no_grad():
         assert torch.equal(layers(x), layers[0](x))

@@ -16,7 +16,7 @@ from nnunetv2_mgml.network.encoders import (
     encoder_spec,
     plan_unet,
     scaled_widths,
-    silence_dropout_without_gradient,
+    silence_dropout_of_the_teacher,
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
@@ -67,7 +67,7 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
         modality_decoder=shared)
     network.apply(unet.initialize)
     network.fusion.initialize()
-    silence_dropout_without_gradient(network)
+    silence_dropout_of_the_teacher(network)
     return network
 
 

@@ -13,6 +13,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunetv2_mgml.network.silence import random_layers_act
+
 
 @dataclass
 class EncoderSpec:
@@ -73,8 +75,8 @@ def encoder_spec(encoder: nn.Module) -> EncoderSpec:
         dropout_op_kwargs=encoder.dropout_op_kwargs, nonlin=encoder.nonlin, nonlin_kwargs=encoder.nonlin_kwargs)
 
 
-def silence_dropout_without_gradient(network: nn.Module) -> None:
-    """Let the plan's dropout layers drop only while gradients are recorded, so that the teacher pass is not noisy."""
+def silence_dropout_of_the_teacher(network: nn.Module) -> None:
+    """Let the plan's dropout layers drop only where `random_layers_act`, so that the teacher pass is not noisy."""
     for module in network.modules():
         if isinstance(module, _DropoutNd):
             module.__class__ = _silent(type(module))
@@ -106,6 +108,6 @@ class NarrowedEncoder(nn.Module):
 @functools.cache
 def _silent(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return kind.forward(self, x) if torch.is_grad_enabled() else x
+        return kind.forward(self, x) if random_layers_act(self.training) else x
 
     return type(f"Student{kind.__name__}", (kind,), {"forward": forward})

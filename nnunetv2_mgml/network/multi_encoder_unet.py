@@ -16,6 +16,7 @@ from torch import nn
 from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
 from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
+from nnunetv2_mgml.network.silence import silence
 
 
 class MultiEncoderUNet(nn.Module):
@@ -144,7 +145,7 @@ class MultiEncoderUNet(nn.Module):
 
     def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
                ) -> Decoded:
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learns), silence():
             if own_input is not None:
                 features = self.encode(self._zero_absent(own_input, available))
             return self.decoder(features if learns else [f.detach() for f in features], available, self.fusion)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnunetv2_mgml.network.silence import random_layers_act
+
 
 def heads_for(width: int, wanted: int = 8) -> int:
     """Return the largest number of heads up to ``wanted`` that divides ``width``, so any plan's width works."""
@@ -25,7 +27,7 @@ def to_grid(tokens: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
 
 
 class StudentDropout(nn.Module):
-    """Dropout in training, off in evaluation and wherever gradients are off (the teacher pass of eq. 9).
+    """Dropout in training, off in evaluation, wherever gradients are off, and in the teacher's pass (eq. 9).
 
     Args:
         rate: chance of an element to be dropped, in [0, 1).
@@ -42,7 +44,7 @@ class StudentDropout(nn.Module):
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """Args: any tensor; returns the same shape and dtype."""
-        return F.dropout(tensor, self.rate, training=self.training and torch.is_grad_enabled())
+        return F.dropout(tensor, self.rate, training=random_layers_act(self.training))
 
 
 class SelfAttention(nn.Module):

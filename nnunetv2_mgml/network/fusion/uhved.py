@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.silence import random_layers_act
 
 _MAX_LOG_VARIANCE = 10.0
 _START_LOG_VARIANCE = -2.0
@@ -108,7 +109,7 @@ class UHvedFusion(FusionDesign):
         mean, precision = self.experts(scale, features, mask)
         with torch.autocast(features.device.type, enabled=False):
             fused, variance = product_of_gaussians(mean, precision)
-            if not (self.training and torch.is_grad_enabled()):
+            if not random_layers_act(self.training):
                 return FusedScale(fused.to(features.dtype))
             fused = fused + variance.sqrt() * torch.randn_like(variance)
             divergence = self.divergence(mean.flatten(3), precision.flatten(3), mask)
