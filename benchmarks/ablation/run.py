@@ -79,7 +79,8 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     shutil.rmtree(model, ignore_errors=True)
     call(work, log, ["mgml", "plan", "-d", str(data["id"]), "--plans_name", plans, "--set",
                      *(f"{key}={json.dumps(value)}" for key, value in run.options.items())])
-    call(work, log, ["nnUNetv2_train", str(data["id"]), CONFIGURATION, str(run.fold), "-tr", run.trainer, "-p", plans,
+    skip = ["--skip_validation"] if data["kind"] == "real" else []
+    call(work, log, [*skip, "nnUNetv2_train", str(data["id"]), CONFIGURATION, str(run.fold), "-tr", run.trainer, "-p", plans,
                      "-device", "cpu"])
     trained = time.time()
     evaluation = evaluate(run, work, log, model)
