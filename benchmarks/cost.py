@@ -2,10 +2,12 @@
 
     python benchmarks/cost.py                      # every design, 40^3 patches, on the CPU
     python benchmarks/cost.py --designs concat region_aware --patch 64 --device cuda
+    python benchmarks/cost.py --plan nnUNet_preprocessed/Dataset137_BraTS2021/nnUNetPlans.json --device cuda
 
 Every measurement runs in a process of its own, so that peak memory is that of one setting. Within a process the two
 things compared are timed in turns, and medians are reported; ratios are what to read, absolute times are the machine's.
 What is measured is kept in ``benchmarks/results/cost.json``, design by design; ``--again`` measures it anew.
+Run it on an idle machine: another job beside it makes rows incomparable.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import resource
@@ -20,11 +23,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.config import MGMLConfig
@@ -42,20 +48,26 @@ TERMS: dict[str, dict[str, Any]] = {
     "mgml": {"complete_view_weight": 0.0}, "shipped": {}}
 """Without our terms; with Meta-AMF and L_CR; with the loss on the complete view as well (the default)."""
 RESULTS = Path(__file__).parent / "results" / "cost.json"
-PAPER = {"region_aware": "RFNet 65.96 -> 77.33", "mmformer": "mmFormer 41.35 -> 44.54",
-         "imfuse": "IM-Fuse 70.81 -> 76.59"}
-"""Seconds per epoch without and with MGML in the paper's Table 7 (RTX 3090, the authors' own networks)."""
+DESIGNS: dict[str, dict[str, Any]] = {
+    **{name: {"fusion": name} for name in fusion_designs()},
+    "region_aware_full": {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}}}
+"""Rows: every design with its default options, and the design of `nnUNetTrainerRFNet`."""
+PAPER = {"region_aware_full": "RFNet: 35 M, 65.96 -> 77.33 s", "mmformer": "mmFormer: 145 M, 41.35 -> 44.54 s",
+         "imfuse": "IM-Fuse: 254 M, 70.81 -> 76.59 s"}
+"""Parameters, and seconds per epoch without and with MGML: the paper's Table 7 (RTX 3090, the authors' networks)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--designs", nargs="+", default=list(fusion_designs()), help="fusion designs")
+    parser.add_argument("--designs", nargs="+", default=list(DESIGNS), choices=DESIGNS, metavar="DESIGN",
+                        help=f"rows of the table: {', '.join(DESIGNS)}")
     parser.add_argument("--patch", type=int, default=40, help="edge of the cubic patch, voxels")
     parser.add_argument("--batch", type=int, default=2, choices=(1, 2), help="samples of a training step")
     parser.add_argument("--stages", type=int, default=4, help="resolution stages of the U-Net")
     parser.add_argument("--width_factor", type=float, default=0.5, help="of nnU-Net's widths 32, 64, 128, ...")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions; the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--plan", type=Path, help="plans file to take patch, stages and widths of 3d_fullres from")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "costs.md")
     parser.add_argument("--again", action="store_true", help="do not use what earlier runs measured")
     parser.add_argument("--worker", nargs=2, metavar=("DESIGN", "WHAT"), help=argparse.SUPPRESS)
@@ -65,8 +77,11 @@ def main() -> None:
         return
     measured = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     rows = {}
+    setting = " ".join(str(value) for value in (args.plan or f"patch {args.patch} stages {args.stages}", "batch",
+                                                args.batch, "width", args.width_factor, args.device, "repeats",
+                                                args.repeats, "torch", torch.__version__))
     for design in args.designs:
-        key = f"{design} patch {args.patch} batch {args.batch} stages {args.stages} width {args.width_factor:g} {args.device}"
+        key = f"{design} {setting}"
         if args.again or key not in measured:
             measured[key] = {what: run_worker(design, what) for what in WORKERS}
             write_json(RESULTS, measured)
@@ -82,6 +97,18 @@ def run_worker(design: str, what: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def plan_of(args: argparse.Namespace) -> ConfigurationManager:
+    """Return the plan of ``--plan``, or nnU-Net's PlainConvUNet of the size asked for."""
+    if args.plan:
+        return PlansManager(str(args.plan)).get_configuration("3d_fullres")
+    plan = configuration((args.patch,) * 3, MODALITIES, args.stages,
+                         widths=[min(320, 32 * 2 ** s) for s in range(args.stages)])
+    kwargs = plan["architecture"]["arch_kwargs"]
+    kwargs["n_conv_per_stage"] = [2] * args.stages
+    kwargs["n_conv_per_stage_decoder"] = [2] * (args.stages - 1)
+    return ConfigurationManager(plan)
+
+
 class Bench:
     """A network, its losses and one random batch."""
 
@@ -89,28 +116,24 @@ class Bench:
         from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
         from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-        from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
         torch.manual_seed(0)
         self.device = torch.device(args.device)
-        widths = [min(320, 32 * 2 ** s) for s in range(args.stages)]
-        plan = configuration((args.patch,) * 3, MODALITIES, args.stages, widths=widths)
-        kwargs = plan["architecture"]["arch_kwargs"]
-        kwargs["n_conv_per_stage"] = [2] * args.stages
-        kwargs["n_conv_per_stage_decoder"] = [2] * (args.stages - 1)
-        self.config = MGMLConfig(fusion=design, width_factor=args.width_factor, **TERMS[terms])
-        self.network = build_network(ConfigurationManager(plan), self.config, MODALITIES, REGIONS, CLASSES,
+        plan = plan_of(args)
+        self.config = MGMLConfig(**DESIGNS[design], width_factor=args.width_factor, **TERMS[terms])
+        self.network = build_network(plan, self.config, MODALITIES, REGIONS, CLASSES,
                                      True).to(self.device)
         self.meta = build_meta_network(self.config, MODALITIES, CLASSES)
         stock = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5, "ddp": False},
                                 dice_class=MemoryEfficientSoftDiceLoss)
-        weights = [0.5 ** s for s in range(args.stages - 1)]
+        strides = np.cumprod([np.ravel(s) for s in plan.network_arch_init_kwargs["strides"]], 0)[:-1]
+        weights = [0.5 ** s for s in range(len(strides))]
         self.loss = MGMLLoss(self.config, DeepSupervisionWrapper(stock, weights), regions=True, num_classes=CLASSES,
                              meta_network=None if self.meta is None else self.meta.to(self.device))
-        self.x = torch.randn(args.batch, MODALITIES, *(args.patch,) * 3, device=self.device)
-        labels = torch.randint(0, CLASSES, (args.batch, 1, *(args.patch,) * 3), device=self.device)
+        self.x = torch.randn(args.batch, MODALITIES, *plan.patch_size, device=self.device)
+        labels = torch.randint(0, CLASSES, (args.batch, 1, *plan.patch_size), device=self.device)
         target = torch.cat([labels >= region for region in (1, 2, 3)], 1)
-        self.targets = [target[:, :, :: 2 ** s, :: 2 ** s, :: 2 ** s] for s in range(args.stages - 1)]
+        self.targets = [target[(..., *(slice(None, None, int(s)) for s in stride))] for stride in strides]
         self.mask = torch.tensor([[True, False, True, True], [False, True, False, False]][:args.batch],
                                  device=self.device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.99, nesterov=True)
@@ -169,10 +192,23 @@ def measure_training(design: str, args: argparse.Namespace) -> dict[str, float]:
     return in_turns({terms: Bench(design, terms, args).step for terms in TERMS}, args.repeats, args.device)
 
 
+def flops(function: Callable[[], Any]) -> int:
+    """Count additions and multiplications of convolutions, matrix products (attention included) and Mamba scans."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.nnunetv2_mgml.selective_scan: scan_flops})
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():  # fused attention kernels are not counted
+        function()
+    return counter.get_total_flops()
+
+
+def scan_flops(u: Sequence[int], delta: Sequence[int], a: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count a scan of ``u (B, L, E)`` with ``a (E, N)``: decay, input, recurrence and read-out of every state."""
+    return 7 * math.prod(u) * a[1]
+
+
 def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float]:
-    network = Bench(design, "shipped", args).network.eval()
+    bench = Bench(design, "shipped", args)
+    network, x = bench.network.eval(), bench.x[:1]
     network.decoder.deep_supervision = False
-    x = torch.randn(1, MODALITIES, *(args.patch,) * 3, device=args.device)
     masks = [[bool(code >> m & 1) for m in range(MODALITIES)] for code in range(1, 2 ** MODALITIES)]
 
     @torch.inference_mode()
@@ -198,9 +234,7 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float
         functions["bfloat16"] = lambda: predict(full, True)
     result = in_turns(functions, args.repeats, args.device)
     network.set_availability(full)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(x)
-    return {**result, "gflop": counter.get_total_flops() / 1e9,
+    return {**result, "gflop": flops(lambda: network(x)) / 1e9,
             "million": sum(p.numel() for n, p in network.named_parameters() if "modality_decoder" not in n) / 1e6,
             "fusion_million": sum(p.numel() for p in network.fusion.parameters()) / 1e6}
 
@@ -211,14 +245,20 @@ WORKERS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
 
 
 def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> str:
+    plan = plan_of(args)
     lines = [
         "# What the fusion designs cost", "",
         f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, device {args.device}, "
-        f"torch {torch.__version__}: {MODALITIES} modalities, {args.patch}^3 patch, {args.stages} stages, width factor "
-        f"{args.width_factor:g}. Training steps have batch {args.batch}. Times in seconds; ratios are what carries over "
-        f"to other machines. *Paper* is Table 7 of Zou et al., seconds per epoch without and with MGML, of the authors' "
-        f"networks on an RTX 3090.", "",
-        "*MGML*: Meta-AMF and L_CR; *default*: also the loss on the complete view. Inference is the same for all.", "",
+        f"torch {torch.__version__}: {MODALITIES} modalities, {'x'.join(map(str, plan.patch_size))} patch, "
+        f"{len(plan.network_arch_init_kwargs['strides'])} stages, width factor {args.width_factor:g}. Training steps "
+        f"have batch {args.batch}. Times in seconds; ratios are what carries over to other machines. *Paper* is Table "
+        "7 of Zou et al.: parameters, and seconds per epoch without and with MGML (+0.001 M parameters), of the "
+        "authors' networks on an RTX 3090.", "",
+        "*MGML*: Meta-AMF and L_CR; *default*: also the loss on the complete view. Inference is the same for all. "
+        "Parameters are those of inference, the fusion's among them in brackets; training adds the shared modality "
+        "decoder. GFLOP: all modalities, attention and scans included. Peak memory: resident set above the start. "
+        "`region_aware_full` is `region_aware` with `full_resolution_regions`, the design of `nnUNetTrainerRFNet`. "
+        "Memory at full size: [memory.md](memory.md).", "",
         "| design | parameters (fusion), M | GFLOP a patch | step | MGML | default | peak memory, MiB | MGML | default "
         "| paper |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():

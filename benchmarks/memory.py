@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
-from cost import TERMS, Bench
+from cost import DESIGNS, TERMS, Bench
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from nnunetv2_mgml.files import write_text
-from nnunetv2_mgml.network.fusion import fusion_designs
 
 SIZES = {"80^3, batch 1": {"patch": 80, "batch": 1, "stages": 5},
          "128^3, batch 2": {"patch": 128, "batch": 2, "stages": 6}}
@@ -28,7 +27,7 @@ SIZES = {"80^3, batch 1": {"patch": 80, "batch": 1, "stages": 5},
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--designs", nargs="+", default=list(fusion_designs()), help="fusion designs")
+    parser.add_argument("--designs", nargs="+", default=list(DESIGNS), help="fusion designs")
     parser.add_argument("--width_factor", type=float, default=1.0, help="of nnU-Net's widths 32, 64, 128, ...")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "memory.md")
     args = parser.parse_args()
@@ -41,7 +40,7 @@ def main() -> None:
 
 
 def sized(args: argparse.Namespace, size: dict[str, int]) -> argparse.Namespace:
-    return argparse.Namespace(width_factor=args.width_factor, device="cpu", **size)
+    return argparse.Namespace(width_factor=args.width_factor, device="cpu", plan=None, **size)
 
 
 def gibibytes(bench: Bench) -> float:
@@ -81,11 +80,11 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
     lines = [
         "# Memory of full-size training", "",
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
-        f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors saved for "
-        f"the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit. **A lower "
-        f"bound, not measured on a GPU**: temporary tensors, allocator and cuDNN workspace come on top.", "",
-        f"80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
-        f"L_CR; *default*: also the loss on the complete view.", "",
+        f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors "
+        "saved for the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit."
+        " **A lower bound, not measured on a GPU**: temporary tensors, allocator and cuDNN workspace come on top.", "",
+        "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
+        "L_CR; *default*: also the loss on the complete view.", "",
         f"| design | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     lines += [f"| `{name}` | {' | '.join(f'{value:.1f}' for row in values for value in row)} |"
               for name, values in rows.items()]

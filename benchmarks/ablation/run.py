@@ -80,8 +80,8 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     call(work, log, ["mgml", "plan", "-d", str(data["id"]), "--plans_name", plans, "--set",
                      *(f"{key}={json.dumps(value)}" for key, value in run.options.items())])
     skip = ["--skip_validation"] if data["kind"] == "real" else []
-    call(work, log, [*skip, "nnUNetv2_train", str(data["id"]), CONFIGURATION, str(run.fold), "-tr", run.trainer, "-p", plans,
-                     "-device", "cpu"])
+    call(work, log, [*skip, "nnUNetv2_train", str(data["id"]), CONFIGURATION, str(run.fold), "-tr", run.trainer,
+                     "-p", plans, "-device", "cpu"])
     trained = time.time()
     evaluation = evaluate(run, work, log, model)
     result = {**describe(run), "hours": {"training": (trained - started) / 3600,

@@ -1,4 +1,4 @@
-"""Where random layers (dropout, sampling) act: in training, while gradients are recorded, outside the teacher's pass."""
+"""Where random layers (dropout, sampling) act: in training, with gradients, outside the teacher's pass."""
 
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""What the benchmarks count: they are run by hand, so only their counting is tested."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnunetv2_mgml.network.fusion.selective_scan import selective_scan
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", plan=None)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The scripts as modules."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = ("cost", "memory")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("terms", ["plain", "mgml", "shipped"])
+@pytest.mark.parametrize("design", ["region_aware", "mmformer", "imfuse"])
+def test_memory_is_counted_on_shapes_as_on_data(benchmarks: SimpleNamespace, design: str, terms: str) -> None:
+    """The two differ by no more than the 16-bit copies autocast makes of the parameters."""
+    bench = benchmarks.cost.Bench(design, terms, SMALL)
+    copies = 2 * sum(p.numel() for p in bench.network.parameters())
+    real = benchmarks.memory.saved_bytes(bench, fake=False)
+    fake = benchmarks.memory.saved_bytes(benchmarks.cost.Bench(design, terms, SMALL))
+    assert abs(fake - real) <= copies
+    assert real > 10 * copies
+
+
+def test_memory_grows_with_the_terms(benchmarks: SimpleNamespace) -> None:
+    saved = [benchmarks.memory.saved_bytes(benchmarks.cost.Bench("region_aware", terms, SMALL))
+             for terms in ("plain", "mgml", "shipped")]
+    assert saved[0] < saved[1] < saved[2]
+
+
+def test_flops_contain_attention_and_scans(benchmarks: SimpleNamespace) -> None:
+    query = torch.randn(1, 2, 10, 4)
+    two_products = 2 * 2 * 2 * 10 * 10 * 4
+    keep = torch.ones(1, 1, 1, 10, dtype=torch.bool)
+    assert benchmarks.cost.flops(lambda: F.scaled_dot_product_attention(query, query, query)) == two_products
+    assert benchmarks.cost.flops(lambda: F.scaled_dot_product_attention(query, query, query, keep)) == two_products
+    u, a, b = torch.randn(2, 6, 3), -torch.rand(3, 5), torch.randn(2, 6, 5)
+    counted = benchmarks.cost.flops(lambda: selective_scan(u, u.abs(), a, b, b, torch.ones(3)))
+    assert counted == 7 * 2 * 6 * 3 * 5
+
+
+@pytest.mark.parametrize("design", ["region_aware_full", "sfusion"])
+def test_one_step_of_each_row(benchmarks: SimpleNamespace, design: str) -> None:
+    bench = benchmarks.cost.Bench(design, "shipped", SMALL)
+    before = [p.clone() for p in bench.network.parameters()]
+    bench.step()
+    assert any(not torch.equal(one, two) for one, two in zip(before, bench.network.parameters(), strict=True))
+    options = benchmarks.cost.DESIGNS[design].get("fusion_options", {})
+    assert all(bench.network.fusion.options[key] == value for key, value in options.items())
