@@ -227,6 +227,6 @@ The preset switches the loss on the complete view off; `--set complete_view_weig
 `--set fusion=mmformer` (or another design) repeats everything for that design. Expected, not measured: the paper
 trains 900 epochs of 150 steps at batch 1 on 80x80x80 patches, 66 to 77 s an epoch for RFNet on an RTX 3090 (Table 7):
 17 to 19 hours a run. What a step keeps in memory is counted in [memory.md](memory.md), a lower bound: 2 to 3 GiB at the
-paper's size (`uhved` 4), 12 to 17 GiB at nnU-Net's own size (`sfusion` 19, `uhved` 27). [costs.md](costs.md) has the time
-of a training step on a CPU, per fusion design.
+paper's size (`uhved` 4), 12 to 17 GiB at nnU-Net's own size (`sfusion` 19, `uhved` 27). [costs.md](costs.md) has the
+time of a training step on a CPU, per fusion design.
 """
