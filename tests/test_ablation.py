@@ -42,7 +42,7 @@ def finish(ablation: SimpleNamespace, run: Any, dice: np.ndarray) -> None:
     """Write a result file; ``dice`` (regions, subsets, cases) in 0 to 1."""
     regions = ("whole_tumor", "tumor_core", "enhancing_tumor")
     subsets = run.subsets or SUBSETS
-    content = {"fingerprint": run.fingerprint, "hours": {"training": 0.1, "evaluation": 0.01}, "commit": "0" * 40,
+    content = {"resolved": run.resolved, "hours": {"training": 0.1, "evaluation": 0.01}, "commit": "0" * 40,
                "code_changed": False, "versions": {"torch": "2"},
                "dice": {r: {s: list(map(float, dice[i, j])) for j, s in enumerate(subsets)}
                         for i, r in enumerate(regions)}}
@@ -74,6 +74,15 @@ def test_a_result_counts_only_for_the_settings_it_was_made_with(ablation: Simple
     finish(ablation, run, np.zeros((3, 15, 4)))
     assert run.finished()
     assert [r.run.name for r in ablation.collect.finished(settings)] == [run.name]
+    content = json.loads(run.file.read_text())
+    for config, finished in (({"an_option": 1}, False), ({"temperature": None}, False), ({}, True)):
+        stored = {**content["resolved"], "config": {**content["resolved"]["config"], **config}}
+        run.file.write_text(json.dumps({**content, "resolved": stored}))
+        assert run.finished() == finished
+    del stored["config"]["temperature"]  # as if that option had come later
+    run.file.write_text(json.dumps({**content, "resolved": stored}))
+    assert run.finished()
+    run.file.write_text(json.dumps(content))
     assert not replace(run, options={**run.options, "temperature": 3.0}).finished()
     assert not replace(run, dataset_settings={**run.dataset_settings, "seed": 1}).finished()
 

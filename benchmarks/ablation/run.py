@@ -114,7 +114,7 @@ def describe(run: Run) -> dict[str, Any]:
     changed = git("status", "--porcelain", "--", str(FOLDER.parents[1] / "nnunetv2_mgml"))
     return {"group": run.group, "dataset": run.dataset, "design": run.design, "variant": run.variant, "seed": run.seed,
             "fold": run.fold, "trainer": run.trainer, "options": run.options, "dataset_settings": run.dataset_settings,
-            "fingerprint": run.fingerprint, "commit": commit, "code_changed": bool(changed),
+            "resolved": run.resolved, "commit": commit, "code_changed": bool(changed),
             "versions": provenance()["versions"]}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,16 +54,24 @@ class Run:
             key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}})
 
     @property
-    def fingerprint(self) -> str:
-        """Changes when anything that could change the result does, defaults of the plugin included (code aside)."""
+    def resolved(self) -> dict[str, Any]:
+        """Everything that could change the result, defaults of the plugin included (code aside), as JSON has it."""
         plan = {key: value for key, value in self.options.items() if key in NNUNET_KEYS}
-        content = [issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML), self.config.as_dict(), plan,
-                   self.dataset_settings, self.fold, self.remove_small, list(self.subsets)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return json.loads(json.dumps({
+            "is_mgml": issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML), "config": self.config.as_dict(),
+            "plan": plan, "dataset": self.dataset_settings, "fold": self.fold, "remove_small": self.remove_small,
+            "subsets": list(self.subsets)}))
 
     def finished(self) -> bool:
-        """Whether a result of these very settings is there."""
-        return self.file.is_file() and json.loads(self.file.read_text())["fingerprint"] == self.fingerprint
+        """Whether a result of these very settings is there.
+
+        Options the plugin has got since then are not compared: by default they leave what was there as it was.
+        """
+        if not self.file.is_file():
+            return False
+        stored, now = json.loads(self.file.read_text())["resolved"], self.resolved
+        known = {key: now["config"].get(key) for key in stored["config"]}
+        return stored == {**now, "config": known}
 
 
 def read_settings(file: Path = SETTINGS) -> dict[str, Any]:
