@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.losses import MGMLLoss, build_meta_network
+from nnunetv2_mgml.training.rebalancing import ModalityBalance
 
 WORLD = 2
 CONFIG = MGMLConfig(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
@@ -47,20 +48,46 @@ def gradients(samples: slice, distributed: bool) -> dict[str, torch.Tensor]:
             for name, p in module.named_parameters() if p.grad is not None}
 
 
+def balance(samples: slice) -> dict[str, float]:
+    """What rebalancing logs and keeps after an epoch of one step on some samples of one fixed batch of two."""
+    state = ModalityBalance(("t1", "t1ce", "t2", "flair"), 0.1, torch.device("cpu"))
+    available = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    distance = torch.tensor([[0.5, 1.0, 0.0, 2.0], [1.5, 0.0, 0.0, 1.0]])
+    state.observe(distance[samples], available[samples])
+    return state.end_epoch(0, 3)
+
+
 def run_rank(rank: int, folder: str) -> None:
     """One process of the group; rank 0 stores the reduced gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     result = gradients(slice(rank, rank + 1), distributed=True)
+    torch.save(balance(slice(rank, rank + 1)), f"{folder}/balance_{rank}.pt")
     if rank == 0:
         torch.save(result, f"{folder}/gradients.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two processes stored."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=WORLD)
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
-    reduced = torch.load(tmp_path / "gradients.pt")
+def test_both_ranks_balance_modalities_as_one_process_would(ranks: Path) -> None:
+    stored = [torch.load(ranks / f"balance_{rank}.pt") for rank in range(WORLD)]
+    assert stored[0] == stored[1] == balance(slice(0, WORLD))
+    assert stored[0]["distance_t1"] == 1.0
+    assert "distance_t2" not in stored[0]
+    assert stored[0]["balance_flair"] > stored[0]["balance_t1"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(ranks: Path) -> None:
+    reduced = torch.load(ranks / "gradients.pt")
     single = gradients(slice(0, WORLD), distributed=False)
     assert set(reduced) == set(single)
     assert any(name.startswith("meta.") for name in single)
