@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 from pathlib import Path
@@ -179,6 +180,80 @@ class TestResuming:
         open_output(tmp_path, {"a": 1}, overwrite=False)
         open_output(tmp_path, {"a": 2}, overwrite=True)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "settings.json"]
+
+    def test_overwrite_never_deletes_what_is_read(self, tmp_path):
+        study = write_study(tmp_path)
+        model = {"model": {"folder": "m"}, "source": {"images": "i"}}
+        (study / "settings.json").write_text(json.dumps(model))
+        inputs = [study / "labels", study / "predictions" / "t1"]
+        with pytest.raises(ValueError, match=r"would delete .*predictions, but this evaluation reads .*t1"):
+            open_output(study, {"source": {"kind": "predictions"}}, True, inputs=inputs)
+        assert len(list((study / "predictions").glob("*/*.nii.gz"))) == 6
+        assert (study / "settings.json").is_file()
+
+    def test_finished_predictions_in_the_output_folder_survive_overwrite(self, tmp_path):
+        study = write_study(tmp_path)
+        folders = {"t1": study / "predictions" / "t1"}
+        for policy in ("brats", "nan"):
+            evaluate_predictions(study / "labels", folders, DATASET_JSON, study,
+                                 EvaluationOptions(policy, num_processes=0, show_progress=False, overwrite=True))
+        assert len(list((study / "predictions").glob("*/*.nii.gz"))) == 6
+
+    def test_other_scoring_keeps_the_predictions_of_the_model(self, tmp_path, caplog):
+        def fingerprint(policy: str, step: float) -> dict:
+            return {"scoring": {"policy": policy, "min_region_voxels": {}, "metrics": ["dice"]},
+                    "model": {"tile_step_size": step}}
+
+        caplog.set_level(logging.WARNING)
+        open_output(tmp_path, fingerprint("brats", 0.5), overwrite=False)
+        made = [tmp_path / "predictions" / "t1" / "a.nii.gz", tmp_path / "cases" / "a.json"]
+        for file in made:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+        with pytest.raises(ValueError, match="--overwrite to score again what is predicted"):
+            open_output(tmp_path, fingerprint("nan", 0.5), overwrite=False)
+        open_output(tmp_path, fingerprint("nan", 0.5), overwrite=True)
+        assert [file.exists() for file in made] == [True, False]
+        assert "kept and scored again" in caplog.text
+        open_output(tmp_path, fingerprint("nan", 1.0), overwrite=True)
+        assert not made[0].exists()
+
+    def test_predictions_of_unknown_origin_are_not_taken_for_the_models(self, tmp_path):
+        write_study(tmp_path)
+        with pytest.raises(ValueError, match="says what made them"):
+            open_output(tmp_path, {"model": {}}, overwrite=False)
+
+    def test_a_failed_run_leaves_no_results_of_the_one_before(self, tmp_path):
+        write_study(tmp_path)
+        self.run(tmp_path)
+        write_labels(tmp_path / "predictions" / "t1" / "case_1.nii.gz", random_labels(0, highest=7))
+        with pytest.raises(ValueError, match="could not be evaluated"):
+            self.run(tmp_path)
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cases", "settings.json"]
+
+    def test_fewer_subsets_do_not_replace_the_results(self, tmp_path):
+        write_study(tmp_path)
+        self.run(tmp_path)
+        with pytest.raises(ValueError, match=r"results of 2 subsets.*without flair"):
+            self.run(tmp_path, ("t1",))
+        assert (tmp_path / "out" / "results.csv").is_file()
+
+    def test_a_foreign_or_unreadable_case_file_is_listed(self, tmp_path, monkeypatch):
+        write_study(tmp_path)
+        (tmp_path / "out" / "cases").mkdir(parents=True)
+        (tmp_path / "out" / "cases" / "case_0.json").write_text("[1]")
+        whole = scoring.score_case
+
+        def locked(case, settings):
+            if case.case == "case_2":
+                raise PermissionError(13, "Permission denied", "case_2.nii.gz")
+            return whole(case, settings)
+
+        monkeypatch.setattr(scoring, "score_case", locked)
+        with pytest.raises(ValueError, match="2 of 3 cases") as error:
+            self.run(tmp_path)
+        assert "case_0.json holds no scores of an evaluation" in str(error.value)
+        assert "Case case_2: [Errno 13] Permission denied" in str(error.value)
 
 
 def test_failing_cases_are_listed_and_the_others_kept(tmp_path):

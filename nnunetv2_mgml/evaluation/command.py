@@ -66,7 +66,8 @@ def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument("--name", help="what the method is called in tables; the folder's name by default")
     scoring.add_argument("-np", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
                          help="processes that compute metrics, each below 0.5 GB for a BraTS case; 0: only this one")
-    scoring.add_argument("--overwrite", action="store_true", help="start again instead of resuming")
+    scoring.add_argument("--overwrite", action="store_true", help="start again instead of resuming; where only scoring settings "
+                                                                 "differ, the predictions are kept and scored again")
     scoring.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
 
 
@@ -118,7 +119,7 @@ def options_from(args: argparse.Namespace, dataset_json: dict[str, Any]) -> Eval
     if set(metrics) & set(optional):
         require_panoptica()
     return EvaluationOptions(args.policy, metrics, _sizes(args.remove_small, dataset_json), args.np, args.name,
-                             args.overwrite, not args.disable_progress_bar)
+                             args.overwrite, show_progress=not args.disable_progress_bar)
 
 
 def _sizes(entries: list[str], dataset_json: dict[str, Any]) -> dict[str, int]:

@@ -18,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish, open_output, progress_bar
+from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish, progress_bar
+from nnunetv2_mgml.evaluation.output import open_output
 from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect
 from nnunetv2_mgml.evaluation.subset_groups import prepare_subset_groups
@@ -84,12 +85,14 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
     _load(predictor, prediction, work[0].folds)
     settings = options.scoring(predictor.dataset_json)
     model = _describe(predictor, prediction, work)
-    open_output(output, {"scoring": settings.as_dict(), "channels": list(predictor.channels), "source": source,
-                         "model": model}, options.overwrite)
     run = _Run(predictor, [parse_subset(name, predictor.channels) for name in subsets], output, prediction, settings,
                options)
     if not prediction.allow_missing:
         run.refuse_incomplete(work)
+    inputs = [Path(file) for part in work for labelled in part.cases
+              for file in (labelled.reference, *labelled.case.files.values())]
+    open_output(output, {"scoring": settings.as_dict(), "channels": list(predictor.channels), "source": source,
+                         "model": model}, options.overwrite, subsets, inputs, options.restart_if_changed)
     total = sum(len(part.cases) for part in work)
     with run.scoring, run.exporting:
         with progress_bar(None, total, options.show_progress, "Predicting") as bar:
