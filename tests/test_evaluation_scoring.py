@@ -14,9 +14,11 @@ import SimpleITK as sitk
 from evaluation_cases import DATASET_JSON, random_labels, write_labels, write_study
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_mgml.evaluation import scoring
 from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions, open_output
+from nnunetv2_mgml.evaluation.figures.slices import read_axial
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect, score_arrays, score_case
 
@@ -307,6 +309,32 @@ def test_memory_of_a_brats_case_does_not_grow_with_the_subsets(tmp_path):
                    ScoringSettings(LABELS))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     assert peaks[1] - peaks[0] < 50, f"peak resident memory in MB after 2 and 15 subsets: {peaks}"
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_file_that_ends_early_is_refused(tmp_path, ending):
+    whole = write_labels(tmp_path / f"whole{ending}", random_labels(0, (20, 20, 20)))
+    cut = tmp_path / f"cut{ending}"
+    cut.write_bytes(whole.read_bytes()[:-500])
+    for case in (CaseTask("c1", whole, {"t1": cut}), CaseTask("c1", cut, {"t1": whole})):
+        with pytest.raises(ValueError, match=r"Case c1: .*cut\.nii.* cannot be read"):
+            score_case(case, ScoringSettings(LABELS))
+    with pytest.raises(ValueError, match="Cannot read .*cut"):
+        read_axial(cut)
+
+
+def test_tiff_volumes_have_the_spacing_of_the_file_beside_them(tmp_path):
+    reference = np.zeros((8, 9, 10), np.uint8)
+    reference[2:4, 3:6, 3:6] = 1
+    for name, labels in (("r", reference), ("p", np.roll(reference, 2, 0))):
+        Tiff3DIO().write_seg(labels, str(tmp_path / f"{name}.tif"), {"spacing": (5, 1, 1)})
+    settings = ScoringSettings(label_set({"labels": {"background": 0, "lesion": 1}}))
+    scores = score_case(CaseTask("c", tmp_path / "r.tif", {"t1": tmp_path / "p.tif"}), settings)["t1"]["lesion"]
+    assert scores["hd95"] == 10
+    assert read_axial(tmp_path / "r.tif")[1] == (5, 1, 1)
+    (tmp_path / "p.json").write_text('{"spacing": [5, 1]}')
+    with pytest.raises(ValueError, match=r"Case c: .*p\.json must hold"):
+        score_case(CaseTask("c", tmp_path / "r.tif", {"t1": tmp_path / "p.tif"}), settings)
 
 
 def test_image_formats_without_depth(tmp_path):
