@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import dataclasses
 import json
+import re
 import math
 
 import numpy as np
@@ -174,6 +176,23 @@ class TestCommand:
         markdown = capsys.readouterr().out
         assert "| WT | flair | 12 |" in markdown
         assert "+10.00" in markdown
+
+    def test_without_o_it_is_only_printed(self, tmp_path, capsys, monkeypatch):
+        for name in ("A", "B"):
+            save_evaluation(synthetic_evaluation(name), tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["compare", "A", "B"]) == 0
+        assert "| WT | flair | 12 |" in capsys.readouterr().out
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["A", "B"]
+
+    @pytest.mark.parametrize(("info", "message"), [
+        ({"min_region_voxels": {"enhancing tumor": 500}}, r"differ in min_region_voxels .*'enhancing tumor': 500"),
+        ({"ignore_label": 4}, "differ in ignore_label")])
+    def test_other_scoring_rules_are_refused(self, tmp_path, capsys, info, message):
+        save_evaluation(synthetic_evaluation("A"), tmp_path / "A")
+        save_evaluation(dataclasses.replace(synthetic_evaluation("B"), info=info), tmp_path / "B")
+        assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B")]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
     def test_names_must_differ(self, tmp_path, capsys):
         for name in ("A", "B"):
