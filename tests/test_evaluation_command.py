@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.sources import choose_subsets, parse_prediction_folders
 from nnunetv2_mgml.subset_report import (
     REPORT_NAME,
+    drop_outdated_report,
     expected_quality,
     quality_line,
+    quality_terms,
     unreliable_regions,
     write_subset_report,
 )
@@ -164,6 +167,33 @@ class TestSubsetReport:
         assert "enhancing tumor 0.31 ± 0.00 (unreliable, below 0.5)" in line
         assert "whole tumor" in line
         assert line.endswith("over 12 cases")
+
+    def test_removal_rule_and_preprocessing_are_stored_and_said(self, model):
+        info = {"min_region_voxels": {"enhancing tumor": 500}, "model": {
+            "folds": ["0"], "checkpoint": "checkpoint_final.pth", "mirroring": True, "shared_preprocessing": True}}
+        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=info), model)
+        assert quality_line(model, (True,) * 4).endswith(
+            "(fold 0, checkpoint_final.pth, shared preprocessing, enhancing tumor of fewer than 500 voxels counted as "
+            "empty)")
+        assert quality_terms(model) == {
+            "reliability_bound": 0.5, "policy": "brats", "min_region_voxels": {"enhancing tumor": 500},
+            "shared_preprocessing": True, "folds": ["0"], "checkpoint": "checkpoint_final.pth", "mirroring": True}
+
+    def test_a_report_of_other_weights_is_dropped(self, model):
+        checkpoint = model / "fold_0" / "checkpoint_final.pth"
+        checkpoint.parent.mkdir()
+        checkpoint.write_bytes(b"weights")
+        status = checkpoint.stat()
+        info = {"model": {"folds": ["0"], "checkpoint": checkpoint.name,
+                          "checkpoint_size_and_time_ns": [[status.st_size, status.st_mtime_ns]]}}
+        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=info), model)
+        assert not drop_outdated_report(model, 0)
+        checkpoint.write_bytes(b"other weights")
+        assert not drop_outdated_report(model, 1)
+        assert (model / REPORT_NAME).is_file()
+        assert drop_outdated_report(model, 0)
+        assert not (model / REPORT_NAME).exists()
+        assert not drop_outdated_report(model, 0)
 
     def test_nothing_stored(self, model):
         assert expected_quality(model, (True,) * 4) is None

@@ -319,7 +319,7 @@ def test_a_file_that_ends_early_is_refused(tmp_path, ending):
     for case in (CaseTask("c1", whole, {"t1": cut}), CaseTask("c1", cut, {"t1": whole})):
         with pytest.raises(ValueError, match=r"Case c1: .*cut\.nii.* cannot be read"):
             score_case(case, ScoringSettings(LABELS))
-    with pytest.raises(ValueError, match="Cannot read .*cut"):
+    with pytest.raises(ValueError, match=r"Cannot read .*cut"):
         read_axial(cut)
 
 

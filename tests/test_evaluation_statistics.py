@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import dataclasses
+import itertools
 import json
-import re
 import math
+import re
 
 import numpy as np
 import pandas as pd

@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml compare``."""
     parser.add_argument("evaluations", nargs="+", type=Path, metavar="FOLDER",
                         help="folders written by 'mgml evaluate'; the first is the baseline")
-    parser.add_argument("-o", type=Path, metavar="OUT", help="folder for comparison.md, .csv, .json, the stacked "
-                                                             "table.md, table.tex; without it the table is only printed")
+    parser.add_argument("-o", type=Path, metavar="OUT",
+                        help="folder for comparison.md, .csv, .json, the stacked table.md, table.tex and figures; "
+                             "without it the table is only printed")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names in tables, in the order of the folders")
     parser.add_argument("--metrics", nargs="+", default=["dice"], choices=tuple(all_metrics()), metavar="METRIC",
                         help=f"what to compare, of {', '.join(all_metrics())}")

@@ -20,6 +20,7 @@ from nnunetv2_mgml.evaluation.sources import file_ending, find_references, pair_
 from nnunetv2_mgml.evaluation.tables import write_tables
 from nnunetv2_mgml.modalities import channel_names
 
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Options every kind of evaluation shares; see `ScoringSettings` for the first four."""

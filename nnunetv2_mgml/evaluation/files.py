@@ -76,7 +76,8 @@ def read_label_image(path: Path, case: str) -> LabelImage:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read or ends early, has several channels, or holds values that are not whole numbers.
+        ValueError: the file cannot be read or ends early, has several channels, or holds values that are not whole
+            numbers.
     """
     try:
         image = read_image(path)

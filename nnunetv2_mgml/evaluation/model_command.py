@@ -38,6 +38,9 @@ def run_model(args: argparse.Namespace) -> tuple[Evaluation, Path, Path]:
     dataset_json = load_dataset_json(model_folder / "dataset.json")
     channels = channel_names(dataset_json)
     subsets = choose_subsets(args.subsets, channels)
+    if args.write_subset_report and len(subsets) < 2 ** len(channels) - 1:
+        raise ValueError(f"--write_subset_report replaces what the model folder says of all {2 ** len(channels) - 1} "
+                         f"subsets, but --subsets evaluates only {', '.join(subsets)}. Leave one of the two out.")
     if args.i is not None or args.l is not None:
         work, source, output = _folder_cases(args, folds, dataset_json)
     else:

@@ -102,6 +102,8 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
                 run.predict(part.cases, bar)
         scored = progress_bar(run.scoring.results(), total - len(run.failures), options.show_progress)
         scores = collect(scored, run.failures)
+    if not scores:
+        raise ValueError(f"No case has the modalities of any of {', '.join(subsets)}. Choose other --subsets.")
     info = {"source": source, "model": model, "not_evaluated": run.lacking}
     return finish(output, scores, subsets, predictor.dataset_json, settings, options.name or predictor.trainer_name,
                   info)

@@ -35,8 +35,8 @@ def open_output(folder: Path, fingerprint: dict[str, Any], overwrite: bool, subs
         restart_if_changed: ``overwrite`` where settings differ, resume where they do not.
 
     Raises:
-        ValueError: the folder holds an evaluation with other settings, or these subsets and more, or predictions of unknown
-            origin, or an input lies in what would be deleted; the message names it.
+        ValueError: the folder holds an evaluation with other settings, or these subsets and more, or predictions of
+            unknown origin, or an input lies in what would be deleted; the message names it.
     """
     file = folder / "settings.json"
     stored = read_json(file) if file.is_file() else None
