@@ -17,8 +17,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_mgml.evaluation import scoring
-from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions, open_output
+from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
 from nnunetv2_mgml.evaluation.figures.slices import read_axial
+from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.progress import progress_bar
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect, score_arrays, score_case
 
@@ -224,6 +226,27 @@ class TestResuming:
         write_study(tmp_path)
         with pytest.raises(ValueError, match="says what made them"):
             open_output(tmp_path, {"model": {}}, overwrite=False)
+
+    def test_restart_if_changed_resumes_the_same_and_replaces_others(self, tmp_path):
+        made = tmp_path / "predictions" / "t1" / "a.nii.gz"
+        open_output(tmp_path, {"model": 1}, False)
+        made.parent.mkdir(parents=True)
+        made.touch()
+        open_output(tmp_path, {"model": 1}, False, restart_if_changed=True)
+        assert made.exists()
+        open_output(tmp_path, {"model": 2}, False, restart_if_changed=True)
+        assert not made.exists()
+
+    def test_progress_is_a_line_per_tenth(self, capsys):
+        lines: list[str] = []
+        assert list(progress_bar(range(25), 25, True, log=lines.append)) == list(range(25))
+        assert len(lines) == 10
+        assert lines[-1] == "Scoring: 25 of 25 cases"
+        with progress_bar(None, 2, True, "Predicting", lines.append) as bar:
+            bar.update()
+            bar.update()
+        assert lines[-2:] == ["Predicting: 1 of 2 cases", "Predicting: 2 of 2 cases"]
+        assert capsys.readouterr() == ("", "")
 
     def test_a_failed_run_leaves_no_results_of_the_one_before(self, tmp_path):
         write_study(tmp_path)

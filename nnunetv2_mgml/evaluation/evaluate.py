@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.progress import Log, progress_bar
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.results import Evaluation, build_evaluation, save_evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, Scores, ScoringSettings, collect
@@ -34,17 +33,14 @@ class EvaluationOptions:
     restart_if_changed: bool = False
     """See `output.open_output`."""
     show_progress: bool = True
+    log: Log | None = None
+    """Takes a line per tenth of the work in place of the bar."""
 
     def scoring(self, dataset_json: dict[str, Any]) -> ScoringSettings:
         """Return the scoring settings for a data set."""
         chosen = {} if self.metrics is None else {"metrics": self.metrics}
         return ScoringSettings(label_set(dataset_json), self.policy, min_region_voxels=self.min_region_voxels or {},
                                **chosen)
-
-
-def progress_bar(outcomes: Any, total: int, show: bool, text: str = "Scoring") -> Any:
-    """Wrap an iterable of cases in a bar with the remaining time."""
-    return tqdm(outcomes, desc=text, total=total, unit="case", disable=not show)
 
 
 def finish(folder: Path, scores: dict[str, Scores], subset_names: Sequence[str], dataset_json: dict[str, Any],
@@ -84,7 +80,7 @@ def evaluate_predictions(labels: Path, folders: dict[str, Path], dataset_json: d
     with CasePool(settings, output / "cases", options.num_processes) as pool:
         for task in found.tasks:
             pool.submit(task)
-        scores = collect(progress_bar(pool.results(), len(found.tasks), options.show_progress))
+        scores = collect(progress_bar(pool.results(), len(found.tasks), options.show_progress, log=options.log))
     info = {"source": {"kind": "predictions", "labels": str(labels.resolve()),
                        "folders": {name: str(folder.resolve()) for name, folder in folders.items()}},
             "missing_cases": found.missing}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -27,8 +28,12 @@ _log = logging.getLogger(__name__)
 _DEFAULT_FOLDER = "subset_evaluation"
 
 
-def run_model(args: argparse.Namespace) -> tuple[Evaluation, Path, Path]:
+def run_model(args: argparse.Namespace, **changes: Any) -> tuple[Evaluation, Path, Path]:
     """Evaluate a model on its validation cases, or on a folder; returns the evaluation, its folder, the model's.
+
+    Args:
+        args: arguments of ``mgml evaluate``.
+        **changes: fields of `EvaluationOptions` that no argument sets.
 
     Raises:
         ValueError, FileNotFoundError: arguments that do not fit together, no model, no cases.
@@ -47,8 +52,8 @@ def run_model(args: argparse.Namespace) -> tuple[Evaluation, Path, Path]:
         work, source, output = _validation_cases(args, model_folder, folds, dataset_json)
     prediction = PredictionOptions(model_folder, args.chk, args.shared_preprocessing, args.allow_missing, args.npp,
                                    args.nps)
-    evaluation = evaluate_model(_predictor(args), work, subsets, output, prediction, options_from(args, dataset_json),
-                                source)
+    options = dataclasses.replace(options_from(args, dataset_json), **changes)
+    evaluation = evaluate_model(_predictor(args), work, subsets, output, prediction, options, source)
     return evaluation, output, model_folder
 
 

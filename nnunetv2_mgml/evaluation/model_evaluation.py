@@ -18,8 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish, progress_bar
+from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish
 from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.progress import progress_bar
 from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect
 from nnunetv2_mgml.evaluation.subset_groups import prepare_subset_groups
@@ -95,12 +96,13 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
                          "model": model}, options.overwrite, subsets, inputs, options.restart_if_changed)
     total = sum(len(part.cases) for part in work)
     with run.scoring, run.exporting:
-        with progress_bar(None, total, options.show_progress, "Predicting") as bar:
+        with progress_bar(None, total, options.show_progress, "Predicting", options.log) as bar:
             for number, part in enumerate(work):
                 if number:
                     _load(predictor, prediction, part.folds)
                 run.predict(part.cases, bar)
-        scored = progress_bar(run.scoring.results(), total - len(run.failures), options.show_progress)
+        scored = progress_bar(run.scoring.results(), total - len(run.failures), options.show_progress,
+                              log=options.log)
         scores = collect(scored, run.failures)
     if not scores:
         raise ValueError(f"No case has the modalities of any of {', '.join(subsets)}. Choose other --subsets.")
