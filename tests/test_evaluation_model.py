@@ -12,6 +12,7 @@ from inference_cases import CHANNELS, SHAPE, image, load, predictor, write_case,
 
 from nnunetv2_mgml import cli
 from nnunetv2_mgml.evaluation.model_evaluation import _Run
+from nnunetv2_mgml.evaluation.report_command import fold_of_case
 from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.subset_groups import prepare_subset_groups
 from nnunetv2_mgml.evaluation.subset_predictor import SubsetPredictor
@@ -249,7 +250,15 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     report = json.loads((model / "subset_report.json").read_text())
     assert report["number_of_cases"] == 2
     assert report["evaluated"]["kind"] == "validation"
+    assert [fold_of_case(load_evaluation(output.parent), case) for output in
+            model.glob("subset_evaluation*folds_0_1/summary.json") for case in "ab"] == ["0", "1"]
+    (model / "fold_0" / "mgml_training_log.csv").write_text("epoch,lr,train_total\n0,0.01,2.0\n1,0.009,1.5\n")
     capsys.readouterr()
+    assert cli.main(["report", str(model / "subset_evaluation_no_mirroring_folds_0_1")]) == 0
+    assert "with images of patients" in capsys.readouterr().out
+    page = (model / "subset_evaluation_no_mirroring_folds_0_1" / "report.html").read_text()
+    assert 'id="viewer"' in page
+    assert "Training of fold 0" in page
     assert cli.main([*arguments, "-f", "2"]) == 2
     assert "fold 2" in capsys.readouterr().err
 

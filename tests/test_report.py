@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,22 @@ def test_size_is_bounded_and_said(evaluated: Path, tmp_path: Path, caplog: pytes
     assert len(parsed.viewer()["cases"]) == 1
     assert any("2 did not fit" in text for _, text in parsed.texts)
     assert "case_b" in caplog.text
+
+
+def test_images_of_the_evaluation_are_used_unless_unwanted_or_gone(evaluated: Path, tmp_path: Path, capsys, caplog):
+    def sections(folder: str, *extra: str) -> set[str | None]:
+        info = {"source": {"kind": "folder", "images": folder, "labels": str(evaluated / "labelsTs")}}
+        write_evaluation(tmp_path / "e", CASES, info=info)
+        shutil.copytree(evaluated / "evaluation" / "predictions", tmp_path / "e" / "predictions", dirs_exist_ok=True)
+        assert cli.main(["report", str(tmp_path / "e"), *extra]) == 0
+        return {a["id"] for a in Page((tmp_path / "e" / "report.html").read_text()).find("section")}
+
+    images = str(evaluated / "imagesTs")
+    assert "viewer" in sections(images)
+    assert "viewer" not in sections(images, "--no_images")
+    assert "with images" not in capsys.readouterr().out.splitlines()[-1]
+    assert "viewer" not in sections(str(tmp_path / "gone"))
+    assert "no longer in" in caplog.text
 
 
 # --- errors ---

@@ -126,7 +126,15 @@ def _validation_cases(args: argparse.Namespace, model_folder: Path, folds: tuple
     name = f"{_DEFAULT_FOLDER}{'_no_mirroring' if args.disable_tta else ''}"
     output = args.o or (model_folder / f"fold_{folds[0]}" / name if len(folds) == 1 else
                         model_folder / f"{name}_folds_{'_'.join(map(str, folds))}")
-    return work, {"kind": "validation", "dataset": dataset, "folds": [str(fold) for fold in folds]}, output
+    return work, {"kind": "validation", "dataset": dataset, "folds": [str(fold) for fold in folds],
+                  **_raw_folders(Path(nnUNet_raw) / dataset)}, output
+
+
+def _raw_folders(folder: Path) -> dict[str, str]:
+    """Return where images and labels lie, for `mgml report`; nothing where dataset.json lists files one by one."""
+    if "dataset" in load_dataset_json(folder / "dataset.json"):
+        return {}
+    return {"images": str((folder / "imagesTr").resolve()), "labels": str((folder / "labelsTr").resolve())}
 
 
 def _raw_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, LabelledCase]:

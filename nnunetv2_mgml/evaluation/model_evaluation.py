@@ -33,6 +33,8 @@ from nnunetv2_mgml.inference.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name
 
 _log = logging.getLogger(__name__)
+_PLACES = ("images", "labels")
+"""Of a data set known by its name these may change: it may be moved between two runs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
         run.refuse_incomplete(work)
     inputs = [Path(file) for part in work for labelled in part.cases
               for file in (labelled.reference, *labelled.case.files.values())]
-    open_output(output, {"scoring": settings.as_dict(), "channels": list(predictor.channels), "source": source,
+    fixed = {key: value for key, value in source.items() if source["kind"] != "validation" or key not in _PLACES}
+    open_output(output, {"scoring": settings.as_dict(), "channels": list(predictor.channels), "source": fixed,
                          "model": model}, options.overwrite, subsets, inputs, options.restart_if_changed)
     total = sum(len(part.cases) for part in work)
     with run.scoring, run.exporting:
@@ -106,7 +109,9 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
         scores = collect(scored, run.failures)
     if not scores:
         raise ValueError(f"No case has the modalities of any of {', '.join(subsets)}. Choose other --subsets.")
-    info = {"source": source, "model": model, "not_evaluated": run.lacking}
+    info = {"source": source, "model": model, "not_evaluated": run.lacking,
+            "folds_of_cases": {labelled.case.name: [str(fold) for fold in part.folds]
+                               for part in work for labelled in part.cases}}
     return finish(output, scores, subsets, predictor.dataset_json, settings, options.name or predictor.trainer_name,
                   info)
 

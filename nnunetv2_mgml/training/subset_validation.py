@@ -22,7 +22,7 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
     """Run ``mgml evaluate`` on the fold's validation cases, without mirroring, and store what to expect of each subset.
 
     Mirroring would make it eight times slower; ``mgml evaluate`` by hand does mirror. The raw images are needed, as
-    crop and normalisation depend on the subset. A run that was killed is resumed if the checkpoint is still the same file.
+    crop and normalisation depend on the subset. A run that was killed is resumed while the checkpoint is the same file.
 
     Args:
         trainer: a trained one.

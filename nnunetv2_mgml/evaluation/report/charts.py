@@ -72,7 +72,7 @@ def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:
     return pictures
 
 
-def training_chart(log: Path) -> Picture:
+def training_chart(log: Path, title: str = "Training") -> Picture:
     """Draw the training curves from ``mgml_training_log.csv``.
 
     Raises:
@@ -83,5 +83,5 @@ def training_chart(log: Path) -> Picture:
         raise FileNotFoundError(f"There is no training log {log}.")
     with open(log, newline="", encoding="utf-8") as stream:
         rows: Sequence[dict[str, str]] = list(csv.DictReader(stream))
-    return picture("Training", f"Losses, meta-parameters and pseudo Dice over {len(rows)} epochs.",
+    return picture(title, f"Losses, meta-parameters and pseudo Dice over {len(rows)} epochs.",
                    training_curves(rows))
