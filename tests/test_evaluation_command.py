@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluation_cases import CHANNELS, DATASET_JSON, random_labels, synthetic_evaluation, write_labels, write_study
+from evaluation_cases import (
+    CHANNELS,
+    DATASET_JSON,
+    NAMES,
+    random_labels,
+    synthetic_evaluation,
+    write_labels,
+    write_study,
+)
 
 from nnunetv2_mgml import cli
 from nnunetv2_mgml.evaluation.results import load_evaluation
@@ -45,6 +53,15 @@ class TestPredictions:
         assert set(evaluation.info["versions"]) >= {"python", "nnunetv2_mgml", "nnunetv2", "numpy", "scipy"}
         assert "ours" in (tmp_path / "out" / "table.md").read_text()
         assert "t2+flair" in capsys.readouterr().out
+
+    def test_figures_are_written_beside_the_tables(self, tmp_path):
+        write_study(tmp_path, subsets=NAMES, cases=1)
+        assert evaluate(tmp_path, "--no_figures") == 0
+        assert not (tmp_path / "out" / "figures").exists()
+        assert evaluate(tmp_path) == 0
+        files = sorted((tmp_path / "out" / "figures").iterdir())
+        assert [file.name for file in files] == ["heatmap.png", "number_of_modalities.png", "shapley.png"]
+        assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
     def test_named_folders_in_any_spelling(self, tmp_path):
         write_study(tmp_path, subsets=("a", "b"))

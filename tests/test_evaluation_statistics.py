@@ -167,7 +167,8 @@ class TestCommand:
                          "dice", "hd95"]) == 0
         out = tmp_path / "out"
         assert sorted(p.name for p in out.iterdir()) == ["comparison.csv", "comparison.json", "comparison.md",
-                                                         "table.md", "table.tex"]
+                                                         "figures", "table.md", "table.tex"]
+        assert sorted(p.name for p in (out / "figures").iterdir()) == ["differences_dice.png", "differences_hd95.png"]
         table = pd.read_csv(out / "comparison.csv")
         assert len(table) == 2 * 3 * (len(NAMES) + 1)
         content = json.loads((out / "comparison.json").read_text())

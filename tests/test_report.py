@@ -386,6 +386,22 @@ def test_images_of_the_evaluation_are_used_unless_unwanted_or_gone(evaluated: Pa
     assert "no longer in" in caplog.text
 
 
+def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Path, capsys):
+    for name in ("A", "B"):
+        info = {"source": {"kind": "folder", "images": str(evaluated / "imagesTs"),
+                           "labels": str(evaluated / "labelsTs")}}
+        write_evaluation(tmp_path / name, CASES, info=info)
+        shutil.copytree(evaluated / "evaluation" / "predictions", tmp_path / name / "predictions")
+    command = ["compare", str(tmp_path / "A"), str(tmp_path / "B"), "--names", "ours", "theirs", "-o"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "figures" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(tmp_path / "B" / "predictions")
+    capsys.readouterr()
+    assert cli.main([*command, str(tmp_path / "none")]) == 0
+    assert "the predictions of 'theirs' are no longer there" in capsys.readouterr().out
+    assert not (tmp_path / "none" / "figures" / "predictions.png").exists()
+
+
 # --- errors ---
 
 

@@ -69,6 +69,7 @@ def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument("--overwrite", action="store_true",
                          help="start again instead of resuming; where only scoring settings differ, predictions are "
                               "kept and scored again")
+    scoring.add_argument("--no_figures", action="store_true", help="write no figures, only tables")
     scoring.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
 
 
@@ -123,7 +124,8 @@ def options_from(args: argparse.Namespace, dataset_json: dict[str, Any]) -> Eval
     if set(metrics) & set(optional):
         require_panoptica()
     return EvaluationOptions(args.policy, metrics, _sizes(args.remove_small, dataset_json), args.np, args.name,
-                             args.overwrite, show_progress=not args.disable_progress_bar)
+                             args.overwrite, show_progress=not args.disable_progress_bar,
+                             figures=not args.no_figures)
 
 
 def _sizes(entries: list[str], dataset_json: dict[str, Any]) -> dict[str, int]:

@@ -49,8 +49,24 @@ def run(args: argparse.Namespace) -> int:
                                    "apart", **provenance(), "rows": table.to_dict(orient="records")})
     write_text(args.o / "comparison.md", markdown)
     write_tables(evaluations, args.o, args.metrics)
+    _write_figures(table, evaluations, args.evaluations, args.o / "figures")
     print(f"written to {args.o}")
     return 0
+
+
+def _write_figures(table: pd.DataFrame, evaluations: Sequence[Evaluation], folders: Sequence[Path], target: Path
+                   ) -> None:
+    """Draw the differences, and predictions side by side where every evaluation still has its files."""
+    # matplotlib is slow to import
+    from nnunetv2_mgml.evaluation.figure_files import write_comparison_sheet, write_difference_figures
+    from nnunetv2_mgml.evaluation.report.cases import stored_sources
+
+    write_difference_figures(table, evaluations, target)
+    try:
+        sources = [stored_sources(evaluation, folder) for evaluation, folder in zip(evaluations, folders, strict=True)]
+        write_comparison_sheet(evaluations, sources, target / "predictions.png")
+    except (FileNotFoundError, ValueError) as error:
+        print(f"no figure of predictions side by side: {error}")
 
 
 def named_evaluations(folders: Sequence[Path], names: Sequence[str] | None) -> list[Evaluation]:

@@ -33,6 +33,8 @@ class EvaluationOptions:
     restart_if_changed: bool = False
     """See `output.open_output`."""
     show_progress: bool = True
+    figures: bool = True
+    """Write PNG files to ``figures``."""
     log: Log | None = None
     """Takes a line per tenth of the work in place of the bar."""
 
@@ -44,11 +46,16 @@ class EvaluationOptions:
 
 
 def finish(folder: Path, scores: dict[str, Scores], subset_names: Sequence[str], dataset_json: dict[str, Any],
-           settings: ScoringSettings, name: str, info: dict[str, Any]) -> Evaluation:
-    """Write the results of a complete evaluation and return them."""
-    evaluation = build_evaluation(name, scores, subset_names, channel_names(dataset_json), settings, info)
+           settings: ScoringSettings, options: EvaluationOptions, name: str, info: dict[str, Any]) -> Evaluation:
+    """Write the results of a complete evaluation and return them; ``name`` is for where the options have none."""
+    evaluation = build_evaluation(options.name or name, scores, subset_names, channel_names(dataset_json), settings,
+                                  info)
     save_evaluation(evaluation, folder)
     write_tables([evaluation], folder)
+    if options.figures:
+        from nnunetv2_mgml.evaluation.figure_files import write_score_figures  # matplotlib is slow to import
+
+        write_score_figures(evaluation, folder / "figures")
     return evaluation
 
 
@@ -84,4 +91,4 @@ def evaluate_predictions(labels: Path, folders: dict[str, Path], dataset_json: d
     info = {"source": {"kind": "predictions", "labels": str(labels.resolve()),
                        "folders": {name: str(folder.resolve()) for name, folder in folders.items()}},
             "missing_cases": found.missing}
-    return finish(output, scores, list(folders), dataset_json, settings, options.name or output.resolve().name, info)
+    return finish(output, scores, list(folders), dataset_json, settings, options, output.resolve().name, info)

@@ -112,8 +112,7 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
     info = {"source": source, "model": model, "not_evaluated": run.lacking,
             "folds_of_cases": {labelled.case.name: [str(fold) for fold in part.folds]
                                for part in work for labelled in part.cases}}
-    return finish(output, scores, subsets, predictor.dataset_json, settings, options.name or predictor.trainer_name,
-                  info)
+    return finish(output, scores, subsets, predictor.dataset_json, settings, options, predictor.trainer_name, info)
 
 
 def _load(predictor: SubsetPredictor, prediction: PredictionOptions, folds: Sequence[int | str]) -> None:

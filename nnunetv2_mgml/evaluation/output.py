@@ -13,7 +13,8 @@ from nnunetv2_mgml.files import read_json, write_json
 SCORING_ONLY = ("scoring.metrics", "scoring.min_region_voxels", "scoring.policy")
 """Settings that do not change a prediction; their parts (``scoring.min_region_voxels.WT``) belong to them."""
 
-_RESULTS = ("results.csv", "summary.json", "table.md", "table.tex")
+_RESULTS = ("results.csv", "summary.json", "table.md", "table.tex",
+            *(f"figures/{name}.png" for name in ("heatmap", "number_of_modalities", "shapley")))
 _log = logging.getLogger(__name__)
 
 

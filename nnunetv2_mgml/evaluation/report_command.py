@@ -242,6 +242,7 @@ def find_sources(args: argparse.Namespace, evaluation: Evaluation) -> ImageSourc
     if not folders:
         raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
     candidates = [args.dataset_json] if args.dataset_json else [
-        args.i, args.i.parent, labels, labels.parent, *folders.values(), own]
+        args.i, args.i.parent, labels, labels.parent, *folders.values(), own,
+        *([Path(model)] if (model := (evaluation.info.get("model") or {}).get("folder")) else [])]
     ending = file_ending(load_dataset_json(find_dataset_json(candidates)))
     return ImageSources(args.i, labels, folders, ending)
