@@ -62,6 +62,7 @@ def _write_figures(table: pd.DataFrame, evaluations: Sequence[Evaluation], folde
     from nnunetv2_mgml.evaluation.report.cases import stored_sources
 
     write_difference_figures(table, evaluations, target)
+    (target / "predictions.png").unlink(missing_ok=True)  # that of an earlier comparison may be of other files
     try:
         sources = [stored_sources(evaluation, folder) for evaluation, folder in zip(evaluations, folders, strict=True)]
         write_comparison_sheet(evaluations, sources, target / "predictions.png")

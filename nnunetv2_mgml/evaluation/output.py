@@ -54,6 +54,8 @@ def open_output(folder: Path, fingerprint: dict[str, Any], overwrite: bool, subs
         _refuse_fewer_subsets(folder, subsets)
     for name in _RESULTS:
         (folder / name).unlink(missing_ok=True)
+    if (folder / "figures").is_dir() and not any((folder / "figures").iterdir()):
+        (folder / "figures").rmdir()
     write_json(file, fingerprint)
 
 
