@@ -98,7 +98,7 @@ if __name__ == "__main__":
         ],
         extras_require={
             # setuptools: the packaging tests build without isolation; 70.1 brought its own wheel command
-            "test": ["pytest", "hypothesis", "setuptools>=70.1"],
+            "test": ["pytest", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
             "dev": ["ruff==0.17.6", "build"],
             "lesions": ["panoptica"],
             "browser": ["playwright"],  # tests/test_report_browser.py, with a Chromium on the PATH

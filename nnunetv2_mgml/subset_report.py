@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_mgml.files import write_json
+from nnunetv2_mgml.files import read_json, write_json
 from nnunetv2_mgml.modalities import channel_names, subset_name
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
     model = evaluation.info.get("model") or {}
     content = {
         "folds": model.get("folds"), "checkpoint": model.get("checkpoint"), "mirroring": model.get("mirroring"),
+        "checkpoint_size_and_time_ns": model.get("checkpoint_size_and_time_ns"),
+        "shared_preprocessing": model.get("shared_preprocessing"),
         "metric": _METRIC, "policy": evaluation.policy, "channels": list(channels),
+        "min_region_voxels": evaluation.info.get("min_region_voxels") or {},
         "number_of_cases": len(evaluation.cases), "evaluated": evaluation.info.get("source"),
         "created": evaluation.info.get("created"), "versions": evaluation.info.get("versions"),
         "subsets": {name: {region: _finite(summaries[region][name]) for region in summaries}
@@ -90,6 +93,22 @@ def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[s
                          f"--write_subset_report', or delete it.") from error
 
 
+def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) -> dict[str, Any]:
+    """Return what `expected_quality` and `unreliable_regions` rest on, for a prediction's report.
+
+    Returns:
+        ``reliability_bound`` (Dice as a fraction) and, of the stored evaluation, ``policy`` for empty regions,
+        ``min_region_voxels`` (region -> N: fewer predicted voxels counted as empty), ``shared_preprocessing``,
+        ``folds``, ``checkpoint``, ``mirroring``.
+
+    Raises:
+        FileNotFoundError, ValueError: no stored report, or a damaged one.
+    """
+    content = read_json(Path(model_folder) / REPORT_NAME)
+    names = ("policy", "min_region_voxels", "shared_preprocessing", "folds", "checkpoint", "mirroring")
+    return {"reliability_bound": bound, **{name: content.get(name) for name in names}}
+
+
 def unreliable_regions(model_folder: Path | str, subset: Sequence[bool], bound: float = RELIABILITY_BOUND) -> list[str]:
     """Return the regions whose expected Dice is below ``bound`` (or was never defined); none when nothing is stored."""
     expected = expected_quality(model_folder, subset) or {}
@@ -113,9 +132,38 @@ def quality_line(model_folder: Path | str, subset: Sequence[bool], bound: float 
 
 
 def _made_with(path: Path) -> str:
-    """Say which weights the report is of: predictions may use others."""
+    """Say which weights and rules the report is of: predictions may use others."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not content.get("folds"):
-        return ""
-    mirroring = "" if content.get("mirroring") else ", without mirroring"
-    return f" (fold {', '.join(content['folds'])}, {content['checkpoint']}{mirroring})"
+    parts = []
+    if content.get("folds"):
+        parts += [f"fold {', '.join(content['folds'])}", content["checkpoint"]]
+        parts += [] if content.get("mirroring") else ["without mirroring"]
+        parts += ["shared preprocessing"] if content.get("shared_preprocessing") else []
+    parts += [f"{region} of fewer than {size} voxels counted as empty"
+              for region, size in (content.get("min_region_voxels") or {}).items()]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def drop_outdated_report(model_folder: Path | str, fold: int | str) -> bool:
+    """Delete the stored report if it is of this fold with another checkpoint than the folder holds now.
+
+    Returns:
+        Whether it was deleted.
+    """
+    folder = Path(model_folder)
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return False
+    try:
+        content = read_json(path)
+        folds, checkpoint = content.get("folds") or [], content.get("checkpoint")
+        if str(fold) not in folds:
+            return False
+        stamp = (content.get("checkpoint_size_and_time_ns") or [None] * len(folds))[folds.index(str(fold))]
+        status = (folder / f"fold_{fold}" / str(checkpoint)).stat()
+        outdated = stamp != [status.st_size, status.st_mtime_ns]
+    except (ValueError, AttributeError, OSError):  # damaged, or the checkpoint it describes is gone
+        outdated = True
+    if outdated:
+        path.unlink()
+    return outdated

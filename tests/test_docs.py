@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from nnunetv2_mgml.training import TRAINERS
 ROOT = Path(__file__).parents[1]
 MENTIONS = {"mgml convert back", "mgml convert brats --missing_ok", "mgml convert split"}
 """Names of commands in running text, not commands to type."""
+WRITTEN_BY_THE_READER = "nnunetv2_mgml.network.fusion.gated"
+"""The module of the tutorial in docs/fusion.md."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -51,3 +55,22 @@ def test_documented_trainers_exist() -> None:
     named = set(re.findall(r"`(nnUNetTrainer\w+)`", (ROOT / "README.md").read_text()))
     assert named
     assert named <= set(TRAINERS)
+
+
+def python_imports() -> list[str]:
+    """Import statements of every fenced Python block, one string each."""
+    found = set()
+    for page in PAGES:
+        for block in re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+            tree = ast.parse(textwrap.dedent(block))
+            found.update(ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
+    return sorted(statement for statement in found if WRITTEN_BY_THE_READER not in statement)
+
+
+@pytest.mark.parametrize("statement", python_imports())
+def test_documented_imports_work(statement: str) -> None:
+    exec(statement, {})
+
+
+def test_there_are_imports_to_check() -> None:
+    assert any("nnunetv2_mgml" in statement for statement in python_imports())

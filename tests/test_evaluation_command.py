@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,15 +10,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluation_cases import CHANNELS, DATASET_JSON, random_labels, synthetic_evaluation, write_labels, write_study
+from evaluation_cases import (
+    CHANNELS,
+    DATASET_JSON,
+    NAMES,
+    random_labels,
+    synthetic_evaluation,
+    write_labels,
+    write_study,
+)
 
 from nnunetv2_mgml import cli
 from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.sources import choose_subsets, parse_prediction_folders
 from nnunetv2_mgml.subset_report import (
     REPORT_NAME,
+    drop_outdated_report,
     expected_quality,
     quality_line,
+    quality_terms,
     unreliable_regions,
     write_subset_report,
 )
@@ -42,6 +53,15 @@ class TestPredictions:
         assert set(evaluation.info["versions"]) >= {"python", "nnunetv2_mgml", "nnunetv2", "numpy", "scipy"}
         assert "ours" in (tmp_path / "out" / "table.md").read_text()
         assert "t2+flair" in capsys.readouterr().out
+
+    def test_figures_are_written_beside_the_tables(self, tmp_path):
+        write_study(tmp_path, subsets=NAMES, cases=1)
+        assert evaluate(tmp_path, "--no_figures") == 0
+        assert not (tmp_path / "out" / "figures").exists()
+        assert evaluate(tmp_path) == 0
+        files = sorted((tmp_path / "out" / "figures").iterdir())
+        assert [file.name for file in files] == ["heatmap.png", "number_of_modalities.png", "shapley.png"]
+        assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
     def test_named_folders_in_any_spelling(self, tmp_path):
         write_study(tmp_path, subsets=("a", "b"))
@@ -164,6 +184,33 @@ class TestSubsetReport:
         assert "enhancing tumor 0.31 ± 0.00 (unreliable, below 0.5)" in line
         assert "whole tumor" in line
         assert line.endswith("over 12 cases")
+
+    def test_removal_rule_and_preprocessing_are_stored_and_said(self, model):
+        info = {"min_region_voxels": {"enhancing tumor": 500}, "model": {
+            "folds": ["0"], "checkpoint": "checkpoint_final.pth", "mirroring": True, "shared_preprocessing": True}}
+        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=info), model)
+        assert quality_line(model, (True,) * 4).endswith(
+            "(fold 0, checkpoint_final.pth, shared preprocessing, enhancing tumor of fewer than 500 voxels counted as "
+            "empty)")
+        assert quality_terms(model) == {
+            "reliability_bound": 0.5, "policy": "brats", "min_region_voxels": {"enhancing tumor": 500},
+            "shared_preprocessing": True, "folds": ["0"], "checkpoint": "checkpoint_final.pth", "mirroring": True}
+
+    def test_a_report_of_other_weights_is_dropped(self, model):
+        checkpoint = model / "fold_0" / "checkpoint_final.pth"
+        checkpoint.parent.mkdir()
+        checkpoint.write_bytes(b"weights")
+        status = checkpoint.stat()
+        info = {"model": {"folds": ["0"], "checkpoint": checkpoint.name,
+                          "checkpoint_size_and_time_ns": [[status.st_size, status.st_mtime_ns]]}}
+        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=info), model)
+        assert not drop_outdated_report(model, 0)
+        checkpoint.write_bytes(b"other weights")
+        assert not drop_outdated_report(model, 1)
+        assert (model / REPORT_NAME).is_file()
+        assert drop_outdated_report(model, 0)
+        assert not (model / REPORT_NAME).exists()
+        assert not drop_outdated_report(model, 0)
 
     def test_nothing_stored(self, model):
         assert expected_quality(model, (True,) * 4) is None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, generate_binary_structure, label
 
-from nnunetv2_mgml.evaluation.metrics import MaskPair
+from nnunetv2_mgml.evaluation.metrics import MaskPair, get_metric
 from nnunetv2_mgml.evaluation.metrics.lesionwise import lesion_scores
 from nnunetv2_mgml.evaluation.metrics.surface import hd95
+from nnunetv2_mgml.evaluation.policy import get_policy
 
 SHAPE = (30, 40, 40)
 
@@ -104,3 +106,14 @@ def test_against_the_rules_on_random_blobs(seed):
     prediction = blobs() | (reference & (rng.random(SHAPE) < 0.7))
     found = lesion_scores(MaskPair.from_arrays(reference, prediction, spacing))
     assert (found.dice, found.hd95) == pytest.approx(slow_rules(reference, prediction, spacing))
+
+
+@pytest.mark.parametrize(("reference", "prediction", "expected"), [
+    (NOTHING, NOTHING, (None, None)), (NOTHING, A, (0, None)), (A, NOTHING, (0, None)), (A, A, (1, 0))])
+def test_the_policy_nan_gives_empty_masks_no_value(reference, prediction, expected):
+    pytest.importorskip("panoptica")
+    pair = MaskPair.from_arrays(reference, prediction, (1.0, 1.0, 1.0))
+    found = [get_policy("nan").score(get_metric(name), pair) for name in ("lesion_dice", "lesion_hd95")]
+    assert [None if math.isnan(value) else value for value in found] == list(expected)
+    brats = [get_policy("brats").score(get_metric(name), pair) for name in ("lesion_dice", "lesion_hd95")]
+    assert brats == list(lesion_scores(pair)[:2])

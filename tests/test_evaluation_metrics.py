@@ -7,8 +7,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 from nnunetv2_mgml.evaluation.metrics import MaskPair, Metric, all_metrics, default_metrics, get_metric, register
 from nnunetv2_mgml.evaluation.policy import POLICIES, get_policy
@@ -136,6 +138,17 @@ class TestAgainstSlowReferences:
         expected = brute_force_hd95(reference.reshape(shape), prediction.reshape(shape),
                                     tuple(spacing[axis] for axis in keep))
         assert value("hd95", pair(reference, prediction, spacing)) == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_hd95_is_monais(self, seed):
+        monai = pytest.importorskip("monai.metrics")
+        rng = np.random.default_rng(seed)
+        spacing = (5.0, 1.0, 0.7) if seed % 2 else (1.0, 1.0, 1.0)
+        reference, prediction = (gaussian_filter(rng.normal(size=(14, 18, 20)), 2) > 0.05 for _ in range(2))
+        tensors = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference)]
+        expected = monai.compute_hausdorff_distance(*tensors, include_background=True, percentile=95,
+                                                    spacing=[list(spacing)]).item()
+        assert value("hd95", pair(reference, prediction, spacing)) == pytest.approx(expected, abs=1e-4)
 
     @settings(max_examples=60, deadline=None)
     @given(mask_pairs())

@@ -12,6 +12,7 @@ from inference_cases import CHANNELS, SHAPE, image, load, predictor, write_case,
 
 from nnunetv2_mgml import cli
 from nnunetv2_mgml.evaluation.model_evaluation import _Run
+from nnunetv2_mgml.evaluation.report_command import fold_of_case
 from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.subset_groups import prepare_subset_groups
 from nnunetv2_mgml.evaluation.subset_predictor import SubsetPredictor
@@ -167,6 +168,28 @@ def test_finished_cases_are_not_predicted_again(model, images, labels, tmp_path,
     assert load_evaluation(out).table.equals(before)
 
 
+def test_other_scoring_rules_need_no_new_prediction(model, images, labels, tmp_path, monkeypatch, capsys):
+    arguments = (model, images, labels, tmp_path / "out", "--subsets", "all")
+    assert evaluate(*arguments) == 0
+    monkeypatch.setattr(_Run, "_predict_item", lambda *_: pytest.fail("predicted again"))
+    assert evaluate(*arguments, "--policy", "nan", "--remove_small", "WT=100000") == 2
+    assert "--overwrite to score again what is predicted" in capsys.readouterr().err
+    assert evaluate(*arguments, "--policy", "nan", "--remove_small", "WT=100000", "--overwrite") == 0
+    assert load_evaluation(tmp_path / "out").policy == "nan"
+    assert (load_evaluation(tmp_path / "out").values("dice", "whole_tumor") == 0).all(axis=None)
+
+
+def test_a_case_without_any_wanted_modality_is_left_out(model, images, labels, tmp_path, capsys):
+    (images / "b_0001.nii.gz").unlink()
+    out = tmp_path / "out"
+    assert evaluate(model, images, labels, out, "--subsets", "t1ce", "--allow_missing") == 0
+    assert load_evaluation(out).cases == ["a"]
+    assert json.loads((out / "summary.json").read_text())["not_evaluated"] == {"b": ["t1ce"]}
+    (images / "a_0001.nii.gz").unlink()
+    assert evaluate(model, images, labels, tmp_path / "none", "--subsets", "t1ce", "--allow_missing") == 2
+    assert "No case has the modalities of any of t1ce" in capsys.readouterr().err
+
+
 def test_other_settings_are_refused(model, images, labels, tmp_path, capsys):
     assert evaluate(model, images, labels, tmp_path / "out", "--subsets", "all") == 0
     assert evaluate(model, images, labels, tmp_path / "out", "--subsets", "all", "-step_size", "1") == 2
@@ -207,7 +230,12 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": ["b"], "val": ["a"]},
                                                                 {"train": ["a"], "val": ["b"]}]))
     arguments = ["evaluate", "-d", "900", "-c", "3d_fullres", "-device", "cpu", "--disable_tta", "-np", "0", "-npp",
-                 "0", "-nps", "0", "--disable_progress_bar", "--subsets", "t1", "all", "--write_subset_report"]
+                 "0", "-nps", "0", "--disable_progress_bar"]
+    everything, arguments = [*arguments, "--write_subset_report"], [*arguments, "--subsets", "t1", "all"]
+    for refused, message in ((["--subsets", "t1"], "only t1"), (["--metrics", "hd95"], "Add dice")):
+        assert cli.main([*everything, "-f", "0", *refused]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(model.glob("fold_0/subset_evaluation*"))
     assert cli.main([*arguments, "-f", "0"]) == 0
     first = load_evaluation(model / "fold_0" / "subset_evaluation_no_mirroring")
     assert first.cases == ["a"]
@@ -218,10 +246,19 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     ours = load(model / "subset_evaluation_no_mirroring_folds_0_1" / "predictions" / "t1" / "b.nii.gz")
     alone = predictor(model, ["t1ce", "t2", "flair"], folds=(1,)).predict_case({"t1": raw / "imagesTr/b_0000.nii.gz"})
     np.testing.assert_array_equal(ours, alone)
+    assert cli.main([*everything, "-f", "0", "1"]) == 0
     report = json.loads((model / "subset_report.json").read_text())
     assert report["number_of_cases"] == 2
     assert report["evaluated"]["kind"] == "validation"
+    assert [fold_of_case(load_evaluation(output.parent), case) for output in
+            model.glob("subset_evaluation*folds_0_1/summary.json") for case in "ab"] == ["0", "1"]
+    (model / "fold_0" / "mgml_training_log.csv").write_text("epoch,lr,train_total\n0,0.01,2.0\n1,0.009,1.5\n")
     capsys.readouterr()
+    assert cli.main(["report", str(model / "subset_evaluation_no_mirroring_folds_0_1")]) == 0
+    assert "with images of patients" in capsys.readouterr().out
+    page = (model / "subset_evaluation_no_mirroring_folds_0_1" / "report.html").read_text()
+    assert 'id="viewer"' in page
+    assert "Training of fold 0" in page
     assert cli.main([*arguments, "-f", "2"]) == 2
     assert "fold 2" in capsys.readouterr().err
 

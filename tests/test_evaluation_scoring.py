@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 from pathlib import Path
@@ -13,9 +14,13 @@ import SimpleITK as sitk
 from evaluation_cases import DATASET_JSON, random_labels, write_labels, write_study
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_mgml.evaluation import scoring
-from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions, open_output
+from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
+from nnunetv2_mgml.evaluation.figures.slices import read_axial
+from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.progress import progress_bar
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect, score_arrays, score_case
 
@@ -180,6 +185,101 @@ class TestResuming:
         open_output(tmp_path, {"a": 2}, overwrite=True)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "settings.json"]
 
+    def test_overwrite_never_deletes_what_is_read(self, tmp_path):
+        study = write_study(tmp_path)
+        model = {"model": {"folder": "m"}, "source": {"images": "i"}}
+        (study / "settings.json").write_text(json.dumps(model))
+        inputs = [study / "labels", study / "predictions" / "t1"]
+        with pytest.raises(ValueError, match=r"would delete .*predictions, but this evaluation reads .*t1"):
+            open_output(study, {"source": {"kind": "predictions"}}, True, inputs=inputs)
+        assert len(list((study / "predictions").glob("*/*.nii.gz"))) == 6
+        assert (study / "settings.json").is_file()
+
+    def test_finished_predictions_in_the_output_folder_survive_overwrite(self, tmp_path):
+        study = write_study(tmp_path)
+        folders = {"t1": study / "predictions" / "t1"}
+        for policy in ("brats", "nan"):
+            evaluate_predictions(study / "labels", folders, DATASET_JSON, study,
+                                 EvaluationOptions(policy, num_processes=0, show_progress=False, overwrite=True))
+        assert len(list((study / "predictions").glob("*/*.nii.gz"))) == 6
+
+    def test_other_scoring_keeps_the_predictions_of_the_model(self, tmp_path, caplog):
+        def fingerprint(policy: str, step: float) -> dict:
+            return {"scoring": {"policy": policy, "min_region_voxels": {}, "metrics": ["dice"]},
+                    "model": {"tile_step_size": step}}
+
+        caplog.set_level(logging.WARNING)
+        open_output(tmp_path, fingerprint("brats", 0.5), overwrite=False)
+        made = [tmp_path / "predictions" / "t1" / "a.nii.gz", tmp_path / "cases" / "a.json"]
+        for file in made:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+        with pytest.raises(ValueError, match="--overwrite to score again what is predicted"):
+            open_output(tmp_path, fingerprint("nan", 0.5), overwrite=False)
+        open_output(tmp_path, fingerprint("nan", 0.5), overwrite=True)
+        assert [file.exists() for file in made] == [True, False]
+        assert "kept and scored again" in caplog.text
+        open_output(tmp_path, fingerprint("nan", 1.0), overwrite=True)
+        assert not made[0].exists()
+
+    def test_predictions_of_unknown_origin_are_not_taken_for_the_models(self, tmp_path):
+        write_study(tmp_path)
+        with pytest.raises(ValueError, match="says what made them"):
+            open_output(tmp_path, {"model": {}}, overwrite=False)
+
+    def test_restart_if_changed_resumes_the_same_and_replaces_others(self, tmp_path):
+        made = tmp_path / "predictions" / "t1" / "a.nii.gz"
+        open_output(tmp_path, {"model": 1}, False)
+        made.parent.mkdir(parents=True)
+        made.touch()
+        open_output(tmp_path, {"model": 1}, False, restart_if_changed=True)
+        assert made.exists()
+        open_output(tmp_path, {"model": 2}, False, restart_if_changed=True)
+        assert not made.exists()
+
+    def test_progress_is_a_line_per_tenth(self, capsys):
+        lines: list[str] = []
+        assert list(progress_bar(range(25), 25, True, log=lines.append)) == list(range(25))
+        assert len(lines) == 10
+        assert lines[-1] == "Scoring: 25 of 25 cases"
+        with progress_bar(None, 2, True, "Predicting", lines.append) as bar:
+            bar.update()
+            bar.update()
+        assert lines[-2:] == ["Predicting: 1 of 2 cases", "Predicting: 2 of 2 cases"]
+        assert capsys.readouterr() == ("", "")
+
+    def test_a_failed_run_leaves_no_results_of_the_one_before(self, tmp_path):
+        write_study(tmp_path)
+        self.run(tmp_path)
+        write_labels(tmp_path / "predictions" / "t1" / "case_1.nii.gz", random_labels(0, highest=7))
+        with pytest.raises(ValueError, match="could not be evaluated"):
+            self.run(tmp_path)
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cases", "settings.json"]
+
+    def test_fewer_subsets_do_not_replace_the_results(self, tmp_path):
+        write_study(tmp_path)
+        self.run(tmp_path)
+        with pytest.raises(ValueError, match=r"results of 2 subsets.*without flair"):
+            self.run(tmp_path, ("t1",))
+        assert (tmp_path / "out" / "results.csv").is_file()
+
+    def test_a_foreign_or_unreadable_case_file_is_listed(self, tmp_path, monkeypatch):
+        write_study(tmp_path)
+        (tmp_path / "out" / "cases").mkdir(parents=True)
+        (tmp_path / "out" / "cases" / "case_0.json").write_text("[1]")
+        whole = scoring.score_case
+
+        def locked(case, settings):
+            if case.case == "case_2":
+                raise PermissionError(13, "Permission denied", "case_2.nii.gz")
+            return whole(case, settings)
+
+        monkeypatch.setattr(scoring, "score_case", locked)
+        with pytest.raises(ValueError, match="2 of 3 cases") as error:
+            self.run(tmp_path)
+        assert "case_0.json holds no scores of an evaluation" in str(error.value)
+        assert "Case case_2: [Errno 13] Permission denied" in str(error.value)
+
 
 def test_failing_cases_are_listed_and_the_others_kept(tmp_path):
     write_study(tmp_path)
@@ -232,6 +332,32 @@ def test_memory_of_a_brats_case_does_not_grow_with_the_subsets(tmp_path):
                    ScoringSettings(LABELS))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     assert peaks[1] - peaks[0] < 50, f"peak resident memory in MB after 2 and 15 subsets: {peaks}"
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_file_that_ends_early_is_refused(tmp_path, ending):
+    whole = write_labels(tmp_path / f"whole{ending}", random_labels(0, (20, 20, 20)))
+    cut = tmp_path / f"cut{ending}"
+    cut.write_bytes(whole.read_bytes()[:-500])
+    for case in (CaseTask("c1", whole, {"t1": cut}), CaseTask("c1", cut, {"t1": whole})):
+        with pytest.raises(ValueError, match=r"Case c1: .*cut\.nii.* cannot be read"):
+            score_case(case, ScoringSettings(LABELS))
+    with pytest.raises(ValueError, match=r"Cannot read .*cut"):
+        read_axial(cut)
+
+
+def test_tiff_volumes_have_the_spacing_of_the_file_beside_them(tmp_path):
+    reference = np.zeros((8, 9, 10), np.uint8)
+    reference[2:4, 3:6, 3:6] = 1
+    for name, labels in (("r", reference), ("p", np.roll(reference, 2, 0))):
+        Tiff3DIO().write_seg(labels, str(tmp_path / f"{name}.tif"), {"spacing": (5, 1, 1)})
+    settings = ScoringSettings(label_set({"labels": {"background": 0, "lesion": 1}}))
+    scores = score_case(CaseTask("c", tmp_path / "r.tif", {"t1": tmp_path / "p.tif"}), settings)["t1"]["lesion"]
+    assert scores["hd95"] == 10
+    assert read_axial(tmp_path / "r.tif")[1] == (5, 1, 1)
+    (tmp_path / "p.json").write_text('{"spacing": [5, 1]}')
+    with pytest.raises(ValueError, match=r"Case c: .*p\.json must hold"):
+        score_case(CaseTask("c", tmp_path / "r.tif", {"t1": tmp_path / "p.tif"}), settings)
 
 
 def test_image_formats_without_depth(tmp_path):

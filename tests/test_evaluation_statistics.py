@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -165,7 +167,8 @@ class TestCommand:
                          "dice", "hd95"]) == 0
         out = tmp_path / "out"
         assert sorted(p.name for p in out.iterdir()) == ["comparison.csv", "comparison.json", "comparison.md",
-                                                         "table.md", "table.tex"]
+                                                         "figures", "table.md", "table.tex"]
+        assert sorted(p.name for p in (out / "figures").iterdir()) == ["differences_dice.png", "differences_hd95.png"]
         table = pd.read_csv(out / "comparison.csv")
         assert len(table) == 2 * 3 * (len(NAMES) + 1)
         content = json.loads((out / "comparison.json").read_text())
@@ -174,6 +177,23 @@ class TestCommand:
         markdown = capsys.readouterr().out
         assert "| WT | flair | 12 |" in markdown
         assert "+10.00" in markdown
+
+    def test_without_o_it_is_only_printed(self, tmp_path, capsys, monkeypatch):
+        for name in ("A", "B"):
+            save_evaluation(synthetic_evaluation(name), tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["compare", "A", "B"]) == 0
+        assert "| WT | flair | 12 |" in capsys.readouterr().out
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["A", "B"]
+
+    @pytest.mark.parametrize(("info", "message"), [
+        ({"min_region_voxels": {"enhancing tumor": 500}}, r"differ in min_region_voxels .*'enhancing tumor': 500"),
+        ({"ignore_label": 4}, "differ in ignore_label")])
+    def test_other_scoring_rules_are_refused(self, tmp_path, capsys, info, message):
+        save_evaluation(synthetic_evaluation("A"), tmp_path / "A")
+        save_evaluation(dataclasses.replace(synthetic_evaluation("B"), info=info), tmp_path / "B")
+        assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B")]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
     def test_names_must_differ(self, tmp_path, capsys):
         for name in ("A", "B"):

@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nnunetv2_mgml.evaluation.figures import internals, qualitative, slices, style
+from nnunetv2_mgml.evaluation.figures.differences import difference_intervals
 from nnunetv2_mgml.evaluation.figures.shapley import shapley_bars
 from nnunetv2_mgml.evaluation.figures.subsets import score_by_count, subset_heatmap
 from nnunetv2_mgml.evaluation.figures.training import training_curves
@@ -86,6 +87,18 @@ def test_shapley_bars_have_the_height_of_the_values():
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     assert heights == pytest.approx([0.3, 0.5])
     assert {"0.30", "0.50", "WT", "Shapley value (Dice)"} <= set(texts(figure))
+
+
+def test_differences_are_drawn_with_their_intervals():
+    values = np.array([[[1.0, 0.5, 2.0], [-1.0, -2.0, 0.0]], [[np.nan] * 3, [3.0, np.nan, np.nan]]])
+    figure = difference_intervals({"ours": values, "theirs": values + 1}, ["T1", "T2"], ["WT", "ET"], "base", "Dice")
+    first = figure.axes[0].containers[0]
+    segment = first.lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(segment[:, 0], [0.5, 2.0])
+    seen = " ".join(texts(figure))
+    assert all(word in seen for word in ("ours", "theirs", "WT", "ET", "method minus base"))
+    with pytest.raises(ValueError, match=r"'ours' have shape \(1, 3\)"):
+        difference_intervals({"ours": np.zeros((1, 3))}, ["T1"], ["WT"], "base")
 
 
 def test_lines_and_labels_differ_in_colour_and_marker():

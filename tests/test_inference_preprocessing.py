@@ -14,6 +14,8 @@ from inference_cases import CHANNELS, SHAPE, image, write_case, write_image, wri
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.evaluation.regions import LabelSet
+from nnunetv2_mgml.evaluation.scoring import CasePool, ScoringSettings
 from nnunetv2_mgml.inference.inputs import Case, CaseError
 from nnunetv2_mgml.inference.preprocessing import Job, Model, iterate_items, prepare_case, prepare_job
 from nnunetv2_mgml.inference.workers import WorkerDiedError, WorkerPool
@@ -161,6 +163,12 @@ def test_a_job_that_kills_its_worker_takes_no_other_with_it() -> None:
             pool.result(tasks[1])
         assert pool.result(tasks[2]) == "d"
         assert pool.result(pool.submit(os.path.basename, "e/f")) == "f"  # a new pool serves the rest
+
+
+def test_a_dead_worker_names_the_option_that_sets_its_number(tmp_path) -> None:
+    assert CasePool(ScoringSettings(LabelSet({"lesion": (1,)})), tmp_path, 1)._workers.options == "-np"
+    with WorkerPool(1, "-np") as pool, pytest.raises(WorkerDiedError, match=r"fewer processes \(-np; 0 works"):
+        pool.result(pool.submit(os._exit, 3))
 
 
 def test_an_exception_in_a_job_is_raised_by_result_only() -> None:

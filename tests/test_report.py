@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,38 @@ def test_size_is_bounded_and_said(evaluated: Path, tmp_path: Path, caplog: pytes
     assert len(parsed.viewer()["cases"]) == 1
     assert any("2 did not fit" in text for _, text in parsed.texts)
     assert "case_b" in caplog.text
+
+
+def test_images_of_the_evaluation_are_used_unless_unwanted_or_gone(evaluated: Path, tmp_path: Path, capsys, caplog):
+    def sections(folder: str, *extra: str) -> set[str | None]:
+        info = {"source": {"kind": "folder", "images": folder, "labels": str(evaluated / "labelsTs")}}
+        write_evaluation(tmp_path / "e", CASES, info=info)
+        shutil.copytree(evaluated / "evaluation" / "predictions", tmp_path / "e" / "predictions", dirs_exist_ok=True)
+        assert cli.main(["report", str(tmp_path / "e"), *extra]) == 0
+        return {a["id"] for a in Page((tmp_path / "e" / "report.html").read_text()).find("section")}
+
+    images = str(evaluated / "imagesTs")
+    assert "viewer" in sections(images)
+    assert "viewer" not in sections(images, "--no_images")
+    assert "with images" not in capsys.readouterr().out.splitlines()[-1]
+    assert "viewer" not in sections(str(tmp_path / "gone"))
+    assert "no longer in" in caplog.text
+
+
+def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Path, capsys):
+    for name in ("A", "B"):
+        info = {"source": {"kind": "folder", "images": str(evaluated / "imagesTs"),
+                           "labels": str(evaluated / "labelsTs")}}
+        write_evaluation(tmp_path / name, CASES, info=info)
+        shutil.copytree(evaluated / "evaluation" / "predictions", tmp_path / name / "predictions")
+    command = ["compare", str(tmp_path / "A"), str(tmp_path / "B"), "--names", "ours", "theirs", "-o"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "figures" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(tmp_path / "B" / "predictions")
+    capsys.readouterr()
+    assert cli.main([*command, str(tmp_path / "none")]) == 0
+    assert "the predictions of 'theirs' are no longer there" in capsys.readouterr().out
+    assert not (tmp_path / "none" / "figures" / "predictions.png").exists()
 
 
 # --- errors ---

@@ -334,6 +334,23 @@ def test_no_table_over_subsets_without_raw_images_and_why(nnunet_folders: Path) 
     assert "fold 'all'" in validate_subsets(trainer, "checkpoint_final.pth")
 
 
+def test_a_retrained_fold_does_not_keep_the_old_report(nnunet_folders: Path) -> None:
+    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1,
+                                                                              "validate_subsets": False})
+    trainer.run_training()
+    report = Path(trainer.output_folder_base) / "subset_report.json"
+    status = (Path(trainer.output_folder) / "checkpoint_final.pth").stat()
+    content = {"folds": ["0"], "checkpoint": "checkpoint_final.pth", "subsets": {}, "channels": [],
+               "checkpoint_size_and_time_ns": [[status.st_size, status.st_mtime_ns]]}
+    report.write_text(json.dumps(content))
+    trainer.perform_actual_validation()
+    assert report.is_file()
+    report.write_text(json.dumps({**content, "checkpoint_size_and_time_ns": [[1, 2]]}))
+    trainer.perform_actual_validation()
+    assert not report.exists()
+    assert "Deleted subset_report.json" in Path(trainer.log_file).read_text()
+
+
 def test_warm_up_is_linear(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 20})
     ramps = []

@@ -66,7 +66,10 @@ def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument("--name", help="what the method is called in tables; the folder's name by default")
     scoring.add_argument("-np", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
                          help="processes that compute metrics, each below 0.5 GB for a BraTS case; 0: only this one")
-    scoring.add_argument("--overwrite", action="store_true", help="start again instead of resuming")
+    scoring.add_argument("--overwrite", action="store_true",
+                         help="start again instead of resuming; where only scoring settings differ, predictions are "
+                              "kept and scored again")
+    scoring.add_argument("--no_figures", action="store_true", help="write no figures, only tables")
     scoring.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
 
 
@@ -97,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         from nnunetv2_mgml.evaluation.model_command import run_model
 
+        if args.write_subset_report and args.metrics and "dice" not in args.metrics:
+            raise ValueError(f"--write_subset_report stores Dice, but --metrics has only {', '.join(args.metrics)}. "
+                             f"Add dice to --metrics, or leave one of the two out.")
         evaluation, output, model_folder = run_model(args)
         if args.write_subset_report:
             print(f"expected quality per subset: {write_subset_report(evaluation, model_folder)}")
@@ -118,7 +124,8 @@ def options_from(args: argparse.Namespace, dataset_json: dict[str, Any]) -> Eval
     if set(metrics) & set(optional):
         require_panoptica()
     return EvaluationOptions(args.policy, metrics, _sizes(args.remove_small, dataset_json), args.np, args.name,
-                             args.overwrite, not args.disable_progress_bar)
+                             args.overwrite, show_progress=not args.disable_progress_bar,
+                             figures=not args.no_figures)
 
 
 def _sizes(entries: list[str], dataset_json: dict[str, Any]) -> dict[str, int]:

@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml compare``."""
     parser.add_argument("evaluations", nargs="+", type=Path, metavar="FOLDER",
                         help="folders written by 'mgml evaluate'; the first is the baseline")
-    parser.add_argument("-o", required=True, type=Path, metavar="OUT", help="folder for comparison.md, .csv, .json and "
-                                                                            "the stacked table.md, table.tex")
+    parser.add_argument("-o", type=Path, metavar="OUT",
+                        help="folder for comparison.md, .csv, .json, the stacked table.md, table.tex and figures; "
+                             "without it the table is only printed")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names in tables, in the order of the folders")
     parser.add_argument("--metrics", nargs="+", default=["dice"], choices=tuple(all_metrics()), metavar="METRIC",
                         help=f"what to compare, of {', '.join(all_metrics())}")
@@ -37,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     evaluations = pairable(named_evaluations(args.evaluations, args.names), args.common_cases)
     table = compare_evaluations(evaluations, args.metrics, seed=args.seed)
     markdown = comparison_markdown(table, evaluations)
+    print(markdown)
+    if args.o is None:
+        return 0
     write_text(args.o / "comparison.csv", table.to_csv(index=False, na_rep="nan", lineterminator="\n"))
     write_json(args.o / "comparison.json", {
         "folders": {e.name: str(folder.resolve()) for e, folder in zip(evaluations, args.evaluations, strict=True)},
@@ -45,9 +49,25 @@ def run(args: argparse.Namespace) -> int:
                                    "apart", **provenance(), "rows": table.to_dict(orient="records")})
     write_text(args.o / "comparison.md", markdown)
     write_tables(evaluations, args.o, args.metrics)
-    print(markdown)
+    _write_figures(table, evaluations, args.evaluations, args.o / "figures")
     print(f"written to {args.o}")
     return 0
+
+
+def _write_figures(table: pd.DataFrame, evaluations: Sequence[Evaluation], folders: Sequence[Path], target: Path
+                   ) -> None:
+    """Draw the differences, and predictions side by side where every evaluation still has its files."""
+    # matplotlib is slow to import
+    from nnunetv2_mgml.evaluation.figure_files import write_comparison_sheet, write_difference_figures
+    from nnunetv2_mgml.evaluation.report.cases import stored_sources
+
+    write_difference_figures(table, evaluations, target)
+    (target / "predictions.png").unlink(missing_ok=True)  # that of an earlier comparison may be of other files
+    try:
+        sources = [stored_sources(evaluation, folder) for evaluation, folder in zip(evaluations, folders, strict=True)]
+        write_comparison_sheet(evaluations, sources, target / "predictions.png")
+    except (FileNotFoundError, ValueError) as error:
+        print(f"no figure of predictions side by side: {error}")
 
 
 def named_evaluations(folders: Sequence[Path], names: Sequence[str] | None) -> list[Evaluation]:

@@ -5,23 +5,19 @@ Both resume where they stopped.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.progress import Log, progress_bar
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.results import Evaluation, build_evaluation, save_evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, Scores, ScoringSettings, collect
 from nnunetv2_mgml.evaluation.sources import file_ending, find_references, pair_cases
 from nnunetv2_mgml.evaluation.tables import write_tables
-from nnunetv2_mgml.files import read_json, write_json
 from nnunetv2_mgml.modalities import channel_names
-
-_OURS = ("results.csv", "summary.json", "table.md", "table.tex", "settings.json", "cases", "predictions")
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,13 @@ class EvaluationOptions:
     num_processes: int = 2
     name: str | None = None
     overwrite: bool = False
+    restart_if_changed: bool = False
+    """See `output.open_output`."""
     show_progress: bool = True
+    figures: bool = True
+    """Write PNG files to ``figures``."""
+    log: Log | None = None
+    """Takes a line per tenth of the work in place of the bar."""
 
     def scoring(self, dataset_json: dict[str, Any]) -> ScoringSettings:
         """Return the scoring settings for a data set."""
@@ -43,55 +45,17 @@ class EvaluationOptions:
                                **chosen)
 
 
-def open_output(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
-    """Prepare an evaluation folder: new, or begun with the same settings.
-
-    Args:
-        folder: the evaluation folder.
-        fingerprint: JSON-ready settings that must not change between runs.
-        overwrite: delete what an earlier evaluation left (only files of ours).
-
-    Raises:
-        ValueError: the folder holds an evaluation with other settings; the message names what differs.
-    """
-    file = folder / "settings.json"
-    if overwrite:
-        for name in _OURS:
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    if file.is_file():
-        before = _flat(read_json(file))
-        now = _flat(fingerprint)
-        different = [f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
-                     for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
-        if different:
-            raise ValueError(f"{folder} holds an evaluation with other settings: {'; '.join(different)}. Use another "
-                             f"-o, or --overwrite to start again.")
-        return
-    write_json(file, fingerprint)
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict) or not content:
-        return {prefix: list(content) if isinstance(content, tuple) else content}
-    return {name: leaf for key, value in content.items()
-            for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def progress_bar(outcomes: Any, total: int, show: bool, text: str = "Scoring") -> Any:
-    """Wrap an iterable of cases in a bar with the remaining time."""
-    return tqdm(outcomes, desc=text, total=total, unit="case", disable=not show)
-
-
 def finish(folder: Path, scores: dict[str, Scores], subset_names: Sequence[str], dataset_json: dict[str, Any],
-           settings: ScoringSettings, name: str, info: dict[str, Any]) -> Evaluation:
-    """Write the results of a complete evaluation and return them."""
-    evaluation = build_evaluation(name, scores, subset_names, channel_names(dataset_json), settings, info)
+           settings: ScoringSettings, options: EvaluationOptions, name: str, info: dict[str, Any]) -> Evaluation:
+    """Write the results of a complete evaluation and return them; ``name`` is for where the options have none."""
+    evaluation = build_evaluation(options.name or name, scores, subset_names, channel_names(dataset_json), settings,
+                                  info)
     save_evaluation(evaluation, folder)
     write_tables([evaluation], folder)
+    if options.figures:
+        from nnunetv2_mgml.evaluation.figure_files import write_score_figures  # matplotlib is slow to import
+
+        write_score_figures(evaluation, folder / "figures")
     return evaluation
 
 
@@ -118,12 +82,13 @@ def evaluate_predictions(labels: Path, folders: dict[str, Path], dataset_json: d
     ending = file_ending(dataset_json)
     found = pair_cases(find_references(labels, ending), folders, ending, allow_missing)
     open_output(output, {"scoring": settings.as_dict(), "channels": list(channel_names(dataset_json)),
-                         "source": {"kind": "predictions", "labels": str(labels.resolve())}}, options.overwrite)
+                         "source": {"kind": "predictions", "labels": str(labels.resolve())}}, options.overwrite,
+                list(folders), [labels, *folders.values()])
     with CasePool(settings, output / "cases", options.num_processes) as pool:
         for task in found.tasks:
             pool.submit(task)
-        scores = collect(progress_bar(pool.results(), len(found.tasks), options.show_progress))
+        scores = collect(progress_bar(pool.results(), len(found.tasks), options.show_progress, log=options.log))
     info = {"source": {"kind": "predictions", "labels": str(labels.resolve()),
                        "folders": {name: str(folder.resolve()) for name, folder in folders.items()}},
             "missing_cases": found.missing}
-    return finish(output, scores, list(folders), dataset_json, settings, options.name or output.resolve().name, info)
+    return finish(output, scores, list(folders), dataset_json, settings, options, output.resolve().name, info)

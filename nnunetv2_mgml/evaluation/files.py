@@ -1,4 +1,8 @@
-"""Reading label maps with their geometry."""
+"""Reading label maps with their geometry, and only whole files.
+
+SimpleITK reads them all but knows no spacing of a TIFF volume: that is in the file nnU-Net writes beside it,
+``CASE.json`` with ``spacing`` in array axis order.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+
+from nnunetv2_mgml.files import read_json
+from nnunetv2_mgml.inference.complete import check_complete
 
 _SPACING_TOLERANCE_MM = 1e-3
 _ORIGIN_TOLERANCE_MM = 1e-2
@@ -27,6 +34,39 @@ class LabelImage:
     path: Path
 
 
+def read_image(path: Path) -> sitk.Image:
+    """Read an image that is whole, with the spacing (mm) nnU-Net's readers give it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read or ends early, or a TIFF volume has a spacing file that makes no sense.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        check_complete(str(path))
+        image = sitk.ReadImage(str(path))
+    except Exception as error:  # nibabel, gzip and SimpleITK each raise what they like on a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ValueError(f"{path} cannot be read ({reason}). Is the file damaged or cut off?") from error
+    if path.suffix.lower() in (".tif", ".tiff") and image.GetDimension() == 3:
+        image.SetSpacing(tuple(reversed(_tiff_spacing(path))))
+    return image
+
+
+def _tiff_spacing(path: Path) -> list[float]:
+    """Return the spacing in mm, (z, y, x); 1 mm where nnU-Net would assume it, too."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return [1.0, 1.0, 1.0]
+    content = read_json(file)
+    spacing = content.get("spacing") if isinstance(content, dict) else None
+    if (not isinstance(spacing, list) or len(spacing) != 3
+            or not all(isinstance(s, (int, float)) and s > 0 for s in spacing)):
+        raise ValueError(f'{file} must hold {{"spacing": [z, y, x]}} in mm, three numbers above 0; found {spacing!r}.')
+    return [float(s) for s in spacing]
+
+
 def read_label_image(path: Path, case: str) -> LabelImage:
     """Read a segmentation.
 
@@ -36,15 +76,13 @@ def read_label_image(path: Path, case: str) -> LabelImage:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, has several channels, or holds values that are not whole numbers.
+        ValueError: the file cannot be read or ends early, has several channels, or holds values that are not whole
+            numbers.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"Case {case}: {path} does not exist.")
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"Case {case}: {path} cannot be read ({reason}).") from error
+        image = read_image(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"Case {case}: {error}") from error
     channels = image.GetNumberOfComponentsPerPixel()
     if channels != 1:
         raise ValueError(f"Case {case}: {path} has {channels} channels; a label map has 1.")

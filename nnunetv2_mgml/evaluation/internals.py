@@ -18,7 +18,8 @@ import torch
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.evaluation.figures.slices import telling_slice
-from nnunetv2_mgml.inference.inputs import Case
+from nnunetv2_mgml.inference.complete import check_complete
+from nnunetv2_mgml.inference.inputs import Case, CaseError
 from nnunetv2_mgml.inference.model_check import bare
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.preprocessing import Item, prepare_case
@@ -260,6 +261,10 @@ def _reference_on_network_grid(predictor: MGMLPredictor, item: Item, label_file:
     """Read a label map and bring it through nnU-Net's transposing, cropping and resampling."""
     if not label_file.is_file():
         raise FileNotFoundError(f"Case {item['case']}: no label map {label_file}.")
+    try:
+        check_complete(str(label_file))
+    except Exception as error:  # nibabel and gzip have their own
+        raise CaseError(f"Case {item['case']}: {label_file} is damaged or cut off ({error}).") from error
     labels, _ = predictor.plans_manager.image_reader_writer_class().read_seg(str(label_file))
     labels = labels[0].transpose(predictor.plans_manager.transpose_forward)
     box = item["data_properties"]["bbox_used_for_cropping"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -27,8 +28,12 @@ _log = logging.getLogger(__name__)
 _DEFAULT_FOLDER = "subset_evaluation"
 
 
-def run_model(args: argparse.Namespace) -> tuple[Evaluation, Path, Path]:
+def run_model(args: argparse.Namespace, **changes: Any) -> tuple[Evaluation, Path, Path]:
     """Evaluate a model on its validation cases, or on a folder; returns the evaluation, its folder, the model's.
+
+    Args:
+        args: arguments of ``mgml evaluate``.
+        **changes: fields of `EvaluationOptions` that no argument sets.
 
     Raises:
         ValueError, FileNotFoundError: arguments that do not fit together, no model, no cases.
@@ -38,14 +43,17 @@ def run_model(args: argparse.Namespace) -> tuple[Evaluation, Path, Path]:
     dataset_json = load_dataset_json(model_folder / "dataset.json")
     channels = channel_names(dataset_json)
     subsets = choose_subsets(args.subsets, channels)
+    if args.write_subset_report and len(subsets) < 2 ** len(channels) - 1:
+        raise ValueError(f"--write_subset_report replaces what the model folder says of all {2 ** len(channels) - 1} "
+                         f"subsets, but --subsets evaluates only {', '.join(subsets)}. Leave one of the two out.")
     if args.i is not None or args.l is not None:
         work, source, output = _folder_cases(args, folds, dataset_json)
     else:
         work, source, output = _validation_cases(args, model_folder, folds, dataset_json)
     prediction = PredictionOptions(model_folder, args.chk, args.shared_preprocessing, args.allow_missing, args.npp,
                                    args.nps)
-    evaluation = evaluate_model(_predictor(args), work, subsets, output, prediction, options_from(args, dataset_json),
-                                source)
+    options = dataclasses.replace(options_from(args, dataset_json), **changes)
+    evaluation = evaluate_model(_predictor(args), work, subsets, output, prediction, options, source)
     return evaluation, output, model_folder
 
 
@@ -118,7 +126,15 @@ def _validation_cases(args: argparse.Namespace, model_folder: Path, folds: tuple
     name = f"{_DEFAULT_FOLDER}{'_no_mirroring' if args.disable_tta else ''}"
     output = args.o or (model_folder / f"fold_{folds[0]}" / name if len(folds) == 1 else
                         model_folder / f"{name}_folds_{'_'.join(map(str, folds))}")
-    return work, {"kind": "validation", "dataset": dataset, "folds": [str(fold) for fold in folds]}, output
+    return work, {"kind": "validation", "dataset": dataset, "folds": [str(fold) for fold in folds],
+                  **_raw_folders(Path(nnUNet_raw) / dataset)}, output
+
+
+def _raw_folders(folder: Path) -> dict[str, str]:
+    """Return where images and labels lie, for `mgml report`; nothing where dataset.json lists files one by one."""
+    if "dataset" in load_dataset_json(folder / "dataset.json"):
+        return {}
+    return {"images": str((folder / "imagesTr").resolve()), "labels": str((folder / "labelsTr").resolve())}
 
 
 def _raw_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, LabelledCase]:

@@ -18,7 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish, open_output, progress_bar
+from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish
+from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.progress import progress_bar
 from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect
 from nnunetv2_mgml.evaluation.subset_groups import prepare_subset_groups
@@ -31,6 +33,8 @@ from nnunetv2_mgml.inference.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name
 
 _log = logging.getLogger(__name__)
+_PLACES = ("images", "labels")
+"""Of a data set known by its name these may change: it may be moved between two runs."""
 
 
 @dataclass(frozen=True)
@@ -84,24 +88,31 @@ def evaluate_model(predictor: SubsetPredictor, work: Sequence[FoldCases], subset
     _load(predictor, prediction, work[0].folds)
     settings = options.scoring(predictor.dataset_json)
     model = _describe(predictor, prediction, work)
-    open_output(output, {"scoring": settings.as_dict(), "channels": list(predictor.channels), "source": source,
-                         "model": model}, options.overwrite)
     run = _Run(predictor, [parse_subset(name, predictor.channels) for name in subsets], output, prediction, settings,
                options)
     if not prediction.allow_missing:
         run.refuse_incomplete(work)
+    inputs = [Path(file) for part in work for labelled in part.cases
+              for file in (labelled.reference, *labelled.case.files.values())]
+    fixed = {key: value for key, value in source.items() if source["kind"] != "validation" or key not in _PLACES}
+    open_output(output, {"scoring": settings.as_dict(), "channels": list(predictor.channels), "source": fixed,
+                         "model": model}, options.overwrite, subsets, inputs, options.restart_if_changed)
     total = sum(len(part.cases) for part in work)
     with run.scoring, run.exporting:
-        with progress_bar(None, total, options.show_progress, "Predicting") as bar:
+        with progress_bar(None, total, options.show_progress, "Predicting", options.log) as bar:
             for number, part in enumerate(work):
                 if number:
                     _load(predictor, prediction, part.folds)
                 run.predict(part.cases, bar)
-        scored = progress_bar(run.scoring.results(), total - len(run.failures), options.show_progress)
+        scored = progress_bar(run.scoring.results(), total - len(run.failures), options.show_progress,
+                              log=options.log)
         scores = collect(scored, run.failures)
-    info = {"source": source, "model": model, "not_evaluated": run.lacking}
-    return finish(output, scores, subsets, predictor.dataset_json, settings, options.name or predictor.trainer_name,
-                  info)
+    if not scores:
+        raise ValueError(f"No case has the modalities of any of {', '.join(subsets)}. Choose other --subsets.")
+    info = {"source": source, "model": model, "not_evaluated": run.lacking,
+            "folds_of_cases": {labelled.case.name: [str(fold) for fold in part.folds]
+                               for part in work for labelled in part.cases}}
+    return finish(output, scores, subsets, predictor.dataset_json, settings, options, predictor.trainer_name, info)
 
 
 def _load(predictor: SubsetPredictor, prediction: PredictionOptions, folds: Sequence[int | str]) -> None:

@@ -2,13 +2,15 @@
 
 ``brats`` follows the BraTS challenges: nothing there and nothing predicted is a perfect answer, one of the two is the
 worst. 374 mm is the diagonal of a BraTS volume (240 x 240 x 155 mm, rounded up). ``nan`` is nnU-Net's: what is 0/0 has
-no value and leaves the mean; a metric that is still defined (Dice 0 for a false alarm) keeps its value.
+no value and leaves the mean; a metric that is still defined (Dice 0 for a false alarm) keeps its value. Lesion-wise
+metrics follow the same choice: their rules would give 1 and 0 mm for an empty pair, and 374 mm for a false alarm.
 
 A relative volume error against an empty reference has no finite value: it stays NaN under both, unless both are empty.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,7 +42,8 @@ POLICIES: dict[str, EmptyPolicy] = {
         "brats", "both empty: Dice, sensitivity, precision 1 and HD95 0 mm; one empty: 0 and 374 mm",
         {"dice": _same(1.0, 0.0), "sensitivity": _same(1.0, 0.0), "precision": _same(1.0, 0.0),
          "hd95": _same(0.0, BRATS_DISTANCE_MM), "relative_volume_error": {"both_empty": 0.0}}),
-    "nan": EmptyPolicy("nan", "both empty: no value; one empty: Dice 0, HD95 and every 0/0 no value", {}),
+    "nan": EmptyPolicy("nan", "both empty: no value; one empty: Dice 0, HD95 and every 0/0 no value",
+                       {"lesion_dice": {"both_empty": math.nan}, "lesion_hd95": _same(math.nan, math.nan)}),
 }
 
 

@@ -32,6 +32,7 @@ from nnunetv2_mgml.evaluation.sources import (
 )
 from nnunetv2_mgml.files import write_text
 
+LOG_NAME = "mgml_training_log.csv"
 MEGABYTE = 1_000_000
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", metavar="FILE", type=Path, help="the page; report.html in EVALDIR by default")
     parser.add_argument("--title", help="heading of the page; the evaluation's name by default")
     parser.add_argument("--training_log", metavar="FILE", type=Path,
-                        help="mgml_training_log.csv of a fold, for the training curves")
-    viewer = parser.add_argument_group("slice viewer", "needs images (-i); without them the page has tables and charts")
-    viewer.add_argument("-i", metavar="IMAGES", type=Path, help="folder of images (CASE_0000, CASE_0001, ...)")
+                        help="mgml_training_log.csv, for the training curves; by default those of the folds that were "
+                             "evaluated")
+    viewer = parser.add_argument_group("slice viewer", "needs images; without them the page has tables and charts")
+    viewer.add_argument("-i", metavar="IMAGES", type=Path, help="folder of images (CASE_0000, CASE_0001, ...); by "
+                                                                "default the one the evaluation used")
+    viewer.add_argument("--no_images", action="store_true", help="no viewer: the page then shows no patient")
     viewer.add_argument("-l", metavar="LABELS", type=Path,
                         help="folder of reference label maps; by default the one the evaluation used")
     viewer.add_argument("--predictions", nargs="+", metavar="SUBSET=FOLDER",
@@ -63,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="compute them for this case; the first one of the viewer if none is named")
     inside.add_argument("-m", metavar="MODEL_FOLDER", type=Path,
                         help="model folder TRAINER__PLANS__CONFIGURATION; by default the one that was evaluated")
-    inside.add_argument("-f", metavar="FOLD", help="fold; by default the first one that was evaluated, else 0")
+    inside.add_argument("-f", metavar="FOLD", help="fold; by default the one that predicted the case, else the "
+                                                          "first one that was evaluated, else 0")
     inside.add_argument("-chk", metavar="FILE", help="checkpoint; by default the one that was evaluated")
     inside.add_argument("-device", default="cpu", choices=("cuda", "cpu", "mps"), help="where the network runs")
 
@@ -75,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     evaluation = load_evaluation(args.evaluation)
     metric = headline_metric(evaluation)
     pictures = Pictures(charts=score_charts(evaluation, metric))
-    if args.training_log:
-        pictures.charts.append(training_chart(args.training_log))
+    pictures.charts += [training_chart(log, title) for title, log in _training_logs(args, evaluation).items()]
+    args.i = _images(args, evaluation)
     if args.internals is not None and args.i is None:
-        raise ValueError("--internals needs the images of the case: give their folder with -i.")
+        raise ValueError("--internals needs the images of the case: give their folder with -i, without --no_images.")
     viewer = None
     if args.i is not None:
         sources = find_sources(args, evaluation)
@@ -89,8 +94,40 @@ def run(args: argparse.Namespace) -> int:
     page = build_page(evaluation, args.title or evaluation.name, pictures, viewer)
     output = args.o or args.evaluation / "report.html"
     write_text(output, page)
-    print(f"report: {output} ({len(page.encode()) / MEGABYTE:.1f} MB)")
+    print(f"report: {output} ({len(page.encode()) / MEGABYTE:.1f} MB"
+          f"{', with images of patients' if viewer is not None else ''})")
     return 0
+
+
+def _images(args: argparse.Namespace, evaluation: Evaluation) -> Path | None:
+    """Return the folder of images: as given, else the evaluation's if it is still there; None for no viewer.
+
+    Raises:
+        ValueError: images are both given and not wanted.
+    """
+    if args.no_images:
+        if args.i is not None:
+            raise ValueError("-i gives images and --no_images wants none. Leave one of the two out.")
+        return None
+    stored = (evaluation.info.get("source") or {}).get("images")
+    if args.i is not None or stored is None:
+        return args.i
+    if not Path(stored).is_dir():
+        logger.warning("No slice viewer: the images of the evaluation are no longer in %s. Give their folder with -i.",
+                       stored)
+        return None
+    return Path(stored)
+
+
+def _training_logs(args: argparse.Namespace, evaluation: Evaluation) -> dict[str, Path]:
+    """Return title -> training log: the one given, else those there are of the evaluated folds."""
+    if args.training_log:
+        return {"Training": args.training_log}
+    model = evaluation.info.get("model") or {}
+    folds = model.get("folds") or []
+    logs = {f"Training of fold {fold}" if len(folds) > 1 else "Training":
+            Path(model["folder"]) / f"fold_{fold}" / LOG_NAME for fold in folds if "folder" in model}
+    return {title: log for title, log in logs.items() if log.is_file()}
 
 
 def _choose_cases(args: argparse.Namespace, evaluation: Evaluation, metric: Metric) -> list[str]:
@@ -159,7 +196,7 @@ def _internals(args: argparse.Namespace, evaluation: Evaluation, sources: ImageS
     from nnunetv2_mgml.evaluation.report.inside import inside_pictures
     from nnunetv2_mgml.inference.inputs import Case as CaseFiles
 
-    fold = args.f or (evaluated.get("folds") or ["0"])[0]
+    fold = args.f or fold_of_case(evaluation, case)
     model = load_model(folder, fold, args.chk or evaluated.get("checkpoint", "checkpoint_final.pth"), args.device)
     if model.predictor.channels != evaluation.channels:
         raise ValueError(f"The model in {folder} has channels {', '.join(model.predictor.channels)}, the evaluation "
@@ -169,6 +206,12 @@ def _internals(args: argparse.Namespace, evaluation: Evaluation, sources: ImageS
     internals = compute_internals(model, CaseFiles(case, files), sources.labels / f"{case}{sources.file_ending}",
                                   telling_subsets(evaluation, most=len(evaluation.channels) + 1))
     return inside_pictures(evaluation, case, internals, label_colours(list(label_names(evaluation))))
+
+
+def fold_of_case(evaluation: Evaluation, case: str) -> str:
+    """Return the (first) fold that predicted a case; where that is not stored the first that was evaluated, else 0."""
+    folds = (evaluation.info.get("folds_of_cases") or {}).get(case)
+    return (folds or (evaluation.info.get("model") or {}).get("folds") or ["0"])[0]
 
 
 def find_sources(args: argparse.Namespace, evaluation: Evaluation) -> ImageSources:
@@ -199,6 +242,7 @@ def find_sources(args: argparse.Namespace, evaluation: Evaluation) -> ImageSourc
     if not folders:
         raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
     candidates = [args.dataset_json] if args.dataset_json else [
-        args.i, args.i.parent, labels, labels.parent, *folders.values(), own]
+        args.i, args.i.parent, labels, labels.parent, *folders.values(), own,
+        *([Path(model)] if (model := (evaluation.info.get("model") or {}).get("folder")) else [])]
     ending = file_ending(load_dataset_json(find_dataset_json(candidates)))
     return ImageSources(args.i, labels, folders, ending)

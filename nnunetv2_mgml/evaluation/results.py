@@ -5,6 +5,7 @@ Folder layout::
     results.csv     one line per case, subset, region and metric (fractions, mm, ml; "nan" where there is no value)
     summary.json    means, spreads, n; versions, command, model, policy
     table.md, table.tex    the paper's Table 3 layout
+    figures/        heatmap, score by number of modalities, Shapley values (PNG)
     settings.json   fingerprint: a later run with other settings is refused
     cases/          one JSON per finished case (what a resumed run does not do again)
     predictions/<subset>/  label maps, when the evaluation made them itself

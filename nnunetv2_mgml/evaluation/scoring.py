@@ -145,10 +145,21 @@ def _score_and_store(task: CaseTask, settings: ScoringSettings, file: Path) -> S
 
 
 def stored_scores(task: CaseTask, file: Path) -> Scores:
-    """Return what is already stored for a case, without subsets whose files have changed since."""
+    """Return what is already stored for a case, without subsets whose files have changed since.
+
+    Raises:
+        ValueError: the file is damaged or was not written by an evaluation.
+    """
     if not file.is_file():
         return {}
-    content = read_json(file)
+    try:
+        return _unchanged_scores(task, read_json(file))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"Case {task.case}: {file} holds no scores of an evaluation ({type(error).__name__}: {error})."
+                         f" Delete it, and the case is scored again.") from error
+
+
+def _unchanged_scores(task: CaseTask, content: dict[str, Any]) -> Scores:
     if content["reference"] != _stamp(task.reference):
         return {}
     return {name: {region: {metric: float("nan") if value is None else value for metric, value in metrics.items()}
@@ -170,7 +181,7 @@ class CasePool:
     def __init__(self, settings: ScoringSettings, folder: Path, num_processes: int) -> None:
         self.settings = settings
         self.folder = folder
-        self._workers = WorkerPool(num_processes)
+        self._workers = WorkerPool(num_processes, "-np")
         self._tasks: list[tuple[str, Task | CaseTask]] = []
 
     def submit(self, task: CaseTask) -> None:
@@ -188,7 +199,7 @@ class CasePool:
                 yield case, self._workers.result(self._start(task) if isinstance(task, CaseTask) else task)
             except (ValueError, FileNotFoundError) as error:
                 yield case, error
-            except WorkerDiedError as error:
+            except (WorkerDiedError, OSError) as error:
                 yield case, ValueError(f"Case {case}: {error}")
 
     def __enter__(self) -> CasePool:

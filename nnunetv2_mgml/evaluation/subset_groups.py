@@ -56,15 +56,17 @@ def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, s
         evaluated on, because a file is absent or a volume has one value everywhere.
 
     Raises:
-        CaseError: a file that is wrong, or no modality at all.
+        CaseError: a file that is wrong, or no file at all.
     """
     problems = [text for _, text in case.problems]
     if problems:
         raise CaseError(f"Case {case.name}: {'; '.join(problems)}.")
     channels = model.channels
     wanted = [c for c in range(len(channels)) if c in case.files and any(s[c] for s in subsets)]
-    if not wanted:
+    if not case.files:
         raise CaseError(f"Case {case.name}: no file for any of {', '.join(channels)}.")
+    if not wanted:
+        return {"case": case.name, "ofile": None, "groups": [], "lacking": list(subsets)}
     volumes, properties = read_case(case.name, {c: case.files[c] for c in wanted}, channels,
                                     model.plans_manager.image_reader_writer_class())
     volumes = {c: v for c, v in volumes.items() if np.any(v != v.flat[0])}

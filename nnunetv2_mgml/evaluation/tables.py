@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_mgml.evaluation.metrics import Metric, get_metric
 from nnunetv2_mgml.evaluation.policy import get_policy
@@ -49,21 +50,30 @@ def common_subsets(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """Return the evaluations reduced to the subsets they share.
 
     Raises:
-        ValueError: none given, no shared subset, or different channels, regions or empty-case policies.
+        ValueError: none given, no shared subset, or different channels, regions, empty-case policies, region size
+            rules or ignore labels.
     """
     if not evaluations:
         raise ValueError("At least one evaluation is needed.")
     first = evaluations[0]
     for other in evaluations[1:]:
-        for what in ("channels", "regions", "policy"):
-            ours, theirs = getattr(first, what), getattr(other, what)
-            if ours != theirs:
-                raise ValueError(f"'{first.name}' and '{other.name}' differ in {what} ({ours} and {theirs}) and cannot "
-                                 f"be put side by side. Evaluate both with the same dataset.json and --policy.")
+        theirs = _comparable(other)
+        for what, ours in _comparable(first).items():
+            if ours != theirs[what]:
+                raise ValueError(f"'{first.name}' and '{other.name}' differ in {what} ({ours} and {theirs[what]}) and "
+                                 f"cannot be put side by side. Evaluate both with the same dataset.json, --policy and "
+                                 f"--remove_small.")
     names = [n for n in first.subset_names if all(n in e.subset_names for e in evaluations[1:])]
     if not names:
         raise ValueError(f"{', '.join(e.name for e in evaluations)} have no modality subset in common.")
     return [e.restricted(names) for e in evaluations]
+
+
+def _comparable(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what must agree between evaluations in one table."""
+    return {"channels": evaluation.channels, "regions": evaluation.regions, "policy": evaluation.policy,
+            "min_region_voxels": evaluation.info.get("min_region_voxels") or {},
+            "ignore_label": evaluation.info.get("ignore_label")}
 
 
 def table_grid(evaluations: Sequence[Evaluation], metric_name: str) -> Grid:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnunetv2_mgml.inference.complete import check_complete
 from nnunetv2_mgml.inference.inputs import CaseError
 
 GRID_TOLERANCE = 0.1
 """Largest distance between the corners of two volumes, in voxels, at which they still count as one grid."""
-
-_CHUNK = 1 << 22
 
 
 def read_case(name: str, files: Mapping[int, str], channels: Sequence[str], reader: BaseReaderWriter
@@ -77,27 +73,6 @@ def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[np.ndarra
         reason = " ".join(str(error).split()) or "no reason given"
         raise CaseError(f"Case {name}: cannot read {path} with {type(reader).__name__} ({type(error).__name__}: "
                         f"{reason}). Is the file damaged or cut off?") from error
-
-
-def check_complete(path: str) -> None:
-    """Raise an exception if a NIfTI file holds fewer bytes than its header says; other formats are left to the reader.
-
-    SimpleITK reads a truncated NIfTI file without complaint and fills the rest with zeros.
-
-    Raises:
-        EOFError: the file ends early.
-        Exception: whatever nibabel or gzip raise on a damaged file.
-    """
-    if not path.endswith((".nii", ".nii.gz")):
-        return
-    image = nibabel.load(path)
-    expected = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
-    size = os.path.getsize(path)
-    if path.endswith(".gz"):
-        with gzip.open(path) as stream:  # to its end, so that the checksum is compared as well
-            size = sum(len(chunk) for chunk in iter(lambda: stream.read(_CHUNK), b""))
-    if size < expected:
-        raise EOFError(f"{expected} bytes expected, {size} found")
 
 
 def check_finite(name: str, what: str, volume: np.ndarray) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,14 +22,17 @@ from typing import Any
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.modalities import subset_name
-from nnunetv2_mgml.subset_report import expected_quality, quality_line, unreliable_regions
+from nnunetv2_mgml.subset_report import expected_quality, quality_line, quality_terms, unreliable_regions
 
 REPORT_NAME = "mgml_prediction.json"
+SECONDS_BETWEEN_WRITES = 5.0
+"""While cases finish the file is brought up to date at most this often."""
+
 _log = logging.getLogger(__name__)
 
 
 class PredictionReport:
-    """Collects one entry per case and writes them beside the predictions.
+    """Collects one entry per case and writes them beside the predictions, as they finish and at the end.
 
     Args:
         folder: the output folder.
@@ -45,6 +50,7 @@ class PredictionReport:
         self.channels = tuple(channels)
         self.cases: dict[str, dict[str, Any]] = _earlier_cases(self.path) if keep else {}
         self._told: set[tuple[bool, ...]] = set()
+        self._written = -math.inf
         self._head: dict[str, Any] = {
             "versions": {"nnunetv2_mgml": __version__, "python": platform.python_version(),
                          **{package: version(package) for package in ("nnunetv2", "torch", "numpy")}},
@@ -54,7 +60,11 @@ class PredictionReport:
         """Note the cases to predict, and those skipped because their output is there."""
         self.cases.update({case: {"status": "pending"} for case in todo})
         for case in done:
-            self.cases.setdefault(case, {"status": "skipped"})
+            entry = self.cases.setdefault(case, {"status": "skipped"})
+            if entry.get("status") == "pending":  # interrupted after its segmentation was written
+                entry["status"] = "skipped"
+            elif entry.get("status") == "failed":  # the segmentation is of an earlier run
+                self.cases[case] = {"status": "skipped"}
 
     def add_item(self, item: dict[str, Any]) -> None:
         """Note what a preprocessed case is predicted from."""
@@ -77,6 +87,7 @@ class PredictionReport:
         if tuple(subset) not in self._told:
             self._told.add(tuple(subset))
             _log.info("%s: %s", subset_name(subset, self.channels), quality_line(folder, subset))
+            self._head["expected_dice_from"] = quality_terms(folder)
         return {"expected_dice": expected, "unreliable_regions": unreliable_regions(folder, subset)}
 
     def finish(self, case: str, error: str | None = None) -> None:
@@ -85,16 +96,22 @@ class PredictionReport:
         entry["status"] = "predicted" if error is None else "failed"
         if error is not None:
             entry["error"] = error
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            self._write(None)
 
     def save(self) -> None:
-        """Write the file. Cases that are still pending were interrupted."""
-        write_json(self.path, {**self._head, "finished": _now(), "cases": self.cases})
+        """Write the file for the last time. Cases that are still pending were interrupted."""
+        self._write(_now())
+
+    def _write(self, finished: str | None) -> None:
+        write_json(self.path, {**self._head, "finished": finished, "cases": self.cases})
+        self._written = time.monotonic()
 
 
 def _earlier_cases(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["cases"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return {}
 
 

@@ -36,12 +36,17 @@ class WorkerPool:
     When a worker dies (usually killed by the system for its memory), Python gives up the whole pool. Here each job
     that was under way is then repeated alone, so that only the job at fault fails. Use it as a context manager; leaving
     it drops the jobs not yet started and waits for the others.
+
+    Args:
+        num_workers: number of processes.
+        options: command line options that set it, named when a worker dies.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, options: str = "-npp, -nps") -> None:
         if num_workers < 0:
             raise ValueError(f"The number of worker processes must be 0 or more, got {num_workers}.")
         self.num_workers = num_workers
+        self.options = options
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> WorkerPool:
@@ -80,9 +85,9 @@ class WorkerPool:
                 return alone.submit(task.function, *task.arguments).result()
             except BrokenProcessPool as error:
                 raise WorkerDiedError(
-                    "its worker process died, most likely killed for using too much memory: use fewer processes (-npp, "
-                    "-nps; 0 works without any). In a script of your own the call must stand under "
-                    "`if __name__ == \"__main__\":`") from error
+                    f"its worker process died, most likely killed for using too much memory: use fewer processes "
+                    f"({self.options}; 0 works without any). In a script of your own the call must stand under "
+                    f"`if __name__ == \"__main__\":`") from error
 
 
 def _run_here(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:

@@ -26,7 +26,7 @@ from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.training.augmentation import AugmentationTrainer
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
 from nnunetv2_mgml.training.determinism import make_deterministic
-from nnunetv2_mgml.training.subset_validation import validate_subsets
+from nnunetv2_mgml.training.subset_validation import drop_report_of_other_weights, validate_subsets
 from nnunetv2_mgml.training.training_log import TrainingLog
 
 _TRAINER_ATTRIBUTES = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr",
@@ -265,7 +265,10 @@ class MissingModalityTrainer(AugmentationTrainer):
         finally:
             self.dataset_class = stock_class
             self.set_case_availability(None)
-        if self.config.validate_subsets and self.local_rank == 0:
+        if self.local_rank != 0:
+            return
+        drop_report_of_other_weights(self)
+        if self.config.validate_subsets:
             self.print_to_log_file(validate_subsets(self, self._weights_file))
 
     def _announce_case(self, dataset: nnUNetBaseDataset, identifier: str) -> None:

@@ -8,21 +8,21 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2_mgml.subset_report import REPORT_NAME, write_subset_report
+from nnunetv2_mgml.subset_report import REPORT_NAME, drop_outdated_report, write_subset_report
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.base import MissingModalityTrainer
 
 
 FOLDER = "subset_validation"
-"""In the fold's folder; replaced by each validation, so no evaluation made by hand goes there."""
+"""In the fold's folder; a validation of other weights replaces it, so no evaluation made by hand goes there."""
 
 
 def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) -> str:
     """Run ``mgml evaluate`` on the fold's validation cases, without mirroring, and store what to expect of each subset.
 
     Mirroring would make it eight times slower; ``mgml evaluate`` by hand does mirror. The raw images are needed, as
-    crop and normalisation depend on the subset.
+    crop and normalisation depend on the subset. A run that was killed is resumed while the checkpoint is the same file.
 
     Args:
         trainer: a trained one.
@@ -43,11 +43,12 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
     target = Path(trainer.output_folder) / FOLDER
     arguments = ["-m", str(trainer.output_folder_base), "-d", trainer.plans_manager.dataset_name, "-f",
                  str(trainer.fold), "-chk", Path(weights_file).name, "-device", trainer.device.type, "--disable_tta",
-                 "-o", str(target), "--overwrite", "--allow_missing", "--disable_progress_bar"]
+                 "-o", str(target), "--allow_missing", "--disable_progress_bar"]
     if trainer.config.cpu_bfloat16:
         arguments.append("--cpu_bfloat16")
     try:
-        evaluation, output, model_folder = run_model(parser.parse_args(arguments))
+        evaluation, output, model_folder = run_model(parser.parse_args(arguments), restart_if_changed=True,
+                                                     log=trainer.print_to_log_file)
     except Exception as error:  # the training and nnU-Net's validation are complete; this must not undo their success
         trainer.print_to_log_file(traceback.format_exc(), also_print_to_console=False)
         return (f"No table over all modality subsets: {error} nnU-Net's own validation above is complete; 'mgml "
@@ -58,6 +59,12 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
         return f"{text}\nThe {REPORT_NAME} of other folds is kept; mgml evaluate --write_subset_report replaces it."
     report = write_subset_report(evaluation, model_folder)
     return f"{text}; quality to expect per subset, quoted by predictions: {report}"
+
+
+def drop_report_of_other_weights(trainer: MissingModalityTrainer) -> None:
+    """Delete the model folder's `REPORT_NAME` if it speaks of other weights of the trainer's fold, and log it."""
+    if drop_outdated_report(trainer.output_folder_base, trainer.fold):
+        trainer.print_to_log_file(f"Deleted {REPORT_NAME}: it was of other weights of fold {trainer.fold}.")
 
 
 def _is_others(report: Path, fold: int | str) -> bool:

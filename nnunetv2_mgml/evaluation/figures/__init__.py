@@ -4,6 +4,7 @@ They use no pyplot, keep no global state and need neither torch nor nnU-Net. `st
 
 * `subsets`: score per modality subset and region, score against the number of modalities
 * `shapley`: what each modality is worth
+* `differences`: methods against a baseline, with intervals
 * `qualitative`: modalities, ground truth and predictions of cases
 * `internals`: what the network does inside (single-modality predictions, soft label, confidence, features)
 * `training`: losses and meta-parameters over the epochs

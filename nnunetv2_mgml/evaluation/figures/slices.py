@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_mgml.evaluation.files import read_image
+
 
 def read_axial(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Read an image and turn it to LPS axes (to the nearest axes for oblique scans; nothing is resampled).
@@ -24,14 +26,14 @@ def read_axial(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: SimpleITK cannot read it, or it is not a scalar image of two or three dimensions.
+        ValueError: SimpleITK cannot read it, it ends early, or it is not a scalar image of two or three dimensions.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No image '{path}'.")
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"Cannot read '{path}' as an image: {str(error).strip().splitlines()[-1]}") from error
+        image = read_image(Path(path))
+    except ValueError as error:
+        raise ValueError(f"Cannot read '{path}' as an image: {error}") from error
     if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
         raise ValueError(f"'{path}' has {image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} "
                          f"values per voxel; 2 or 3 dimensions and one value are needed.")

@@ -12,6 +12,7 @@ from nnunetv2_mgml.evaluation.figures.slices import read_axial
 from nnunetv2_mgml.evaluation.metrics import Metric
 from nnunetv2_mgml.evaluation.report.content import case_scores
 from nnunetv2_mgml.evaluation.results import Evaluation
+from nnunetv2_mgml.evaluation.sources import file_ending, find_dataset_json, load_dataset_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,33 @@ class CaseVolumes:
     """Subset name -> integer label map; a subset whose modalities this case lacks may have none."""
     spacing: tuple[float, ...]
     """mm, ``(z, y, x)``."""
+
+
+def stored_sources(evaluation: Evaluation, folder: Path) -> ImageSources:
+    """Return where the files of an evaluation lie, as far as it says so itself.
+
+    Args:
+        evaluation: the evaluation.
+        folder: its folder.
+
+    Raises:
+        FileNotFoundError: images, labels or predictions are not known, or no longer there.
+    """
+    source = evaluation.info.get("source") or {}
+    found = {what: Path(source[what]) for what in ("images", "labels") if what in source}
+    own = {name: folder / "predictions" / name for name in evaluation.subset_names}
+    predictions = {name: Path(path) for name, path in source.get("folders", own).items()}
+    for what in ("images", "labels"):
+        if what not in found or not found[what].is_dir():
+            raise FileNotFoundError(f"the {what} of '{evaluation.name}' are not known or no longer there")
+    if not any(path.is_dir() for path in predictions.values()):
+        raise FileNotFoundError(f"the predictions of '{evaluation.name}' are no longer there")
+    candidates = [found["images"], found["images"].parent, found["labels"], found["labels"].parent,
+                  *predictions.values(), folder / "predictions"]
+    model = (evaluation.info.get("model") or {}).get("folder")
+    candidates += [Path(model)] if model else []
+    return ImageSources(found["images"], found["labels"], predictions,
+                        file_ending(load_dataset_json(find_dataset_json(candidates))))
 
 
 def spread_cases(evaluation: Evaluation, metric: Metric, count: int) -> list[str]:

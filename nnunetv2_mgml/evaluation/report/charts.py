@@ -43,7 +43,17 @@ def picture(title: str, caption: str, figure: Figure, file_format: str = "svg", 
     return Picture(title, caption, data_uri(figure_bytes(figure, file_format, dpi), file_format))
 
 
-def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:
+class Chart(NamedTuple):
+    """A figure of scores, before it becomes part of a page or a file."""
+
+    name: str
+    """File name without ending."""
+    title: str
+    caption: str
+    figure: Figure
+
+
+def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
     """Draw heatmap, score by number of modalities and, where all subsets were evaluated, Shapley values."""
     scores = mean_scores(evaluation, metric)
     regions = [short_name(region) for region in evaluation.region_names]
@@ -51,28 +61,33 @@ def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:
     position = [channel_index(name, evaluation.channels) for name in order]
     rows = [tuple(subset[p] for p in position) for subset in evaluation.subsets]
     label = f"{metric.title} ({metric.unit})"
-    pictures = [
-        picture("Every subset of modalities",
-                f"Mean {label} over {len(evaluation.cases)} cases, by region and available modalities (● present).",
-                subset_heatmap(scores, rows, [display_name(name) for name in order], regions, label,
-                               value_format="{:.1f}")),
-        picture("How many modalities are enough",
-                f"Mean {label} against the number of available modalities; each faint point is one subset.",
-                score_by_count(scores, evaluation.subsets, regions, label))]
+    charts = [
+        Chart("heatmap", "Every subset of modalities",
+              f"Mean {label} over {len(evaluation.cases)} cases, by region and available modalities (● present).",
+              subset_heatmap(scores, rows, [display_name(name) for name in order], regions, label,
+                             value_format="{:.1f}")),
+        Chart("number_of_modalities", "How many modalities are enough",
+              f"Mean {label} against the number of available modalities; each faint point is one subset.",
+              score_by_count(scores, evaluation.subsets, regions, label))]
     worth = worth_by_region(evaluation, metric)
     if worth:
-        pictures.append(picture(
-            "Which sequence is worth acquiring",
+        charts.append(Chart(
+            "shapley", "Which sequence is worth acquiring",
             f"Shapley value of each modality: its gain in mean {metric.title}, averaged over all orders in which the "
             f"modalities could be acquired, computed exactly from all {len(rows)} subsets. No modality at all counts "
             f"as 0, so the bars of a region add up to its score with all modalities. The tables also say "
             f"how good each modality is alone and what is lost when only it is missing.",
             shapley_bars(worth, [display_name(name) for name in evaluation.channels], f"{metric.title}, {metric.unit}",
                          "{:.1f}")))
-    return pictures
+    return charts
 
 
-def training_chart(log: Path) -> Picture:
+def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:
+    """Return `score_figures` as pictures of the page."""
+    return [picture(chart.title, chart.caption, chart.figure) for chart in score_figures(evaluation, metric)]
+
+
+def training_chart(log: Path, title: str = "Training") -> Picture:
     """Draw the training curves from ``mgml_training_log.csv``.
 
     Raises:
@@ -83,5 +98,5 @@ def training_chart(log: Path) -> Picture:
         raise FileNotFoundError(f"There is no training log {log}.")
     with open(log, newline="", encoding="utf-8") as stream:
         rows: Sequence[dict[str, str]] = list(csv.DictReader(stream))
-    return picture("Training", f"Losses, meta-parameters and pseudo Dice over {len(rows)} epochs.",
+    return picture(title, f"Losses, meta-parameters and pseudo Dice over {len(rows)} epochs.",
                    training_curves(rows))
