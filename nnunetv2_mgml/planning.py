@@ -161,12 +161,9 @@ def _check_keys(changes: dict[str, Any]) -> None:
 
 
 def _check_fusion(config: MGMLConfig) -> None:
-    from nnunetv2_mgml.network.fusion import fusion_designs
+    from nnunetv2_mgml.network.fusion import find_design
 
-    designs = fusion_designs()
-    if config.fusion not in designs:
-        raise ValueError(f"Unknown fusion design '{config.fusion}'. Allowed: {', '.join(designs)}.")
-    designs[config.fusion].take_options(config.fusion_options)
+    find_design(config.fusion).take_options(config.fusion_options)
 
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:

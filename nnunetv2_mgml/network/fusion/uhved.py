@@ -82,6 +82,7 @@ class UHvedFusion(FusionDesign):
     name = "uhved"
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
     default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096}
+    weights_depend_on_modality = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
