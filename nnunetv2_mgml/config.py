@@ -225,8 +225,8 @@ class MGMLConfig:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the consistency term is on."""
-        return self.consistency_weight > 0
+        """Whether the consistency term is on; it would be 0 where the student sees all the teacher sees."""
+        return self.consistency_weight > 0 and not (self.mask_sampling == "fixed" and self.reading == "ours")
 
     @property
     def supervises_teacher(self) -> bool:

@@ -141,6 +141,8 @@ def test_terms_that_are_off():
     assert not MGMLConfig().updated({"soft_label": "none"}).uses_soft_label
     assert not MGMLConfig().updated({"soft_label_weight": 0}).uses_soft_label
     assert not MGMLConfig().updated({"consistency_weight": 0}).uses_teacher
+    assert not MGMLConfig(mask_sampling="fixed").uses_teacher
+    assert MGMLConfig(mask_sampling="fixed", reading="paper").uses_teacher  # counts every sample, dropout on or off
     assert MGMLConfig().uses_soft_label
     assert MGMLConfig().uses_teacher
     assert MGMLConfig().supervises_teacher
