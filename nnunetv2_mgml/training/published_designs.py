@@ -69,7 +69,7 @@ class nnUNetTrainerHeMIS_MGML(nnUNetTrainerMGML):
 
 
 class nnUNetTrainerUHVED(nnUNetTrainerMGML):
-    """Product of Gaussians (Dorent et al., MICCAI 2019), without the reconstruction term."""
+    """Product of Gaussians (Dorent et al., MICCAI 2019); reconstruction only where the plans ask for it."""
 
     config_overrides = {"fusion": "uhved", **_BASELINE}
 

@@ -120,6 +120,21 @@ class FusionDesign(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement fuse_scale")
 
+    @property
+    def wants_images(self) -> bool:
+        """Whether a training step is to call `image_loss`."""
+        return False
+
+    def image_loss(self, fused: list[torch.Tensor], images: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+        """Return a scalar float32 loss that compares the fused features with the images.
+
+        Args:
+            fused: what `fuse_scale` returned at each scale, full resolution first.
+            images: ``(B, M, *spatial)`` normalised intensities, zero where not available.
+            available: ``(B, M)`` bool, the modalities each case has, also those the mask hides.
+        """
+        raise NotImplementedError(f"{type(self).__name__} wants images and must implement image_loss")
+
     def initialize(self) -> None:
         """Called after Kaiming initialisation, for parameters that need other start values."""
 
