@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 PLANS_KEY = "mgml"
+EXACT_REPETITION = ("exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
+                    "processes draw patches and masks without a seed")
 
 
 def _option(default: Any, doc: str, *, choices: tuple[Any, ...] | None = None, low: float | None = None,
@@ -194,6 +196,24 @@ class MGMLConfig:
         kinds = {spec.name: spec.metadata["kinds"] for spec in fields(self)}
         return dataclasses.replace(self, **{k: _coerce(v, kinds[k]) for k, v in changes.items()})
 
+    def overridden(self, fixed: dict[str, Any]) -> MGMLConfig:
+        """Return a copy with what a trainer fixes.
+
+        Where that names a fusion design, ``fusion_options`` set here for this same design win over the trainer's, and
+        those set for another design are dropped. Doing it twice changes nothing.
+
+        Raises:
+            ValueError: as `updated`.
+        """
+        if "fusion" in fixed:
+            own = {} if self.options_dropped_by(fixed) else self.fusion_options
+            fixed = {**fixed, "fusion_options": {**fixed.get("fusion_options", {}), **own}}
+        return self.updated(fixed)
+
+    def options_dropped_by(self, fixed: dict[str, Any]) -> dict[str, Any]:
+        """Return the ``fusion_options`` that belong to another design than the one a trainer fixes."""
+        return self.fusion_options if fixed.get("fusion", self.fusion) != self.fusion else {}
+
     def as_dict(self) -> dict[str, Any]:
         """Return all options as a JSON-ready dict."""
         return dataclasses.asdict(self)
@@ -205,8 +225,8 @@ class MGMLConfig:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the consistency term is on."""
-        return self.consistency_weight > 0
+        """Whether the consistency term is on; it would be 0 where the student sees all the teacher sees."""
+        return self.consistency_weight > 0 and not (self.mask_sampling == "fixed" and self.reading == "ours")
 
     @property
     def supervises_teacher(self) -> bool:

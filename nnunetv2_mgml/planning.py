@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig, parse_assignments
+from nnunetv2_mgml.config import EXACT_REPETITION, PLANS_KEY, MGMLConfig, parse_assignments
 from nnunetv2_mgml.files import write_json
 from nnunetv2_mgml.info import options_text
 from nnunetv2_mgml.modalities import channel_index, channel_names
@@ -25,13 +25,18 @@ NNUNET_KEYS: dict[str, str] = {
 }
 """Keys of nnU-Net's configurations that ``mgml plan --set`` takes too."""
 
+STOCK_KEY = "stock_plans"
+"""Key beside our options in the plans: the name of nnU-Net's plans they started from."""
+_STOCK_PLANS = "nnUNetPlans"
+_PAPER: dict[str, Any] = {
+    "patch_size": [80, 80, 80], "batch_size": 1, "optimizer": "adam", "initial_lr": 2e-4, "weight_decay": 1e-4,
+    "num_epochs": 900, "num_iterations_per_epoch": 150, "augmentation": "paper", "complete_view_weight": 0.0,
+    "seed": 1024, "deterministic": True}
 PRESETS: dict[str, dict[str, Any]] = {
-    "nnunet": {},
-    "paper": {"patch_size": [80, 80, 80], "batch_size": 1, "optimizer": "adam", "initial_lr": 2e-4,
-              "weight_decay": 1e-4, "num_epochs": 900, "num_iterations_per_epoch": 150, "augmentation": "paper",
-              "complete_view_weight": 0.0, "seed": 1024, "deterministic": True},
+    "nnunet": {key: getattr(MGMLConfig(), key) for key in _PAPER if key not in NNUNET_KEYS},
+    "paper": _PAPER,
 }
-"""Preset -> what it sets; ``--set`` goes over it."""
+"""Preset -> what it sets; ``--set`` goes over it. ``nnunet`` also brings back the stock patch and batch size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
                         help="options to change; --list shows them. Values are JSON or plain text")
     parser.add_argument("--plans_name", default="nnUNetMGMLPlans", help="name of the plans to write")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="nnunet",
-                        help="nnunet: nnU-Net's own training settings; paper: those of the MGML paper ("
+    parser.add_argument("--preset", choices=sorted(PRESETS),
+                        help="nnunet: back to nnU-Net's own training settings where the plans have those of paper; "
+                             "paper: those of the MGML paper ("
                              + ", ".join(f"{key}={value}" for key, value in PRESETS["paper"].items())
-                             + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips")
+                             + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips"
+                             ". Default: what the plans have")
     parser.add_argument("--list", action="store_true", help="list all options with their defaults and stop")
 
 
@@ -63,10 +70,17 @@ def run(args: argparse.Namespace) -> int:
     folder = dataset_folder(args.d)
     source = _read_json(folder / f"{args.p}.json", "nnUNetv2_plan_and_preprocess")
     configurations = args.c or default_configurations(source)
-    changes = {**PRESETS[args.preset], **parse_assignments(args.set)}
+    wanted = parse_assignments(args.set)
+    if args.preset == "paper" and "patch_size" not in wanted:
+        _check_paper_patch(source, configurations)
+    changes = {**PRESETS.get(args.preset, {}), **wanted}
     if args.plans_name == args.p and PLANS_KEY not in source:
         raise ValueError(f"--plans_name {args.plans_name} would overwrite nnU-Net's own plans; choose another name.")
     channels = channel_names(_read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess"))
+    if args.preset == "nnunet" and PLANS_KEY in source:
+        stock = _read_json(folder / f"{source[PLANS_KEY].get(STOCK_KEY, _STOCK_PLANS)}.json",
+                           "nnUNetv2_plan_and_preprocess")
+        source = with_stock_sizes(source, stock, configurations)
     plans = make_plans(source, changes, configurations, args.plans_name, channels)
     target = folder / f"{args.plans_name}.json"
     replaced = MGMLConfig.from_plans(_read_json(target, "mgml plan")).as_dict() if target.is_file() else None
@@ -79,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     for key, value in changes.items():
         where = f" ({', '.join(configurations)})" if key in NNUNET_KEYS else ""
         print(f"  {key} = {json.dumps(value)}{where}")
+    if plans[PLANS_KEY]["config"]["seed"] is not None:
+        print(f"  note: {EXACT_REPETITION}")
     print(f"Train with: nnUNetv2_train {args.d} {configurations[0]} 0 -tr nnUNetTrainerMGML -p {args.plans_name}")
     return 0
 
@@ -115,8 +131,20 @@ def make_plans(source: dict[str, Any], changes: dict[str, Any], configurations: 
         plans["configurations"][name].update(_configuration_changes(source, name, changes))
     if "patch_size" in changes:
         _keep_pairs(source, plans)
+    stock = source[PLANS_KEY].get(STOCK_KEY, _STOCK_PLANS) if PLANS_KEY in source else source["plans_name"]
     plans["plans_name"] = plans_name
-    plans[PLANS_KEY] = {"config": config.as_dict(), "version": __version__}
+    plans[PLANS_KEY] = {"config": config.as_dict(), "version": __version__, STOCK_KEY: stock}
+    return plans
+
+
+def with_stock_sizes(plans: dict[str, Any], stock: dict[str, Any], configurations: Sequence[str]) -> dict[str, Any]:
+    """Return our plans with nnU-Net's own patch size, batch size and architecture in some configurations."""
+    plans = copy.deepcopy(plans)
+    for name in set(configurations) & set(plans["configurations"]) & set(stock["configurations"]):
+        for key in ("patch_size", "architecture", "batch_size"):
+            plans["configurations"][name].pop(key, None)
+            if key in stock["configurations"][name]:
+                plans["configurations"][name][key] = copy.deepcopy(stock["configurations"][name][key])
     return plans
 
 
@@ -153,6 +181,15 @@ def dataset_folder(dataset: str) -> Path:
                             f"nnUNetv2_plan_and_preprocess -d {dataset} first.")
 
 
+def _check_paper_patch(source: dict[str, Any], configurations: Sequence[str]) -> None:
+    """The paper's patch has three axes."""
+    for name in configurations:
+        if name in source["configurations"] and len(own := _resolved(source, name)["patch_size"]) != 3:
+            raise ValueError(f"--preset paper sets the paper's patch_size {_PAPER['patch_size']}, but configuration "
+                             f"{name} has {len(own)} axes. Give a patch of your own, for instance the plan's: --set "
+                             f"patch_size={'x'.join(map(str, own))}; or choose a 3D configuration with -c.")
+
+
 def _check_keys(changes: dict[str, Any]) -> None:
     unknown = [key for key in changes if key not in NNUNET_KEYS and key not in MGMLConfig.names()]
     if unknown:
@@ -161,12 +198,9 @@ def _check_keys(changes: dict[str, Any]) -> None:
 
 
 def _check_fusion(config: MGMLConfig) -> None:
-    from nnunetv2_mgml.network.fusion import fusion_designs
+    from nnunetv2_mgml.network.fusion import find_design
 
-    designs = fusion_designs()
-    if config.fusion not in designs:
-        raise ValueError(f"Unknown fusion design '{config.fusion}'. Allowed: {', '.join(designs)}.")
-    designs[config.fusion].take_options(config.fusion_options)
+    find_design(config.fusion).take_options(config.fusion_options)
 
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion import FusedScale, FusionDesign, FusionSpec, build_fusion
+from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.fusion import FusedScale, FusionDesign, FusionSpec, build_fusion, fusion_designs
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "3d": dict(patch_size=(12, 12, 12), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernel_sizes=((3, 3, 3),) * 3),
@@ -20,6 +21,16 @@ QUICK: dict[str, dict[str, Any]] = {"sfusion": {"depth": 2, "grid": 4}}
 """Options that keep the tests short; a design not named here runs with its defaults."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"m2ftrans+channel": ("m2ftrans", {"channel_attention": True})}
 """Further settings to run all tests with: test name -> (design, options)."""
+
+
+def own_designs() -> dict[str, type[FusionDesign]]:
+    """The designs of this package; those of others are tested too, but documented and benchmarked elsewhere."""
+    return {name: cls for name, cls in fusion_designs().items() if cls.__module__.startswith("nnunetv2_mgml.")}
+
+
+def design_class(name: str) -> type[FusionDesign]:
+    """The class behind a test name."""
+    return fusion_designs()[VARIANTS.get(name, (name, {}))[0]]
 
 
 class Pass(NamedTuple):
@@ -79,6 +90,37 @@ def run(design: FusionDesign, inputs: Pass) -> list[FusedScale]:
     results = [design.fuse_scale(s, inputs.features[s], inputs.mask, inputs.contexts[s], state)
                for s in reversed(range(len(inputs.features)))]
     return results[::-1]
+
+
+def fused_at(design: FusionDesign, scale: int, inputs: Pass, features: torch.Tensor) -> torch.Tensor:
+    """The result at one scale, with ``features`` there and those of ``inputs`` at the deeper scales."""
+    state = design.begin()
+    with torch.no_grad():
+        for deeper in reversed(range(scale + 1, len(inputs.features))):
+            design.fuse_scale(deeper, inputs.features[deeper], inputs.mask, inputs.contexts[deeper], state)
+        return design.fuse_scale(scale, features, inputs.mask, inputs.contexts[scale], state).fused
+
+
+def reads_mask(design: FusionDesign, scale: int) -> bool:
+    """Whether the mask alone, with the features as they are, changes the result at a scale."""
+    full = make_pass(design.spec, [[1] * design.spec.num_modalities])
+    masks = [full.mask & (torch.arange(design.spec.num_modalities) != m) for m in range(design.spec.num_modalities)]
+    one, *others = (fused_at(design, scale, full._replace(mask=mask), full.features[scale]) for mask in
+                    (full.mask, *masks))
+    return any(not torch.equal(one, other) for other in others)
+
+
+def scales_with_leaks(design: FusionDesign) -> list[int]:
+    """The scales at which noise in absent modalities changes a bit, in any subset of three modalities."""
+    leaks = set()
+    for subset in all_subsets(3):
+        inputs = make_pass(design.spec, [(True,) * 3, subset, (True,) * 3])
+        for scale, features in enumerate(inputs.features):
+            noise = 1e3 * torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+            garbage = features + hide(noise, ~inputs.mask)
+            if not torch.equal(fused_at(design, scale, inputs, features), fused_at(design, scale, inputs, garbage)):
+                leaks.add(scale)
+    return sorted(leaks)
 
 
 def objective(results: list[FusedScale]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from fusion_cases import own_designs
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.ext import mgml_trainers
@@ -115,13 +116,13 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
         finish(ablation, run, np.full((3, len(run.subsets or SUBSETS), cases), 0.5 + 0.001 * number))
     results = ablation.collect.finished(settings)
     summary = ablation.report.summary(settings, results)
-    assert set(summary) == set(fusion_designs())
+    assert set(summary) == set(own_designs()), "every design is in benchmarks/ablation/settings.json"
     assert set(summary["region_aware"]) == set(settings["variants"])
     assert set(summary["region_aware"]["mgml"]) == {"mean", "sd", "seeds", "WT", "TC", "ET"}
     assert summary["region_aware"]["baseline"]["seeds"] >= 3
     page = ablation.pages.page(settings, results)
     assert "No finished runs" not in page
-    assert all(f"`{name}`" in page for name in (*settings["variants"], *fusion_designs()))
+    assert all(f"`{name}`" in page for name in (*settings["variants"], *own_designs()))
     assert "`teaching=better`" in page
     assert "`fusion_options={'grid': 4}`" in page
     weights = page.split("| complete_view_weight |")[1].split("\n\n")[0]

@@ -103,6 +103,21 @@ def test_whole_numbers_become_the_declared_type():
         MGMLConfig().updated({"num_epochs": 2.5})
 
 
+def test_options_of_the_fusion_design_a_trainer_fixes():
+    """Those of the same design win over the trainer's, those of another design are dropped; twice changes nothing."""
+    fixed = {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}, "soft_label": "none"}
+    for planned, expected in (({}, True), ({"fusion": "sfusion", "fusion_options": {"depth": 2}}, True),
+                              ({"fusion_options": {"full_resolution_regions": False}}, False)):
+        config = MGMLConfig().updated({**planned, "num_epochs": 7}).overridden(fixed)
+        assert config == MGMLConfig(fusion="region_aware", fusion_options={"full_resolution_regions": expected},
+                                    soft_label="none", num_epochs=7)
+        assert config.overridden(fixed) == config
+    kept = MGMLConfig(fusion="sfusion", fusion_options={"depth": 2})
+    assert kept.overridden({"soft_label": "none"}).fusion_options == {"depth": 2}
+    with pytest.raises(ValueError, match="Unknown option tau"):
+        kept.overridden({"tau": 3})
+
+
 def test_documentation_covers_every_option_once():
     documented = MGMLConfig.documentation()
     assert [name for name, _, _ in documented] == list(FIELDS)
@@ -126,6 +141,8 @@ def test_terms_that_are_off():
     assert not MGMLConfig().updated({"soft_label": "none"}).uses_soft_label
     assert not MGMLConfig().updated({"soft_label_weight": 0}).uses_soft_label
     assert not MGMLConfig().updated({"consistency_weight": 0}).uses_teacher
+    assert not MGMLConfig(mask_sampling="fixed").uses_teacher
+    assert MGMLConfig(mask_sampling="fixed", reading="paper").uses_teacher  # counts every sample, dropout on or off
     assert MGMLConfig().uses_soft_label
     assert MGMLConfig().uses_teacher
     assert MGMLConfig().supervises_teacher

@@ -150,7 +150,8 @@ def test_options_go_into_a_block_and_nothing_else_changes(stock):
     source = copy.deepcopy(stock[1])
     plans = planning.make_plans(source, {"num_epochs": 5, "temperature": 2}, ["3d_fullres"], "Mine", CHANNELS)
     assert source == stock[1]
-    assert plans.pop("mgml") == {"config": MGMLConfig(num_epochs=5, temperature=2.0).as_dict(), "version": __version__}
+    assert plans.pop("mgml") == {"config": MGMLConfig(num_epochs=5, temperature=2.0).as_dict(),
+                                 "version": __version__, "stock_plans": "nnUNetPlans"}
     assert plans.pop("plans_name") == "Mine"
     assert plans == {k: v for k, v in source.items() if k != "plans_name"}
 
@@ -234,6 +235,52 @@ def test_paper_preset_and_set_over_it(folder):
     configuration = plans["configurations"]["3d_fullres"]
     assert (configuration["patch_size"], configuration["batch_size"]) == ([80, 80, 80], 1)
     assert configuration["architecture"]["arch_kwargs"]["n_stages"] == 5
+
+
+def test_preset_nnunet_takes_the_paper_back(folder):
+    """All that the paper preset set, patch and architecture included; what it did not set stays."""
+    stock = json.loads((folder / "nnUNetPlans.json").read_text())
+    planning.run(parse("-d", DATASET, "--preset", "paper", "-c", "3d_fullres", "3d_bs4", "3d_small", "--set",
+                       "fusion=mean"))
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "temperature=3"))
+    kept = MGMLConfig.from_plans(json.loads((folder / "nnUNetMGMLPlans.json").read_text()))
+    assert (kept.optimizer, kept.seed) == ("adam", 1024)  # no preset: what the plans have
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--preset", "nnunet", "-c", "3d_fullres", "3d_bs4",
+                       "3d_small", "--set", "batch_size=3"))
+    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+    assert MGMLConfig.from_plans(plans) == MGMLConfig(fusion="mean", temperature=3.0)
+    for name in ("3d_fullres", "3d_bs4", "3d_small"):
+        assert resolved(plans, name) == {**resolved(stock, name), "batch_size": 3}
+
+
+def test_preset_nnunet_finds_the_plans_it_started_from(folder):
+    (folder / "nnUNetPlans.json").rename(folder / "nnUNetResEncUNetMPlans.json")
+    content = json.loads((folder / "nnUNetResEncUNetMPlans.json").read_text())
+    (folder / "nnUNetResEncUNetMPlans.json").write_text(json.dumps({**content, "plans_name": "nnUNetResEncUNetMPlans"}))
+    planning.run(parse("-d", DATASET, "-p", "nnUNetResEncUNetMPlans", "--preset", "paper"))
+    for name in ("A", "B"):
+        planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--plans_name", name, "--preset", "nnunet"))
+        plans = json.loads((folder / f"{name}.json").read_text())
+        assert resolved(plans, "3d_fullres") == resolved(content, "3d_fullres")
+    (folder / "nnUNetResEncUNetMPlans.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*nnUNetResEncUNetMPlans\.json"):
+        planning.run(parse("-d", DATASET, "-p", "A", "--preset", "nnunet"))
+
+
+def test_paper_preset_in_2d_says_what_to_do(folder):
+    own = "x".join(map(str, resolved(json.loads((folder / "nnUNetPlans.json").read_text()), "2d")["patch_size"]))
+    with pytest.raises(ValueError, match=rf"configuration 2d has 2 axes.*--set patch_size={own}; or choose a 3D"):
+        planning.run(parse("-d", DATASET, "--preset", "paper", "-c", "2d"))
+    assert planning.run(parse("-d", DATASET, "--preset", "paper", "-c", "2d", "--set", f"patch_size={own}")) == 0
+    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+    assert resolved(plans, "2d")["batch_size"] == 1
+
+
+def test_a_seeded_plan_says_what_exact_repetition_needs(folder, capsys):
+    planning.run(parse("-d", DATASET))
+    assert "exact repetition" not in capsys.readouterr().out
+    planning.run(parse("-d", DATASET, "--preset", "paper"))
+    assert capsys.readouterr().out.count("exact repetition needs nnUNet_n_proc_DA=0") == 1
 
 
 def test_help_tells_the_paper_preset(capsys):

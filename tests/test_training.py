@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from builders import BRATS_JSON, configuration, make_trainer, plans, write_dataset
+from fusion_cases import own_designs
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_mgml.config import MGMLConfig
-from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
 from nnunetv2_mgml.training.base import zero_absent
 from nnunetv2_mgml.training.subset_validation import validate_subsets
@@ -163,7 +163,7 @@ def test_every_fusion_design_has_a_baseline_and_an_mgml_trainer() -> None:
         if issubclass(trainer, nnUNetTrainerMGML) and "fusion" in trainer.config_overrides:
             config = trainer.resolve_config({})
             by_design.setdefault(config.fusion, set()).add(config.uses_soft_label and config.uses_teacher)
-    published = set(fusion_designs()) - {"mean", "concat"}
+    published = set(own_designs()) - {"mean", "concat"}
     assert by_design == {design: {True, False} for design in published}
 
 

@@ -243,6 +243,21 @@ def test_a_step_moves_every_weight(name: str, nnunet_folders: Path) -> None:
     assert (trainer.balance._sums[0] > 0).all()
 
 
+def test_no_teacher_pass_where_it_would_see_what_the_student_sees(nnunet_folders: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """With MGML's terms on and nothing removed at random, L_CR is 0 and nothing else needs the pass."""
+    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders),
+                           {"rebalancing": "passion", "mask_sampling": "fixed"})
+    trainer.initialize()
+    assert trainer.config.consistency_weight > 0
+    monkeypatch.setattr(trainer.bare_network, "_teach", lambda *_: pytest.fail("a teacher pass was run"))
+    batch = synthetic_batch(trainer)
+    batch["available"] = batch["modality_mask"]
+    result = trainer.train_step(batch)
+    assert "train_consistency" not in result
+    assert np.isfinite(result["loss"])
+
+
 @pytest.mark.parametrize("layout", ["2d", "labels", "ignore", "no_deep_supervision"])
 def test_layouts(layout: str, nnunet_folders: Path) -> None:
     dataset_json = {**BRATS_JSON, "labels": dict(BRATS_JSON["labels"])}

@@ -35,19 +35,23 @@ class FusionDecoder(UNetDecoder):
                  nonlin_first: bool = False) -> None:
         super().__init__(spec, num_outputs, n_conv_per_stage, deep_supervision, nonlin_first=nonlin_first)
 
-    def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign) -> Decoded:
+    def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign,
+                images: torch.Tensor | None = None, available: torch.Tensor | None = None) -> Decoded:
         """Fuse and decode.
 
         Args:
             features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
             mask: ``(B, M)`` bool, True = present.
             fusion: the design.
+            images: ``(B, M, *spatial)`` for the design's `image_loss`; None: no such loss.
+            available: ``(B, M)`` bool, the modalities each case has; with ``images``.
         """
         state = fusion.begin()
         auxiliary: list[torch.Tensor] = []
         loss = features[0].new_zeros((), dtype=torch.float32)
         outputs: list[torch.Tensor] = []
         context: torch.Tensor | None = None
+        fused_scales: list[torch.Tensor] = []
         for scale in reversed(range(len(features))):
             stage = len(features) - 2 - scale
             if stage >= 0:
@@ -58,12 +62,16 @@ class FusionDecoder(UNetDecoder):
                 auxiliary.append(fused.auxiliary)
             if fused.loss is not None:
                 loss = loss + fused.loss
+            if images is not None:
+                fused_scales.append(fused.fused)
             if stage < 0:
                 context = fused.fused
                 continue
             context = self.stages[stage](torch.cat((context, fused.fused), 1))
             if self.deep_supervision or scale == 0:
                 outputs.append(self.seg_layers[stage](context))
+        if images is not None:
+            loss = loss + fusion.image_loss(fused_scales[::-1], images, available)
         return Decoded(outputs[::-1], auxiliary, loss, context)
 
 

@@ -135,7 +135,8 @@ class MultiEncoderUNet(nn.Module):
         features = self.encode(self._zero_absent(x, available))
         if not return_aux:
             return self.fuse_decode(features, modality_mask)
-        student = self.decoder(features, modality_mask, self.fusion)
+        images = self._zero_absent(x, available)[:, :self.num_modalities] if self.fusion.wants_images else None
+        student = self.decoder(features, modality_mask, self.fusion, images, available)
         modality = None if self.modality_decoder is None else self.decode_modalities(features)
         teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
         single = self._decode_single(features, student if teacher is None else teacher) if with_single else None

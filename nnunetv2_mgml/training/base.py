@@ -26,6 +26,7 @@ from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.training.augmentation import AugmentationTrainer
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
 from nnunetv2_mgml.training.determinism import make_deterministic
+from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.subset_validation import drop_report_of_other_weights, validate_subsets
 from nnunetv2_mgml.training.training_log import TrainingLog
 
@@ -44,11 +45,14 @@ class MissingModalityTrainer(AugmentationTrainer):
     supports_missing_modalities: ClassVar[bool] = True
     """Read by the predictor: a model of this trainer may be given fewer modalities than it has channels."""
     config_overrides: ClassVar[dict[str, Any]] = {}
-    """Options a variant fixes, whatever the plans say."""
+    """Options a variant fixes, whatever the plans say; ``fusion_options`` are merged (`MGMLConfig.overridden`)."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008  nnU-Net's own signature
         super().__init__(plans, configuration, fold, dataset_json, device)
+        for note in run_notes(type(self).__name__, MGMLConfig.from_plans(plans), self.config_overrides,
+                              get_allowed_n_proc_DA()):
+            self.print_to_log_file(note)
         self.config = self.resolve_config(plans)
         self.channels = channel_names(dataset_json)
         for name in _TRAINER_ATTRIBUTES:
@@ -66,7 +70,7 @@ class MissingModalityTrainer(AugmentationTrainer):
     @classmethod
     def resolve_config(cls, plans: dict[str, Any]) -> MGMLConfig:
         """Return the plans' configuration with what this trainer fixes."""
-        return MGMLConfig.from_plans(plans).updated(cls.config_overrides)
+        return MGMLConfig.from_plans(plans).overridden(cls.config_overrides)
 
     @property
     def num_classes(self) -> int:

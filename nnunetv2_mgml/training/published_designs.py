@@ -1,7 +1,13 @@
 """Trainers named after the published methods: their fusion design alone, and with MGML on top (``_MGML``).
 
-The same choice as ``mgml plan --set fusion=...``: one framework, preprocessing, encoder and decoder, so that only the
-fusion (and MGML) differs. They are the designs inside our network, not the authors' code.
+``nnUNetTrainerX`` is `nnUNetTrainerMGML_baseline`, and ``nnUNetTrainerX_MGML`` is `nnUNetTrainerMGML`, on plans written
+with ``mgml plan --set fusion=...`` (for RFNet also ``fusion_options={"full_resolution_regions": true}``). All other
+options are the plans' own. ``fusion_options`` of the plans count where they were set for the same design, and win over
+RFNet's; those of another design are dropped, which the log says. ``_MGML`` includes our loss on the complete view; the
+paper's terms alone are ``complete_view_weight=0`` in the plans.
+
+One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
+inside our network, not the authors' code.
 """
 
 # ruff: noqa: N801  nnU-Net's naming scheme: the class name is the argument of -tr
@@ -63,7 +69,7 @@ class nnUNetTrainerHeMIS_MGML(nnUNetTrainerMGML):
 
 
 class nnUNetTrainerUHVED(nnUNetTrainerMGML):
-    """Product of Gaussians (Dorent et al., MICCAI 2019), without the reconstruction term."""
+    """Product of Gaussians (Dorent et al., MICCAI 2019); reconstruction only where the plans ask for it."""
 
     config_overrides = {"fusion": "uhved", **_BASELINE}
 

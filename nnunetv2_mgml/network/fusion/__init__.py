@@ -1,10 +1,11 @@
-"""Fusion designs, one file each; importing this package registers all of them."""
+"""Fusion designs, one file each; importing this package registers them. Those of other packages: `installed`."""
 
 from nnunetv2_mgml.network.fusion.base import (
     FusedScale,
     FusionDesign,
     FusionSpec,
     build_fusion,
+    find_design,
     fusion_designs,
     register,
 )
@@ -21,4 +22,4 @@ from nnunetv2_mgml.network.fusion.uhved import UHvedFusion
 
 __all__ = ["ConcatFusion", "FeatureInteractionFusion", "FusedScale", "FusionDesign", "FusionSpec", "HemisFusion",
            "ImFuseFusion", "M2FTransFusion", "MeanFusion", "MmFormerFusion", "RegionAwareFusion", "SelfAttentionFusion",
-           "UHvedFusion", "build_fusion", "fusion_designs", "register"]
+           "UHvedFusion", "build_fusion", "find_design", "fusion_designs", "register"]

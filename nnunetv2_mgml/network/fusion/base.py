@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from nnunetv2_mgml.network.fusion.installed import load_installed_designs
+
 
 @dataclass(frozen=True)
 class FusionSpec:
@@ -71,6 +73,12 @@ class FusionDesign(nn.Module):
     """One line with the source, shown by ``mgml info --fusions``."""
     default_options: ClassVar[dict[str, Any]] = {}
     """Options a plan may set through ``fusion_options`` and their defaults."""
+    weights_depend_on_modality: ClassVar[bool] = False
+    """Whether a parameter's shape depends on ``num_modalities``. Without such, hiding a modality must give what a
+    network without it gives."""
+    reads_zeros: ClassVar[bool] = False
+    """Whether the mask is not used: absent modalities are read as the zeros they are. Any other design must hide them
+    by the mask itself, so that a mask used for the wrong modality or sample shows."""
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
@@ -112,6 +120,21 @@ class FusionDesign(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement fuse_scale")
 
+    @property
+    def wants_images(self) -> bool:
+        """Whether a training step is to call `image_loss`."""
+        return False
+
+    def image_loss(self, fused: list[torch.Tensor], images: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+        """Return a scalar float32 loss that compares the fused features with the images.
+
+        Args:
+            fused: what `fuse_scale` returned at each scale, full resolution first.
+            images: ``(B, M, *spatial)`` normalised intensities, zero where not available.
+            available: ``(B, M)`` bool, the modalities each case has, also those the mask hides.
+        """
+        raise NotImplementedError(f"{type(self).__name__} wants images and must implement image_loss")
+
     def initialize(self) -> None:
         """Called after Kaiming initialisation, for parameters that need other start values."""
 
@@ -129,6 +152,8 @@ def _expected(default: Any, value: Any) -> str | None:
 
 
 _REGISTRY: dict[str, type[FusionDesign]] = {}
+_PROBLEMS: list[str] | None = None
+"""What was wrong with designs of other packages; None before they were looked for."""
 
 
 def register(cls: type[FusionDesign]) -> type[FusionDesign]:
@@ -145,19 +170,45 @@ def register(cls: type[FusionDesign]) -> type[FusionDesign]:
 
 
 def fusion_designs() -> dict[str, type[FusionDesign]]:
-    """Return the registered designs by name, in alphabetical order."""
+    """Return the registered designs by name, in alphabetical order; the first call loads those of other packages."""
+    _look_for_installed_designs()
     return dict(sorted(_REGISTRY.items()))
+
+
+def _look_for_installed_designs() -> list[str]:
+    global _PROBLEMS
+    if _PROBLEMS is None:
+        _PROBLEMS = []  # a package that asks for the designs while it is loaded gets those there are
+        _PROBLEMS = load_installed_designs(_accept)
+    return _PROBLEMS
+
+
+def _accept(design: Any) -> None:
+    if not (isinstance(design, type) and issubclass(design, FusionDesign)):
+        raise TypeError(f"{design!r} is not a subclass of FusionDesign")
+    register(design)
+
+
+def find_design(name: str) -> type[FusionDesign]:
+    """Return a design by name.
+
+    Raises:
+        ValueError: no such design; the message lists those there are, and those of other packages that are broken.
+    """
+    designs = fusion_designs()
+    if name not in designs:
+        raise ValueError(" ".join([f"Unknown fusion design '{name}'. Allowed: {', '.join(designs)}. If it comes with "
+                                   f"another package, install that here.", *_look_for_installed_designs()]))
+    return designs[name]
 
 
 def build_fusion(name: str, spec: FusionSpec) -> FusionDesign:
     """Build a design by name.
 
     Raises:
-        ValueError: no such design; the message lists those registered.
+        ValueError: no such design (`find_design`), or options it does not have.
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"Unknown fusion design '{name}'. Allowed: {', '.join(fusion_designs())}.")
-    return _REGISTRY[name](spec)
+    return find_design(name)(spec)
 
 
 def masked(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ class ConcatFusion(FusionDesign):
 
     name = "concat"
     summary = "masked features concatenated, 1x1-3x3-1x1 convolutions (skip fusion of mmFormer, MICCAI 2022)"
+    weights_depend_on_modality = True
+    reads_zeros = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

@@ -69,6 +69,7 @@ class ImFuseFusion(FusionDesign):
     name = "imfuse"
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
     default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096}
+    weights_depend_on_modality = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

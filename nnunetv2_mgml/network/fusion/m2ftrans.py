@@ -91,6 +91,7 @@ class M2FTransFusion(FusionDesign):
     summary = "masked fusion tokens at the bottleneck, spatially reweighted skip fusion (M2FTrans, JBHI 2024)"
     default_options: ClassVar[dict[str, Any]] = {"depth": 3, "heads": 8, "mlp_ratio": 4, "dropout": 0.1,
                                                  "channel_attention": False}
+    weights_depend_on_modality = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

@@ -3,9 +3,9 @@
 At every scale a small head (PRM) predicts label maps from the masked features and the decoder; they have a loss of
 their own and reach the fusion (RFM) detached. Each class then weighs the modalities by an MLP on its pooled features.
 RFNet does so at full resolution too; here that scale, as costly as all others together, has the shortcut alone unless
-``full_resolution_regions`` is set. Two things differ from the published code, none in the result: the
-``(B, M, K, C, V)`` tensor is never built (the weights act before the maps), and the pooling denominator is floored at
-1e-3 for half precision.
+``full_resolution_regions`` is set. Three things differ from the published code: the ``(B, M, K, C, V)`` tensor is never
+built (the weights act before the maps, with the same result), the pooling denominator is floored at 1e-3 for half
+precision, and the PRM is at least 8 channels wide inside (RFNet: C/4, which is less below C = 32).
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class RegionAwareFusion(FusionDesign):
     name = "region_aware"
     summary = "class maps weigh the modalities per region, scale by scale (RFNet, ICCV 2021)"
     default_options = {"full_resolution_regions": False}
+    weights_depend_on_modality = True
+    reads_zeros = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

@@ -1,8 +1,9 @@
 """Selective scan of Mamba (Gu and Dao, 2023) in pure PyTorch, for CPU and GPU.
 
 ``h_t = exp(d_t A) h_{t-1} + d_t u_t B_t`` and ``y_t = C_t . h_t + D u_t``. The sequence is cut into about sqrt(L)
-chunks that advance together, so Python loops over 2 sqrt(L) steps, and every factor is at most 1, so nothing can
-overflow. Only the inputs are kept for the gradient: states are recomputed, a block of channels at a time.
+chunks that advance together, and every factor is at most 1, so nothing can overflow. Channels are treated in blocks of
+limited memory: Python loops over about 2 sqrt(L) steps per block, and the number of blocks grows with L too. Only the
+inputs are kept for the gradient: states are recomputed, a block at a time, so the backward pass takes twice the steps.
 """
 
 from __future__ import annotations
@@ -157,7 +158,10 @@ def mamba_kernel() -> Callable[..., torch.Tensor] | None:
 @torch.compiler.disable
 def kernel_scan(u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
                 d: torch.Tensor) -> torch.Tensor:
-    """Same as `selective_scan`, by `mamba_kernel` (channels before length there); breaks the graph of torch.compile."""
+    """Same as `selective_scan`, by `mamba_kernel` (channels before length there); breaks the graph of torch.compile.
+
+    Without CUDA this is tested against a stand-in with the kernel's interface only.
+    """
     inputs = [tensor.transpose(1, 2).contiguous() for tensor in (u, delta, b, c)]
     out = mamba_kernel()(inputs[0], inputs[1], a, inputs[2], inputs[3], d)
     return out.transpose(1, 2)

@@ -2,7 +2,8 @@
 
 With a standard-normal prior among the experts. Differences from the published code: the mean is used outside training
 (theirs samples in tests too) and in the teacher pass, log-variances are clamped to +-10 and start at -2, the KL term is
-estimated on random voxels, and the reconstruction of the images is left out.
+estimated on random voxels, and the reconstruction of the images is an option (``reconstruction_weight``, 0.1 in the
+paper), in which image decoders of our own shape see the fused features and modalities a case lacks do not count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.image_decoder import ImageDecoder, reconstruction_error
 from nnunetv2_mgml.network.silence import random_layers_act
 
 _MAX_LOG_VARIANCE = 10.0
@@ -82,12 +84,16 @@ class UHvedFusion(FusionDesign):
 
     name = "uhved"
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
-    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096}
+    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096,
+                                                 "reconstruction_weight": 0.0}
+    weights_depend_on_modality = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
         m = spec.num_modalities
         self.scales = nn.ModuleList(spec.conv_op(m * width, 2 * m * width, 1, groups=m) for width in spec.channels)
+        self.images = nn.ModuleList(ImageDecoder(spec) for _ in range(m)) \
+            if self.options["reconstruction_weight"] > 0 else None
         self.initialize()
 
     def initialize(self) -> None:
@@ -114,6 +120,16 @@ class UHvedFusion(FusionDesign):
             fused = fused + variance.sqrt() * torch.randn_like(variance)
             divergence = self.divergence(mean.flatten(3), precision.flatten(3), mask)
         return FusedScale(fused.to(features.dtype), loss=divergence)
+
+    @property
+    def wants_images(self) -> bool:
+        """Whether the reconstruction is on."""
+        return self.images is not None
+
+    def image_loss(self, fused: list[torch.Tensor], images: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+        """See `FusionDesign.image_loss`: the weighted reconstruction error."""
+        predicted = torch.cat([decoder(fused) for decoder in self.images], 1)
+        return self.options["reconstruction_weight"] * reconstruction_error(predicted, images, available)
 
     def divergence(self, mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the weighted KL term of one scale, a scalar float32, on at most ``kl_voxels`` random voxels.
