@@ -81,7 +81,7 @@ def test_whole_chain_on_a_phantom(tmp_path: Path) -> None:
     train = ("nnUNetv2_train", 902, "3d_fullres", 0, "-tr", "nnUNetTrainerMGML", "-p", PLANS, "-device", "cpu")
     checkpoint = (model / "fold_0" / "checkpoint_final.pth").read_bytes()
     assert "Validation cases on every subset" in shell(*train, "--val")
-    shell("mgml", "plan", "-d", 902, "-c", "3d_fullres", "--set", "num_epochs=3", "validate_subsets=false", "-p", PLANS)
+    shell("mgml", "plan", "-d", 902, "-c", "3d_fullres", "--set", "num_epochs=3", "-p", PLANS)
     assert "Epoch 2" in shell(*train, "--c")
     assert (model / "fold_0" / "checkpoint_final.pth").read_bytes() != checkpoint
     images = tmp_path / "raw" / "Dataset902_Chain" / "imagesTs"
