@@ -248,7 +248,8 @@ def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace)
     plan = plan_of(args)
     lines = [
         "# What the fusion designs cost", "",
-        f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, device {args.device}, "
+        f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s), device {args.device}, "
         f"torch {torch.__version__}: {MODALITIES} modalities, {'x'.join(map(str, plan.patch_size))} patch, "
         f"{len(plan.network_arch_init_kwargs['strides'])} stages, width factor {args.width_factor:g}. Training steps "
         f"have batch {args.batch}. Times in seconds; ratios are what carries over to other machines. *Paper* is Table "
