@@ -34,8 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.evaluation.subset_predictor import ManySubsets
 from nnunetv2_mgml.files import write_json, write_text
 from nnunetv2_mgml.losses import MGMLLoss, build_meta_network
+from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.fusion import fusion_designs
 
@@ -209,7 +211,8 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float
     bench = Bench(design, "shipped", args)
     network, x = bench.network.eval(), bench.x[:1]
     network.decoder.deep_supervision = False
-    masks = [[bool(code >> m & 1) for m in range(MODALITIES)] for code in range(1, 2 ** MODALITIES)]
+    subsets = all_subsets(MODALITIES)
+    many = ManySubsets(network, subsets)
 
     @torch.inference_mode()
     def predict(subset: tuple[bool, ...], cpu_bfloat16: bool = False) -> None:
@@ -218,17 +221,15 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float
             network(x)
 
     @torch.inference_mode()
-    def all_subsets() -> None:
-        features = network.encode(x)
-        for mask in masks:
-            network.fuse_decode(features, torch.tensor([mask], device=args.device))
+    def together() -> None:
+        many(x)
 
     def separately() -> None:
-        for mask in masks:
-            predict(tuple(mask))
+        for subset in subsets:
+            predict(subset)
 
     full, one = (True,) * MODALITIES, (True, *(False,) * (MODALITIES - 1))
-    functions = {"four": lambda: predict(full), "one": lambda: predict(one), "fifteen": all_subsets,
+    functions = {"four": lambda: predict(full), "one": lambda: predict(one), "fifteen": together,
                  "separately": separately}
     if args.device == "cpu":
         functions["bfloat16"] = lambda: predict(full, True)
@@ -270,7 +271,8 @@ def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace)
         lines.append(f"| `{name}` | {p['million']:.2f} ({p['fusion_million']:.2f}) | {p['gflop']:.1f} | "
                      f"{t['plain']:.2f} | {' | '.join(cells)} | {memory['plain']:.0f} | {' | '.join(peaks)} "
                      f"| {PAPER.get(name, '-')} |")
-    lines += ["", "Prediction of one patch. *15 subsets*: encoders once, then every subset's fusion and decoding.", "",
+    lines += ["", "Prediction of one patch. *15 subsets*: as `mgml evaluate` computes them, encoders once, then every "
+              "subset's fusion and decoding.", "",
               "| design | four modalities | one | 15 subsets | 15 one by one | four, bfloat16 |",
               "|---|---|---|---|---|---|"]
     for name, row in rows.items():

@@ -84,9 +84,9 @@ def hide(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return features.masked_fill(~mask.reshape(*mask.shape, *[1] * (features.ndim - 2)), 0)
 
 
-def run(design: FusionDesign, inputs: Pass) -> list[FusedScale]:
+def run(design: FusionDesign, inputs: Pass, shared: Any = None) -> list[FusedScale]:
     """One pass from the bottleneck up; results full resolution first."""
-    state = design.begin()
+    state = design.begin(shared)
     results = [design.fuse_scale(s, inputs.features[s], inputs.mask, inputs.contexts[s], state)
                for s in reversed(range(len(inputs.features)))]
     return results[::-1]

@@ -15,11 +15,13 @@ from nnunetv2_mgml.evaluation.model_evaluation import _Run
 from nnunetv2_mgml.evaluation.report_command import fold_of_case
 from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.subset_groups import prepare_subset_groups
-from nnunetv2_mgml.evaluation.subset_predictor import SubsetPredictor
+from nnunetv2_mgml.evaluation.subset_predictor import ManySubsets, SubsetPredictor
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.modalities import all_subsets, subset_name
 
 SUBSETS = all_subsets(4)
+ROUNDING = {"atol": 1e-3, "rtol": 2 ** -10}
+"""For logits, which are kept as float16."""
 NAMES = [subset_name(s, CHANNELS) for s in SUBSETS]
 
 
@@ -67,7 +69,8 @@ def evaluate(model: Path, images: Path, labels: Path, out: Path, *extra: str) ->
                      "cpu", "--disable_tta", "-np", "0", "-npp", "0", "-nps", "0", "--disable_progress_bar", *extra])
 
 
-def test_every_subset_equals_its_own_prediction_to_the_voxel(model, images, labels, tmp_path):
+def test_every_subset_equals_its_own_prediction(model, images, labels, tmp_path):
+    """But for voxels where rounding decides, at most one in a thousand."""
     assert evaluate(model, images, labels, tmp_path / "out") == 0
     single = predictor(model)
     for name in NAMES:
@@ -76,8 +79,8 @@ def test_every_subset_equals_its_own_prediction_to_the_voxel(model, images, labe
         for file in ("a.nii.gz", "b.nii.gz"):
             expected = load(tmp_path / "single" / name / file)
             assert expected.any()
-            np.testing.assert_array_equal(load(tmp_path / "out" / "predictions" / name / file), expected,
-                                          err_msg=f"{name} {file}")
+            own = load(tmp_path / "out" / "predictions" / name / file)
+            assert np.mean(own != expected) <= 1e-3, f"{name} {file}"
 
 
 def test_mirroring_and_folds_are_those_of_prediction(tmp_path):
@@ -91,12 +94,12 @@ def test_mirroring_and_folds_are_those_of_prediction(tmp_path):
         alone = data.copy()
         alone[[c for c in range(4) if not subset[c]]] = np.nan
         item = {"data": alone, "availability": subset}
-        np.testing.assert_array_equal(own, single._logits(item))
+        np.testing.assert_allclose(own, single._logits(item), **ROUNDING)
 
 
 def test_encoders_run_once_per_patch(model, images):
     many = subset_predictor(model)
-    calls = {"encode": 0, "fuse_decode": 0}
+    calls = {"encode": 0, "decode_subsets": 0}
     for name in calls:
         original = getattr(many.network, name)
 
@@ -106,7 +109,17 @@ def test_encoders_run_once_per_patch(model, images):
 
         setattr(many.network, name, counted)
     many.predict_subsets(np.random.default_rng(0).normal(size=(4, 16, 16, 24)).astype(np.float32), SUBSETS)
-    assert calls == {"encode": 2, "fuse_decode": 30}
+    assert calls == {"encode": 2, "decode_subsets": 2}
+
+
+def test_every_sample_of_a_batch_gets_its_own_subsets(model):
+    network = subset_predictor(model).network.eval()
+    x = torch.randn(2, 4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        together = ManySubsets(network, SUBSETS)(x)
+        for subset, logits in zip(SUBSETS, together.unflatten(1, (15, -1)).unbind(1), strict=True):
+            mask = torch.tensor([subset] * 2)
+            torch.testing.assert_close(logits, network(x, modality_mask=mask), atol=1e-4, rtol=1e-4)
 
 
 def test_network_without_shared_features_gets_zeroed_channels(images, tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from fusion_cases import make_spec
 
-from nnunetv2_mgml.network.fusion.concat import skip_fusion
+from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
 @pytest.mark.parametrize(("width", "count"), [(32, 32_864), (320, 3_277_760)])

@@ -288,3 +288,31 @@ def test_a_design_joins_by_registering(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_pass(make_spec(), TWO_MASKS)
     (*_, deepest) = run(build_fusion("first", make_spec()), inputs)
     assert torch.equal(deepest.fused[1], inputs.features[-1][1, 1])
+
+
+@designs
+def test_a_design_that_hides_absent_modalities_does_so_at_every_scale(name: str) -> None:
+    if not design_class(name).hides_absent:
+        pytest.skip("the decoder zeroes them")
+    assert scales_with_leaks(make_design(name, make_spec()).eval()) == []
+
+
+@designs
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shared_parts_give_the_same(name: str, layout: str) -> None:
+    """One sample for every subset, and a batch with a mask each: what is shared changes the result by rounding only."""
+    spec = make_spec(layout)
+    design = make_design(name, spec).eval()
+    subsets = torch.tensor(all_subsets(3))
+    for batch in (1, len(subsets)):
+        inputs = make_pass(spec, torch.ones(batch, 3, dtype=torch.bool))
+        features = [f.expand(len(subsets), *f.shape[1:]) for f in inputs.features]
+        contexts = [c if c is None else c.expand(len(subsets), *c.shape[1:]) for c in inputs.contexts]
+        given = features if design.hides_absent else [hide(f, subsets) for f in features]
+        with torch.no_grad():
+            plain = run(design, Pass([hide(f, subsets) for f in features], subsets, contexts))
+            shared = run(design, Pass(given, subsets, contexts), design.share(inputs.features))
+        for one, two in zip(plain, shared, strict=True):
+            torch.testing.assert_close(one.fused, two.fused, atol=1e-4, rtol=1e-4)
+            if one.auxiliary is not None:
+                torch.testing.assert_close(one.auxiliary, two.auxiliary, atol=1e-4, rtol=1e-4)

@@ -153,3 +153,19 @@ def test_learns_from_the_modality_that_shows_the_label(name: str) -> None:
     assert scores[True, False] > 0.8
     assert scores[True, True] > 0.8
     assert scores[False, True] < 0.5
+
+
+@designs
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("voxels", [1, 400, 10 ** 9], ids=["one at a time", "mixed", "all together"])
+def test_many_subsets_equal_one_by_one(name: str, layout: str, voxels: int) -> None:
+    """However many subsets go through a scale together."""
+    net = make_network(name, layout).eval()
+    net.decoder.deep_supervision = False
+    subsets = torch.tensor(all_subsets(3))
+    with torch.no_grad():
+        features = net.encode(image(layout, batch=2))
+        together = net.decode_subsets(features, subsets, voxels)
+        for subset, logits in zip(subsets, together.unbind(1), strict=True):
+            alone = net.fuse_decode(features, subset.expand(2, -1))
+            torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusion_cases import make_design, make_pass, make_spec
+from fusion_cases import Pass, make_design, make_pass, make_spec
 
 from nnunetv2_mgml.network.fusion.region_aware import ProbabilityMap, RegionFusion
 
@@ -26,11 +26,11 @@ def test_number_of_parameters(width: int, fusion: int, maps: int, deepest: int |
     assert deepest is None or count(ProbabilityMap(spec, 2)) == deepest
 
 
-def region_features(module: RegionFusion, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+def region_features(module: RegionFusion, inputs: Pass, maps: torch.Tensor) -> torch.Tensor:
     """What `module` hands to its region convolutions, ``(B, K, C, *spatial)``."""
     seen: list[torch.Tensor] = []
     hook = module.regions.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    module(features, maps)
+    module(inputs.features[0], inputs.mask, maps)
     hook.remove()
     return seen[0].unflatten(1, (maps.shape[1], -1))
 
@@ -42,7 +42,7 @@ def test_regions_do_not_leak() -> None:
     inputs = make_pass(spec, [[1, 0, 1]])
     labels = torch.randint(4, inputs.features[0].shape[3:], generator=torch.Generator().manual_seed(0))
     maps = torch.nn.functional.one_hot(labels, 4).movedim(-1, 0)[None].float()
-    regions = region_features(module, inputs.features[0], maps)
+    regions = region_features(module, inputs, maps)
     for k in range(4):
         assert (regions[0, k][:, labels != k] == 0).all()
         assert (regions[0, k][:, labels == k] != 0).all()
@@ -59,7 +59,7 @@ def test_equals_the_memory_hungry_form() -> None:
     pooled = per_class.flatten(4).mean(4).transpose(1, 2).flatten(2) / (share[..., None] + 1e-3)
     weights = module.weights(torch.cat((pooled, share[..., None] + 1e-3), 2))     # (B, K, M)
     slow = (per_class * weights.transpose(1, 2)[..., None, None, None, None]).sum(1)
-    torch.testing.assert_close(region_features(module, inputs.features[0], maps), slow, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(region_features(module, inputs, maps), slow, atol=1e-5, rtol=1e-4)
 
 
 def test_maps_reach_the_fusion_detached() -> None:
@@ -82,4 +82,4 @@ def test_a_class_missing_from_the_patch_gives_finite_weights() -> None:
     maps[:, 0] = 1
     for dtype in (torch.float32, torch.float16):
         with torch.autocast("cpu", dtype=torch.float16, enabled=dtype is torch.float16):
-            assert module(inputs.features[0].to(dtype), maps.to(dtype)).isfinite().all()
+            assert module(inputs.features[0].to(dtype), inputs.mask, maps.to(dtype)).isfinite().all()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.evaluation.subset_predictor import ManySubsets
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_of_the_teacher
@@ -282,7 +283,7 @@ def test_region_fusion_equals_the_written_out_formula() -> None:
     captured: list[torch.Tensor] = []
     module.regions.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     module.weights.float()
-    module(x, maps)
+    module(x, torch.ones(2, 4, dtype=torch.bool), maps)
     expected = []
     for k in range(4):
         per_modality = x * maps[:, None, k:k + 1]
@@ -338,14 +339,7 @@ def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
 
     full = predict((True,) * 4)
     assert predict((True, False, False, False)) <= 0.45 * full
-    masks = torch.tensor([[bool(code >> m & 1) for m in range(4)] for code in range(1, 16)])
-
-    def all_subsets() -> None:
-        features = net.encode(x)
-        for mask in masks:
-            net.fuse_decode(features, mask[None])
-
-    assert flops(all_subsets) <= 4 * full
+    assert flops(lambda: ManySubsets(net, all_subsets(4))(x)) <= 4 * full
 
 
 @pytest.mark.parametrize("fusion", DESIGNS)
@@ -361,3 +355,15 @@ def test_a_learning_teacher_gives_the_same_prediction_with_gradient(fusion: str)
     assert not learning.teacher.requires_grad
     sum(output.sum() for output in learning.complete).backward()
     assert all(p.grad is not None for encoder in net.encoders for p in encoder.parameters())
+
+
+def test_subsets_are_decoded_a_few_at_a_time_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 16^3 and three scales: 4096, 512 and 64 voxels a subset."""
+    net = network(config("concat")).eval()
+    batches: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    original = net.fusion.fuse_scale
+    monkeypatch.setattr(net.fusion, "fuse_scale", lambda scale, features, mask, context, state:
+                        batches[scale].append(len(mask)) or original(scale, features, mask, context, state))
+    with torch.no_grad():
+        net.decode_subsets(net.encode(batch((16, 16, 16), size=1)), torch.tensor(all_subsets(4)), voxels=8192)
+    assert batches == {2: [15], 1: [15], 0: [2] * 7 + [1]}

@@ -1,7 +1,8 @@
 """Predict one preprocessed case for many modality subsets from one pass of the encoders.
 
 nnU-Net's own sliding window, mirroring and fold ensemble run unchanged; they see a network whose output channels are
-those of all subsets side by side. What a subset gets is therefore what it would get alone, operation for operation.
+those of all subsets side by side. What a subset gets is what it would get alone, up to rounding: sums that every subset
+needs are made once, in another order (logits differ by some 1e-5).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class ManySubsets(nn.Module):
     """Wraps a network so that it answers for several subsets at once.
 
     Args:
-        network: one with ``encode`` and ``fuse_decode`` (`MultiEncoderUNet`): its encoders then run once per input. Any
-            other network is run once per subset with the absent channels set to zero.
+        network: one with ``encode`` and ``decode_subsets`` (`MultiEncoderUNet`): its encoders then run once per input.
+            Any other network is run once per subset with the absent channels set to zero.
         subsets: ``S`` subsets, ``M`` bools each.
     """
 
@@ -37,11 +38,11 @@ class ManySubsets(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, M + P, *spatial)`` to logits ``(B, S * heads, *spatial)``, subset by subset."""
         used = tuple(any(present) for present in zip(*self.subsets, strict=True))
-        if not hasattr(self.network, "fuse_decode"):
+        if not hasattr(self.network, "decode_subsets"):
             return torch.cat([self.network(_without(x, subset)) for subset in self.subsets], 1)
         features = self.network.encode(_without(x, used), used)
-        masks = torch.tensor(self.subsets, device=x.device)
-        return torch.cat([self.network.fuse_decode(features, mask.expand(x.shape[0], -1)) for mask in masks], 1)
+        subsets = torch.tensor(self.subsets, device=x.device)
+        return self.network.decode_subsets(features, subsets).flatten(1, 2)
 
 
 def _without(x: torch.Tensor, subset: Subset) -> torch.Tensor:

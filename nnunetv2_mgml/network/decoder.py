@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 
 from nnunetv2_mgml.network.encoders import EncoderSpec
-from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, masked
+from nnunetv2_mgml.network.pointwise import make_pointwise
 
 
 class Decoded(NamedTuple):
@@ -34,6 +36,8 @@ class FusionDecoder(UNetDecoder):
     def __init__(self, spec: EncoderSpec, num_outputs: int, n_conv_per_stage: Any, deep_supervision: bool,
                  nonlin_first: bool = False) -> None:
         super().__init__(spec, num_outputs, n_conv_per_stage, deep_supervision, nonlin_first=nonlin_first)
+        for layer in self.seg_layers:
+            make_pointwise(layer)
 
     def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign,
                 images: torch.Tensor | None = None, available: torch.Tensor | None = None) -> Decoded:
@@ -53,26 +57,66 @@ class FusionDecoder(UNetDecoder):
         context: torch.Tensor | None = None
         fused_scales: list[torch.Tensor] = []
         for scale in reversed(range(len(features))):
-            stage = len(features) - 2 - scale
-            if stage >= 0:
-                context = self.transpconvs[stage](context)
-            present = masked(mask, features[scale]).bool()
-            fused = fusion.fuse_scale(scale, torch.where(present, features[scale], 0), mask, context, state)
+            fused, context = self._level(scale, features[scale], mask, context, fusion, state)
             if fused.auxiliary is not None:
                 auxiliary.append(fused.auxiliary)
             if fused.loss is not None:
                 loss = loss + fused.loss
             if images is not None:
                 fused_scales.append(fused.fused)
-            if stage < 0:
-                context = fused.fused
-                continue
-            context = self.stages[stage](torch.cat((context, fused.fused), 1))
-            if self.deep_supervision or scale == 0:
-                outputs.append(self.seg_layers[stage](context))
+            if scale == 0 or (self.deep_supervision and scale < len(features) - 1):
+                outputs.append(self.seg_layers[-1 - scale](context))
         if images is not None:
             loss = loss + fusion.image_loss(fused_scales[::-1], images, available)
         return Decoded(outputs[::-1], auxiliary, loss, context)
+
+    def decode_masks(self, features: list[torch.Tensor], masks: torch.Tensor, fusion: FusionDesign, voxels: int
+                     ) -> torch.Tensor:
+        """Predict one sample from many subsets.
+
+        What does not depend on the mask is computed once (`FusionDesign.share`). Subsets go through a scale together as
+        long as their voxels there are at most ``voxels``: all of them at the deep scales, a few or one at the finest.
+
+        Args:
+            features: per scale, full resolution first, ``(1, M, C_s, *spatial_s)``.
+            masks: ``(S, M)`` bool.
+            fusion: the design.
+            voxels: at least one subset is decoded at a time, however large.
+
+        Returns:
+            Logits ``(S, R, *spatial)`` at full resolution.
+        """
+        shared = fusion.share(features)
+        # a design with a state of its own keeps something from scale to scale, for the subsets it began with
+        scales = range(len(features)) if type(fusion).begin is FusionDesign.begin else (0,)
+        at_once = {s: max(1, voxels // math.prod(features[s].shape[3:])) for s in scales}
+
+        def decode(scale: int, masks: torch.Tensor, context: torch.Tensor | None, state: Any) -> torch.Tensor:
+            most = at_once.get(scale, len(masks))
+            if len(masks) > most:
+                contexts = [None] * len(masks) if context is None else context.split(most)
+                return torch.cat([decode(scale, *part, state)
+                                  for part in zip(masks.split(most), contexts, strict=False)])
+            own = features[scale].expand(len(masks), *features[scale].shape[1:])
+            _, context = self._level(scale, own, masks, context, fusion, state)
+            return decode(scale - 1, masks, context, state) if scale else self.seg_layers[-1](context)
+
+        deepest = len(features) - 1
+        together = masks.split(len(masks) if len(scales) > 1 else at_once[0])
+        return torch.cat([decode(deepest, some, None, fusion.begin(shared)) for some in together])
+
+    def _level(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
+               fusion: FusionDesign, state: Any) -> tuple[FusedScale, torch.Tensor]:
+        """Return what was fused at a scale, and the decoder's features there: the context of the next finer one."""
+        stage = len(self.stages) - 1 - scale
+        if context is not None:
+            context = self.transpconvs[stage](context)
+        if not fusion.hides_absent:
+            features = torch.where(masked(mask, features).bool(), features, 0)
+        fused = fusion.fuse_scale(scale, features, mask, context, state)
+        if context is None:
+            return fused, fused.fused
+        return fused, self.stages[stage](torch.cat((context, fused.fused), 1))
 
 
 def modality_decoder(spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any, nonlin_first: bool = False
@@ -84,4 +128,5 @@ def modality_decoder(spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any,
     decoder = UNetDecoder(spec, num_classes, n_conv_per_stage, deep_supervision=False, nonlin_first=nonlin_first)
     heads = len(decoder.seg_layers)
     decoder.seg_layers = nn.ModuleList([*(nn.Identity() for _ in range(heads - 1)), decoder.seg_layers[-1]])
+    make_pointwise(decoder.seg_layers[-1])
     return decoder

@@ -13,6 +13,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.network.silence import random_layers_act
 
 
@@ -97,7 +98,7 @@ class NarrowedEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.projections = nn.ModuleList(
-            nn.Identity() if before == after else spec.conv_op(before, after, 1, bias=spec.conv_bias)
+            nn.Identity() if before == after else pointwise(spec.conv_op)(before, after, 1, bias=spec.conv_bias)
             for before, after in zip(spec.output_channels, widths, strict=True))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:

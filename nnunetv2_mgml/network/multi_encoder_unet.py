@@ -2,7 +2,7 @@
 
 Encoders never see the mask, so one set of features serves the incomplete (student) pass, the complete (teacher) pass
 and, in evaluation, all subsets. *Missing is exact*: absent channels are replaced by zero before the encoders and absent
-features before the fusion, so whatever an absent channel held cannot change the output by one bit.
+features are left out of the fusion, so whatever an absent channel held cannot change the output by one bit.
 """
 
 from __future__ import annotations
@@ -89,6 +89,22 @@ class MultiEncoderUNet(nn.Module):
         """
         outputs = self.decoder(features, mask, self.fusion).outputs
         return outputs if self.decoder.deep_supervision else outputs[0]
+
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2 ** 18
+                       ) -> torch.Tensor:
+        """Fuse and decode every sample for every subset.
+
+        Args:
+            features: as `encode` returns them.
+            subsets: ``(S, M)`` bool.
+            voxels: see `FusionDecoder.decode_masks`. On a CPU, PyTorch's convolutions are several times slower on one
+                small tensor than on two at once; with large ones a batch gains nothing and takes memory.
+
+        Returns:
+            Logits ``(B, S, R, *spatial)``.
+        """
+        samples = [[f[b:b + 1] for f in features] for b in range(len(features[0]))]
+        return torch.stack([self.decoder.decode_masks(own, subsets, self.fusion, voxels) for own in samples])
 
     def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Return the shared decoder's label logits from each modality alone, ``(B, M, K, *spatial)``.

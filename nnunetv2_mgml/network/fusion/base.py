@@ -1,7 +1,7 @@
 """The interface every fusion design implements, and the registry they join.
 
-The decoder calls a design once per scale, deepest first. `MultiEncoderUNet` sets the features of absent modalities to
-zero before the call, so whatever an absent channel held cannot reach a design; the mask says which those are.
+The decoder calls a design once per scale, deepest first. The features of absent modalities are zero, unless the design
+says that it hides them itself (``hides_absent``); the mask says which those are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.installed import load_installed_designs
+from nnunetv2_mgml.network.pointwise import pointwise
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class FusionDesign(nn.Module):
     reads_zeros: ClassVar[bool] = False
     """Whether the mask is not used: absent modalities are read as the zeros they are. Any other design must hide them
     by the mask itself, so that a mask used for the wrong modality or sample shows."""
+    hides_absent: ClassVar[bool] = False
+    """Whether every scale hides absent modalities by the mask, so that the decoder need not zero them first, which
+    takes a copy of all features. What they hold is finite."""
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
@@ -103,9 +107,17 @@ class FusionDesign(nn.Module):
                 raise ValueError(f"Option {name} of fusion design '{cls.name}' is {value!r}; it must be {expected}.")
         return {**cls.default_options, **options}
 
-    def begin(self) -> Any:
-        """Return a fresh state handed to every `fuse_scale` of one pass (None unless a design needs one)."""
+    def share(self, features: list[torch.Tensor]) -> Any:
+        """Return what passes over the same features can use again whatever their mask, handed to `begin`; or None.
+
+        Args:
+            features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``; nothing in them is hidden.
+        """
         return None
+
+    def begin(self, shared: Any = None) -> Any:
+        """Return the state handed to every `fuse_scale` of one pass: what is shared, unless a design needs another."""
+        return shared
 
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
@@ -113,7 +125,7 @@ class FusionDesign(nn.Module):
 
         Args:
             scale: 0 is full resolution; called from ``spec.num_scales - 1`` (the bottleneck) down to 0.
-            features: ``(B, M, C_s, *spatial_s)``; zero where the mask is False.
+            features: ``(B, M, C_s, *spatial_s)``; zero where the mask is False, unless ``hides_absent``.
             mask: ``(B, M)`` bool, True = present, at least one True per row.
             context: upsampled decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck.
             state: what `begin` returned.
@@ -216,12 +228,26 @@ def masked(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return mask.reshape(*mask.shape, *[1] * (like.ndim - 2)).to(like.dtype)
 
 
+def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum over the present modalities, ``(B, ...)``, without a copy of the parts.
+
+    Args:
+        parts: ``(B, M, ...)``, or ``(1, M, ...)``: one sample for all masks.
+        mask: ``(B, M)`` bool.
+    """
+    flat = parts.flatten(2)
+    weights = mask.to(parts.dtype)
+    total = weights @ flat[0] if len(parts) == 1 else torch.bmm(weights[:, None], flat)[:, 0]
+    return total.unflatten(1, parts.shape[2:])
+
+
 def conv_block(spec: FusionSpec, in_channels: int, out_channels: int,
                kernel_size: int | tuple[int, ...] = 1) -> nn.Sequential:
     """Convolution, norm, nonlinearity as the plan has them; "same" padding, stride 1."""
     kernel = (kernel_size,) * spec.dimension if isinstance(kernel_size, int) else tuple(kernel_size)
-    layers: list[nn.Module] = [spec.conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel),
-                                            bias=spec.conv_bias)]
+    conv_op = pointwise(spec.conv_op) if set(kernel) == {1} else spec.conv_op
+    layers: list[nn.Module] = [conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel),
+                                       bias=spec.conv_bias)]
     if spec.norm_op is not None:
         layers.append(spec.norm_op(out_channels, **(spec.norm_op_kwargs or {})))
     if spec.nonlin is not None:

@@ -7,16 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, conv_block, register
-
-
-def skip_fusion(spec: FusionSpec, scale: int, out_channels: int | None = None,
-                inputs: int | None = None) -> nn.Sequential:
-    """``(B, inputs*C, *spatial) -> (B, out_channels or C, *spatial)``: 1x1, plan's kernel, 1x1; inputs: M if None."""
-    width = spec.channels[scale]
-    return nn.Sequential(conv_block(spec, (inputs or spec.num_modalities) * width, width),
-                         conv_block(spec, width, width, spec.kernel_sizes[scale]),
-                         conv_block(spec, width, out_channels or width))
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
+from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
 @register
@@ -26,13 +18,17 @@ class ConcatFusion(FusionDesign):
     name = "concat"
     summary = "masked features concatenated, 1x1-3x3-1x1 convolutions (skip fusion of mmFormer, MICCAI 2022)"
     weights_depend_on_modality = True
-    reads_zeros = True
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
         self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales))
 
+    def share(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """See `FusionDesign.share`."""
+        return [skip.share(f) for skip, f in zip(self.scales, features, strict=True)]
+
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
-        return FusedScale(self.scales[scale](features.flatten(1, 2)))
+        return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))

@@ -17,9 +17,9 @@ from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_tokens
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
-from nnunetv2_mgml.network.fusion.concat import skip_fusion
 from nnunetv2_mgml.network.fusion.mamba import MambaBlock
 from nnunetv2_mgml.network.fusion.positions import PositionCode
+from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
 def interleave(tokens: torch.Tensor, read_out: torch.Tensor) -> torch.Tensor:
@@ -70,6 +70,7 @@ class ImFuseFusion(FusionDesign):
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
     default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096}
     weights_depend_on_modality = True
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
@@ -80,11 +81,15 @@ class ImFuseFusion(FusionDesign):
         self.scales = nn.ModuleList(skip_fusion(spec, s, inputs=1 if s in scanned else None)
                                     for s in range(spec.num_scales))
 
+    def share(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """See `FusionDesign.share`; nothing where the scan reads the features."""
+        return [None if str(s) in self.mamba else self.scales[s].share(f) for s, f in enumerate(features)]
+
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if str(scale) not in self.mamba:
-            return FusedScale(self.scales[scale](features.flatten(1, 2)))
+            return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))
         with torch.autocast(features.device.type, enabled=False):
             fused = self.mamba[str(scale)](features.float(), mask)
         return FusedScale(self.scales[scale](fused.to(features.dtype)))

@@ -19,8 +19,8 @@ from torch import nn
 from nnunetv2_mgml.network.fusion.attention import SelfAttention, TransformerLayer, heads_for, to_tokens
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
 from nnunetv2_mgml.network.fusion.channel_attention import ChannelAttention
-from nnunetv2_mgml.network.fusion.concat import skip_fusion
 from nnunetv2_mgml.network.fusion.positions import PositionCode, TokenTable
+from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
 class BlockAttention(SelfAttention):
@@ -92,6 +92,7 @@ class M2FTransFusion(FusionDesign):
     default_options: ClassVar[dict[str, Any]] = {"depth": 3, "heads": 8, "mlp_ratio": 4, "dropout": 0.1,
                                                  "channel_attention": False}
     weights_depend_on_modality = True
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
@@ -100,7 +101,7 @@ class M2FTransFusion(FusionDesign):
         deepest = range(max(0, spec.num_scales - 2), spec.num_scales) if self.options["channel_attention"] else ()
         self.channel = nn.ModuleDict({str(s): ChannelAttention(spec, s) for s in deepest})
 
-    def begin(self) -> dict[str, torch.Tensor]:
+    def begin(self, shared: None = None) -> dict[str, torch.Tensor]:
         """Return the state: the bottleneck leaves the spatial weights in it."""
         return {}
 

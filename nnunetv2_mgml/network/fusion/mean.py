@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, masked, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, register
 
 
 @register
@@ -15,9 +15,10 @@ class MeanFusion(FusionDesign):
 
     name = "mean"
     summary = "masked mean of the features, no parameters"
+    hides_absent = True
 
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
-        weight = masked(mask, features)
-        return FusedScale((features * weight).sum(1) / weight.sum(1))
+        weights = mask.to(features.dtype) / mask.sum(1, keepdim=True)
+        return FusedScale(torch.einsum("bm,bm...->b...", weights.to(features.dtype), features))

@@ -14,8 +14,8 @@ from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
-from nnunetv2_mgml.network.fusion.concat import skip_fusion
 from nnunetv2_mgml.network.fusion.positions import PositionCode
+from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
 class IntraModalTransformer(nn.Module):
@@ -35,7 +35,7 @@ class IntraModalTransformer(nn.Module):
 
 
 class MultimodalTransformer(nn.Module):
-    """Intra- then inter-modal attention: features ``(B, M, C, *spatial) -> `` the same shape, zero where absent."""
+    """Intra-modal (`own_tokens`), then inter-modal attention: ``(B, M, C, *spatial)`` both, zero where absent."""
 
     def __init__(self, spec: FusionSpec, options: dict[str, Any]) -> None:
         super().__init__()
@@ -44,13 +44,19 @@ class MultimodalTransformer(nn.Module):
         self.intra = nn.ModuleList(IntraModalTransformer(width, options) for _ in range(spec.num_modalities))
         self.inter = transformer_layers(width, options)
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
-        size = features.shape[3:]
+    def own_tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the intra-modal transformers' tokens ``(B, M, V, C)`` of features ``(B, M, C, *spatial)``."""
         tokens = to_tokens(features)
+        own = [intra(tokens[:, m], position(features.shape[3:]))
+               for m, (intra, position) in enumerate(zip(self.intra, self.positions, strict=True))]
+        return torch.stack(own, 1)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool; their `own_tokens` (of B or 1 samples) or None.
+        """
+        size = features.shape[3:]
+        tokens = self.own_tokens(features) if own is None else own.expand(len(features), *own.shape[1:])
         codes = torch.stack([position(size) for position in self.positions])
-        own = [intra(tokens[:, m], codes[m]) for m, intra in enumerate(self.intra)]
-        tokens = torch.stack(own, 1)
         present = masked(mask, tokens)
         keep = mask[:, :, None].expand(*tokens.shape[:3]).flatten(1)
         tokens = (tokens * present).flatten(1, 2)
@@ -68,15 +74,22 @@ class MmFormerFusion(FusionDesign):
     summary = "transformers within and across modalities at the bottleneck, skip fusion (mmFormer, MICCAI 2022)"
     default_options: ClassVar[dict[str, Any]] = {"depth": 1, "heads": 8, "mlp_ratio": 4, "dropout": 0.1}
     weights_depend_on_modality = True
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
         self.transformer = MultimodalTransformer(spec, self.options)
         self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales))
 
+    def share(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """See `FusionDesign.share`; at the bottleneck the intra-modal tokens."""
+        skips = [skip.share(f) for skip, f in zip(self.scales[:-1], features[:-1], strict=True)]
+        return [*skips, self.transformer.own_tokens(features[-1])]
+
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
+        shared = state and state[scale]
         if scale == self.spec.num_scales - 1:
-            features = self.transformer(features, mask).to(features.dtype)
-        return FusedScale(self.scales[scale](features.flatten(1, 2)))
+            features, shared = self.transformer(features, mask, shared).to(features.dtype), None
+        return FusedScale(self.scales[scale].fuse(features, mask, shared))

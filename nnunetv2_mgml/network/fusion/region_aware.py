@@ -15,29 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, conv_block, register
-from nnunetv2_mgml.network.fusion.concat import skip_fusion
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, conv_block, masked, register
+from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 _FLOOR = 1e-3
 
 
 class ProbabilityMap(nn.Module):
-    """PRM: masked features (and the decoder's) ``-> (B, K, *spatial)`` label logits."""
+    """PRM: features of present modalities (and the decoder's) ``-> (B, K, *spatial)`` label logits."""
 
     def __init__(self, spec: FusionSpec, scale: int) -> None:
         super().__init__()
         width = spec.channels[scale]
         inner = max(8, width // 4) if width >= 8 else width
-        self.embed = nn.Sequential(conv_block(spec, spec.num_modalities * width, inner),
-                                   conv_block(spec, inner, inner, spec.kernel_sizes[scale]),
-                                   conv_block(spec, inner, width))
+        self.embed = skip_fusion(spec, scale, inner=inner)
         has_context = scale < spec.num_scales - 1
         self.head = nn.Sequential(conv_block(spec, width * (2 if has_context else 1), 16),
                                   spec.conv_op(16, spec.num_classes, 1))
 
-    def forward(self, stacked: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        """Args: ``(B, M*C, *spatial)`` masked features; decoder feature ``(B, C, *spatial)`` or None."""
-        embedded = self.embed(stacked)
+    def forward(self, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
+                shared: torch.Tensor | None = None) -> torch.Tensor:
+        """Args: features, mask and shared as for `SkipFusion.fuse`; decoder feature ``(B, C, *spatial)`` or None."""
+        embedded = self.embed.fuse(features, mask, shared)
         return self.head(embedded if context is None else torch.cat((context, embedded), 1))
 
 
@@ -58,7 +57,7 @@ class RegionWeights(nn.Module):
 
 
 class RegionFusion(nn.Module):
-    """RFM: masked features and class maps ``-> (B, C, *spatial)``, half from the regions, half from a shortcut."""
+    """RFM: features and class maps ``-> (B, C, *spatial)``, half from the regions, half from a shortcut."""
 
     def __init__(self, spec: FusionSpec, scale: int) -> None:
         super().__init__()
@@ -69,19 +68,21 @@ class RegionFusion(nn.Module):
                                      conv_block(spec, width, width // 2))
         self.shortcut = skip_fusion(spec, scale, width - width // 2)
 
-    def forward(self, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Args: features ``(B, M, C, *spatial)``, absent ones zero; maps ``(B, K, *spatial)`` probabilities."""
-        batch, modalities, channels = features.shape[:3]
+    def forward(self, features: torch.Tensor, mask: torch.Tensor, maps: torch.Tensor,
+                shared: torch.Tensor | None = None) -> torch.Tensor:
+        """Args: features, mask and shared as for `SkipFusion.fuse`; maps ``(B, K, *spatial)`` probabilities."""
+        batch = len(features)
         flat, flat_maps = features.flatten(3), maps.flatten(2)
         with torch.autocast(features.device.type, enabled=False):
             pooled = torch.einsum("bmcv,bkv->bkmc", flat.float(), flat_maps.float()) / flat.shape[-1]
+            present = masked(mask, pooled[:, 0])
             share = flat_maps.float().mean(-1)[..., None]
-            pooled = pooled.flatten(2) / (share + _FLOOR)
-            weights = self.weights(torch.cat((pooled, share + _FLOOR), -1)).to(features.dtype)
+            pooled = (pooled * present[:, None]).flatten(2) / (share + _FLOOR)
+            weights = self.weights(torch.cat((pooled, share + _FLOOR), -1)) * present[:, None, :, 0]
+            weights = weights.to(features.dtype)
         weighted = torch.einsum("bmcv,bkm->bkcv", flat, weights)
         regions = (weighted * flat_maps[:, :, None]).reshape(batch, -1, *features.shape[3:])
-        stacked = features.reshape(batch, modalities * channels, *features.shape[3:])
-        return torch.cat((self.regions(regions), self.shortcut(stacked)), 1)
+        return torch.cat((self.regions(regions), self.shortcut.fuse(features, mask, shared)), 1)
 
 
 @register
@@ -92,7 +93,7 @@ class RegionAwareFusion(FusionDesign):
     summary = "class maps weigh the modalities per region, scale by scale (RFNet, ICCV 2021)"
     default_options = {"full_resolution_regions": False}
     weights_depend_on_modality = True
-    reads_zeros = True
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
@@ -101,11 +102,18 @@ class RegionAwareFusion(FusionDesign):
         self.maps = nn.ModuleDict({str(s): ProbabilityMap(spec, s) for s in range(finest, spec.num_scales)})
         self.fusions = nn.ModuleDict({str(s): RegionFusion(spec, s) for s in range(finest, spec.num_scales)})
 
+    def share(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """See `FusionDesign.share`: per scale the shares of the map head and of the shortcut, or the latter alone."""
+        skips = [(self.maps[str(s)].embed, self.fusions[str(s)].shortcut) if str(s) in self.maps else (self.shortcut,)
+                 for s in range(self.spec.num_scales)]
+        return [tuple(skip.share(f) for skip in own) for own, f in zip(skips, features, strict=True)]
+
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
+        shared = state[scale] if state else (None, None)
         if scale == 0 and self.shortcut is not None:
-            return FusedScale(self.shortcut(features.flatten(1, 2)))
-        logits = self.maps[str(scale)](features.flatten(1, 2), context)
+            return FusedScale(self.shortcut.fuse(features, mask, shared[0]))
+        logits = self.maps[str(scale)](features, mask, context, shared[0])
         maps = logits.float().softmax(1).to(features.dtype).detach()
-        return FusedScale(self.fusions[str(scale)](features, maps), auxiliary=logits)
+        return FusedScale(self.fusions[str(scale)](features, mask, maps, shared[1]), auxiliary=logits)

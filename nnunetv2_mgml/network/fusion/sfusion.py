@@ -58,6 +58,7 @@ class SelfAttentionFusion(FusionDesign):
     name = "sfusion"
     summary = "transformer over the available modalities weighs them per voxel and channel (SFusion, MICCAI 2023)"
     default_options: ClassVar[dict[str, Any]] = {"grid": 8, "depth": 8, "heads": 8, "mlp_ratio": 4, "dropout": 0.1}
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

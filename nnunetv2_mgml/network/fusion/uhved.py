@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register, sum_present
 from nnunetv2_mgml.network.fusion.image_decoder import ImageDecoder, reconstruction_error
 from nnunetv2_mgml.network.silence import random_layers_act
 
@@ -87,6 +87,7 @@ class UHvedFusion(FusionDesign):
     default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096,
                                                  "reconstruction_weight": 0.0}
     weights_depend_on_modality = True
+    hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
@@ -102,6 +103,14 @@ class UHvedFusion(FusionDesign):
             with torch.no_grad():
                 head.bias.unflatten(0, (self.spec.num_modalities, 2, -1))[:, 1].fill_(_START_LOG_VARIANCE)
 
+    def share(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """See `FusionDesign.share`: precision, and precision times mean, float32; nothing where samples are drawn."""
+        if random_layers_act(self.training):
+            return None
+        everywhere = features[0].new_ones(features[0].shape[:2], dtype=torch.bool)
+        experts = [self.experts(s, f, everywhere) for s, f in enumerate(features)]
+        return [(precision, precision * mean) for mean, precision in experts]
+
     def experts(self, scale: int, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean (any float) and precision (float32, 0 where absent), both ``(B, M, C, *spatial)``."""
         parameters = self.scales[scale](features.flatten(1, 2)).unflatten(1, (self.spec.num_modalities, 2, -1))
@@ -112,6 +121,9 @@ class UHvedFusion(FusionDesign):
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
+        if state:
+            precision, weighted = (sum_present(part, mask) for part in state[scale])
+            return FusedScale((weighted / (1 + precision)).to(features.dtype))
         mean, precision = self.experts(scale, features, mask)
         with torch.autocast(features.device.type, enabled=False):
             fused, variance = product_of_gaussians(mean, precision)

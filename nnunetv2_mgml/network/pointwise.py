@@ -1,0 +1,43 @@
+"""1x1 convolutions as matrix products: the same modules and parameters, on a CPU several times faster.
+
+PyTorch's CPU convolutions reorder their input and output, which for one multiplication per number costs more than the
+multiplications.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class _Pointwise:
+    def forward(self: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, *spatial)`` to ``(B, O, *spatial)``."""
+        weight = self.weight.flatten(1).expand(len(x), -1, -1)
+        flat = x.flatten(2)
+        mixed = torch.bmm(weight, flat) if self.bias is None else torch.baddbmm(self.bias[:, None], weight, flat)
+        return mixed.unflatten(2, x.shape[2:])
+
+
+class PointwiseConv2d(_Pointwise, nn.Conv2d):
+    """``nn.Conv2d`` of kernel size and stride 1, as a matrix product."""
+
+
+class PointwiseConv3d(_Pointwise, nn.Conv3d):
+    """``nn.Conv3d`` of kernel size and stride 1, as a matrix product."""
+
+
+def pointwise(conv_op: type[nn.Module]) -> type[nn.Module]:
+    """Return the class to use for ``nn.Conv2d`` or ``nn.Conv3d`` where kernel size and stride are 1."""
+    return {nn.Conv2d: PointwiseConv2d, nn.Conv3d: PointwiseConv3d}[conv_op]
+
+
+def make_pointwise(conv: nn.Module) -> None:
+    """Turn an ``nn.Conv2d`` or ``nn.Conv3d`` of kernel size and stride 1 into a matrix product, in place.
+
+    Raises:
+        ValueError: it is another convolution.
+    """
+    if {*conv.kernel_size, *conv.stride} != {1} or conv.groups != 1 or any(conv.padding):
+        raise ValueError(f"Not a 1x1 convolution: {conv}.")
+    conv.__class__ = pointwise(type(conv))
