@@ -1,7 +1,7 @@
 """What each fusion design costs, and what MGML adds: parameters, FLOPs, time, peak memory. Writes docs/costs.md.
 
-    python benchmarks/cost.py                      # every design, 40^3 patches, on the CPU
-    python benchmarks/cost.py --designs concat region_aware --patch 64 --device cuda
+    python benchmarks/cost.py                      # every design, the paper's plan (80^3 patches, batch 1), on the CPU
+    python benchmarks/cost.py --designs concat region_aware --patch 128 --stages 6 --batch 2 --device cuda
     python benchmarks/cost.py --plan nnUNet_preprocessed/Dataset137_BraTS2021/nnUNetPlans.json --device cuda
 
 Every measurement runs in a process of its own, so that peak memory is that of one setting. Within a process the two
@@ -63,11 +63,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--designs", nargs="+", default=list(DESIGNS), choices=DESIGNS, metavar="DESIGN",
                         help=f"rows of the table: {', '.join(DESIGNS)}")
-    parser.add_argument("--patch", type=int, default=40, help="edge of the cubic patch, voxels")
-    parser.add_argument("--batch", type=int, default=2, choices=(1, 2), help="samples of a training step")
-    parser.add_argument("--stages", type=int, default=4, help="resolution stages of the U-Net")
+    parser.add_argument("--patch", type=int, default=80, help="edge of the cubic patch, voxels")
+    parser.add_argument("--batch", type=int, default=1, choices=(1, 2), help="samples of a training step")
+    parser.add_argument("--stages", type=int, default=5, help="resolution stages of the U-Net")
     parser.add_argument("--width_factor", type=float, default=0.5, help="of nnU-Net's widths 32, 64, 128, ...")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions; the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--plan", type=Path, help="plans file to take patch, stages and widths of 3d_fullres from")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "costs.md")
