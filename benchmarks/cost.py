@@ -71,7 +71,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--plan", type=Path, help="plans file to take patch, stages and widths of 3d_fullres from")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "costs.md")
-    parser.add_argument("--again", action="store_true", help="do not use what earlier runs measured")
+    parser.add_argument("--again", nargs="*", choices=WORKERS, metavar="WHAT",
+                        help=f"measure anew what earlier runs measured: everything, or {', '.join(WORKERS)}")
     parser.add_argument("--worker", nargs=2, metavar=("DESIGN", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -84,8 +85,9 @@ def main() -> None:
                                                 args.repeats, "torch", torch.__version__))
     for design in args.designs:
         key = f"{design} {setting}"
-        if args.again or key not in measured:
-            measured[key] = {what: run_worker(design, what) for what in WORKERS}
+        todo = WORKERS if key not in measured or args.again == [] else args.again or ()
+        if todo:
+            measured[key] = {**measured.get(key, {}), **{what: run_worker(design, what) for what in todo}}
             write_json(RESULTS, measured)
         rows[design] = measured[key]
         print(design, json.dumps(rows[design]), flush=True)

@@ -20,6 +20,19 @@ def test_moments_are_those_of_the_present_modalities() -> None:
             assert variance.abs().max() == 0
 
 
+def test_moments_of_every_subset_from_shared_sums() -> None:
+    """One sample, all masks at once, also beside a large mean; never negative."""
+    features = torch.randn(1, 4, 3, 5, 2, generator=torch.Generator().manual_seed(0)) + 1000
+    subsets = torch.tensor(all_subsets(4))
+    shared = build_fusion("hemis", make_spec(modalities=4)).share([features])[0]
+    means, variances = shared.moments(subsets)
+    for subset, mean, variance in zip(subsets, means, variances, strict=True):
+        present = features[:, subset].double().numpy()[0]
+        np.testing.assert_allclose(mean.numpy(), present.mean(0), atol=1e-3)
+        np.testing.assert_allclose(variance.numpy(), present.var(0, ddof=0), atol=1e-4)
+        assert (variance >= 0).all()
+
+
 def test_variance_in_half_precision() -> None:
     """Computed in float32: neither lost beside a large mean nor infinite where it leaves the float16 range."""
     features = torch.tensor([1000.0, 1001.0]).reshape(1, 2, 1, 1, 1, 1).to(torch.float16)

@@ -59,3 +59,5 @@ def test_sum_over_present_modalities(samples: int) -> None:
     parts = torch.randn(samples, 3, 2, 4, 5, dtype=torch.float64)
     expected = torch.stack([parts[min(b, samples - 1)][MASKS[b]].sum(0) for b in range(3)])
     torch.testing.assert_close(sum_present(parts, MASKS), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sum_present(parts.float(), MASKS).dtype == torch.float32

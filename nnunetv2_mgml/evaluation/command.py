@@ -82,7 +82,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--cpu_bfloat16", action="store_true", help="with -device cpu: bfloat16 where the CPU has it")
     model.add_argument("--shared_preprocessing", action="store_true",
                        help="crop and normalise once from all modalities; faster where every modality has zeros of its "
-                            "own, but no longer to the voxel what prediction from a subset gives (docs/evaluation.md)")
+                            "own, but no longer what prediction from a subset gives (docs/evaluation.md)")
     model.add_argument("-npp", type=int, default=1, metavar="N", help="processes that preprocess; 0: only this one")
     model.add_argument("-nps", type=int, default=2, metavar="N", help="processes that write label maps; 0: this one")
     model.add_argument("--write_subset_report", action="store_true",

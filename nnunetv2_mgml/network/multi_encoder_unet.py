@@ -90,7 +90,7 @@ class MultiEncoderUNet(nn.Module):
         outputs = self.decoder(features, mask, self.fusion).outputs
         return outputs if self.decoder.deep_supervision else outputs[0]
 
-    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2 ** 18
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2 ** 19
                        ) -> torch.Tensor:
         """Fuse and decode every sample for every subset.
 

@@ -229,7 +229,7 @@ def masked(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over the present modalities, ``(B, ...)``, without a copy of the parts.
+    """Sum over the present modalities, ``(B, ...)`` in the dtype of the parts, without a copy of them.
 
     Args:
         parts: ``(B, M, ...)``, or ``(1, M, ...)``: one sample for all masks.
@@ -237,7 +237,8 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     flat = parts.flatten(2)
     weights = mask.to(parts.dtype)
-    total = weights @ flat[0] if len(parts) == 1 else torch.bmm(weights[:, None], flat)[:, 0]
+    with torch.autocast(parts.device.type, enabled=False):
+        total = weights @ flat[0] if len(parts) == 1 else torch.bmm(weights[:, None], flat)[:, 0]
     return total.unflatten(1, parts.shape[2:])
 
 

@@ -5,12 +5,13 @@ Population variance (divided by n), so one modality alone gives zero. A 1x1 conv
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register, sum_present
+from nnunetv2_mgml.network.pointwise import pointwise
 
 _MAX_VARIANCE = 1e4
 """A variance squares the features; far beyond this (features of +-100) float16 overflows after the convolution."""
@@ -31,6 +32,23 @@ def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     return mean, deviation.square().sum(1) / count
 
 
+class Centred(NamedTuple):
+    """What the moments of every subset can be read from, float32: sums of squares lose less near zero."""
+
+    centre: torch.Tensor
+    """Mean over all modalities, ``(B, C, *spatial)``."""
+    deviation: torch.Tensor
+    """From the centre, ``(B, M, C, *spatial)``."""
+    square: torch.Tensor
+    """Of the deviation."""
+
+    def moments(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `moments` does for a mask ``(B, M)``, of the same batch or for one sample and all masks."""
+        count = mask.sum(1).reshape(-1, *[1] * (self.centre.ndim - 1))
+        shift = sum_present(self.deviation, mask) / count
+        return self.centre + shift, (sum_present(self.square, mask) / count - shift.square()).clamp(min=0)
+
+
 @register
 class HemisFusion(FusionDesign):
     """First two moments at every scale, then a 1x1 convolution ``2C -> C``."""
@@ -41,11 +59,17 @@ class HemisFusion(FusionDesign):
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
-        self.scales = nn.ModuleList(spec.conv_op(2 * width, width, 1) for width in spec.channels)
+        self.scales = nn.ModuleList(pointwise(spec.conv_op)(2 * width, width, 1) for width in spec.channels)
+
+    def share(self, features: list[torch.Tensor]) -> list[Centred]:
+        """See `FusionDesign.share`."""
+        centres = [f.float().mean(1) for f in features]
+        deviations = [f - centre[:, None] for f, centre in zip(features, centres, strict=True)]
+        return [Centred(c, d, d.square()) for c, d in zip(centres, deviations, strict=True)]
 
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
-        mean, variance = moments(features, mask)
+        mean, variance = moments(features, mask) if state is None else state[scale].moments(mask)
         stacked = torch.cat((mean, variance.clamp(max=_MAX_VARIANCE)), 1).to(features.dtype)
         return FusedScale(self.scales[scale](stacked))
