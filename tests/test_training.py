@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import pytest
 import torch
 from builders import BRATS_JSON, configuration, make_trainer, plans, write_dataset
 from fusion_cases import own_designs
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from training_cases import synthetic_batch
 
-from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
 from nnunetv2_mgml.training.base import zero_absent
 from nnunetv2_mgml.training.subset_validation import validate_subsets
-from nnunetv2_mgml.training.training_log import LOG_NAME, TrainingLog, read_log
+from nnunetv2_mgml.training.training_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_baseline,
     nnUNetTrainerMGML_fixedSoftLabels,
@@ -30,28 +28,6 @@ VARIANTS = (nnUNetTrainerMGML, nnUNetTrainerMGML_baseline, nnUNetTrainerMGML_fix
             nnUNetTrainerMGML_noConsistency, nnUNetTrainerMGML_noMetaAMF)
 LABELS_JSON: dict[str, Any] = {**BRATS_JSON, "labels": {"background": 0, "edema": 1, "core": 2, "enhancing": 3}}
 LABELS_JSON.pop("regions_class_order")
-
-
-def synthetic_batch(trainer: Any, spatial: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """A batch as our loader yields it, targets at the resolutions of deep supervision."""
-    gen = torch.Generator().manual_seed(0)
-    spatial = spatial or tuple(trainer.configuration_manager.patch_size)
-    labels = torch.randint(0, 4, (2, 1, *spatial), generator=gen)
-    if trainer.label_manager.has_ignore_label:
-        labels[:, :, :2] = trainer.label_manager.ignore_label
-    target = labels
-    if trainer.label_manager.has_regions:
-        regions = list(trainer.label_manager.foreground_regions)
-        if trainer.label_manager.has_ignore_label:
-            regions.append(trainer.label_manager.ignore_label)
-        target = torch.cat([torch.isin(labels, torch.tensor(r)) for r in regions], 1)
-    scales = trainer._get_deep_supervision_scales()
-    targets = [target[(..., *[slice(None, None, round(1 / f)) for f in scale])] for scale in scales]
-    count = trainer.num_input_channels
-    return {"data": torch.randn(2, count, *spatial, generator=gen), "target": targets,
-            "available": torch.ones(2, trainer.num_modalities, dtype=torch.bool),
-            "modality_mask": torch.tensor([[True, False, True, True], [False, True, False, False]]),
-            "keys": ["a", "b"]}
 
 
 def test_a_run_writes_what_a_user_looks_for(nnunet_folders: Path) -> None:
@@ -70,78 +46,6 @@ def test_a_run_writes_what_a_user_looks_for(nnunet_folders: Path) -> None:
     assert needed <= set(rows[-1])
     assert all(np.isfinite(row[name]) for row in rows for name in ("train_total", "train_soft_label", "w_f", "beta"))
     assert "1 of 2 training cases are incomplete" in Path(trainer.log_file).read_text()
-
-
-def test_inference_rebuilds_the_network_from_the_folder_alone(nnunet_folders: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1, "fusion": "mean"})
-    trainer.run_training()
-    saved = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
-    assert MGMLConfig.from_plans(saved) == trainer.config
-    monkeypatch.delenv("nnUNet_preprocessed")
-    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parents[1] / "nnunetv2_mgml" / "ext"))
-    predictor = nnUNetPredictor(device=torch.device("cpu"))
-    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
-    x = torch.randn(1, 4, 16, 16, 16)
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    with torch.no_grad():
-        assert torch.equal(predictor.network.eval()(x), trainer.network(x))
-
-
-def test_checkpoint_keeps_training_state_apart(nnunet_folders: Path) -> None:
-    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1})
-    trainer.run_training()
-    checkpoint = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
-    assert set(checkpoint["network_weights"]) == set(trainer.network.state_dict())
-    assert sum(v.numel() for v in checkpoint["mgml"]["meta_network"].values()) == \
-        sum(p.numel() for p in trainer.meta_network.parameters())
-    assert sum(p.numel() for p in trainer.meta_network.parameters()) < 3000
-
-
-def test_resume_equals_an_uninterrupted_run(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans_dict = write_dataset(nnunet_folders)
-    whole = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1})
-    whole.run_training()
-    log = [list(row.values()) for row in read_log(Path(whole.output_folder) / LOG_NAME)]
-    monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
-
-    class InterruptedRunError(RuntimeError):
-        pass
-
-    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1})
-    epoch_end = first.on_epoch_end
-
-    def interrupt() -> None:
-        epoch_end()
-        if first.current_epoch == 2:
-            raise InterruptedRunError
-
-    monkeypatch.setattr(first, "on_epoch_end", interrupt)
-    with pytest.raises(InterruptedRunError):
-        first.run_training()
-    second = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1}, resume=True)
-    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-    assert second.current_epoch == 2
-    second.run_training()
-    for ours, theirs in ((second.network, whole.network), (second.meta_network, whole.meta_network)):
-        for name, value in theirs.state_dict().items():
-            assert torch.equal(ours.state_dict()[name], value), name
-    names = list(read_log(Path(second.output_folder) / LOG_NAME)[0])
-    seconds = names.index("seconds")
-    again = [list(row.values()) for row in read_log(Path(second.output_folder) / LOG_NAME)]
-    for row, expected in zip(again, log, strict=True):
-        del row[seconds], expected[seconds]
-        assert row == expected
-
-
-def test_resume_with_another_soft_label_is_refused(nnunet_folders: Path) -> None:
-    plans_dict = write_dataset(nnunet_folders)
-    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1})
-    first.run_training()
-    other = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "soft_label": "mean"})
-    with pytest.raises(ValueError, match="soft_label=meta_amf"):
-        other.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
 
 
 @pytest.mark.parametrize("cls", VARIANTS)
@@ -286,24 +190,6 @@ def test_nnunets_own_names_are_options(nnunet_folders: Path) -> None:
     assert (stock.num_epochs, stock.num_iterations_per_epoch, stock.initial_lr) == (1000, 250, 0.01)
 
 
-def test_another_fold_of_another_network_is_refused(nnunet_folders: Path) -> None:
-    """plans.json is shared by the folds: overwriting it would make the earlier fold unloadable."""
-    plans_dict = write_dataset(nnunet_folders)
-    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1})
-    first.run_training()
-    saved = (Path(first.output_folder_base) / "plans.json").read_text()
-    other = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "fusion": "mean", "width_factor": 0.5})
-    other.output_folder = str(Path(other.output_folder_base) / "fold_1")
-    with pytest.raises(ValueError, match=r"fusion was 'concat', is now 'mean'; width_factor .*--plans_name"):
-        other.on_train_start()
-    assert (Path(first.output_folder_base) / "plans.json").read_text() == saved
-    with pytest.raises(ValueError, match=r"trained with another network: fusion was 'concat'"):
-        other.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
-    longer = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "consistency_weight": 0.5})
-    longer.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
-    assert longer.current_epoch == 1
-
-
 def test_both_optimisers_under_one_gradient_scaler(nnunet_folders: Path) -> None:
     """A finite step moves network and MetaNetwork; a step with infinite gradients moves neither."""
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders))
@@ -334,23 +220,6 @@ def test_no_table_over_subsets_without_raw_images_and_why(nnunet_folders: Path) 
     assert "fold 'all'" in validate_subsets(trainer, "checkpoint_final.pth")
 
 
-def test_a_retrained_fold_does_not_keep_the_old_report(nnunet_folders: Path) -> None:
-    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1,
-                                                                              "validate_subsets": False})
-    trainer.run_training()
-    report = Path(trainer.output_folder_base) / "subset_report.json"
-    status = (Path(trainer.output_folder) / "checkpoint_final.pth").stat()
-    content = {"folds": ["0"], "checkpoint": "checkpoint_final.pth", "subsets": {}, "channels": [],
-               "checkpoint_size_and_time_ns": [[status.st_size, status.st_mtime_ns]]}
-    report.write_text(json.dumps(content))
-    trainer.perform_actual_validation()
-    assert report.is_file()
-    report.write_text(json.dumps({**content, "checkpoint_size_and_time_ns": [[1, 2]]}))
-    trainer.perform_actual_validation()
-    assert not report.exists()
-    assert "Deleted subset_report.json" in Path(trainer.log_file).read_text()
-
-
 def test_warm_up_is_linear(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 20})
     ramps = []
@@ -358,17 +227,3 @@ def test_warm_up_is_linear(nnunet_folders: Path) -> None:
         trainer.current_epoch, trainer._steps_in_epoch = epoch, step
         ramps.append(trainer.ramp)
     assert ramps == [0.0, 0.25, 0.5, 1.0, 1.0]
-
-
-def test_log_is_rewritten_whole_and_resumes(tmp_path: Path) -> None:
-    log = TrainingLog(tmp_path)
-    for epoch in range(3):
-        log.add({"a": 1.0})
-        log.add({"a": 3.0})
-        log.end_epoch({"epoch": epoch, **log.means()})
-    log.end_epoch({"epoch": 3, "b": 5.0})
-    resumed = TrainingLog(tmp_path)
-    resumed.resume(2)
-    assert resumed.rows == [{"epoch": 0, "a": 2.0}, {"epoch": 1, "a": 2.0}]
-    with open(tmp_path / LOG_NAME) as file:
-        assert next(csv.reader(file)) == ["epoch", "a", "b"]

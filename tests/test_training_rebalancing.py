@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from builders import BRATS_JSON, make_trainer, network, plans, write_dataset
-from test_training import synthetic_batch
 from torch import distributed as dist
+from training_cases import synthetic_batch
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.fusion import fusion_designs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def change_cells(change: Difference | None) -> list[str]:
 
 
 def mean_cells(results: Sequence[Result]) -> list[str]:
-    """Return mean with spread, then the regions."""
+    """Return mean with spread, the regions, and the number of seeds."""
     values = statistics(results)
     spread = "" if values["sd"] != values["sd"] else f" ± {values['sd']:.2f}"
     return [f"{values['mean']:.2f}{spread}", *(f"{values[region]:.2f}" for region in REGIONS), str(values["seeds"])]
@@ -170,17 +171,20 @@ _SENSITIVITY: tuple[tuple[str, str, dict[str, float], str], ...] = (
 
 
 def _sensitivity(results: Sequence[Result]) -> str:
-    parts = ["## Sensitivity\n\nOne seed. *One modality*: mean over the four subsets of one modality. *Paper*: mean of "
-             "WT, TC and ET in Tables 5 and 6. The weight of the loss on the complete view is not the paper's; at 0 "
-             "it is `mgml_paper_terms`.\n"]
+    parts = ["## Sensitivity\n\nThe rows of a table have the same seeds. *One modality*: mean over the four subsets of "
+             "one modality. *Paper*: mean of WT, TC and ET in Tables 5 and 6. The weight of the loss on the complete "
+             "view is not the paper's; at 0 it is `mgml_paper_terms`.\n"]
     for title, variant, known, option in _SENSITIVITY:
-        rows = {_value(r, option): r for r in select(results, "main") if not r.run.seed
-                and r.run.variant in (variant, "mgml_paper_terms")}
-        rows |= {_value(r, option): r for r in select(results, option)}
-        parts.append(table([title, "mean", *REGIONS, "one modality", "paper"],
-                           ([f"{value:g}", *mean_cells([r])[:4], f"{_one_modality(r):.2f}",
+        found = defaultdict(dict)
+        defaults = [r for r in select(results, "main") if r.run.variant in (variant, "mgml_paper_terms")]
+        for result in (*defaults, *select(results, option)):
+            found[_value(result, option)][result.run.seed] = result
+        seeds = set.intersection(*(set(by_seed) for by_seed in found.values())) if found else set()
+        rows = {value: [by_seed[seed] for seed in sorted(seeds)] for value, by_seed in found.items()} if seeds else {}
+        parts.append(table([title, "mean", *REGIONS, "seeds", "one modality", "paper"],
+                           ([f"{value:g}", *mean_cells(chosen), f"{np.mean([_one_modality(r) for r in chosen]):.2f}",
                              f"{known[f'{value:g}']:.2f}" if f"{value:g}" in known else "-"]
-                            for value, r in sorted(rows.items()))))
+                            for value, chosen in sorted(rows.items()))))
     return "\n".join(parts)
 
 
