@@ -149,6 +149,16 @@ def test_subsets_with_one_mask_share_their_preprocessing(model, images):
     assert len(shared["groups"]) == 1
 
 
+def test_shared_preprocessing_does_not_depend_on_the_subsets_left_to_do(model, images):
+    case = Case("b", {c: str(images / f"b_{c:04d}.nii.gz") for c in range(4)})
+    subset = (True, False, False, False)
+    [whole] = prepare_subset_groups(case, SUBSETS, subset_predictor(model).model, shared=True)["groups"]
+    [rest] = prepare_subset_groups(case, [subset], subset_predictor(model).model, shared=True)["groups"]
+    assert (rest.subsets, rest.channels) == ([subset], [0])
+    np.testing.assert_array_equal(rest.data, whole.data[:1])
+    assert str(rest.properties) == str(whole.properties)
+
+
 def test_shared_preprocessing_is_exact_only_where_the_masks_agree(model, images, labels, tmp_path):
     names = ("t1", "t1ce+flair")
     assert evaluate(model, images, labels, tmp_path / "exact", "--subsets", *names, "all") == 0
@@ -285,3 +295,15 @@ def test_constant_modality_counts_as_absent(model, images, labels, tmp_path, cap
     write_image(images / "a_0002.nii.gz", np.zeros(SHAPE, dtype=np.int16))
     assert evaluate(model, images, labels, tmp_path / "out", "--subsets", "t1", "t2") == 2
     assert "Case a: a modality is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_modality_that_normalisation_empties_is_lacking_as_in_prediction(model, images, shared):
+    files = {c: str(images / f"a_{c:04d}.nii.gz") for c in range(4)}
+    write_image(Path(files[1]), np.where(image(0, seed=1) > 0, 7, 0).astype(np.int16))
+    item = prepare_subset_groups(Case("a", files), SUBSETS, subset_predictor(model).model, shared)
+    assert item["lacking"] == [s for s in SUBSETS if s[1]]
+    assert [s for g in item["groups"] for s in g.subsets] == [s for s in SUBSETS if not s[1]]
+    assert all(g.channels == [0, 2, 3] for g in item["groups"])
+    alone = prepare_subset_groups(Case("a", {1: files[1]}), SUBSETS[:4], subset_predictor(model).model, shared)
+    assert (alone["groups"], alone["lacking"]) == ([], SUBSETS[:4])

@@ -25,6 +25,7 @@ from inference_cases import (
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_mgml.inference import export
+from nnunetv2_mgml.inference.inputs import CaseError
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 
 CPU = torch.device("cpu")
@@ -183,6 +184,10 @@ def test_the_second_stage_of_a_cascade(tmp_path: Path) -> None:
     assert "previous stage's segmentation" in cascade.failures["b"]
     by_name = cascade.predict_case({"t1": image(0), "flair": image(3)}, spacing=(1, 1, 1), previous_stage=labels)
     np.testing.assert_array_equal(load(tmp_path / "out" / "a.nii.gz"), by_name)
+    for call in (lambda: cascade.predict_case({"t1": image(0)}, spacing=(1, 1, 1)),
+                 lambda: cascade.predict_single_npy_array((image(0), None, None, None), {"spacing": [1.0] * 3})):
+        with pytest.raises(CaseError, match=r"second stage of a cascade .* Give them as previous_stage"):
+            call()
 
 
 def test_worker_processes_write_the_same_files(tmp_path: Path, auto: MGMLPredictor) -> None:

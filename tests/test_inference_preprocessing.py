@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.evaluation.regions import LabelSet
 from nnunetv2_mgml.evaluation.scoring import CasePool, ScoringSettings
-from nnunetv2_mgml.inference.inputs import Case, CaseError
+from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError
 from nnunetv2_mgml.inference.preprocessing import Job, Model, iterate_items, prepare_case, prepare_job
 from nnunetv2_mgml.inference.workers import WorkerDiedError, WorkerPool
 from nnunetv2_mgml.modalities import all_subsets
@@ -106,6 +106,21 @@ def test_a_volume_without_contrast_counts_as_missing_as_it_does_in_training(tmp_
         prepare(model, files, (False, True, False, False))
 
 
+@pytest.mark.parametrize("value", [-1, 1])
+def test_a_placeholder_of_any_value_is_as_good_as_no_file(tmp_path: Path, model: Model, value: int,
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    files = write_case(tmp_path, "p")
+    absent = prepare(model, files, (True, False, True, True))
+    write_image(files[1], np.full(SHAPE, value, dtype=np.int16))
+    item = prepare(model, files)
+    np.testing.assert_array_equal(item["data"], absent["data"])
+    assert str(item["data_properties"]) == str(absent["data_properties"])
+    assert item["availability"] == (True, False, True, True)
+    assert "Case p: t1ce has the same value everywhere and counts as missing (left: t1+t2+flair)." in caplog.text
+    with pytest.raises(EmptyCaseError, match="no modality is left, t1ce has the same value everywhere"):
+        prepare(model, files, (False, True, False, False))
+
+
 def test_cascade_input_is_stacked_as_by_nnunet(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "m", folds=(), cascade=True))
     files = write_case(tmp_path / "in", "p")
@@ -121,6 +136,8 @@ def test_cascade_input_is_stacked_as_by_nnunet(tmp_path: Path) -> None:
         prepare(model, files, previous=tmp_path / "none.nii.gz")
     with pytest.raises(CaseError, match="previous stage's segmentation has shape"):
         prepare(model, files, previous=write_image(tmp_path / "small.nii.gz", labels[1:]))
+    with pytest.raises(CaseError, match=r"second stage of a cascade and needs the labels 3d_lowres predicted for the"):
+        prepare(model, files)
 
 
 def test_a_bad_case_yields_an_error_item_and_the_others_go_on(tmp_path: Path, model: Model) -> None:

@@ -9,7 +9,7 @@ is a group of its own and the encoders run more often.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-from nnunetv2_mgml.inference.inputs import Case, CaseError
-from nnunetv2_mgml.inference.preprocessing import Item, Model, preprocess_volumes
+from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError
+from nnunetv2_mgml.inference.preprocessing import Item, Model, preprocess_volumes, varying
 from nnunetv2_mgml.inference.reading import read_case
 from nnunetv2_mgml.modalities import Subset
 
@@ -49,11 +49,11 @@ def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, s
         case: its files.
         subsets: the subsets wanted.
         model: the model.
-        shared: crop and normalise once from all modalities that exist, whatever the masks.
+        shared: crop and normalise once from all modalities that exist, whatever the masks and ``subsets``.
 
     Returns:
         ``case``, ``ofile`` (None), ``groups`` (list of `SubsetGroup`) and ``lacking``: subsets the case cannot be
-        evaluated on, because a file is absent or a volume has one value everywhere.
+        evaluated on, because a file is absent or a volume has one value everywhere, as it is or once it is normalised.
 
     Raises:
         CaseError: a file that is wrong, or no file at all.
@@ -62,23 +62,40 @@ def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, s
     if problems:
         raise CaseError(f"Case {case.name}: {'; '.join(problems)}.")
     channels = model.channels
-    wanted = [c for c in range(len(channels)) if c in case.files and any(s[c] for s in subsets)]
+    wanted = [c for c in range(len(channels)) if c in case.files and (shared or any(s[c] for s in subsets))]
     if not case.files:
         raise CaseError(f"Case {case.name}: no file for any of {', '.join(channels)}.")
     if not wanted:
         return {"case": case.name, "ofile": None, "groups": [], "lacking": list(subsets)}
     volumes, properties = read_case(case.name, {c: case.files[c] for c in wanted}, channels,
                                     model.plans_manager.image_reader_writer_class())
-    volumes = {c: v for c, v in volumes.items() if np.any(v != v.flat[0])}
-    possible = [s for s in subsets if all(c in volumes for c, present in enumerate(s) if present)]
+    volumes = varying(volumes)
     groups = []
-    for members in _group(possible, volumes, model, shared):
-        used = [c for c in volumes if shared or any(s[c] for s in members)]
-        item = preprocess_volumes(case.name, {c: volumes[c] for c in used}, copy.deepcopy(properties), None, None,
-                                  model)
-        kept = [c for c in used if any(s[c] for s in members)]
-        groups.append(SubsetGroup(members, kept, item["data"][kept], item["data_properties"]))
-    return {"case": case.name, "ofile": None, "groups": groups, "lacking": [s for s in subsets if s not in possible]}
+    for members in _group(_possible(subsets, volumes), volumes, model, shared):
+        used = {c: v for c, v in volumes.items() if shared or any(s[c] for s in members)}
+        group = _preprocess(case.name, members, used, copy.deepcopy(properties), model)
+        if group is not None:
+            groups.append(group)
+    evaluated = {s for group in groups for s in group.subsets}
+    return {"case": case.name, "ofile": None, "groups": groups, "lacking": [s for s in subsets if s not in evaluated]}
+
+
+def _preprocess(name: str, members: Sequence[Subset], volumes: dict[int, np.ndarray], properties: dict[str, Any],
+                model: Model) -> SubsetGroup | None:
+    """Return the group of the members whose modalities still vary once they are normalised; None if there is none."""
+    try:
+        item = preprocess_volumes(name, volumes, properties, None, None, model)
+    except EmptyCaseError:
+        return None
+    there = {c for c in volumes if item["availability"][c]}
+    members = _possible(members, there)
+    kept = sorted(c for c in there if any(s[c] for s in members))
+    return SubsetGroup(members, kept, item["data"][kept], item["data_properties"]) if members else None
+
+
+def _possible(subsets: Sequence[Subset], channels: Container[int]) -> list[Subset]:
+    """Return the subsets that need no other channels than these."""
+    return [s for s in subsets if all(c in channels for c, present in enumerate(s) if present)]
 
 
 def _group(subsets: Sequence[Subset], volumes: dict[int, np.ndarray], model: Model, shared: bool

@@ -27,6 +27,10 @@ class CaseError(ValueError):
     """Something is wrong with one case; the others are not affected."""
 
 
+class EmptyCaseError(CaseError):
+    """Every volume of a case has one value everywhere."""
+
+
 @dataclass(frozen=True)
 class Case:
     """The input files of one case."""

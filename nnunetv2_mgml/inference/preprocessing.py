@@ -1,8 +1,8 @@
 """Preprocess cases of which some modalities are absent, with nnU-Net's own reader and preprocessor.
 
-Only present files are read. An absent channel enters nnU-Net's preprocessing as an empty volume on the grid of the
-present ones, so the crop box and the z-score mask come from present modalities only, and is set to zero again
-afterwards (a normalisation such as CTNormalization moves zero elsewhere).
+Only present files are read, and one with a single value everywhere counts as absent. An absent channel enters nnU-Net's
+preprocessing as an empty volume on the grid of the present ones, so the crop box and the z-score mask come from present
+modalities only, and is set to zero again afterwards (a normalisation such as CTNormalization moves zero elsewhere).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mgml.dataloading.availability import present_channels
-from nnunetv2_mgml.inference.inputs import Case, CaseError, resolve
+from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError, resolve
 from nnunetv2_mgml.inference.reading import read_case, read_file
 from nnunetv2_mgml.inference.workers import WorkerDiedError, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
@@ -151,17 +151,23 @@ def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties:
         model: the model.
 
     Raises:
-        CaseError: the previous stage has another shape, or every volume is empty.
+        CaseError: the previous stage has another shape, or is needed and not given.
+        EmptyCaseError: every volume is empty.
     """
+    stage = model.configuration_manager.previous_stage_name
+    if stage is not None and previous is None:
+        raise CaseError(f"Case {name}: this model is the second stage of a cascade and needs the labels {stage} "
+                        f"predicted for the case. Give them as previous_stage (-prev_stage_predictions).")
     shape = np.shape(next(iter(volumes.values())))
     if previous is not None and previous.shape[1:] != shape:
         raise CaseError(f"Case {name}: the previous stage's segmentation has shape {previous.shape[1:]}, the images "
                         f"have {shape}.")
     channels = model.channels
-    if not any(np.any(volume) for volume in volumes.values()):  # nnU-Net would normalise by the mean of no voxel
+    filled = varying(volumes)
+    if not filled:  # nnU-Net would normalise by the mean of no voxel
         raise _nothing_left(name, volumes, channels)
     stacked = np.zeros((len(channels), *shape), dtype=np.float32)
-    for channel, volume in volumes.items():
+    for channel, volume in filled.items():
         stacked[channel] = volume
     preprocessor = model.configuration_manager.preprocessor_class(verbose=model.verbose)
     data, seg, properties = preprocessor.run_case_npy(stacked, previous, properties, model.plans_manager,
@@ -177,6 +183,15 @@ def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties:
             "ofile": ofile, "availability": present, "files": {}}
 
 
+def varying(volumes: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Return the ``(z, y, x)`` volumes that do not have one value everywhere.
+
+    A placeholder for an absent modality may hold any value; one that is not zero would extend crop box and z-score of
+    the others to the whole image.
+    """
+    return {channel: volume for channel, volume in volumes.items() if np.any(volume != volume.flat[0])}
+
+
 def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> Subset:
     """Drop modalities that are empty volumes: training counts those as absent as well (dataloading/availability.py)."""
     filled = present_channels(data, len(channels))
@@ -190,7 +205,7 @@ def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], c
     return present
 
 
-def _nothing_left(name: str, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> CaseError:
+def _nothing_left(name: str, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> EmptyCaseError:
     empty = ", ".join(channels[c] for c in sorted(volumes))
-    return CaseError(f"Case {name}: no modality is left, {empty} {'has' if len(volumes) == 1 else 'have'} the same "
-                     f"value everywhere.")
+    verb = "has" if len(volumes) == 1 else "have"
+    return EmptyCaseError(f"Case {name}: no modality is left, {empty} {verb} the same value everywhere.")
