@@ -74,16 +74,14 @@ def run(args: argparse.Namespace) -> int:
     if args.preset == "paper" and "patch_size" not in wanted:
         _check_paper_patch(source, configurations)
     changes = {**PRESETS.get(args.preset, {}), **wanted}
-    if args.plans_name == args.p and PLANS_KEY not in source:
-        raise ValueError(f"--plans_name {args.plans_name} would overwrite nnU-Net's own plans; choose another name.")
+    target = folder / f"{args.plans_name}.json"
+    replaced = _plans_to_replace(target)
     channels = channel_names(_read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess"))
     if args.preset == "nnunet" and PLANS_KEY in source:
         stock = _read_json(folder / f"{source[PLANS_KEY].get(STOCK_KEY, _STOCK_PLANS)}.json",
                            "nnUNetv2_plan_and_preprocess")
         source = with_stock_sizes(source, stock, configurations)
     plans = make_plans(source, changes, configurations, args.plans_name, channels)
-    target = folder / f"{args.plans_name}.json"
-    replaced = MGMLConfig.from_plans(_read_json(target, "mgml plan")).as_dict() if target.is_file() else None
     write_json(target, plans, indent=4)
     print(f"{'Replaced' if replaced else 'Wrote'} {target}")
     for key, value in plans[PLANS_KEY]["config"].items():
@@ -179,6 +177,17 @@ def dataset_folder(dataset: str) -> Path:
     present = ", ".join(sorted(path.name for path in Path(root).glob("Dataset*"))) or "none"
     raise FileNotFoundError(f"There is no dataset {dataset} in {root} (datasets there: {present}). Run "
                             f"nnUNetv2_plan_and_preprocess -d {dataset} first.")
+
+
+def _plans_to_replace(target: Path) -> dict[str, Any] | None:
+    """Return the options of our plans in a file that is to be written, None where there is no file; refuse others'."""
+    if not target.is_file():
+        return None
+    content = _read_json(target, "mgml plan")
+    if not isinstance(content, dict) or PLANS_KEY not in content:
+        raise ValueError(f"--plans_name {target.stem} would overwrite {target}, which is not from mgml plan (nnU-Net's "
+                         f"own plans, for instance). Choose a name that is not taken, such as {target.stem}_MGML.")
+    return MGMLConfig.from_plans(content).as_dict()
 
 
 def _check_paper_patch(source: dict[str, Any], configurations: Sequence[str]) -> None:

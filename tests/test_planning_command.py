@@ -145,13 +145,29 @@ def test_written_plans_build_the_network(folder):
     (["-d", "9"], FileNotFoundError, f"no dataset 9 .*{DATASET}.*nnUNetv2_plan_and_preprocess -d 9 first"),
     (["-d", "137", "-p", "Other"], FileNotFoundError, "Other.json .*nnUNetPlans.*nnUNetv2_plan_and_preprocess first"),
     (["-d", "137", "-c", "3d_lowres"], ValueError, "no configuration 3d_lowres. Allowed: 2d, 3d_fullres"),
-    (["-d", "137", "--plans_name", "nnUNetPlans"], ValueError, "would overwrite nnU-Net's own plans"),
+    (["-d", "137", "--plans_name", "nnUNetPlans"], ValueError,
+     r"nnUNetPlans would overwrite .*nnUNetPlans\.json.*nnU-Net's own plans.*such as nnUNetPlans_MGML"),
     (["-d", "137", "--set", "seed"], ValueError, "key=value"),
 ])
 def test_command_errors(folder, arguments, kind, message):
     with pytest.raises(kind, match=message):
         planning.run(parse(*arguments))
     assert not (folder / "nnUNetMGMLPlans.json").exists()
+
+
+@pytest.mark.parametrize("source", ["nnUNetPlans", "nnUNetMGMLPlans"])
+@pytest.mark.parametrize("name", ["nnUNetPlans", "nnUNetResEncUNetMPlans", "dataset", "dataset_fingerprint",
+                                  "splits_final"])
+def test_files_of_others_are_not_overwritten(folder, source, name):
+    """Whatever the plans start from; only plans that we wrote may be replaced."""
+    shutil.copy(folder / "nnUNetPlans.json", folder / "nnUNetResEncUNetMPlans.json")
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    planning.run(parse("-d", "137"))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"would overwrite .*{name}\.json.*such as {name}_MGML"):
+        planning.run(parse("-d", "137", "-p", source, "--plans_name", name))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert planning.run(parse("-d", "137", "-p", source, "--plans_name", f"{name}_MGML")) == 0
 
 
 def test_ambiguous_dataset_unset_variable_and_broken_file(folder, monkeypatch):

@@ -21,11 +21,12 @@ from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_fixedSoftLabels,
     nnUNetTrainerMGML_noConsistency,
     nnUNetTrainerMGML_noMetaAMF,
+    nnUNetTrainerMGML_paperTerms,
     nnUNetTrainerModalityDropout,
 )
 
 VARIANTS = (nnUNetTrainerMGML, nnUNetTrainerMGML_baseline, nnUNetTrainerMGML_fixedSoftLabels,
-            nnUNetTrainerMGML_noConsistency, nnUNetTrainerMGML_noMetaAMF)
+            nnUNetTrainerMGML_noConsistency, nnUNetTrainerMGML_noMetaAMF, nnUNetTrainerMGML_paperTerms)
 LABELS_JSON: dict[str, Any] = {**BRATS_JSON, "labels": {"background": 0, "edema": 1, "core": 2, "enhancing": 3}}
 LABELS_JSON.pop("regions_class_order")
 
@@ -54,11 +55,15 @@ def test_variants_fix_their_options(cls: type[nnUNetTrainerMGML], nnunet_folders
     trainer.initialize()
     result = trainer.train_step(synthetic_batch(trainer))
     assert np.isfinite(result["loss"])
-    expected = {
-        nnUNetTrainerMGML: (True, True, True), nnUNetTrainerMGML_baseline: (False, False, False),
-        nnUNetTrainerMGML_fixedSoftLabels: (True, False, False),
-        nnUNetTrainerMGML_noConsistency: (True, False, True), nnUNetTrainerMGML_noMetaAMF: (False, True, False)}[cls]
-    assert (trainer.config.uses_soft_label, trainer.config.uses_teacher, trainer.meta_network is not None) == expected
+    expected = {  # soft label, consistency, loss on the complete view, MetaNetwork
+        nnUNetTrainerMGML: (True, True, True, True),
+        nnUNetTrainerMGML_baseline: (False, False, False, False),
+        nnUNetTrainerMGML_fixedSoftLabels: (True, False, False, False),
+        nnUNetTrainerMGML_noConsistency: (True, False, False, True),
+        nnUNetTrainerMGML_noMetaAMF: (False, True, False, False),
+        nnUNetTrainerMGML_paperTerms: (True, True, False, True)}[cls]
+    assert (trainer.config.uses_soft_label, trainer.config.uses_teacher, trainer.config.supervises_teacher,
+            trainer.meta_network is not None) == expected
 
 
 def test_every_fusion_design_has_a_baseline_and_an_mgml_trainer() -> None:
@@ -218,6 +223,28 @@ def test_no_table_over_subsets_without_raw_images_and_why(nnunet_folders: Path) 
     assert "no checkpoint" in validate_subsets(trainer, None)
     trainer.fold = "all"
     assert "fold 'all'" in validate_subsets(trainer, "checkpoint_final.pth")
+
+
+def test_log_names_labels_in_the_order_of_pseudo_dice(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without regions nnU-Net's pseudo Dice goes by label value, with regions by the order of dataset.json."""
+    labels = {"background": 0, "enhancing": 3, "edema": 1, "core": [2], "ignore": 4}
+    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, {**LABELS_JSON, "labels": labels}),
+                           dataset_json={**LABELS_JSON, "labels": labels})
+    assert trainer.region_names() == ["edema", "core", "enhancing"]
+    trainer.initialize()
+    trainer.network.eval()
+    batch = synthetic_batch(trainer)
+    target = batch["target"][0]
+    only_core = torch.full((2, 4, *target.shape[2:]), -9.0)
+    only_core[:, 2] = 9.0
+    monkeypatch.setattr(trainer.bare_network, "forward", lambda *_, **__: [
+        only_core[..., :t.shape[2], :t.shape[3], :t.shape[4]] for t in batch["target"]])
+    found = trainer.validation_step(batch)["tp_hard"]
+    assert dict(zip(trainer.region_names(), found > 0, strict=True)) == {
+        "edema": False, "core": True, "enhancing": False}
+    regions = {"background": 0, "tumor_core": [2, 3], "whole_tumor": [1, 2, 3], "enhancing_tumor": [3]}
+    other = make_trainer(nnUNetTrainerMGML, plans(), dataset_json={**BRATS_JSON, "labels": regions})
+    assert other.region_names() == ["tumor_core", "whole_tumor", "enhancing_tumor"]
 
 
 def test_warm_up_is_linear(nnunet_folders: Path) -> None:

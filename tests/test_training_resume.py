@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,42 @@ def test_resume_with_another_soft_label_is_refused(nnunet_folders: Path) -> None
     other = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "soft_label": "mean"})
     with pytest.raises(ValueError, match="soft_label=meta_amf"):
         other.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+
+
+@pytest.mark.parametrize(("before", "now"), [("adam", "sgd"), ("sgd", "adam")])
+def test_resume_with_another_optimizer_is_refused_but_not_validation(before: str, now: str,
+                                                                     nnunet_folders: Path) -> None:
+    """nnU-Net's --c loads and trains, its --val only loads and predicts."""
+    plans_dict = write_dataset(nnunet_folders)
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "optimizer": before})
+    first.run_training()
+    files = {path: path.read_bytes() for path in Path(first.output_folder_base).rglob("*.json")}
+    other = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "optimizer": now, "validate_subsets": False},
+                         resume=True)
+    other.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    with pytest.raises(ValueError, match=rf"with optimizer={before}, this trainer has optimizer={now}; use the same"):
+        other.run_training()
+    assert {path: path.read_bytes() for path in Path(first.output_folder_base).rglob("*.json")} == files
+    other.perform_actual_validation()
+    same = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "optimizer": before}, resume=True)
+    same.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    same.run_training()
+    assert same.current_epoch == 2
+
+
+def test_resuming_reads_the_file_into_memory_once(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net does, onto the training's device; what we look up stays on the disk."""
+    plans_dict = write_dataset(nnunet_folders)
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1})
+    first.run_training()
+    second = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2}, resume=True)
+    loads: list[dict[str, Any]] = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **kwargs: (loads.append(kwargs), load(file, **kwargs))[1])
+    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    whole = [kwargs for kwargs in loads if not kwargs.get("mmap")]
+    assert len(loads) > len(whole) == 1
+    assert all(kwargs["map_location"] == "cpu" for kwargs in loads if kwargs.get("mmap"))
 
 
 def test_another_fold_of_another_network_is_refused(nnunet_folders: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,6 +67,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         self.training_log = TrainingLog(self.output_folder)
         self._steps_in_epoch = 0
         self._weights_file: str | None = None
+        self._loaded_optimizer = self.config.optimizer
 
     @classmethod
     def resolve_config(cls, plans: dict[str, Any]) -> MGMLConfig:
@@ -176,7 +178,13 @@ class MissingModalityTrainer(AugmentationTrainer):
 
     # --- the epoch ----------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
-        """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log."""
+        """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log.
+
+        Raises:
+            ValueError: another fold's network differs, or the loaded checkpoint holds the state of another optimizer.
+        """
+        if self._loaded_optimizer != self.config.optimizer:  # not on loading: --val needs the weights only
+            raise ValueError(self.option_mismatch("optimizer", self._loaded_optimizer))
         if self.config.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
             make_deterministic()
         if self.local_rank == 0:
@@ -224,7 +232,10 @@ class MissingModalityTrainer(AugmentationTrainer):
 
     def region_names(self) -> list[str]:
         """Names of the regions, or of the foreground labels, in the order of nnU-Net's pseudo Dice."""
-        names = [name for name in self.dataset_json["labels"] if name not in ("background", "ignore")]
+        labels = self.dataset_json["labels"]
+        names = [name for name in labels if name not in ("background", "ignore")]
+        if not self.label_manager.has_regions:  # by label value; regions keep the order of dataset.json
+            names.sort(key=lambda name: np.max(labels[name]))
         return [name.replace(" ", "_") for name in names]
 
     def _mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
@@ -242,7 +253,7 @@ class MissingModalityTrainer(AugmentationTrainer):
             self._weights_file = filename
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net's loading.
+        """nnU-Net's loading. Another optimizer is no obstacle to ``--val``; `on_train_start` refuses to train with it.
 
         Raises:
             ValueError: the checkpoint is of another network.
@@ -255,7 +266,26 @@ class MissingModalityTrainer(AugmentationTrainer):
                 raise ValueError(f"{filename_or_checkpoint} was trained with another network: "
                                  f"{'; '.join(differences)}. Use the plans it was trained with.")
             self._weights_file = filename_or_checkpoint
-        super().load_checkpoint(filename_or_checkpoint)
+            self._loaded_optimizer = self.resolve_config(stored["init_args"]["plans"]).optimizer
+        if self._loaded_optimizer == self.config.optimizer:
+            super().load_checkpoint(filename_or_checkpoint)
+        else:
+            self._load_all_but_optimizer(filename_or_checkpoint)
+
+    def _load_all_but_optimizer(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's loading where the optimizer is of another kind, whose state does not fit."""
+        if not self.was_initialized:
+            self.initialize()
+        own, self.optimizer = self.optimizer, SimpleNamespace(load_state_dict=lambda _: None)
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        finally:
+            self.optimizer = own
+
+    def option_mismatch(self, option: str, stored: Any) -> str:
+        """Return what to say of a checkpoint whose ``option`` was ``stored`` and that therefore cannot be resumed."""
+        return (f"The checkpoint was trained with {option}={stored}, this trainer has "
+                f"{option}={getattr(self.config, option)}; use the same plans and trainer.")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, then the table over all subsets (``validate_subsets``).

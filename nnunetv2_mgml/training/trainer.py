@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -208,7 +209,7 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         super().load_checkpoint(filename_or_checkpoint)
         checkpoint = filename_or_checkpoint
         if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
         state = checkpoint.get(CHECKPOINT_KEY, {"meta_network": None})
         if (state["meta_network"] is None) != (self.meta_network is None):
             raise ValueError(self._mismatch(checkpoint, "soft_label"))
@@ -218,9 +219,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             self.balance.load_state_dict(state["balance"])
         if self.meta_network is not None and self.meta_optimizer is not None:
             self._bare_meta_network().load_state_dict(state["meta_network"])
-            self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+            # a copy, since on a CPU the optimiser would keep the tensors, and with them the mapped file
+            self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
 
     def _mismatch(self, checkpoint: dict[str, Any], option: str) -> str:
-        stored = getattr(MGMLConfig.from_plans(checkpoint["init_args"]["plans"]), option)
-        return (f"The checkpoint was trained with {option}={stored}, this trainer has "
-                f"{option}={getattr(self.config, option)}; use the same plans and trainer.")
+        return self.option_mismatch(option, getattr(MGMLConfig.from_plans(checkpoint["init_args"]["plans"]), option))
