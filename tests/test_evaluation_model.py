@@ -190,6 +190,25 @@ def test_finished_cases_are_not_predicted_again(model, images, labels, tmp_path,
     assert load_evaluation(out).table.equals(before)
 
 
+def test_a_case_whose_images_changed_is_predicted_again(model, images, labels, tmp_path, caplog):
+    out = tmp_path / "out"
+    names = ("t1", "t2+flair", "flair")
+    assert evaluate(model, images, labels, out, "--subsets", *names) == 0
+    before = {(name, case): load(out / "predictions" / name / f"{case}.nii.gz") for name in names for case in "ab"}
+    write_image(images / "a_0003.nii.gz", image(3, seed=9))
+    assert evaluate(model, images, labels, out, "--subsets", "t1", "t2+flair", "t2") == 0
+    assert not (out / "predictions" / "flair" / "a.nii.gz").exists()  # not asked for now, and outdated
+    for (name, case), old in before.items():
+        if (name, case) != ("flair", "a"):
+            same = np.array_equal(load(out / "predictions" / name / f"{case}.nii.gz"), old)
+            assert same == ((name, case) != ("t2+flair", "a"))
+    assert [record.args[0] for record in caplog.records if "predicted again" in record.message] == ["a"]
+    single = predictor(model, ["t1", "t1ce"])
+    single.predict_from_files_sequential(str(images), str(tmp_path / "single"))
+    np.testing.assert_array_equal(load(out / "predictions" / "t2+flair" / "a.nii.gz"),
+                                  load(tmp_path / "single" / "a.nii.gz"))
+
+
 def test_other_scoring_rules_need_no_new_prediction(model, images, labels, tmp_path, monkeypatch, capsys):
     arguments = (model, images, labels, tmp_path / "out", "--subsets", "all")
     assert evaluate(*arguments) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from evaluation_cases import DATASET_JSON, random_labels, write_labels, write_st
 
 from nnunetv2_mgml.evaluation import scoring
 from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
-from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.output import drop_outdated, open_output
 from nnunetv2_mgml.evaluation.progress import progress_bar
 from nnunetv2_mgml.evaluation.regions import label_set
 from nnunetv2_mgml.evaluation.scoring import score_case
@@ -131,6 +132,30 @@ class TestResuming:
         assert "kept and scored again" in caplog.text
         open_output(tmp_path, fingerprint("nan", 1.0), overwrite=True)
         assert not made[0].exists()
+
+    def test_predictions_are_kept_while_their_images_are_the_same(self, tmp_path):
+        image, made = tmp_path / "a_0000.nii.gz", tmp_path / "predictions" / "t1" / "a.nii.gz"
+        other = made.with_name("b_a.nii.gz")
+
+        def kept(images: dict[int, Path]) -> bool:
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.touch()
+            other.touch()
+            drop_outdated(tmp_path, "a", ".nii.gz", {c: str(path) for c, path in images.items()})
+            assert other.exists()
+            return made.exists()
+
+        image.write_text("1")
+        assert not kept({0: image})  # made from nobody knows what
+        assert kept({0: image})
+        moved = image.rename(tmp_path / "moved.nii.gz")
+        assert kept({0: moved})
+        os.utime(moved, ns=(1, 1))
+        assert not kept({0: moved})
+        assert not kept({0: moved, 1: tmp_path / "gone"})
+        assert kept({0: moved, 1: tmp_path / "gone"})
+        (tmp_path / "predictions" / "a.inputs.json").write_text("{")
+        assert not kept({0: moved})
 
     def test_predictions_of_unknown_origin_are_not_taken_for_the_models(self, tmp_path):
         write_study(tmp_path)

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, finish
-from nnunetv2_mgml.evaluation.output import open_output
+from nnunetv2_mgml.evaluation.output import drop_outdated, open_output
 from nnunetv2_mgml.evaluation.progress import progress_bar
 from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.scoring import CasePool, CaseTask, ScoringSettings, collect
@@ -166,6 +166,7 @@ class _Run:
         """Predict what is not there yet, and hand complete cases to scoring."""
         jobs, references = [], {}
         for labelled in cases:
+            drop_outdated(self.output, labelled.case.name, self.ending, labelled.case.files)
             todo = [s for s in self.subsets if not self._file(s, labelled.case.name).is_file()]
             if not todo:
                 self._submit(labelled.case.name, labelled.reference, self.subsets)

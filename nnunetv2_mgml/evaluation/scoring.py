@@ -15,6 +15,7 @@ import numpy as np
 
 from nnunetv2_mgml.evaluation.files import check_same_geometry, read_label_image
 from nnunetv2_mgml.evaluation.metrics import MaskPair, RegionMask, default_metrics, get_metric
+from nnunetv2_mgml.evaluation.output import file_stamp
 from nnunetv2_mgml.evaluation.policy import get_policy
 from nnunetv2_mgml.evaluation.regions import LabelSet
 from nnunetv2_mgml.files import read_json, write_json
@@ -127,19 +128,14 @@ def _check_labels(labels: np.ndarray, allowed: set[int], path: Path, case: str) 
                          f"2023 writes enhancing tumour as 4)? Convert it first.")
 
 
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
 def _score_and_store(task: CaseTask, settings: ScoringSettings, file: Path) -> Scores:
     """Score the subsets of a case that are not stored yet (or whose files changed) and store the case again."""
     scores = stored_scores(task, file)
     todo = {name: path for name, path in task.predictions.items() if name not in scores}
     if todo:
         scores.update(score_case(CaseTask(task.case, task.reference, todo), settings))
-        stamps = {name: _stamp(task.predictions[name]) for name in scores}
-        write_json(file, {"case": task.case, "reference": _stamp(task.reference), "predictions": stamps,
+        stamps = {name: file_stamp(task.predictions[name]) for name in scores}
+        write_json(file, {"case": task.case, "reference": file_stamp(task.reference), "predictions": stamps,
                           "scores": scores})
     return scores
 
@@ -160,13 +156,13 @@ def stored_scores(task: CaseTask, file: Path) -> Scores:
 
 
 def _unchanged_scores(task: CaseTask, content: dict[str, Any]) -> Scores:
-    if content["reference"] != _stamp(task.reference):
+    if content["reference"] != file_stamp(task.reference):
         return {}
     return {name: {region: {metric: float("nan") if value is None else value for metric, value in metrics.items()}
                    for region, metrics in regions.items()}
             for name, regions in content["scores"].items()
             if name in task.predictions and task.predictions[name].is_file()
-            and content["predictions"][name] == _stamp(task.predictions[name])}
+            and content["predictions"][name] == file_stamp(task.predictions[name])}
 
 
 class CasePool:
