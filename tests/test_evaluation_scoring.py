@@ -86,6 +86,16 @@ def test_other_geometry_names_the_case(tmp_path, change, message):
         score_case(case, ScoringSettings(LABELS))
 
 
+def test_what_prediction_takes_for_one_grid_scoring_does_too(tmp_path):
+    """A header shifted by 0.05 mm: the prediction from that modality alone has its geometry."""
+    shifted = task(tmp_path, random_labels(0), random_labels(0), origin=(0.05, 0.0, 0.05))
+    assert score_case(shifted, ScoringSettings(LABELS))["t1"]["whole tumor"]["dice"] == 1
+    further = task(tmp_path, random_labels(0), random_labels(0), origin=(0.08, 0.0, 0.08))
+    difference = r"origin \(0.08, 0, 0.08\) instead of \(0, 0, 0\) mm \(up to 0.113 mm apart\)"
+    with pytest.raises(ValueError, match=difference):
+        score_case(further, ScoringSettings(LABELS))
+
+
 def test_unknown_labels_name_the_convention(tmp_path):
     case = task(tmp_path, random_labels(0), random_labels(1, highest=4))
     with pytest.raises(ValueError, match=r"Case case: .* holds label 4, .*knows only 0, 1, 2, 3"):

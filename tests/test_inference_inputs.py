@@ -86,6 +86,16 @@ def test_names_take_aliases_commas_and_any_case() -> None:
     assert parse_missing(["auto"], CHANNELS).allowed == (True,) * 4
 
 
+def test_a_name_with_a_blank_is_one_name() -> None:
+    for text in ("T2 FLAIR", " t2 flair "):
+        assert parse_missing(text, CHANNELS).allowed == (True, True, True, False)
+    assert parse_missing(["T2 FLAIR, t1ce"], CHANNELS).allowed == (True, False, True, False)
+    for several in ("t2,flair", "t2+flair", ["t2", "flair"]):
+        assert parse_missing(several, CHANNELS).allowed == (True, True, False, False)
+    wish = parse_missing("auto t1 t1ce", CHANNELS)
+    assert (wish.auto, wish.allowed) == (True, (False, False, True, True))
+
+
 @pytest.mark.parametrize(("missing", "words"), [
     (["dwi"], "Unknown modality 'dwi'"), (["t1", "t1ce", "t2", "flair"], "All modalities"),
     (["auto", "t1", "t1ce", "t2", "flair"], "All modalities"), ([], "at least one"), ([","], "at least one")])

@@ -14,8 +14,9 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_mgml.inference.grid import GRID_TOLERANCE
 from nnunetv2_mgml.inference.inputs import CaseError
-from nnunetv2_mgml.inference.reading import GRID_TOLERANCE, read_case
+from nnunetv2_mgml.inference.reading import read_case
 
 READERS = [SimpleITKIO, NibabelIO, NibabelIOWithReorient]
 

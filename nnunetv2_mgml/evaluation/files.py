@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mgml.files import read_json
 from nnunetv2_mgml.inference.complete import check_complete
-
-_SPACING_TOLERANCE_MM = 1e-3
-_ORIGIN_TOLERANCE_MM = 1e-2
-_DIRECTION_TOLERANCE = 1e-3
+from nnunetv2_mgml.inference.grid import grid_difference
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,12 @@ class LabelImage:
     """mm, in (x, y, z) order."""
     direction: tuple[float, ...]
     path: Path
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """Where it lies, as nnU-Net's SimpleITK reader puts it."""
+        return {"spacing": self.spacing, "sitk_stuff": {"spacing": tuple(reversed(self.spacing)),
+                                                        "origin": self.origin, "direction": self.direction}}
 
 
 def read_image(path: Path) -> sitk.Image:
@@ -96,20 +100,8 @@ def read_label_image(path: Path, case: str) -> LabelImage:
 
 
 def check_same_geometry(reference: LabelImage, other: LabelImage, case: str) -> None:
-    """Raise a ValueError naming the case when two label maps do not lie on the same grid."""
-    problems = []
-    if reference.labels.shape != other.labels.shape:
-        problems.append(f"shape {other.labels.shape} instead of {reference.labels.shape}")
-    else:
-        for what, tolerance in (("spacing", _SPACING_TOLERANCE_MM), ("origin", _ORIGIN_TOLERANCE_MM),
-                                ("direction", _DIRECTION_TOLERANCE)):
-            ours, theirs = getattr(reference, what), getattr(other, what)
-            if not np.allclose(ours, theirs, rtol=0, atol=tolerance):
-                problems.append(f"{what} {_rounded(theirs)} instead of {_rounded(ours)}")
-    if problems:
-        raise ValueError(f"Case {case}: {other.path} does not lie on the grid of {reference.path}: "
-                         f"{'; '.join(problems)}. Bring both to one grid first.")
-
-
-def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(round(float(v), 4) for v in values)
+    """Raise a ValueError naming the case when two label maps do not lie on the same grid, by the rule of prediction."""
+    difference = grid_difference(reference.labels.shape, reference.properties, other.labels.shape, other.properties)
+    if difference:
+        raise ValueError(f"Case {case}: {other.path} does not lie on the grid of {reference.path}: {difference}. Bring "
+                         f"both to one grid first.")

@@ -56,7 +56,8 @@ def parse_missing(missing: str | Sequence[str] | None, channels: Sequence[str]) 
     """Parse what the user said is missing.
 
     Args:
-        missing: modality names (aliases accepted) and/or ``"auto"``; None: nothing may be missing.
+        missing: modality names (aliases accepted) and/or ``"auto"``, several in one text apart by comma or plus, or by
+            blanks where the whole is no name itself (``"T2 FLAIR"`` is one); None: nothing may be missing.
         channels: the model's ``M`` modality names in channel order.
 
     Raises:
@@ -65,7 +66,7 @@ def parse_missing(missing: str | Sequence[str] | None, channels: Sequence[str]) 
     if missing is None:
         return MissingModalities(False, (True,) * len(channels))
     texts = [missing] if isinstance(missing, str) else list(missing)
-    names = [name for text in texts for name in re.split(r"[,+\s]", text) if name]
+    names = [name for text in texts for part in re.split(r"[,+]", text) for name in _names(part, channels)]
     if not names:
         raise ValueError(f"Name at least one missing modality of {', '.join(channels)}, or '{AUTO}'.")
     named = [name for name in names if name.lower() != AUTO]
@@ -75,6 +76,15 @@ def parse_missing(missing: str | Sequence[str] | None, channels: Sequence[str]) 
         except ValueError as error:
             raise ValueError(f"{error} '{AUTO}' goes by the files that exist.") from None
     return MissingModalities(len(named) < len(names), subset_from_missing(named, channels))
+
+
+def _names(text: str, channels: Sequence[str]) -> list[str]:
+    """Return the names in a text without separators: the whole where it is one, else its words."""
+    try:
+        channel_index(text, channels)
+    except ValueError:
+        return text.split()
+    return [text.strip()]
 
 
 def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) -> list[Case]:
