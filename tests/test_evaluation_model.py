@@ -11,6 +11,7 @@ import torch
 from inference_cases import CHANNELS, SHAPE, image, load, predictor, write_case, write_image, write_model
 
 from nnunetv2_mgml import cli
+from nnunetv2_mgml.evaluation.internals import load_model
 from nnunetv2_mgml.evaluation.model_evaluation import _Run
 from nnunetv2_mgml.evaluation.report_command import fold_of_case
 from nnunetv2_mgml.evaluation.results import load_evaluation
@@ -236,6 +237,23 @@ def test_other_settings_are_refused(model, images, labels, tmp_path, capsys):
     assert evaluate(model, images, labels, tmp_path / "out", "--subsets", "all", "-step_size", "1") == 2
     assert "model.tile_step_size was 0.5, is now 1.0" in capsys.readouterr().err
     assert evaluate(model, images, labels, tmp_path / "out", "--subsets", "all", "-step_size", "1", "--overwrite") == 0
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (("-step_size", "0"), "-step_size is a share of the patch, above 0 and at most 1, got 0."),
+    (("-step_size", "1.5"), "above 0 and at most 1, got 1.5."),
+    (("-device", "mps"), "-device mps, but PyTorch finds no Apple GPU. Use -device cpu (slow) or cuda."),
+    (("-device", "cuda"), "-device cuda, but PyTorch finds no CUDA device. Use -device cpu (slow) or mps.")])
+def test_wrong_options_are_found_before_the_model_is_loaded(model, images, labels, tmp_path, capsys, monkeypatch, extra,
+                                                            message):
+    for device in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    monkeypatch.setattr(SubsetPredictor, "initialize_from_trained_model_folder", lambda *_: pytest.fail("loaded"))
+    assert evaluate(model, images, labels, tmp_path / "out", *extra) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="-device mps, but"):
+        load_model(model, 0, "checkpoint_final.pth", "mps")
 
 
 def test_incomplete_case_is_refused_or_left_out(model, images, labels, tmp_path, capsys):

@@ -99,12 +99,20 @@ def test_sequential_parts_are_not_forgotten(command, tmp_path: Path) -> None:
     (["--missing_modalities", "auto", "-f", 4], "no checkpoint_final.pth for fold 4"),
     (["--missing_modalities", "auto", "-d", "901"], "Could not find a dataset with the ID 901"),
     (["--missing_modalities", "auto", "-p", "other"], "No trained model in"),
+    (["--missing_modalities", "auto", "-f", "0", "x"], "error: -f takes fold numbers (0 1 2) or 'all', got x."),
+    (["--missing_modalities", "auto", "-step_size", "0"], "above 0 and at most 1, got 0. The default is 0.5."),
+    (["--missing_modalities", "auto", "-device", "mps"], "error: -device mps, but PyTorch finds no Apple GPU."),
+    (["--missing_modalities", "auto", "-device", "cuda"], "error: -device cuda, but PyTorch finds no CUDA device."),
     (["--missing_modalities", "auto", "-device", "tpu"], "-device must be either cpu, mps or cuda"),
     (["--cpu_bfloat16", "-device", "cuda"], "error: cpu_bfloat16 is for device cpu"),
     (["--missing_modalities"], "expected at least one argument"),
     (["--missing_modalitie", "auto", "--no_such_flag"], "unrecognized arguments: --no_such_flag")])
 def test_user_errors_are_one_line_and_exit_code_2(command, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                  arguments: list[object], words: str) -> None:
+                                                  arguments: list[object], words: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_interop_threads", lambda _: None)  # a process may call it once only
     write_case(tmp_path / "in", "p", [0])
     assert command(*arguments) == 2
     assert words in capsys.readouterr().err

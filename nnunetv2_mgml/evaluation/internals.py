@@ -18,6 +18,7 @@ import torch
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.evaluation.figures.slices import telling_slice
+from nnunetv2_mgml.inference.arguments import check_device
 from nnunetv2_mgml.inference.complete import check_complete
 from nnunetv2_mgml.inference.inputs import Case, CaseError
 from nnunetv2_mgml.inference.model_check import bare
@@ -78,8 +79,9 @@ def load_model(model_folder: Path, fold: int | str, checkpoint: str, device: str
 
     Raises:
         FileNotFoundError: no such model, fold or checkpoint.
-        ValueError: a model whose inside cannot be shown: not ours, 2D, or a cascade's second stage.
+        ValueError: no such device, or a model whose inside cannot be shown: not ours, 2D, or a cascade's second stage.
     """
+    check_device(device)
     predictor = MGMLPredictor(use_mirroring=False, device=torch.device(device), allow_tqdm=False,
                               perform_everything_on_device=device == "cuda", missing_modalities=["auto"])
     predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)

@@ -20,6 +20,7 @@ from nnunetv2_mgml.evaluation.results import Evaluation
 from nnunetv2_mgml.evaluation.sources import choose_subsets, file_ending, find_references, load_dataset_json
 from nnunetv2_mgml.evaluation.subset_predictor import SubsetPredictor
 from nnunetv2_mgml.files import read_json
+from nnunetv2_mgml.inference.arguments import check_device, check_step_size
 from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.model_check import check_model_folder
 from nnunetv2_mgml.modalities import channel_names
@@ -154,8 +155,8 @@ def _raw_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, Labelled
 
 
 def _predictor(args: argparse.Namespace) -> SubsetPredictor:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("-device cuda, but PyTorch finds no CUDA device. Use -device cpu (slow) or mps.")
+    check_step_size(args.step_size)
+    check_device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     return SubsetPredictor(tile_step_size=args.step_size, use_gaussian=True, use_mirroring=not args.disable_tta,

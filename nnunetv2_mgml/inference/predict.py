@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from nnunetv2.inference import predict_from_raw_data as upstream
 
+from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.registration import add_ext_dir
 
@@ -40,12 +41,16 @@ class _Session:
     def parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
         add_arguments(parser)
         self.args = parser.parse_args()
+        if self.ours:
+            check_folds(self.args.f)
+            check_step_size(self.args.step_size)
         return self.args
 
     def build(self, *args: Any, **kwargs: Any) -> MGMLPredictor:
         assert self.args is not None
         self.predictor = MGMLPredictor(*args, missing_modalities=self.args.missing_modalities,
                                        cpu_bfloat16=self.args.cpu_bfloat16, **kwargs)
+        check_device(self.args.device)
         # upstream forgets -part_id and -num_parts when -npp 0 -nps 0 make it run without worker processes
         self.predictor.sequential_part = (getattr(self.args, "part_id", 0), getattr(self.args, "num_parts", 1))
         return self.predictor
