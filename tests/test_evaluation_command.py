@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -21,6 +22,7 @@ from evaluation_cases import (
 )
 
 from nnunetv2_mgml import cli
+from nnunetv2_mgml.evaluation import command
 from nnunetv2_mgml.evaluation.results import load_evaluation
 from nnunetv2_mgml.evaluation.sources import choose_subsets, parse_prediction_folders
 from nnunetv2_mgml.subset_report import (
@@ -106,7 +108,9 @@ class TestPredictions:
         (("--subsets", "t9"), "Unknown modality 't9'"), (("--subsets", "t2"), "--subsets asks for t2"),
         (("--remove_small", "ET"), "not of the form REGION=N"),
         (("--remove_small", "brain=3"), "Unknown region 'brain'"),
-        (("-m", "model"), "-m would predict"), (("--write_subset_report",), "needs a model")])
+        (("-m", "model"), "-m would predict"), (("--write_subset_report",), "needs a model"),
+        (("-chk", "best.pth", "-f", "1", "--shared_preprocessing", "-step_size", "0.7"),
+         "-f, -chk, -step_size, --shared_preprocessing would predict, or needs a model")])
     def test_mistakes_are_named(self, tmp_path, capsys, extra, message):
         write_study(tmp_path)
         assert evaluate(tmp_path, *extra) == 2
@@ -120,6 +124,16 @@ class TestPredictions:
         (tmp_path / "dataset.json").unlink()
         assert evaluate(tmp_path) == 2
         assert "--dataset_json" in capsys.readouterr().err
+
+    def test_every_option_of_a_model_is_refused_with_predictions(self):
+        parser = argparse.ArgumentParser()
+        command._add_model_arguments(parser)
+        options = {action.option_strings[0] for action in parser._actions} - {"-h"}
+        assert options < set(command._MODEL_OPTIONS)
+
+    def test_dataset_json_is_refused_with_a_model(self, tmp_path, capsys):
+        assert cli.main(["evaluate", "-m", str(tmp_path), "--dataset_json", "dataset.json"]) == 2
+        assert "--dataset_json is for finished predictions" in capsys.readouterr().err
 
     def test_help_shows_every_option(self, capsys):
         with pytest.raises(SystemExit):

@@ -181,6 +181,22 @@ def test_images_of_the_evaluation_are_used_unless_unwanted_or_gone(evaluated: Pa
     assert "no longer in" in caplog.text
 
 
+def test_without_predictions_there_is_no_viewer_unless_it_is_asked_for(evaluated: Path, tmp_path: Path, capsys, caplog):
+    info = {"source": {"kind": "folder", "images": str(evaluated / "imagesTs"), "labels": str(evaluated / "labelsTs")}}
+    write_evaluation(tmp_path / "e", CASES, info=info)
+    advice = (f"No predictions: {tmp_path / 'e' / 'predictions'} does not exist. Give their folder with --predictions, "
+              f"or ask for a page without images with --no_images.")
+    assert cli.main(["report", str(tmp_path / "e")]) == 0
+    assert [record.message for record in caplog.records] == [f"No slice viewer. {advice}"]
+    assert "with images" not in capsys.readouterr().out
+    sections = Page((tmp_path / "e" / "report.html").read_text()).find("section")
+    assert {a["id"] for a in sections} == {"summary", "tables", "figures"}
+    for asked in (["-i", str(evaluated / "imagesTs")], ["--cases", "case_a"], ["--internals"]):
+        assert cli.main(["report", str(tmp_path / "e"), *asked]) == 2
+        assert capsys.readouterr().err == f"error: {advice}\n"
+    assert cli.main(["report", str(tmp_path / "e"), "--no_images"]) == 0
+
+
 def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Path, capsys):
     for name in ("A", "B"):
         info = {"source": {"kind": "folder", "images": str(evaluated / "imagesTs"),
@@ -202,7 +218,8 @@ def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("extra", "message"), [
     (["--cases", "nobody"], "no case nobody"), (["-l", "/nowhere"], "/nowhere does not exist"),
-    (["--max_cases", "0"], "--max_cases must be at least 1"), (["--max_megabytes", "0.0001"], "Not even one case"),
+    (["--max_cases", "0"], "error: --max_cases must be at least 1, got 0. For no viewer use --no_images.\n"),
+    (["--max_megabytes", "0.0001"], "Not even one case"),
     (["--predictions", "/nowhere"], "/nowhere does not exist"),
     (["--training_log", "/nowhere.csv"], "/nowhere.csv"), (["--internals"], "names no model")])
 def test_mistakes_are_named(evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str],

@@ -22,6 +22,9 @@ from nnunetv2_mgml.evaluation.sources import (
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.subset_report import write_subset_report
 
+_MODEL_OPTIONS = ("-d", "-c", "-f", "-tr", "-p", "-m", "-i", "-chk", "-device", "-step_size", "--disable_tta",
+                  "--cpu_bfloat16", "--shared_preprocessing", "-npp", "-nps", "--write_subset_report")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml evaluate``."""
@@ -53,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("-o", metavar="OUT", type=Path, help="evaluation folder; for validation cases by default "
-                                                              "subset_evaluation[_no_mirroring] in the fold's folder")
+                                                              "subset_evaluation[_no_mirroring] in the fold's folder, "
+                                                              "of several folds ..._folds_0_1 in the model's")
     scoring.add_argument("--policy", choices=("auto", *POLICIES), default="auto",
                          help="value where reference or prediction is empty. auto: brats for regions WT, TC and ET, "
                               "else nan. " + "; ".join(f"{p.name}: {p.summary}" for p in POLICIES.values()))
@@ -93,13 +97,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``mgml evaluate``; returns the exit code."""
     if args.predictions:
-        if args.write_subset_report:
-            raise ValueError("--write_subset_report stores the result in a model's folder, so it needs a model (-m, or "
-                             "-d and -c) instead of --predictions.")
+        _refuse_model_options(args)
         evaluation, output = _run_predictions(args)
     else:
         from nnunetv2_mgml.evaluation.model_command import run_model
 
+        if args.dataset_json is not None:
+            raise ValueError("--dataset_json is for finished predictions (--predictions); a model brings its own. "
+                             "Leave it out.")
         if args.write_subset_report and args.metrics and "dice" not in args.metrics:
             raise ValueError(f"--write_subset_report stores Dice, but --metrics has only {', '.join(args.metrics)}. "
                              f"Add dice to --metrics, or leave one of the two out.")
@@ -139,11 +144,18 @@ def _sizes(entries: list[str], dataset_json: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _run_predictions(args: argparse.Namespace) -> tuple[Evaluation, Path]:
-    given = [option for option in ("-d", "-c", "-m", "-i") if getattr(args, option[1:]) is not None]
+def _refuse_model_options(args: argparse.Namespace) -> None:
+    """Raise a ValueError naming the options that only a model has a use for and that are not at their default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [option for option in _MODEL_OPTIONS
+             if getattr(args, option.lstrip("-")) != parser.get_default(option.lstrip("-"))]
     if given:
-        raise ValueError(f"--predictions takes finished label maps; {', '.join(given)} would predict. Give one or the "
-                         f"other.")
+        raise ValueError(f"--predictions takes finished label maps; {', '.join(given)} would predict, or needs a model "
+                         f"(-m, or -d and -c). Give one or the other.")
+
+
+def _run_predictions(args: argparse.Namespace) -> tuple[Evaluation, Path]:
     for option, value in (("-l LABELS", args.l), ("-o OUT", args.o)):
         if value is None:
             raise ValueError(f"--predictions needs {option}.")

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     viewer.add_argument("--max_megabytes", metavar="MB", type=float, default=15.0,
                         help="size of the viewer's data; cases that do not fit are left out, and the page says so")
     inside = parser.add_argument_group("inside the network", "predictions of each modality alone, soft label, "
-                                                             "confidence and features of one case (with -i)")
+                                                             "confidence and features of one case (needs its images)")
     inside.add_argument("--internals", metavar="CASE", nargs="?", const="",
                         help="compute them for this case; the first one of the viewer if none is named")
     inside.add_argument("-m", metavar="MODEL_FOLDER", type=Path,
@@ -76,17 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``mgml report``; returns the exit code."""
     if args.max_cases < 1:
-        raise ValueError(f"--max_cases must be at least 1, got {args.max_cases}. Leave -i out for no viewer.")
+        raise ValueError(f"--max_cases must be at least 1, got {args.max_cases}. For no viewer use --no_images.")
     evaluation = load_evaluation(args.evaluation)
     metric = headline_metric(evaluation)
     pictures = Pictures(charts=score_charts(evaluation, metric))
     pictures.charts += [training_chart(log, title) for title, log in _training_logs(args, evaluation).items()]
+    asked_for = any(value is not None for value in (args.i, args.l, args.predictions, args.dataset_json, args.cases,
+                                                    args.internals))
     args.i = _images(args, evaluation)
     if args.internals is not None and args.i is None:
         raise ValueError("--internals needs the images of the case: give their folder with -i, without --no_images.")
     viewer = None
-    if args.i is not None:
-        sources = find_sources(args, evaluation)
+    sources = None if args.i is None else _sources(args, evaluation, asked_for)
+    if sources is not None:
         names = _choose_cases(args, evaluation, metric)
         viewer = _build_viewer(args, evaluation, metric, sources, names, pictures)
         if args.internals is not None:
@@ -117,6 +119,17 @@ def _images(args: argparse.Namespace, evaluation: Evaluation) -> Path | None:
                        stored)
         return None
     return Path(stored)
+
+
+def _sources(args: argparse.Namespace, evaluation: Evaluation, asked_for: bool) -> ImageSources | None:
+    """Return what the viewer is made of; None, with a warning, where files are gone and nobody asked for a viewer."""
+    try:
+        return find_sources(args, evaluation)
+    except FileNotFoundError as error:
+        if asked_for:
+            raise
+        logger.warning("No slice viewer. %s", error)
+        return None
 
 
 def _training_logs(args: argparse.Namespace, evaluation: Evaluation) -> dict[str, Path]:
@@ -233,8 +246,8 @@ def find_sources(args: argparse.Namespace, evaluation: Evaluation) -> ImageSourc
     elif source.get("folders"):
         folders = {name: Path(folder) for name, folder in source["folders"].items()}
     else:
-        raise FileNotFoundError(f"No predictions: {own} does not exist. Give their folder with --predictions, or leave "
-                                f"-i out for a page without images.")
+        raise FileNotFoundError(f"No predictions: {own} does not exist. Give their folder with --predictions, or ask "
+                                f"for a page without images with --no_images.")
     for option, folder in (("-i", args.i), ("-l", labels)):
         if not folder.is_dir():
             raise FileNotFoundError(f"The folder {folder} does not exist; give another with {option}.")
