@@ -79,8 +79,9 @@ def test_fixed_removes_nothing() -> None:
 
 
 def test_empty_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="no modality at all"):
-        sampler("uniform_subset").sample(np.zeros((1, 4), bool), np.random.default_rng(0))
+    available = np.array([[True] * 4, [False] * 4, [True] * 4, [False] * 4])
+    with pytest.raises(ValueError, match=r"^Sample 1, 3 of the batch has no modality at all; .*preprocess again"):
+        sampler("uniform_subset").sample(available, np.random.default_rng(0))
 
 
 def test_rates_by_name_and_alias() -> None:
@@ -230,8 +231,47 @@ def test_teacher_view_changes_intensities_of_modalities_only() -> None:
     torch.manual_seed(0)
     data = torch.randn(2, 4, 8, 8, 8)
     before = data.clone()
-    view = teacher_view(data, 3, stronger_intensity_transforms())
+    view = teacher_view(data, 3, stronger_intensity_transforms(), [True, True, False])
     assert torch.equal(data, before)
     assert torch.equal(view[:, 3], data[:, 3])
     assert not torch.equal(view[:, :3], data[:, :3])
     assert view.isfinite().all()
+
+
+def test_teacher_view_keeps_the_background_where_nnunet_does() -> None:
+    """nnU-Net masks with use_mask_for_norm, after its intensity transforms."""
+    torch.manual_seed(0)
+    data = torch.randn(8, 3, 8, 8, 8)
+    data[..., :3] = 0
+    masked = [True, False, True]
+    view = teacher_view(data, 3, stronger_intensity_transforms(), masked)
+    assert not view[:, masked][..., :3].any()
+    assert view[:, 1, ..., :3].any(), "the transforms do change it"
+    assert view[:, :, ..., 3:].ne(0).all()
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-9, 0.3, 0.999, 1 - 1e-6, 1 - 1e-9, 1 - 1e-15]), min_size=1, max_size=12),
+       st.integers(0, 2 ** 32 - 1))
+@settings(deadline=None, max_examples=100)
+def test_bernoulli_with_any_rates_ends_and_is_never_empty(rates: list[float], seed: int) -> None:
+    which = SubsetSampler("bernoulli", tuple(rates))
+    assert which.sample(np.ones((20, len(rates)), bool), np.random.default_rng(seed)).any(axis=1).all()
+
+
+def test_bernoulli_without_the_one_reliable_modality() -> None:
+    """What is left is as good as never there: one of them alone, in proportion to how often each is there."""
+    which = SubsetSampler("bernoulli", (0.0, 1 - 1e-9, 1 - 3e-9, 1 - 1e-9))
+    counts = draw(which, [False, True, True, True], 10000)
+    assert set(counts) == {(False, True, False, False), (False, False, True, False), (False, False, False, True)}
+    assert counts[False, False, True, False] == pytest.approx(6000, abs=200)
+    assert counts[False, True, False, False] == pytest.approx(2000, abs=160)
+
+
+def test_bernoulli_is_the_product_of_the_rates_without_the_empty_subset() -> None:
+    rates = (0.9, 0.6, 0.8)
+    counts = draw(SubsetSampler("bernoulli", rates), [True] * 3, 20000)
+    chances = {subset: np.prod([1 - rate if kept else rate for kept, rate in zip(subset, rates, strict=True)])
+               for subset in all_subsets(3)}
+    expected = {subset: 20000 * chance / sum(chances.values()) for subset, chance in chances.items()}
+    assert set(counts) <= set(expected)
+    assert sum((counts[s] - n) ** 2 / n for s, n in expected.items()) < 22.5  # chi-square, 6 dof, p = 0.001

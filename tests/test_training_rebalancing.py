@@ -212,7 +212,7 @@ def test_state_round_trip_and_other_modalities() -> None:
     other = ModalityBalance(("a", "b"), 0.01, CPU)
     other.load_state_dict(balance.state_dict())
     assert torch.equal(other.beta, balance.beta)
-    with pytest.raises(ValueError, match=r"balances the modalities a, b, this training has a, c"):
+    with pytest.raises(ValueError, match=r"balances the modalities a, b, this training has a, c\. Use the plans"):
         ModalityBalance(("a", "c"), 0.01, CPU).load_state_dict(balance.state_dict())
 
 

@@ -39,8 +39,10 @@ class SubsetSampler:
             ValueError: a row of ``available`` without any True.
         """
         available = np.asarray(available, dtype=bool)
-        if not available.any(axis=1).all():
-            raise ValueError("A sample has no modality at all.")
+        empty = np.flatnonzero(~available.any(axis=1))
+        if len(empty):
+            raise ValueError(f"Sample {', '.join(map(str, empty))} of the batch has no modality at all; every case "
+                             f"needs one at least. Remove such cases from the dataset and preprocess again.")
         return np.stack([self._sample_row(row, rng) for row in available])
 
     def _sample_row(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -55,10 +57,27 @@ class SubsetSampler:
             count = int(rng.integers(1, len(existing) + 1))
             mask[rng.choice(existing, count, replace=False)] = True
         else:
-            rates = np.asarray(self.missing_rate)[existing]
-            while not mask.any():  # ends: every rate is below 1
-                mask[existing] = rng.random(len(existing)) >= rates
+            mask[existing] = _bernoulli(np.asarray(self.missing_rate)[existing], rng)
         return mask
+
+
+def _bernoulli(rates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw who stays, given that someone does: first who is the first to stay, then those after it on their own.
+
+    Args:
+        rates: chance of each to be removed, in [0, 1).
+        rng: the generator.
+
+    Returns:
+        Bool, at least one True; each subset with the product of its chances over that of not being empty.
+    """
+    removed_before = np.concatenate(([1.0], np.cumprod(rates[:-1])))
+    chances = (1 - rates) * removed_before
+    first = rng.choice(len(rates), p=chances / chances.sum())
+    kept = rng.random(len(rates)) >= rates
+    kept[:first] = False
+    kept[first] = True
+    return kept
 
 
 def build_sampler(config: MGMLConfig, channels: Sequence[str]) -> SubsetSampler:

@@ -81,7 +81,7 @@ class ModalityBalance:
         """
         if tuple(state["channels"]) != self.channels:
             raise ValueError(f"The checkpoint balances the modalities {', '.join(state['channels'])}, this training "
-                             f"has {', '.join(self.channels)}.")
+                             f"has {', '.join(self.channels)}. Use the plans and the dataset it was trained with.")
         self.beta = state["beta"].to("cpu", torch.float64).clone()
         self._sums.zero_()
 

@@ -112,7 +112,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         available = batch["available"].to(self.device, non_blocking=True)
         own_view = None
         if self._teacher_transforms is not None and self.config.uses_teacher:
-            own_view = teacher_view(data, self.num_modalities, self._teacher_transforms)
+            own_view = teacher_view(data, self.num_modalities, self._teacher_transforms,
+                                    self.configuration_manager.use_mask_for_norm)
         with self.autocast():
             output = self.network(data, modality_mask=mask, available=available, return_aux=True,
                                   with_teacher=self.needs_teacher, teacher_input=own_view,
