@@ -26,6 +26,9 @@ def _option(default: Any, doc: str, *, choices: tuple[Any, ...] | None = None, l
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_OF_PUBLISHED_READINGS = {"soft_label": ("meta_amf", "fixed", "none"), "teaching": ("everywhere",),
+                          "rebalancing": ("none",)}
+"""What ``reading=paper`` and ``reading=reference`` have of options with choices of ours."""
 _INT = (int, type(None))
 _FLOAT = (float, type(None))
 
@@ -42,7 +45,8 @@ class MGMLConfig:
     initial_lr: float | None = _option(None, "initial learning rate (nnU-Net: 0.01)", low=0, kinds=_FLOAT)
     weight_decay: float | None = _option(None, "weight decay (nnU-Net: 3e-5)", low=0, kinds=_FLOAT)
     oversample_foreground_percent: float | None = _option(
-        None, "share of a batch forced to contain foreground (nnU-Net: 0.33)", low=0, high=1, kinds=_FLOAT)
+        None, "share of a batch forced to contain foreground (nnU-Net: 0.33), rounded to whole samples: at batch size "
+              "1 nnU-Net's 0.33 forces none, 0.5 and above every one", low=0, high=1, kinds=_FLOAT)
     save_every: int | None = _option(None, "epochs between checkpoint_latest.pth (nnU-Net: 50)", low=1, kinds=_INT)
 
     # --- optimisation -------------------------------------------------------------------------------------------------
@@ -144,7 +148,8 @@ class MGMLConfig:
     ramp_up_fraction: float = _option(0.1, "share of the epochs over which these terms grow linearly to full weight",
                                       low=0, high=1)
     reading: str = _option("ours", "ours; paper: the text taken literally; reference: what the published code does. "
-                                   "The last two are for reproduction", choices=("ours", "paper", "reference"))
+                                   "The last two are for reproduction, without soft_label=mean, teaching=better and "
+                                   "rebalancing", choices=("ours", "paper", "reference"))
 
     # --- after training -----------------------------------------------------------------------------------------------
     validate_subsets: bool = _option(True, "the final validation ends with the table over all modality subsets")
@@ -161,8 +166,10 @@ class MGMLConfig:
         if self.modality_missing_rate and self.mask_sampling != "bernoulli":
             raise ValueError(f"modality_missing_rate needs mask_sampling=bernoulli; with {self.mask_sampling} it would "
                              f"be ignored.")
-        if self.uses_rebalancing and self.reading != "ours":
-            raise ValueError(f"rebalancing={self.rebalancing} needs reading=ours; got reading={self.reading}.")
+        for name, allowed in _OF_PUBLISHED_READINGS.items() if self.reading != "ours" else ():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)} needs reading=ours; got reading={self.reading}, which "
+                                 f"allows {name}={' or '.join(allowed)}.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -89,6 +89,12 @@ def test_unknown_option_lists_all():
     ({"modality_missing_rate": {"t1": 1.0}}, r"'t1' must be a number in \[0, 1\)"),
     ({"modality_missing_rate": {"t1": True}}, r"'t1' must be a number"),
     ({"modality_missing_rate": {"t1": "often"}}, r"'t1' must be a number"),
+    ({"reading": "paper", "soft_label": "mean"},
+     r"soft_label=mean needs reading=ours; got reading=paper, which allows soft_label=meta_amf or fixed or none"),
+    ({"reading": "reference", "soft_label": "mean"}, r"soft_label=mean needs reading=ours; got reading=reference"),
+    ({"reading": "reference", "teaching": "better"},
+     r"teaching=better needs reading=ours; got reading=reference, which allows teaching=everywhere"),
+    ({"reading": "paper", "rebalancing": "passion"}, r"rebalancing=passion needs reading=ours; got reading=paper"),
 ])
 def test_options_that_depend_on_each_other(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -241,11 +241,11 @@ def test_configuration_errors_name_the_fix() -> None:
         MGMLLoss(MGMLConfig(), stock, regions=True, num_classes=K)
     with pytest.raises(ValueError, match="uses no MetaNetwork"):
         MGMLLoss(MGMLConfig(soft_label="mean"), stock, regions=True, num_classes=K, meta_network=meta)
-    with pytest.raises(ValueError, match="reading 'paper'"):
+    with pytest.raises(ValueError, match="soft_label=mean needs reading=ours; got reading=paper"):
         MGMLLoss(MGMLConfig(soft_label="mean", reading="paper"), stock, regions=True, num_classes=K)
     step = Step()
     for missing, message in (({"modality": None}, "modality logits"), ({"teacher": None}, "with_teacher=True"),
-                             ({"modality": step.modality[:, :, 1:]}, "3 classes")):
+                             ({"modality": step.modality[:, :, 1:]}, rf"3 classes, the labels {K} .*num_classes={K}")):
         with pytest.raises(ValueError, match=message):
             step.loss(step.output()._replace(**missing), step.target, step.mask, step.available)
 

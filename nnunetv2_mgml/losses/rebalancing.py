@@ -102,6 +102,12 @@ def prototype_distances(single: SingleModalities, labels: torch.Tensor, valid: t
     A class's prototype is the mean feature of its voxels; every voxel's cosine similarity to it makes a map. Classes
     without a voxel in a sample are left out there.
 
+    Args:
+        single: ``features (B, M, C, *spatial)`` of the students and ``teacher_features (B, C, *spatial)``.
+        labels: ``(B, *spatial)`` int64 in ``[0, K)``.
+        valid: ``(B, *spatial)`` bool, voxels that count, or None for all.
+        num_classes: ``K``.
+
     Returns:
         Mean squared difference (``proto_m``) and mean absolute difference (``dist_m``) of the maps of student and
         teacher over classes and voxels, each ``(B, M)``; 0 for a sample with no voxel to count.

@@ -1,8 +1,10 @@
 """The total loss (eq. 10): ``lambda1 L_seg + lambda2 L_SL + lambda3 L_CR``, and what trains the MetaNetwork.
 
 Who gets which gradient: L_seg everything; L_SL the encoders and the shared decoder, through the modality logits as
-students; L_CR the fused path of the student; L_meta the MetaNetwork alone. The soft label and the teacher get none.
-Rebalancing, an option, weighs the shared decoder's part of L_seg by modality and adds two terms (`rebalancing`).
+students; L_CR the fused path of the student; L_complete (``complete_view_weight``) the encoders and the fused path of
+the teacher's own pass, by ``output.complete``; L_meta the MetaNetwork alone. As targets of L_SL and L_CR soft label and
+teacher get none. Rebalancing, an option, weighs the shared decoder's part of L_seg by modality and adds two terms
+(`rebalancing`).
 """
 
 from __future__ import annotations
@@ -65,8 +67,7 @@ class MGMLLoss(nn.Module):
             built it also optimises and saves it.
 
     Raises:
-        ValueError: a MetaNetwork missing where the soft label needs it, or given where nothing uses it; a soft label
-            that the reading does not have.
+        ValueError: a MetaNetwork missing where the soft label needs it, or given where nothing uses it.
     """
 
     def __init__(self, config: MGMLConfig, segmentation_loss: nn.Module, *, regions: bool, num_classes: int,
@@ -78,8 +79,6 @@ class MGMLLoss(nn.Module):
             needs = "needs a" if uses_meta else "uses no"
             raise ValueError(f"soft_label '{config.soft_label}' with weight {config.soft_label_weight:g} {needs} "
                              f"MetaNetwork; pass what build_meta_network gives.")
-        if config.reading != "ours" and config.soft_label == "mean":
-            raise ValueError(f"reading '{config.reading}' has no soft_label 'mean'. Allowed: meta_amf, fixed, none.")
         self.config = config
         self.segmentation_loss = segmentation_loss
         self.regions = regions
@@ -163,7 +162,8 @@ class MGMLLoss(nn.Module):
                              "soft_label need. Build it with the shared modality decoder, or set them to 0 and none.")
         if output.modality is not None and output.modality.shape[2] != self.num_classes:
             raise ValueError(f"The modality logits have {output.modality.shape[2]} classes, the labels "
-                             f"{self.num_classes} (background included).")
+                             f"{self.num_classes} (background included). Build the network with num_classes="
+                             f"{self.num_classes}, or with the plans of this dataset.")
         if output.teacher is None and config.uses_teacher:
             raise ValueError("The network returned no teacher, which consistency_weight > 0 needs. Call it with "
                              "with_teacher=True, or set consistency_weight to 0.")

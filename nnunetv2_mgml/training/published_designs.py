@@ -15,8 +15,9 @@ inside our network, not the authors' code.
 from __future__ import annotations
 
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+from nnunetv2_mgml.training.variants import nnUNetTrainerMGML_baseline
 
-_BASELINE = {"soft_label": "none", "consistency_weight": 0.0, "complete_view_weight": 0.0}
+_BASELINE = nnUNetTrainerMGML_baseline.config_overrides
 _RFNET = {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}}
 
 
