@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from builders import BRATS_JSON, configuration, make_trainer, plans, write_dataset
@@ -245,12 +246,30 @@ def test_not_deterministic_unless_asked(nnunet_folders: Path, restored: None) ->
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_two_deterministic_runs_are_the_same_run(nnunet_folders: Path, restored: None,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    first = paper_trainer(nnunet_folders, deterministic=True, num_epochs=1, validate_subsets=False)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_augmentation_does_not_decide_by_the_clock(deterministic: bool, nnunet_folders: Path) -> None:
+    """nnU-Net's blur times convolution and FFT against each other and keeps the faster."""
+    trainer = paper_trainer(nnunet_folders, augmentation="nnunet", deterministic=deterministic)
+    transforms = trainer.get_training_transforms((16, 16, 16), (-0.5, 0.5), None, (0, 1, 2), False)
+    timing = [module for module in every_transform(transforms) if getattr(module, "benchmark", False)]
+    assert len(timing) == (0 if deterministic else 1)
+
+
+def every_transform(transform: Any) -> Iterator[Any]:
+    yield transform
+    for value in vars(transform).values():
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, BasicTransform):
+                yield from every_transform(inner)
+
+
+@pytest.mark.parametrize("augmentation", ["paper", "nnunet"])
+def test_two_seeded_runs_are_the_same_run(augmentation: str, nnunet_folders: Path, restored: None,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"augmentation": augmentation, "deterministic": True, "num_epochs": 1, "validate_subsets": False}
+    first = paper_trainer(nnunet_folders, **options)
     first.run_training()
     monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
-    options = {"augmentation": "paper", "deterministic": True, "num_epochs": 1, "validate_subsets": False}
     second = make_trainer(nnUNetTrainerMGML, plans(), options)
     second.run_training()
     for name, value in first.network.state_dict().items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_mgml.config import MGMLConfig
@@ -30,7 +32,21 @@ class AugmentationTrainer(nnUNetTrainer):
         return rotation, dummy_2d, size, mirror_axes
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's transforms, or the paper's."""
+        """nnU-Net's transforms, or the paper's; with ``deterministic`` none of them decides by the clock."""
         if self.config.augmentation == "paper":
             return paper_training_transforms(*args, **kwargs)
-        return super().get_training_transforms(*args, **kwargs)
+        transforms = super().get_training_transforms(*args, **kwargs)
+        if self.config.deterministic:
+            stop_timing(transforms)
+        return transforms
+
+
+def stop_timing(transforms: ComposeTransforms) -> None:
+    """Let nnU-Net's blur always convolve, in place; by default it takes FFT or convolution, whichever it timed faster.
+
+    The two round differently, so that runs would not repeat.
+    """
+    for transform in transforms.transforms:
+        inner = getattr(transform, "transform", transform)  # out of its RandomTransform
+        if isinstance(inner, GaussianBlurTransform):
+            inner.benchmark = False
