@@ -71,7 +71,7 @@ def main() -> int:
 
 def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     """Train and evaluate one run and write its result file."""
-    started = time.time()
+    started, described = time.time(), describe(run)  # before the run, since the code may change meanwhile
     data, log = run.dataset_settings, work / "logs" / f"{run.name}.txt"
     log.unlink(missing_ok=True)
     plans = f"nnUNetMGMLPlans_{run.name.replace('+', '.')}"
@@ -84,7 +84,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
                      "-p", plans, "-device", "cpu"])
     trained = time.time()
     evaluation = evaluate(run, work, log, model)
-    result = {**describe(run), "hours": {"training": (trained - started) / 3600,
+    result = {**described, "hours": {"training": (trained - started) / 3600,
                                          "evaluation": (time.time() - trained) / 3600},
               **scores(evaluation), "validation": validation_scores(model, run.fold),
               "meta": last_epoch(model, run.fold)}
