@@ -4,10 +4,11 @@
     python benchmarks/cost.py --designs concat region_aware --patch 128 --stages 6 --batch 2 --device cuda
     python benchmarks/cost.py --plan nnUNet_preprocessed/Dataset137_BraTS2021/nnUNetPlans.json --device cuda
 
-Every measurement runs in a process of its own, so that peak memory is that of one setting. Within a process the two
-things compared are timed in turns, and medians are reported; ratios are what to read, absolute times are the machine's.
-What is measured is kept in ``benchmarks/results/cost.json``, design by design; ``--again`` measures it anew.
-Run it on an idle machine: another job beside it makes rows incomparable.
+Every measurement runs in a process of its own, so that peak memory is that of one setting. Within a process the things
+compared are timed in turns, and a ratio is the median of the turns' ratios; absolute times are the machine's. What is
+measured is kept in ``benchmarks/results/cost.json``, design by design, with the commit; ``--again`` measures it anew.
+Run it on an idle machine: another job beside it makes rows incomparable. On CUDA everything runs under autocast, as
+nnU-Net trains and predicts; on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import functools
 import json
 import math
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cost_page import page
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,9 +55,8 @@ DESIGNS: dict[str, dict[str, Any]] = {
     **{name: {"fusion": name} for name in fusion_designs()},
     "region_aware_full": {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}}}
 """Rows: every design with its default options, and the design of `nnUNetTrainerRFNet`."""
-PAPER = {"region_aware_full": "RFNet: 35 M, 65.96 -> 77.33 s", "mmformer": "mmFormer: 145 M, 41.35 -> 44.54 s",
-         "imfuse": "IM-Fuse: 254 M, 70.81 -> 76.59 s"}
-"""Parameters, and seconds per epoch without and with MGML: the paper's Table 7 (RTX 3090, the authors' networks)."""
+_RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Tells glibc to give tensors back as soon as they are freed: the resident set then follows what is alive."""
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, choices=(1, 2), help="samples of a training step")
     parser.add_argument("--stages", type=int, default=5, help="resolution stages of the U-Net")
     parser.add_argument("--width_factor", type=float, default=0.5, help="of nnU-Net's widths 32, 64, 128, ...")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; the median counts")
+    parser.add_argument("--repeats", type=int, default=7, help="timed turns; the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--plan", type=Path, help="plans file to take patch, stages and widths of 3d_fullres from")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "costs.md")
@@ -82,7 +82,8 @@ def main() -> None:
     rows = {}
     setting = " ".join(str(value) for value in (args.plan or f"patch {args.patch} stages {args.stages}", "batch",
                                                 args.batch, "width", args.width_factor, args.device, "repeats",
-                                                args.repeats, "torch", torch.__version__))
+                                                args.repeats, "threads", torch.get_num_threads(), "torch",
+                                                torch.__version__))
     for design in args.designs:
         key = f"{design} {setting}"
         todo = WORKERS if key not in measured or args.again == [] else args.again or ()
@@ -91,14 +92,17 @@ def main() -> None:
             write_json(RESULTS, measured)
         rows[design] = measured[key]
         print(design, json.dumps(rows[design]), flush=True)
-    write_text(args.output, page(rows, args))
+    write_text(args.output, page(rows, plan_of(args), args))
     print(f"wrote {args.output}")
 
 
-def run_worker(design: str, what: str) -> dict[str, float]:
+def run_worker(design: str, what: str) -> dict[str, Any]:
+    """Measure in a new process; the result says on which commit."""
+    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"],
+                            stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
     done = subprocess.run([sys.executable, *sys.argv, "--worker", design, what], check=True, stdout=subprocess.PIPE,
-                          text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+                          text=True, env={**os.environ, **(_RETURN_MEMORY if what.startswith("memory") else {})})
+    return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit}
 
 
 def plan_of(args: argparse.Namespace) -> ConfigurationManager:
@@ -142,13 +146,18 @@ class Bench:
                                  device=self.device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.99, nesterov=True)
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """As nnU-Net: on CUDA only."""
+        return torch.autocast(self.device.type, enabled=self.device.type == "cuda")
+
     def forward(self) -> torch.Tensor:
         """Forward pass and loss of a training step."""
         available = torch.ones_like(self.mask)
-        output = self.network(self.x, modality_mask=self.mask, available=available, return_aux=True,
-                              with_teacher=self.config.uses_teacher,
-                              teacher_learns=self.config.supervises_teacher)
-        return self.loss(output, self.targets, self.mask, available).total
+        with self.autocast():
+            output = self.network(self.x, modality_mask=self.mask, available=available, return_aux=True,
+                                  with_teacher=self.config.uses_teacher,
+                                  teacher_learns=self.config.supervises_teacher)
+            return self.loss(output, self.targets, self.mask, available).total
 
     def step(self) -> None:
         """One training step."""
@@ -158,8 +167,8 @@ class Bench:
         self.optimizer.step()
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each function, timed in turns after one untimed call each."""
+def in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each function in every turn, after one untimed turn."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
@@ -169,7 +178,7 @@ def in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str)
             synchronise(device)
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def synchronise(device: str) -> None:
@@ -192,8 +201,8 @@ def measure_memory(design: str, args: argparse.Namespace, terms: str) -> dict[st
     return {"mebibytes": peak_mebibytes(args.device) - before}
 
 
-def measure_training(design: str, args: argparse.Namespace) -> dict[str, float]:
-    return in_turns({terms: Bench(design, terms, args).step for terms in TERMS}, args.repeats, args.device)
+def measure_training(design: str, args: argparse.Namespace) -> dict[str, Any]:
+    return {"seconds": in_turns({terms: Bench(design, terms, args).step for terms in TERMS}, args.repeats, args.device)}
 
 
 def flops(function: Callable[[], Any]) -> int:
@@ -209,7 +218,7 @@ def scan_flops(u: Sequence[int], delta: Sequence[int], a: Sequence[int], *_: Any
     return 7 * math.prod(u) * a[1]
 
 
-def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float]:
+def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(design, "shipped", args)
     network, x = bench.network.eval(), bench.x[:1]
     network.decoder.deep_supervision = False
@@ -219,12 +228,13 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float
     @torch.inference_mode()
     def predict(subset: tuple[bool, ...], cpu_bfloat16: bool = False) -> None:
         network.set_availability(subset)
-        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_bfloat16):
+        with torch.autocast("cpu", torch.bfloat16) if cpu_bfloat16 else bench.autocast():
             network(x)
 
     @torch.inference_mode()
     def together() -> None:
-        many(x)
+        with bench.autocast():
+            many(x)
 
     def separately() -> None:
         for subset in subsets:
@@ -235,54 +245,16 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, float
                  "separately": separately}
     if args.device == "cpu":
         functions["bfloat16"] = lambda: predict(full, True)
-    result = in_turns(functions, args.repeats, args.device)
+    seconds = in_turns(functions, args.repeats, args.device)
     network.set_availability(full)
-    return {**result, "gflop": flops(lambda: network(x)) / 1e9,
+    return {"seconds": seconds, "gflop": flops(lambda: network(x)) / 1e9,
             "million": sum(p.numel() for n, p in network.named_parameters() if "modality_decoder" not in n) / 1e6,
             "fusion_million": sum(p.numel() for p in network.fusion.parameters()) / 1e6}
 
 
-WORKERS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
+WORKERS: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
     "prediction": measure_prediction, "training": measure_training,
     **{f"memory_{terms}": functools.partial(measure_memory, terms=terms) for terms in TERMS}}
-
-
-def page(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> str:
-    plan = plan_of(args)
-    lines = [
-        "# What the fusion designs cost", "",
-        f"Made by `python {' '.join(sys.argv)}` on {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} thread(s), device {args.device}, "
-        f"torch {torch.__version__}: {MODALITIES} modalities, {'x'.join(map(str, plan.patch_size))} patch, "
-        f"{len(plan.network_arch_init_kwargs['strides'])} stages, width factor {args.width_factor:g}. Training steps "
-        f"have batch {args.batch}. Times in seconds; ratios are what carries over to other machines. *Paper* is Table "
-        "7 of Zou et al.: parameters, and seconds per epoch without and with MGML (+0.001 M parameters), of the "
-        "authors' networks on an RTX 3090.", "",
-        "*MGML*: Meta-AMF and L_CR; *default*: also the loss on the complete view. Inference is the same for all. "
-        "Parameters are those of inference, the fusion's among them in brackets; training adds the shared modality "
-        "decoder. GFLOP: all modalities, attention and scans included. Peak memory: resident set above the start. "
-        "`region_aware_full` is `region_aware` with `full_resolution_regions`, the design of `nnUNetTrainerRFNet`. "
-        "Memory at full size: [memory.md](memory.md).", "",
-        "| design | parameters (fusion), M | GFLOP a patch | step | MGML | default | peak memory, MiB | MGML | default "
-        "| paper |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for name, row in rows.items():
-        p, t = row["prediction"], row["training"]
-        memory = {terms: row[f"memory_{terms}"]["mebibytes"] for terms in TERMS}
-        cells = [f"{t[terms]:.2f} (x {t[terms] / t['plain']:.2f})" for terms in ("mgml", "shipped")]
-        peaks = [f"{memory[terms]:.0f} (x {memory[terms] / memory['plain']:.2f})" for terms in ("mgml", "shipped")]
-        lines.append(f"| `{name}` | {p['million']:.2f} ({p['fusion_million']:.2f}) | {p['gflop']:.1f} | "
-                     f"{t['plain']:.2f} | {' | '.join(cells)} | {memory['plain']:.0f} | {' | '.join(peaks)} "
-                     f"| {PAPER.get(name, '-')} |")
-    lines += ["", "Prediction of one patch. *15 subsets*: as `mgml evaluate` computes them, encoders once, then every "
-              "subset's fusion and decoding.", "",
-              "| design | four modalities | one | 15 subsets | 15 one by one | four, bfloat16 |",
-              "|---|---|---|---|---|---|"]
-    for name, row in rows.items():
-        p = row["prediction"]
-        cells = [f"{p[key]:.2f} (x {p[key] / p['four']:.2f})" if key in p else "-"
-                 for key in ("one", "fifteen", "separately", "bfloat16")]
-        lines.append(f"| `{name}` | {p['four']:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 OTHER_SIZE = {"3d": (5, 7, 9), "anisotropic": (7, 16, 12), "2d": (17, 9)}
 QUICK: dict[str, dict[str, Any]] = {"sfusion": {"depth": 2, "grid": 4}}
 """Options that keep the tests short; a design not named here runs with its defaults."""
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"m2ftrans+channel": ("m2ftrans", {"channel_attention": True})}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "m2ftrans+channel": ("m2ftrans", {"channel_attention": True}),
+    "region_aware+full": ("region_aware", {"full_resolution_regions": True}),
+    "imfuse+concat": ("imfuse", {"max_voxels": 1})}
 """Further settings to run all tests with: test name -> (design, options)."""
 
 

@@ -23,7 +23,7 @@ SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", 
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The scripts as modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("cost", "memory")
+    names = ("cost", "cost_page", "memory")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
@@ -56,6 +56,22 @@ def test_flops_contain_attention_and_scans(benchmarks: SimpleNamespace) -> None:
     u, a, b = torch.randn(2, 6, 3), -torch.rand(3, 5), torch.randn(2, 6, 5)
     counted = benchmarks.cost.flops(lambda: selective_scan(u, u.abs(), a, b, b, torch.ones(3)))
     assert counted == 7 * 2 * 6 * 3 * 5
+
+
+def test_page_of_what_was_measured(benchmarks: SimpleNamespace) -> None:
+    """Medians; a ratio is the median of the turns' ratios, not the ratio of the medians."""
+    training = {"plain": [1.0, 2.0, 4.0], "mgml": [1.5, 2.0, 8.0], "shipped": [3.0, 4.0, 4.0]}
+    prediction = {"four": [1.0, 2.0, 2.0], "one": [0.25, 1.0, 0.5], "fifteen": [4.0] * 3, "separately": [15.0] * 3}
+    row = {"training": {"seconds": training, "commit": "abc"},
+           "prediction": {"seconds": prediction, "gflop": 3.0, "million": 2.0, "fusion_million": 1.0, "commit": "def"},
+           **{f"memory_{terms}": {"mebibytes": size, "commit": "abc"}
+              for terms, size in (("plain", 100.0), ("mgml", 110.0), ("shipped", 125.0))}}
+    plan = benchmarks.cost.plan_of(SMALL)
+    text = benchmarks.cost.page({"mfi": row}, plan, Namespace(**vars(SMALL), repeats=3))
+    assert "commit\nabc, def: 4 modalities, 16x16x16 patch, 3 stages" in text
+    assert ("| `mfi` | 2.00 (1.00) | 3.0 | 2.00 | 2.00 (x 1.50) | 4.00 (x 2.00) "
+            "| 100 | 110 (x 1.10) | 125 (x 1.25) | - |") in text.splitlines()
+    assert "| `mfi` | 2.00 | 0.50 (x 0.25) | 4.00 (x 2.00) | 15.00 (x 7.50) | - |\n" in text
 
 
 @pytest.mark.parametrize("design", ["region_aware_full", "sfusion"])

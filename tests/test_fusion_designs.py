@@ -189,7 +189,7 @@ def test_gradients(name: str, layout: str) -> None:
 
 @designs
 def test_gradient_reaches_present_features_only_through_them(name: str) -> None:
-    """Each present modality gets a gradient at every scale."""
+    """Each present modality gets a gradient at every scale, an absent one none."""
     spec = make_spec()
     design = make_design(name, spec)
     inputs = make_pass(spec, TWO_MASKS)
@@ -198,6 +198,7 @@ def test_gradient_reaches_present_features_only_through_them(name: str) -> None:
     for feature in features:
         size = feature.grad.abs().flatten(2).amax(2)
         assert (size[inputs.mask] > 0).all()
+        assert (size[~inputs.mask] == 0).all()
         assert (size[inputs.mask] > 1e-2 * size[inputs.mask].max()).all(), "one modality hardly counts"
 
 
@@ -316,3 +317,35 @@ def test_shared_parts_give_the_same(name: str, layout: str) -> None:
             torch.testing.assert_close(one.fused, two.fused, atol=1e-4, rtol=1e-4)
             if one.auxiliary is not None:
                 torch.testing.assert_close(one.auxiliary, two.auxiliary, atol=1e-4, rtol=1e-4)
+
+
+@designs
+def test_shared_parts_keep_absent_modalities_out(name: str) -> None:
+    """What a modality holds changes no bit of the result for the subsets without it, though the parts are shared."""
+    spec = make_spec()
+    design = make_design(name, spec).eval()
+    inputs = make_pass(spec, [[1, 1, 1]])
+    for absent in range(3):
+        subsets = torch.tensor([subset for subset in all_subsets(3) if not subset[absent]])
+        contexts = [c if c is None else c.expand(len(subsets), *c.shape[1:]) for c in inputs.contexts]
+        results = []
+        for content in (inputs.features, [f.clone() for f in inputs.features]):
+            if results:
+                for feature in content:
+                    feature[:, absent] += 1e3 * torch.randn_like(feature[:, absent])
+            features = [f.expand(len(subsets), *f.shape[1:]) for f in content]
+            given = features if design.hides_absent else [hide(f, subsets) for f in features]
+            with torch.no_grad():
+                results.append(run(design, Pass(given, subsets, contexts), design.share(content)))
+        assert all(torch.equal(one.fused, two.fused) for one, two in zip(*results, strict=True))
+
+
+def test_mean_is_the_mean() -> None:
+    spec = make_spec()
+    design = make_design("mean", spec)
+    inputs = make_pass(spec, torch.ones(7, 3, dtype=torch.bool))
+    subsets = torch.tensor(all_subsets(3))
+    for scale, features in enumerate(inputs.features):
+        fused = design.fuse_scale(scale, hide(features, subsets), subsets, None, None).fused
+        for sample, subset in enumerate(subsets):
+            torch.testing.assert_close(fused[sample], features[sample, subset].mean(0))

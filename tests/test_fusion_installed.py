@@ -70,7 +70,9 @@ def test_the_documented_metadata_names_the_design() -> None:
     ("Broken = 3", "TypeError: 3 is not a subclass of FusionDesign"),
     ("from nnunetv2_mgml.network.fusion import FusionDesign\nclass Broken(FusionDesign):\n    name = 'mean'",
      "ValueError: Fusion design 'mean' is already registered by MeanFusion"),
-    ("Other = 3", "AttributeError: module 'broken_fusion' has no attribute 'Broken'")])
+    ("Other = 3", "AttributeError: module 'broken_fusion' has no attribute 'Broken'"),
+    ("from nnunetv2_mgml.network.fusion import FusionDesign, register\n@register\nclass Half(FusionDesign):\n"
+     "    name = 'half'\nraise OSError('no kernel')", "OSError: no kernel")])
 def test_a_broken_package_is_named_and_the_others_work(code: str, reason: str, fresh: Path,
                                                        caplog: pytest.LogCaptureFixture,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:

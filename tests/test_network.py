@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch import nn
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_of_the_teacher
-from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.outputs import TrainingOutput
 
 
@@ -134,6 +134,9 @@ def test_plan_dropout_is_silent_in_the_teacher_pass() -> None:
     assert not torch.equal(layers(x), layers[0](x))
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(layers)(x), layers(x))
+        assert torch.equal(pickle.loads(pickle.dumps(layers))(x), layers(x))
+    with pytest.raises(NotImplementedError, match="is AlphaDropout; MGML can use Dropout, Dropout2d, Dropout3d"):
+        silence_dropout_of_the_teacher(nn.Sequential(nn.AlphaDropout()))
 
 
 def test_one_modality_is_refused() -> None:
@@ -144,51 +147,6 @@ def test_one_modality_is_refused() -> None:
 def test_unknown_fusion_lists_the_designs() -> None:
     with pytest.raises(ValueError, match="region_aware"):
         network(MGMLConfig(fusion="nope"))
-
-
-def test_closed_form_of_region_fusion() -> None:
-    """RFM(C) and PRM(C) of the specification, at C = 32, K = M = 4, norms without affine parameters."""
-    from nnunetv2_mgml.network.fusion.base import FusionSpec
-    from nnunetv2_mgml.network.fusion.region_aware import ProbabilityMap, RegionFusion
-
-    spec = FusionSpec(num_modalities=4, num_classes=4, channels=(32, 64), kernel_sizes=((3,) * 3,) * 2,
-                      strides=((1,) * 3, (2,) * 3), patch_size=(16,) * 3, conv_op=nn.Conv3d,
-                      norm_op=nn.InstanceNorm3d, norm_op_kwargs={}, nonlin=nn.LeakyReLU, nonlin_kwargs={})
-
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    assert count(RegionFusion(spec, 0)) == 133_296
-    assert count(RegionFusion(spec, 1)) == 392_528
-    assert count(ProbabilityMap(spec, 0)) == 4_164
-
-
-def test_region_fusion_equals_the_written_out_formula() -> None:
-    """Against the definition that builds x_{m,k} = x_m P_k, in float64."""
-    from nnunetv2_mgml.network.fusion.region_aware import RegionFusion
-
-    module: RegionFusion = network(config("region_aware")).fusion.fusions["1"].double()
-    gen = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 8, 4, 4, 4, dtype=torch.float64, generator=gen)
-    maps = torch.randn(2, 4, 4, 4, 4, dtype=torch.float64, generator=gen).softmax(1)
-    captured: list[torch.Tensor] = []
-    module.regions.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-    module.weights.float()
-    module(x, torch.ones(2, 4, dtype=torch.bool), maps)
-    expected = []
-    for k in range(4):
-        per_modality = x * maps[:, None, k:k + 1]
-        share = maps[:, k].mean((1, 2, 3))
-        pooled = per_modality.mean((3, 4, 5)).flatten(1) / (share[:, None] + 1e-3)
-        inputs = torch.cat((pooled, share[:, None] + 1e-3), 1).float()
-        hidden = nn.functional.leaky_relu(module.weights.first[k](inputs), 0.2)
-        weight = module.weights.second[k](hidden).sigmoid().double()
-        expected.append((per_modality * weight[:, :, None, None, None, None]).sum(1))
-    assert torch.allclose(captured[0], torch.cat(expected, 1), atol=1e-6)
-
-
-def test_registry_holds_the_designs_of_this_issue() -> None:
-    assert set(DESIGNS) <= set(fusion_designs())
 
 
 def test_decoders_work_at_a_share_of_the_encoders_width() -> None:

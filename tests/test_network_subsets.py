@@ -10,6 +10,7 @@ import torch
 from builders import configuration, network
 from network_cases import DESIGNS, LAYOUTS, batch, config
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.config import MGMLConfig
@@ -17,6 +18,7 @@ from nnunetv2_mgml.evaluation.subset_predictor import ManySubsets
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
+from nnunetv2_mgml.network.outputs import TrainingOutput
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,6 +65,29 @@ def test_absent_encoders_do_not_run_at_inference() -> None:
     assert calls == [1, 3]
 
 
+def test_compiled_once_for_all_subsets() -> None:
+    """The stored subset reaches a compiled network as a tensor, not as bools to be compiled for one by one."""
+    net = network().eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    x = batch((16, 16, 16), size=1)
+    with torch.no_grad():
+        for subset in all_subsets(4):
+            net.set_availability(subset)
+            torch.testing.assert_close(compiled(x), net(x), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_auxiliary_outputs_under_a_stored_subset() -> None:
+    net = network(config("concat"))
+    x = batch((16, 16, 16))
+    net.set_availability((False, True, False, True))
+    output = net(x, return_aux=True)
+    assert isinstance(output, TrainingOutput)
+    mask = torch.tensor([[False, True, False, True]]).expand(2, -1)
+    assert torch.equal(output.student[0], net(x, modality_mask=mask, return_aux=True).student[0])
+
+
 @pytest.mark.parametrize("fusion", DESIGNS)
 def test_masks_are_per_sample(fusion: str) -> None:
     net = network(config(fusion)).eval()
@@ -100,9 +125,10 @@ def test_in_band_mask_is_used_when_nobody_passes_one() -> None:
         assert torch.equal(net(x), net(x, modality_mask=torch.tensor([[True, True, False, True]])))
 
 
-@pytest.mark.parametrize("bad", [(True, True), (False,) * 4, torch.ones(4, dtype=torch.bool)])
+@pytest.mark.parametrize("bad", [(True, True), (False,) * 4, torch.ones(4, dtype=torch.bool), torch.ones(2, 4),
+                                 torch.tensor([[True] * 4, [False] * 4])])
 def test_bad_availability_is_refused(bad: object) -> None:
-    with pytest.raises(ValueError, match="Expected"):
+    with pytest.raises(ValueError, match=r"Expected 4 bools with at least one True.*Leave samples without"):
         network().set_availability(bad)
 
 

@@ -12,8 +12,8 @@ from builders import BRATS_JSON, configuration, make_trainer, plans, write_datas
 from fusion_cases import own_designs
 from training_cases import synthetic_batch
 
+from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
-from nnunetv2_mgml.training.base import zero_absent
 from nnunetv2_mgml.training.subset_validation import validate_subsets
 from nnunetv2_mgml.training.training_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.variants import (

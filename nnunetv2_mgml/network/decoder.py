@@ -10,7 +10,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 
 from nnunetv2_mgml.network.encoders import EncoderSpec
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, masked
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, beside
 from nnunetv2_mgml.network.pointwise import make_pointwise
 
 
@@ -112,7 +112,7 @@ class FusionDecoder(UNetDecoder):
         if context is not None:
             context = self.transpconvs[stage](context)
         if not fusion.hides_absent:
-            features = torch.where(masked(mask, features).bool(), features, 0)
+            features = torch.where(beside(mask, features), features, 0)
         fused = fusion.fuse_scale(scale, features, mask, context, state)
         if context is None:
             return fused, fused.fused

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +78,11 @@ def encoder_spec(encoder: nn.Module) -> EncoderSpec:
 def silence_dropout_of_the_teacher(network: nn.Module) -> None:
     """Let the plan's dropout layers drop only where `random_layers_act`, so that the teacher pass is not noisy."""
     for module in network.modules():
-        if isinstance(module, _DropoutNd):
-            module.__class__ = _silent(type(module))
+        if type(module) in _QUIET:
+            module.__class__ = _QUIET[type(module)]
+        elif isinstance(module, _DropoutNd) and type(module) not in _QUIET.values():
+            raise NotImplementedError(f"The plan's dropout is {type(module).__name__}; MGML can use "
+                                      f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op.")
 
 
 class NarrowedEncoder(nn.Module):
@@ -106,9 +108,24 @@ class NarrowedEncoder(nn.Module):
         return [project(f) for project, f in zip(self.projections, self.encoder(x), strict=True)]
 
 
-@functools.cache
-def _silent(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return kind.forward(self, x) if random_layers_act(self.training) else x
+class _Quiet(_DropoutNd):
+    """Dropout that acts only where `random_layers_act`."""
 
-    return type(f"Student{kind.__name__}", (kind,), {"forward": forward})
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Args: any tensor; returns the same shape and dtype."""
+        return super().forward(x) if random_layers_act(self.training) else x
+
+
+class QuietDropout(_Quiet, nn.Dropout):
+    """`torch.nn.Dropout`, silent in the teacher's pass."""
+
+
+class QuietDropout2d(_Quiet, nn.Dropout2d):
+    """`torch.nn.Dropout2d`, silent in the teacher's pass."""
+
+
+class QuietDropout3d(_Quiet, nn.Dropout3d):
+    """`torch.nn.Dropout3d`, silent in the teacher's pass."""
+
+
+_QUIET = {nn.Dropout: QuietDropout, nn.Dropout2d: QuietDropout2d, nn.Dropout3d: QuietDropout3d}

@@ -14,7 +14,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 
 from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder
-from nnunetv2_mgml.network.fusion.base import FusionDesign, masked
+from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
 from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
 from nnunetv2_mgml.network.silence import silence
 
@@ -37,6 +37,7 @@ class MultiEncoderUNet(nn.Module):
         self.decoder = decoder
         self.modality_decoder = modality_decoder
         self._availability: tuple[bool, ...] | torch.Tensor | None = None
+        self._stored_mask: torch.Tensor | None = None
 
     @property
     def num_modalities(self) -> int:
@@ -50,17 +51,21 @@ class MultiEncoderUNet(nn.Module):
             subset: ``M`` bools (absent encoders are then not run), a ``(B, M)`` bool tensor, or None to forget it.
 
         Raises:
-            ValueError: wrong length, or no modality present.
+            ValueError: wrong shape or dtype, or a sample without any modality.
         """
-        if subset is None or isinstance(subset, torch.Tensor):
-            if subset is not None and (subset.ndim != 2 or subset.shape[1] != self.num_modalities):
-                raise ValueError(f"Expected a (batch, {self.num_modalities}) mask, got {tuple(subset.shape)}.")
-            self._availability = subset
+        if subset is None:
+            self._availability = self._stored_mask = None
             return
-        subset = tuple(bool(present) for present in subset)
-        if len(subset) != self.num_modalities or not any(subset):
-            raise ValueError(f"Expected {self.num_modalities} bools with at least one True, got {subset}.")
-        self._availability = subset
+        is_batch = isinstance(subset, torch.Tensor)
+        mask = subset if is_batch else torch.tensor([[bool(present) for present in subset]])
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities \
+                or not mask.any(1).all():
+            shown = mask.tolist() if is_batch else tuple(subset)
+            raise ValueError(f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
+                             f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
+                             f"modality out.")
+        self._availability = subset if is_batch else tuple(mask[0].tolist())
+        self._stored_mask = mask
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.
@@ -139,19 +144,20 @@ class MultiEncoderUNet(nn.Module):
         Returns:
             What nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list highest resolution first.
         """
-        if modality_mask is None and isinstance(self._availability, tuple):
-            subset = self._availability
-            mask = torch.tensor(subset, device=x.device).expand(x.shape[0], -1)
-            return self.fuse_decode(self.encode(self._zero_absent(x, mask), subset), mask)
+        subset = None
         if modality_mask is None:
-            stored = self._availability
-            modality_mask = in_band_mask(x, self.num_modalities) if stored is None else stored.to(x.device)
+            stored = self._stored_mask
+            modality_mask = in_band_mask(x, self.num_modalities) if stored is None else \
+                stored.to(x.device).expand(x.shape[0], -1)
+            # a compiled network that looked at the bools would be compiled anew for every subset
+            if not torch.compiler.is_compiling() and isinstance(self._availability, tuple):
+                subset = self._availability
         if available is None:
             available = modality_mask
-        features = self.encode(self._zero_absent(x, available))
         if not return_aux:
-            return self.fuse_decode(features, modality_mask)
-        images = self._zero_absent(x, available)[:, :self.num_modalities] if self.fusion.wants_images else None
+            return self.fuse_decode(self.encode(zero_absent(x, available), subset), modality_mask)
+        features = self.encode(zero_absent(x, available))
+        images = zero_absent(x, available)[:, :self.num_modalities] if self.fusion.wants_images else None
         student = self.decoder(features, modality_mask, self.fusion, images, available)
         modality = None if self.modality_decoder is None else self.decode_modalities(features)
         teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
@@ -162,9 +168,9 @@ class MultiEncoderUNet(nn.Module):
 
     def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
                ) -> Decoded:
-        with torch.set_grad_enabled(learns), silence():
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), silence():
             if own_input is not None:
-                features = self.encode(self._zero_absent(own_input, available))
+                features = self.encode(zero_absent(own_input, available))
             return self.decoder(features if learns else [f.detach() for f in features], available, self.fusion)
 
     def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
@@ -176,14 +182,21 @@ class MultiEncoderUNet(nn.Module):
             features=torch.stack([s.features for s in students], 1),
             teacher=[output.detach() for output in teacher.outputs], teacher_features=teacher.features.detach())
 
-    def _zero_absent(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        extra = x.shape[1] - self.num_modalities
-        keep = torch.cat((mask, mask.new_ones(x.shape[0], extra)), 1) if extra else mask
-        return torch.where(masked(keep, x).bool(), x, 0)
+
+def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return ``x (B, M + P, *spatial)`` with the channels of absent modalities zero, NaN included.
+
+    Args:
+        x: any float dtype; the ``P`` previous-stage channels of a cascade stay as they are.
+        mask: ``(B, M)`` bool, True = present, on the device of ``x``.
+    """
+    extra = x.shape[1] - mask.shape[1]
+    keep = torch.cat((mask, mask.new_ones(len(mask), extra)), 1) if extra else mask
+    return torch.where(beside(keep, x), x, 0)
 
 
 def in_band_mask(x: torch.Tensor, num_modalities: int) -> torch.Tensor:
-    """Read a ``(B, M)`` bool mask off a patch: the fallback when nobody passed one.
+    """Read a ``(B, M)`` bool mask off a patch ``(B, M + P, *spatial)``: the fallback when nobody passed one.
 
     A channel that is zero all over the patch while another is not counts as absent. A patch in which every channel is
     zero lies outside the brain and counts as all present.

@@ -24,6 +24,7 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
 from nnunetv2_mgml.training.augmentation import AugmentationTrainer
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
 from nnunetv2_mgml.training.determinism import make_deterministic
@@ -322,9 +323,3 @@ def announcing(dataset_class: type[nnUNetBaseDataset], announce: Callable[[nnUNe
             return super().load_case(identifier)
 
     return Announcing
-
-
-def zero_absent(data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return ``data (B, M + P, *spatial)`` with the channels of absent modalities (``mask (B, M)``) set to zero."""
-    keep = torch.cat((mask, mask.new_ones(len(mask), data.shape[1] - mask.shape[1])), 1).to(data.device)
-    return torch.where(keep.reshape(*keep.shape, *[1] * (data.ndim - 2)), data, 0)

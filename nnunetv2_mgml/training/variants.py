@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nnunetv2_mgml.training.base import MissingModalityTrainer, zero_absent
+from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
+from nnunetv2_mgml.training.base import MissingModalityTrainer
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
 

@@ -12,8 +12,13 @@ from nnunetv2_mgml.network.silence import random_layers_act
 
 
 def heads_for(width: int, wanted: int = 8) -> int:
-    """Return the largest number of heads up to ``wanted`` that divides ``width``, so any plan's width works."""
-    return max(heads for heads in range(1, wanted + 1) if width % heads == 0)
+    """Return the largest number of heads up to ``wanted`` whose widths are a multiple of 8 channels.
+
+    Narrower heads cost more than they tell, and the fused kernels of GPUs refuse them in half precision. Where there is
+    no such number, any that divides the width will do, so every plan's width works.
+    """
+    dividing = [heads for heads in range(1, wanted + 1) if width % heads == 0]
+    return max([heads for heads in dividing if width // heads % 8 == 0] or dividing)
 
 
 def to_tokens(features: torch.Tensor) -> torch.Tensor:

@@ -191,7 +191,7 @@ def _look_for_installed_designs() -> list[str]:
     global _PROBLEMS
     if _PROBLEMS is None:
         _PROBLEMS = []  # a package that asks for the designs while it is loaded gets those there are
-        _PROBLEMS = load_installed_designs(_accept)
+        _PROBLEMS = load_installed_designs(_accept, _REGISTRY)
     return _PROBLEMS
 
 
@@ -223,9 +223,15 @@ def build_fusion(name: str, spec: FusionSpec) -> FusionDesign:
     return find_design(name)(spec)
 
 
+def beside(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape a ``(B, M)`` mask so that it broadcasts against features ``(B, M, ...)`` of ``like``'s rank; same dtype.
+    """
+    return mask.reshape(*mask.shape, *[1] * (like.ndim - 2))
+
+
 def masked(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshape a ``(B, M)`` mask so that it broadcasts against features ``(B, M, ...)`` of ``like``'s rank and dtype."""
-    return mask.reshape(*mask.shape, *[1] * (like.ndim - 2)).to(like.dtype)
+    """Return the mask `beside` features, as ones and zeros of their dtype."""
+    return beside(mask, like).to(like.dtype)
 
 
 def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.base import FusionSpec
+from nnunetv2_mgml.network.pointwise import pointwise
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -16,35 +18,53 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(tensor.movedim(1, -1)).movedim(-1, 1)
 
 
-def _depthwise(spec: FusionSpec, scale: int, channels: int) -> nn.Module:
-    kernel = spec.kernel_sizes[scale]
-    return spec.conv_op(channels, channels, kernel, padding=tuple(k // 2 for k in kernel), groups=channels)
+def _grouped_block(spec: FusionSpec, scale: int, expand: int = 1) -> nn.Sequential:
+    """1x1, C groups of ``expand`` channels with the plan's kernel, 1x1, each normed over channels.
+
+    Maps ``(B, C, *spatial)`` to the same; with ``expand=1`` the convolution in the middle is depthwise.
+    """
+    width, kernel, one_by_one = spec.channels[scale], spec.kernel_sizes[scale], pointwise(spec.conv_op)
+    inner = expand * width
+    return nn.Sequential(
+        one_by_one(width, inner, 1), ChannelNorm(inner), nn.GELU(),
+        spec.conv_op(inner, inner, kernel, padding=tuple(k // 2 for k in kernel), groups=width), ChannelNorm(inner),
+        nn.GELU(), one_by_one(inner, width, 1), ChannelNorm(width))
 
 
-def _depthwise_block(spec: FusionSpec, scale: int) -> nn.Sequential:
-    """1x1, depthwise with the plan's kernel, 1x1, each normed over channels: ``(B, C, *spatial)`` to the same."""
-    width = spec.channels[scale]
-    return nn.Sequential(spec.conv_op(width, width, 1), ChannelNorm(width), nn.GELU(),
-                         _depthwise(spec, scale, width), ChannelNorm(width), nn.GELU(),
-                         spec.conv_op(width, width, 1), ChannelNorm(width))
-
-
-class ChannelAttentionLayer(nn.Module):
-    """Scores ``(C, M*C)`` over voxels, absent modalities' columns closed; then a depthwise feed-forward."""
+class FeedForward(nn.Module):
+    """A grouped block four times as wide inside, a residual, and a GELU: ``(B, C, *spatial)`` to the same."""
 
     def __init__(self, spec: FusionSpec, scale: int) -> None:
         super().__init__()
-        width = spec.channels[scale]
-        self.query = _depthwise_block(spec, scale)
-        self.keys = nn.ModuleList(_depthwise_block(spec, scale) for _ in range(spec.num_modalities))
-        self.values = nn.ModuleList(_depthwise_block(spec, scale) for _ in range(spec.num_modalities))
-        self.out = _depthwise_block(spec, scale)
-        self.feed_forward = nn.Sequential(spec.conv_op(width, 4 * width, 1), nn.GELU(),
-                                          _depthwise(spec, scale, 4 * width), nn.GELU(),
-                                          spec.conv_op(4 * width, width, 1))
+        self.block = _grouped_block(spec, scale, expand=4)
 
-    def forward(self, query: torch.Tensor, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Args: query ``(B, C, *spatial)``; features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Args: ``(B, C, *spatial)``, any float dtype."""
+        return F.gelu(tensor + self.block(tensor))
+
+
+class ChannelAttentionLayer(nn.Module):
+    """Scores ``(C, M*C)`` over voxels, absent modalities' columns closed; then a grouped feed-forward.
+
+    Args:
+        spec: of the design.
+        scale: whose width ``C`` and kernel count.
+        refine: also put every modality's features through a feed-forward (one for all), for the layer that follows.
+    """
+
+    def __init__(self, spec: FusionSpec, scale: int, refine: bool) -> None:
+        super().__init__()
+        self.query = _grouped_block(spec, scale)
+        self.keys = nn.ModuleList(_grouped_block(spec, scale) for _ in range(spec.num_modalities))
+        self.values = nn.ModuleList(_grouped_block(spec, scale) for _ in range(spec.num_modalities))
+        self.out = _grouped_block(spec, scale)
+        self.feed_forward = FeedForward(spec, scale)
+        self.refine = FeedForward(spec, scale) if refine else None
+
+    def forward(self, query: torch.Tensor, features: torch.Tensor, mask: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args: query ``(B, C, *spatial)``; features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool. Returns both anew.
+        """
         keys = torch.cat([block(features[:, m]) for m, block in enumerate(self.keys)], 1)
         values = torch.cat([block(features[:, m]) for m, block in enumerate(self.values)], 1)
         queries = self.query(query)
@@ -54,8 +74,10 @@ class ChannelAttentionLayer(nn.Module):
             scores = scale * torch.einsum("bcv,bkv->bck", queries.float().flatten(2), keys.float().flatten(2))
             weights = scores.masked_fill(closed, -torch.inf).softmax(2).to(values.dtype)
         attended = torch.einsum("bck,bkv->bcv", weights, values.flatten(2)).reshape(query.shape)
-        query = query + self.out(attended)
-        return query + self.feed_forward(query)
+        query = self.feed_forward(query + self.out(attended))
+        if self.refine is not None:
+            features = self.refine(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return query, features
 
 
 class ChannelAttention(nn.Module):
@@ -63,10 +85,10 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, spec: FusionSpec, scale: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ChannelAttentionLayer(spec, scale) for _ in range(2))
+        self.layers = nn.ModuleList(ChannelAttentionLayer(spec, scale, refine) for refine in (True, False))
 
     def forward(self, query: torch.Tensor, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: query ``(B, C, *spatial)``; features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
         for layer in self.layers:
-            query = layer(query, features, mask)
+            query, features = layer(query, features, mask)
         return query

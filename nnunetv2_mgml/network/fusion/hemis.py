@@ -5,6 +5,7 @@ Population variance (divided by n), so one modality alone gives zero. A 1x1 conv
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -32,21 +33,30 @@ def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     return mean, deviation.square().sum(1) / count
 
 
-class Centred(NamedTuple):
-    """What the moments of every subset can be read from, float32: sums of squares lose less near zero."""
+class Shared(NamedTuple):
+    """What the moments of every subset can be read from, float32."""
 
-    centre: torch.Tensor
-    """Mean over all modalities, ``(B, C, *spatial)``."""
-    deviation: torch.Tensor
-    """From the centre, ``(B, M, C, *spatial)``."""
-    square: torch.Tensor
-    """Of the deviation."""
+    features: torch.Tensor
+    """``(B, M, C, *spatial)``."""
+    distances: torch.Tensor
+    """Squared difference of every pair of modalities (`_pairs`), ``(B, M (M - 1) / 2, C, *spatial)``."""
 
     def moments(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what `moments` does for a mask ``(B, M)``, of the same batch or for one sample and all masks."""
-        count = mask.sum(1).reshape(-1, *[1] * (self.centre.ndim - 1))
-        shift = sum_present(self.deviation, mask) / count
-        return self.centre + shift, (sum_present(self.square, mask) / count - shift.square()).clamp(min=0)
+        """Return what `moments` does for a mask ``(B, M)``, of the same batch or for one sample and all masks.
+
+        The variance is half the mean squared difference over all ordered pairs of present modalities: exact beside any
+        mean, never negative, and absent modalities have no part in it, not even in the rounding.
+        """
+        count = mask.sum(1).reshape(-1, *[1] * (self.features.ndim - 2))
+        first, second = _pairs(mask.shape[1])
+        both = mask[:, first] & mask[:, second]
+        return sum_present(self.features, mask) / count, sum_present(self.distances, both) / count ** 2
+
+
+def _pairs(modalities: int) -> tuple[list[int], list[int]]:
+    """Return the first and second members of all pairs of modalities."""
+    first, second = zip(*itertools.combinations(range(modalities), 2), strict=True)
+    return list(first), list(second)
 
 
 @register
@@ -61,11 +71,10 @@ class HemisFusion(FusionDesign):
         super().__init__(spec)
         self.scales = nn.ModuleList(pointwise(spec.conv_op)(2 * width, width, 1) for width in spec.channels)
 
-    def share(self, features: list[torch.Tensor]) -> list[Centred]:
+    def share(self, features: list[torch.Tensor]) -> list[Shared]:
         """See `FusionDesign.share`."""
-        centres = [f.float().mean(1) for f in features]
-        deviations = [f - centre[:, None] for f, centre in zip(features, centres, strict=True)]
-        return [Centred(c, d, d.square()) for c, d in zip(centres, deviations, strict=True)]
+        first, second = _pairs(self.spec.num_modalities)
+        return [Shared(f.float(), (f[:, first].float() - f[:, second].float()).square()) for f in features]
 
     def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
                    state: Any) -> FusedScale:

@@ -21,4 +21,4 @@ class MeanFusion(FusionDesign):
                    state: Any) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         weights = mask.to(features.dtype) / mask.sum(1, keepdim=True)
-        return FusedScale(torch.einsum("bm,bm...->b...", weights.to(features.dtype), features))
+        return FusedScale(torch.einsum("bm,bm...->b...", weights, features))

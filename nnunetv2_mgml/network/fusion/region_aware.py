@@ -27,8 +27,7 @@ class ProbabilityMap(nn.Module):
     def __init__(self, spec: FusionSpec, scale: int) -> None:
         super().__init__()
         width = spec.channels[scale]
-        inner = max(8, width // 4) if width >= 8 else width
-        self.embed = skip_fusion(spec, scale, inner=inner)
+        self.embed = skip_fusion(spec, scale, inner=max(8, width // 4))
         has_context = scale < spec.num_scales - 1
         self.head = nn.Sequential(conv_block(spec, width * (2 if has_context else 1), 16),
                                   spec.conv_op(16, spec.num_classes, 1))

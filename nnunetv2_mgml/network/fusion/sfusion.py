@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, beside, register
 from nnunetv2_mgml.network.fusion.positions import PositionCode, resize_linear
 
 _POOL = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -69,5 +69,5 @@ class SelfAttentionFusion(FusionDesign):
         """See `FusionDesign.fuse_scale`."""
         scores = self.scales[scale](features, mask)
         with torch.autocast(features.device.type, enabled=False):  # keeps the softmax in the features' memory format
-            weights = scores.masked_fill(~masked(mask, scores).bool(), -torch.inf).softmax(1)
+            weights = scores.masked_fill(~beside(mask, scores), -torch.inf).softmax(1)
         return FusedScale((features * weights).sum(1))
