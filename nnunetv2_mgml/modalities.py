@@ -46,9 +46,9 @@ def canonical_name(name: str) -> str:
         name: any spelling, for example ``"T1Gd"`` or ``"T2-FLAIR"``.
 
     Returns:
-        The BraTS name where the spelling is an alias of one, else the name in lower case without punctuation.
+        The BraTS name where the spelling is an alias of one, else letters and digits of the name in lower case.
     """
-    bare = re.sub(r"[^a-z0-9]", "", name.lower())
+    bare = re.sub(r"[\W_]", "", name.lower())
     return _CANONICAL.get(bare, bare)
 
 
@@ -62,22 +62,37 @@ def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
         ``M`` canonical names, ordered by channel index (``"0"``, ``"1"``, ...).
 
     Raises:
-        ValueError: the key is missing, an index is skipped, or two channels have the same canonical name.
+        ValueError: the key is missing, an index is skipped or no number, a name is without letters and digits, or two
+            channels have the same canonical name.
     """
     names = dataset_json.get("channel_names", dataset_json.get("modality"))
     if not names:
         raise ValueError("dataset.json has neither 'channel_names' nor 'modality'; add channel_names, for example "
                          '{"0": "T1", "1": "FLAIR"}.')
-    by_index = {int(index): canonical_name(str(name)) for index, name in names.items()}
+    wrong = [str(index) for index in names if not str(index).isdecimal()]
+    if wrong:
+        raise ValueError(f"The keys of channel_names in dataset.json are channel numbers, found {', '.join(wrong)}. "
+                         f'Write, for example, {{"0": "T1", "1": "FLAIR"}}.')
+    spelled = {int(index): str(name) for index, name in names.items()}
+    by_index = {index: canonical_name(name) for index, name in spelled.items()}
     if sorted(by_index) != list(range(len(by_index))):
         raise ValueError(f"channel_names of dataset.json must be numbered 0 to {len(by_index) - 1}, "
                          f"found {sorted(by_index)}.")
     ordered = tuple(by_index[i] for i in range(len(by_index)))
-    doubles = sorted({name for name in ordered if ordered.count(name) > 1})
+    _check_distinct(ordered, spelled)
+    return ordered
+
+
+def _check_distinct(channels: Sequence[str], spelled: dict[int, str]) -> None:
+    nameless = [f"{i} {spelled[i]!r}" for i, name in enumerate(channels) if not name]
+    if nameless:
+        raise ValueError(f"channel_names of dataset.json need at least one letter or digit each: {', '.join(nameless)} "
+                         f"has none.")
+    doubles = [f"{name} ({', '.join(repr(spelled[i]) for i, other in enumerate(channels) if other == name)})"
+               for name in sorted(set(channels)) if channels.count(name) > 1]
     if doubles:
         raise ValueError(f"channel_names of dataset.json name the same modality twice: {', '.join(doubles)}. "
                          f"Every channel needs a name of its own.")
-    return ordered
 
 
 def channel_index(name: str, channels: Sequence[str]) -> int:

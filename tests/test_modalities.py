@@ -91,7 +91,7 @@ def test_all_subsets_needs_a_modality():
 @pytest.mark.parametrize(("spelling", "name"), [
     ("T1", "t1"), ("t1n", "t1"), ("T1w", "t1"), ("T1Gd", "t1ce"), ("t1-post", "t1ce"), ("T1c", "t1ce"),
     ("T1CE", "t1ce"), ("T2w", "t2"), ("T2-FLAIR", "flair"), ("t2f", "flair"), ("T2_Flair", "flair"), ("FLAIR", "flair"),
-    ("DWI", "dwi"), ("b-1000", "b1000")])
+    ("DWI", "dwi"), ("b-1000", "b1000"), ("T1加权", "t1加权"), ("Диффузия", "диффузия")])
 def test_canonical_name(spelling, name):
     assert canonical_name(spelling) == name
     assert canonical_name(name) == name
@@ -107,12 +107,16 @@ def test_channel_names_go_by_index_not_by_position():
     assert channel_names({"channel_names": names})[:3] == ("t1", "t1ce", "flair")
     assert channel_names({"channel_names": names})[10] == "c10"
     assert channel_names({"modality": {"0": "DWI", "1": "ADC"}}) == ("dwi", "adc")
+    assert channel_names({"channel_names": {"0": "平扫", "1": "增强"}}) == ("平扫", "增强")
 
 
 @pytest.mark.parametrize(("dataset_json", "message"), [
     ({}, "neither 'channel_names' nor 'modality'"),
     ({"channel_names": {"0": "T1", "2": "T2"}}, r"numbered 0 to 1, found \[0, 2\]"),
     ({"channel_names": {"0": "T1c", "1": "T1Gd"}}, "same modality twice: t1ce"),
+    ({"channel_names": {"0": "T1c", "1": "T2", "2": "T1Gd"}}, r"twice: t1ce \('T1c', 'T1Gd'\). Every"),
+    ({"channel_names": {"0": "T1", "1": "?"}}, "at least one letter or digit each: 1 '\\?' has none."),
+    ({"channel_names": {"T1": "0", "1": "T2"}}, r'are channel numbers, found T1. Write, for example, {"0": "T1"'),
 ])
 def test_channel_names_errors(dataset_json, message):
     with pytest.raises(ValueError, match=message):
