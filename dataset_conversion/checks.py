@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+
+from nnunetv2_mgml.inference.complete import TruncatedError, check_complete
 
 from .labels import to_nnunet
 
@@ -28,33 +27,17 @@ def read_volume(path: Path) -> sitk.Image:
     Raises:
         ValueError: unreadable, truncated or damaged file, or not three axes; one line that names the file.
     """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-        # ITK fills up what a truncated or damaged file lacks without a word, so completeness is checked here.
-        header_bytes = float(reader.GetMetaData("vox_offset"))
-        needed = int(header_bytes) + math.prod(reader.GetSize()) * int(reader.GetMetaData("bitpix")) // 8
-        available = _num_bytes(path)
-        if available < needed:
-            raise ValueError(f"{path.name} is truncated: {available} of {needed} bytes")
-        image = reader.Execute()
-    except (RuntimeError, OSError, EOFError, zlib.error) as error:
+        check_complete(str(path))  # ITK fills up what a truncated or damaged file lacks without a word
+        image = sitk.ReadImage(str(path))
+    except TruncatedError as error:
+        raise ValueError(f"{path.name} is {error}") from error
+    except Exception as error:  # nibabel, gzip and SimpleITK each raise what they like on a damaged file
         reason = str(error).strip().splitlines()
         raise ValueError(f"{path.name} cannot be read ({reason[-1] if reason else type(error).__name__})") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"{path.name} must be one volume with three axes, it has size {image.GetSize()}")
     return image
-
-
-def _num_bytes(path: Path) -> int:
-    if not path.name.lower().endswith(".gz"):
-        return path.stat().st_size
-    count = 0
-    with gzip.open(path) as stream:  # also compares the checksum
-        while block := stream.read(1 << 22):
-            count += len(block)
-    return count
 
 
 def geometry_difference(image: sitk.Image, reference: sitk.Image) -> str | None:

@@ -70,7 +70,8 @@ def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-np", type=int, default=default_processes(), dest="num_processes", help="worker processes")
+    parser.add_argument("-np", type=int, default=default_processes(), dest="num_processes", metavar="N",
+                        help="worker processes, 0 or more; 0 and 1: only this one")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], num_process
     Args:
         function: picklable; an exception in it ends the run and is raised here.
         jobs: picklable arguments.
-        num_processes: worker processes, None for `default_processes`; 1 works in this process.
+        num_processes: worker processes, None for `default_processes`; 0 and 1 work in this process.
         title: text before the progress bar.
         progress: whether to show the bar (on stderr).
 
@@ -35,11 +35,11 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], num_process
         Results in the order of ``jobs``.
 
     Raises:
-        ValueError: ``num_processes`` below 1, or a worker process that died.
+        ValueError: ``num_processes`` below 0, or a worker process that died.
     """
     processes = default_processes() if num_processes is None else num_processes
-    if processes < 1:
-        raise ValueError(f"The number of processes must be at least 1, got {processes}.")
+    if processes < 0:
+        raise ValueError(f"The number of worker processes (-np) must be 0 (this process) or more, got {processes}.")
     processes = min(processes, len(jobs))
     results: list[Result | None] = [None] * len(jobs)
     with tqdm(total=len(jobs), desc=title, disable=not progress) as bar:

@@ -80,5 +80,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"No \.nii\.gz or \.nii file"):
         convert_back(tmp_path / "empty", tmp_path / "out", "brats2021")
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=0)
+    with pytest.raises(ValueError, match=r"\(-np\) must be 0 \(this process\) or more, got -1"):
+        convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=-1)
+    written = convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=0)  # in this process
+    assert [path.name for path in written] == ["a.nii.gz"]

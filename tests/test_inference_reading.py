@@ -14,6 +14,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_mgml.inference.complete import TruncatedError, check_complete
 from nnunetv2_mgml.inference.grid import GRID_TOLERANCE
 from nnunetv2_mgml.inference.inputs import CaseError
 from nnunetv2_mgml.inference.reading import read_case
@@ -44,6 +45,19 @@ def test_a_cut_off_file(tmp_path: Path, ending: str, share: float, reader: type[
     path.write_bytes(whole[:int(len(whole) * share)])
     with pytest.raises(CaseError, match=rf"Case p: cannot read .*p_0000{ending} with {reader.__name__}"):
         read({0: path}, reader)
+
+
+@pytest.mark.parametrize("ending", [".NII", ".nii.GZ"])
+def test_a_cut_off_file_with_another_spelling_of_its_ending(tmp_path: Path, ending: str) -> None:
+    content = gzip.decompress(write_image(tmp_path / "whole.nii.gz", image(0)).read_bytes())
+    path = tmp_path / f"p_0000{ending}"
+    for share, cut in ((content, False), (content[:2000], True)):
+        path.write_bytes(gzip.compress(share) if ending.endswith("GZ") else share)
+        if cut:
+            with pytest.raises(TruncatedError, match=f"truncated: 2000 of {len(content)} bytes"):
+                check_complete(str(path))
+        else:
+            check_complete(str(path))
 
 
 def test_a_flipped_byte_in_a_compressed_file(tmp_path: Path) -> None:
