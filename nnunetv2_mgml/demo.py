@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nnunetv2_mgml.info import collect
+
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_Phantom"
 PLANS = "nnUNetMGMLPlans"
@@ -96,6 +98,8 @@ class _Demo:
         self.raw = root / "nnUNet_raw" / DATASET
         self.model_folder = root / "nnUNet_results" / DATASET / f"nnUNetTrainerMGML__{PLANS}__3d_fullres"
         self.step = 0
+        # nnU-Net's own commands know our trainers and flags only where the start-up line runs
+        self.stock_commands = collect()["start_up_line"]["active"]
 
     def write_phantoms(self) -> None:
         """Step 1."""
@@ -119,8 +123,8 @@ class _Demo:
         """Step 4."""
         self._announce("training one model for all 15 subsets of T1, T1ce, T2 and FLAIR")
         plans = json.loads((self.root / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json").read_text())
-        self._call("train", "nnUNetv2_train", str(DATASET_ID), "3d_fullres", "0", "-tr", "nnUNetTrainerMGML", "-p",
-                   PLANS, "-device", self.device, epochs=plans["mgml"]["config"]["num_epochs"])
+        self._call_nnunet("train", "train", str(DATASET_ID), "3d_fullres", "0", "-tr", "nnUNetTrainerMGML", "-p", PLANS,
+                          "-device", self.device, epochs=plans["mgml"]["config"]["num_epochs"])
 
     def predict(self) -> None:
         """Step 5: the held-out patients with some sequences named as missing, and with files that are not there."""
@@ -136,9 +140,9 @@ class _Demo:
 
     def _predict(self, images: Path, output: Path, *missing: str) -> None:
         flag = ("--missing_modalities", *missing) if missing else ()
-        self._call(f"predict_{output.name}", "nnUNetv2_predict", "-i", str(images), "-o", str(output), "-d",
-                   str(DATASET_ID), "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerMGML", "-p", PLANS, "-device",
-                   self.device, "-npp", "0", "-nps", "0", "--disable_tta", *flag)
+        self._call_nnunet(f"predict_{output.name}", "predict", "-i", str(images), "-o", str(output), "-d",
+                          str(DATASET_ID), "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerMGML", "-p", PLANS,
+                          "-device", self.device, "-npp", "0", "-nps", "0", "--disable_tta", *flag)
 
     def evaluate(self) -> str:
         """Step 6: scores of all subsets; returns the Dice table, the first of ``table.md``."""
@@ -170,6 +174,11 @@ class _Demo:
     def _announce(self, what: str) -> None:
         self.step += 1
         _say(f"\n[{self.step}/{STEPS}] {what}")
+
+    def _call_nnunet(self, log: str, name: str, *arguments: str, epochs: int | None = None) -> None:
+        """Run nnU-Net's ``train`` or ``predict``, by way of ``mgml`` where nnU-Net's own would not know our flags."""
+        command = (f"nnUNetv2_{name}",) if self.stock_commands else ("mgml", name)
+        self._call(log, *command, *arguments, epochs=epochs)
 
     def _call(self, log: str, command: str, *arguments: str, epochs: int | None = None) -> None:
         """Show and run a command; its output goes to a log file, epochs to a progress bar."""
