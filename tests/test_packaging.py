@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from nnunetv2_mgml import __version__
 
 REPOSITORY = Path(__file__).parents[1]
 PTH = "nnunetv2_mgml.pth"
+OPTIONAL = ("mamba_ssm", "panoptica")
 SHIPPED = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", PTH,
            "Makefile", "nnunetv2_mgml", "dataset_conversion", "tests"]
 REPORT = """
@@ -108,6 +112,22 @@ def test_wheel_contents(wheel, checkout):
     expected |= {"nnunetv2_mgml" / path.relative_to(checkout) for path in (checkout / "dataset_conversion").rglob("*")
                  if path.is_file()}
     assert packaged == {path.as_posix() for path in expected}
+
+
+def test_every_package_that_is_imported_is_required():
+    imported = set()
+    for file in (*REPOSITORY.glob("nnunetv2_mgml/**/*.py"), *REPOSITORY.glob("dataset_conversion/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    names = imported - set(sys.stdlib_module_names) - {"nnunetv2_mgml", *OPTIONAL}
+    owners = packages_distributions()
+    needed = {owners[name][0].lower().replace("_", "-") for name in names}
+    required = re.search(r"install_requires=\[(.+?)^        \]", (REPOSITORY / "setup.py").read_text(), re.M | re.S)[1]
+    assert {"nibabel", "torch"} < needed
+    assert needed <= {name.lower() for name in re.findall(r'^ *"([\w-]+)', required, re.M)}
 
 
 def test_start_up_line_is_one_line_of_ascii():
