@@ -151,8 +151,8 @@ def _readings(settings: dict[str, Any], results: Sequence[Result]) -> str:
     rows = [[*row[:9], f"`{_set(settings, chosen, row[0])}`"]
             for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))]
     return ("## Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
-            "seeds, without the complete view but for `mgml_ramp_half`. One seed tells harmful from harmless, not good from better. `teaching` "
-            "is not in the paper ([method.md](method.md)).\n\n"
+            "seeds, without the complete view but for `mgml_ramp_half`. One seed tells harmful from harmless, not good "
+            "from better. `teaching` is not in the paper ([method.md](method.md)).\n\n"
             + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows))
 
 
