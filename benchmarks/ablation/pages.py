@@ -146,13 +146,13 @@ def _headroom(results: Sequence[Result]) -> str:
 
 
 def _readings(settings: dict[str, Any], results: Sequence[Result]) -> str:
-    chosen = [r for group in ("readings", "ramp", "teaching") for r in select(results, group)]
+    chosen = [r for group in ("readings", "teaching") for r in select(results, group)]
     baseline = select(results, "main", variant="baseline")
     rows = [[*row[:9], f"`{_set(settings, chosen, row[0])}`"]
             for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))]
     return ("## Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
-            "seeds, without the complete view but for `mgml_ramp_half`. One seed tells harmful from harmless, not good "
-            "from better. `teaching` is not in the paper ([method.md](method.md)).\n\n"
+            "seeds, without the complete view. One seed tells harmful from harmless, not good from better. `teaching` "
+            "is not in the paper ([method.md](method.md)).\n\n"
             + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows))
 
 
