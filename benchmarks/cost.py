@@ -98,11 +98,17 @@ def main() -> None:
 
 def run_worker(design: str, what: str) -> dict[str, Any]:
     """Measure in a new process; the result says on which commit."""
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"],
-                            stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    changed = git("status", "--porcelain", "--", "../nnunetv2_mgml")
+    commit = git("rev-parse", "--short", "HEAD") + ("*" if changed else "")
     done = subprocess.run([sys.executable, *sys.argv, "--worker", design, what], check=True, stdout=subprocess.PIPE,
                           text=True, env={**os.environ, **(_RETURN_MEMORY if what.startswith("memory") else {})})
     return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit}
+
+
+def git(*arguments: str) -> str:
+    """Return what git says in this folder; empty where there is no repository."""
+    return subprocess.run(["git", "-C", Path(__file__).parent, *arguments], stdout=subprocess.PIPE, text=True,
+                          check=False).stdout.strip()
 
 
 def plan_of(args: argparse.Namespace) -> ConfigurationManager:
