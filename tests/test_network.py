@@ -13,8 +13,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.network import encoders
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.network.encoders import scaled_widths, silence_dropout_of_the_teacher
+from nnunetv2_mgml.network.encoders import plan_unet, scaled_widths, silence_dropout_of_the_teacher
 from nnunetv2_mgml.network.outputs import TrainingOutput
 
 
@@ -135,8 +136,16 @@ def test_plan_dropout_is_silent_in_the_teacher_pass() -> None:
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(layers)(x), layers(x))
         assert torch.equal(pickle.loads(pickle.dumps(layers))(x), layers(x))
-    with pytest.raises(NotImplementedError, match="is AlphaDropout; MGML can use Dropout, Dropout2d, Dropout3d"):
+    with pytest.raises(ValueError, match="is AlphaDropout; MGML can use Dropout, Dropout2d, Dropout3d"):
         silence_dropout_of_the_teacher(nn.Sequential(nn.AlphaDropout()))
+
+
+def test_architectures_without_encoder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"some\.Transformer has no features_per_stage.*plan with nnUNetPlanner"):
+        plan_unet("some.Transformer", {"depth": 3}, (), 1, 2, 1.0)
+    monkeypatch.setattr(encoders, "get_network_from_plans", lambda *_, **__: nn.Identity())
+    with pytest.raises(ValueError, match=r"some\.Net has no encoder that MGML can use; supported are PlainConvUNet"):
+        plan_unet("some.Net", {"features_per_stage": [8, 16]}, (), 1, 2, 1.0)
 
 
 def test_one_modality_is_refused() -> None:

@@ -41,7 +41,7 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
 
     Raises:
         ValueError: fewer than two modalities, or an unknown fusion design.
-        NotImplementedError: an architecture without encoder and decoder.
+        ValueError: an architecture without encoder and decoder.
     """
     modalities = count_modalities(configuration_manager)
     if modalities < 2:

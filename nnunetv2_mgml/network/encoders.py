@@ -45,11 +45,11 @@ def plan_unet(class_name: str, arch_kwargs: dict[str, Any], require_import: tupl
     """Build the plan's own U-Net for one modality, ``width_factor`` times as wide.
 
     Raises:
-        NotImplementedError: the architecture is not made of an encoder with skips and a convolutional decoder.
+        ValueError: the architecture is not made of an encoder with skips and a convolutional decoder.
     """
     kwargs = copy.deepcopy(dict(arch_kwargs))
     if "features_per_stage" not in kwargs:
-        raise NotImplementedError(
+        raise ValueError(
             f"The plan's architecture {class_name} has no features_per_stage. MGML needs nnU-Net's PlainConvUNet or "
             f"ResidualEncoderUNet; plan with nnUNetPlannerResEncM or the default planner.")
     kwargs["features_per_stage"] = scaled_widths(kwargs["features_per_stage"], width_factor)
@@ -59,8 +59,8 @@ def plan_unet(class_name: str, arch_kwargs: dict[str, Any], require_import: tupl
                                   deep_supervision=False)
     encoder = getattr(unet, "encoder", None)
     if not all(hasattr(encoder, name) for name in ("output_channels", "kernel_sizes", "strides")):
-        raise NotImplementedError(f"The plan's architecture {class_name} has no encoder that MGML can use; supported "
-                                  f"are PlainConvUNet and ResidualEncoderUNet.")
+        raise ValueError(f"The plan's architecture {class_name} has no encoder that MGML can use; supported "
+                         f"are PlainConvUNet and ResidualEncoderUNet.")
     return unet
 
 
@@ -81,8 +81,8 @@ def silence_dropout_of_the_teacher(network: nn.Module) -> None:
         if type(module) in _QUIET:
             module.__class__ = _QUIET[type(module)]
         elif isinstance(module, _DropoutNd) and type(module) not in _QUIET.values():
-            raise NotImplementedError(f"The plan's dropout is {type(module).__name__}; MGML can use "
-                                      f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op.")
+            raise ValueError(f"The plan's dropout is {type(module).__name__}; MGML can use "
+                             f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op.")
 
 
 class NarrowedEncoder(nn.Module):
