@@ -31,6 +31,11 @@ def own_designs() -> dict[str, type[FusionDesign]]:
     return {name: cls for name, cls in fusion_designs().items() if cls.__module__.startswith("nnunetv2_mgml.")}
 
 
+def design_names() -> list[str]:
+    """Everything the common tests run with: all designs there are, those of others included, and `VARIANTS`."""
+    return [*fusion_designs(), *VARIANTS]
+
+
 def design_class(name: str) -> type[FusionDesign]:
     """The class behind a test name."""
     return fusion_designs()[VARIANTS.get(name, (name, {}))[0]]

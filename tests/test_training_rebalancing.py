@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import BRATS_JSON, make_trainer, network, plans, write_dataset
 from torch import distributed as dist
-from training_cases import synthetic_batch
+from training_cases import run_until_epoch, synthetic_batch
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.fusion import fusion_designs
@@ -293,21 +293,8 @@ def test_a_run_logs_the_weights_and_resumes_exactly(nnunet_folders: Path, monkey
     assert {"train_distillation", "train_prototype"} <= set(rows[-1])
 
     monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
-
-    class InterruptedRunError(RuntimeError):
-        pass
-
     first = make_trainer(nnUNetTrainerMGML, plans_dict, options)
-    epoch_end = first.on_epoch_end
-
-    def interrupt() -> None:
-        epoch_end()
-        if first.current_epoch == 2:
-            raise InterruptedRunError
-
-    monkeypatch.setattr(first, "on_epoch_end", interrupt)
-    with pytest.raises(InterruptedRunError):
-        first.run_training()
+    run_until_epoch(first, 2, monkeypatch)
     second = make_trainer(nnUNetTrainerMGML, plans_dict, options, resume=True)
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert torch.equal(second.balance.beta, first.balance.beta)

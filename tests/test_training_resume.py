@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import make_trainer, write_dataset
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from training_cases import run_until_epoch
 
 from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.training import nnUNetTrainerMGML
@@ -50,21 +51,8 @@ def test_resume_equals_an_uninterrupted_run(nnunet_folders: Path, monkeypatch: p
     whole.run_training()
     log = [list(row.values()) for row in read_log(Path(whole.output_folder) / LOG_NAME)]
     monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
-
-    class InterruptedRunError(RuntimeError):
-        pass
-
     first = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1})
-    epoch_end = first.on_epoch_end
-
-    def interrupt() -> None:
-        epoch_end()
-        if first.current_epoch == 2:
-            raise InterruptedRunError
-
-    monkeypatch.setattr(first, "on_epoch_end", interrupt)
-    with pytest.raises(InterruptedRunError):
-        first.run_training()
+    run_until_epoch(first, 2, monkeypatch)
     second = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1}, resume=True)
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert second.current_epoch == 2

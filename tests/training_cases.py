@@ -1,9 +1,10 @@
-"""A batch for the training step."""
+"""A batch for the training step, and a run that is killed."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -27,3 +28,21 @@ def synthetic_batch(trainer: Any, spatial: tuple[int, ...] | None = None) -> dic
             "available": torch.ones(2, trainer.num_modalities, dtype=torch.bool),
             "modality_mask": torch.tensor([[True, False, True, True], [False, True, False, False]]),
             "keys": ["a", "b"]}
+
+
+class InterruptedRunError(RuntimeError):
+    """Stands for the kill."""
+
+
+def run_until_epoch(trainer: Any, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and break off when ``epoch`` epochs are done and saved."""
+    epoch_end = trainer.on_epoch_end
+
+    def interrupt() -> None:
+        epoch_end()
+        if trainer.current_epoch == epoch:
+            raise InterruptedRunError
+
+    monkeypatch.setattr(trainer, "on_epoch_end", interrupt)
+    with pytest.raises(InterruptedRunError):
+        trainer.run_training()
