@@ -23,9 +23,11 @@ def version() -> str:
 def editable_line() -> str:
     """Return the .pth line by which an editable install finds the sources, whatever their place in the checkout."""
     files = {package: str(ROOT / folder / "__init__.py") for package, folder in PACKAGE_DIR.items()}
-    find_spec = (f"lambda name, path=None, target=None, files={files!a}: name in files"
-                 ' and __import__("os.path").path.isfile(files[name])'
-                 ' and __import__("importlib.util").util.spec_from_file_location(name, files[name]) or None')
+    find_spec = (
+        f"lambda name, path=None, target=None, files={files!a}: name in files"
+        ' and __import__("os.path").path.isfile(files[name])'
+        ' and __import__("importlib.util").util.spec_from_file_location(name, files[name]) or None'
+    )
     return f'import sys; sys.meta_path.append(type("nnunetv2_mgml", (), {{"find_spec": staticmethod({find_spec})}}))\n'
 
 
@@ -104,9 +106,9 @@ if __name__ == "__main__":
             "test": ["pytest", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
             "dev": ["ruff==0.17.6", "build"],
             "lesions": ["panoptica"],
-            "browser": ["playwright"],  # tests/test_report_browser.py, with a Chromium on the PATH
+            "browser": ["playwright"],  # tests/presentation/test_report_browser.py, with a Chromium on the PATH
         },
-        entry_points={"console_scripts": ["mgml = nnunetv2_mgml.cli:main"]},
+        entry_points={"console_scripts": ["mgml = nnunetv2_mgml.commands.main:main"]},
         cmdclass=commands(),
         keywords=["nnU-Net", "segmentation", "missing modalities", "MRI", "brain tumour", "BraTS"],
         classifiers=[

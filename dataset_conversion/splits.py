@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_mgml.files import write_json
+from nnunetv2_mgml.dataset_conversion.discovery import patient
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
-
-from .discovery import patient
 
 PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
@@ -21,8 +20,11 @@ PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023":
 SPLITS_FILE = "splits_final.json"
 TEST_FILE = "test_cases.json"
 _TAIL = re.compile(r"(\.nii\.gz|\.nii|\.np[yz]|\.h5|\.pkl)$", re.IGNORECASE)
-_SUFFIXES = sorted({s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()}
-                   | {"_vol"}, key=len, reverse=True)
+_SUFFIXES = sorted(
+    {s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()} | {"_vol"},
+    key=len,
+    reverse=True,
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ def parse_ratio(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(?:ratio[ =:]*)?(\d+):(\d+)(?::(\d+))?", text.strip())
     ratio = tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if ratio[0] < 1 or ratio[1] < 1:
-        raise ValueError(f"Unknown split '{text}'. Allowed: {', '.join(PRESETS)}, or train:validation:test such as "
-                         f"7:1:2, with at least 1 for training and validation.")
+        raise ValueError(
+            f"Unknown split '{text}'. Allowed: {', '.join(PRESETS)}, or train:validation:test such as "
+            f"7:1:2, with at least 1 for training and validation."
+        )
     return ratio  # type: ignore[return-value]
 
 
@@ -59,7 +63,7 @@ def _counts(total: int, ratio: Sequence[int]) -> list[int]:
     wanted = [total * part / sum(ratio) for part in ratio]
     counts = [int(w) for w in wanted]
     by_remainder = sorted(range(len(ratio)), key=lambda i: (counts[i] - wanted[i], i))
-    for i in by_remainder[:total - sum(counts)]:
+    for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     for i, part in enumerate(ratio):
         if part and not counts[i]:
@@ -118,8 +122,10 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
         ValueError: unknown names, a name in two places, an empty training or validation list; all of them are named.
     """
     if len(files) not in (2, 3):
-        raise ValueError(f"--split_files needs the lists of training, validation and (optional) test cases, "
-                         f"got {len(files)} file(s).")
+        raise ValueError(
+            f"--split_files needs the lists of training, validation and (optional) test cases, "
+            f"got {len(files)} file(s)."
+        )
     known = set(cases)
     parts: list[list[str]] = []
     unknown: list[str] = []
@@ -143,7 +149,7 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
 
 def _resolve(entry: str, known: set[str]) -> str | None:
     name = _TAIL.sub("", re.split(r"[/\\]", entry.rstrip("/\\"))[-1])
-    without_content = next((name[:-len(s)] for s in _SUFFIXES if name.lower().endswith(s)), name)
+    without_content = next((name[: -len(s)] for s in _SUFFIXES if name.lower().endswith(s)), name)
     candidates = {stem for text in (name, without_content) for stem in (text, re.sub(r"^(HGG|LGG)[_\-]", "", text))}
     matches = candidates & known
     return matches.pop() if len(matches) == 1 else None

@@ -12,8 +12,9 @@ from nnunetv2_mgml.network.fusion import FusedScale, FusionDesign, FusionSpec, b
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "3d": dict(patch_size=(12, 12, 12), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernel_sizes=((3, 3, 3),) * 3),
-    "anisotropic": dict(patch_size=(5, 7, 9), strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),
-                        kernel_sizes=((1, 3, 3), (1, 3, 3), (3, 3, 3))),
+    "anisotropic": dict(
+        patch_size=(5, 7, 9), strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)), kernel_sizes=((1, 3, 3), (1, 3, 3), (3, 3, 3))
+    ),
     "2d": dict(patch_size=(10, 14), strides=((1, 1), (2, 2), (2, 2)), kernel_sizes=((3, 3),) * 3),
 }
 OTHER_SIZE = {"3d": (5, 7, 9), "anisotropic": (7, 16, 12), "2d": (17, 9)}
@@ -22,7 +23,8 @@ QUICK: dict[str, dict[str, Any]] = {"sfusion": {"depth": 2, "grid": 4}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "m2ftrans+channel": ("m2ftrans", {"channel_attention": True}),
     "region_aware+full": ("region_aware", {"full_resolution_regions": True}),
-    "imfuse+concat": ("imfuse", {"max_voxels": 1})}
+    "imfuse+concat": ("imfuse", {"max_voxels": 1}),
+}
 """Further settings to run all tests with: test name -> (design, options)."""
 
 
@@ -53,9 +55,17 @@ def make_spec(layout: str = "3d", modalities: int = 3, **changes: Any) -> Fusion
     """A spec of three scales with 8, 12 and 16 channels."""
     dimension = len(LAYOUTS[layout]["patch_size"])
     norm = nn.InstanceNorm3d if dimension == 3 else nn.InstanceNorm2d
-    values = dict(num_modalities=modalities, num_classes=4, channels=(8, 12, 16), norm_op=norm,
-                  conv_op=nn.Conv3d if dimension == 3 else nn.Conv2d, norm_op_kwargs={"eps": 1e-5, "affine": True},
-                  nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, **LAYOUTS[layout])
+    values = dict(
+        num_modalities=modalities,
+        num_classes=4,
+        channels=(8, 12, 16),
+        norm_op=norm,
+        conv_op=nn.Conv3d if dimension == 3 else nn.Conv2d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        **LAYOUTS[layout],
+    )
     return FusionSpec(**{**values, **changes})
 
 
@@ -70,8 +80,9 @@ def make_design(name: str, spec: FusionSpec, seed: int = 0) -> FusionDesign:
     return design
 
 
-def make_pass(spec: FusionSpec, mask: list[list[int]] | torch.Tensor, size: tuple[int, ...] | None = None,
-              seed: int = 1) -> Pass:
+def make_pass(
+    spec: FusionSpec, mask: list[list[int]] | torch.Tensor, size: tuple[int, ...] | None = None, seed: int = 1
+) -> Pass:
     """Random features (mean not zero) of an input of ``size`` voxels, zero where absent, and decoder features."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.as_tensor(mask).bool()
@@ -95,8 +106,10 @@ def hide(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def run(design: FusionDesign, inputs: Pass, shared: Any = None) -> list[FusedScale]:
     """One pass from the bottleneck up; results full resolution first."""
     state = design.begin(shared)
-    results = [design.fuse_scale(s, inputs.features[s], inputs.mask, inputs.contexts[s], state)
-               for s in reversed(range(len(inputs.features)))]
+    results = [
+        design.fuse_scale(s, inputs.features[s], inputs.mask, inputs.contexts[s], state)
+        for s in reversed(range(len(inputs.features)))
+    ]
     return results[::-1]
 
 
@@ -113,8 +126,9 @@ def reads_mask(design: FusionDesign, scale: int) -> bool:
     """Whether the mask alone, with the features as they are, changes the result at a scale."""
     full = make_pass(design.spec, [[1] * design.spec.num_modalities])
     masks = [full.mask & (torch.arange(design.spec.num_modalities) != m) for m in range(design.spec.num_modalities)]
-    one, *others = (fused_at(design, scale, full._replace(mask=mask), full.features[scale]) for mask in
-                    (full.mask, *masks))
+    one, *others = (
+        fused_at(design, scale, full._replace(mask=mask), full.features[scale]) for mask in (full.mask, *masks)
+    )
     return any(not torch.equal(one, other) for other in others)
 
 

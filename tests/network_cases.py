@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.plans.options import MGMLConfig
 
 DESIGNS = ("mean", "concat", "region_aware")
 LAYOUTS = {
     "3d": dict(patch=(16, 16, 16)),
     "residual": dict(patch=(16, 16, 16), residual=True),
     "2d": dict(patch=(32, 24)),
-    "anisotropic": dict(patch=(6, 16, 16), strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-                        kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3]]),
+    "anisotropic": dict(
+        patch=(6, 16, 16), strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]], kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3]]
+    ),
 }
 
 

@@ -34,7 +34,7 @@ class MGMLDataLoader(nnUNetDataLoader):
         """Return ``data (B, C, *spatial)`` float32, ``target``, ``keys``, ``available``, ``modality_mask``."""
         batch = super().generate_train_batch()
         available = np.array([self.availability[key] for key in batch["keys"]], dtype=bool)
-        rng = np.random.default_rng(np.random.randint(2 ** 31, size=2))
+        rng = np.random.default_rng(np.random.randint(2**31, size=2))
         for sample, row in zip(batch["data"], available, strict=True):
             for channel in np.flatnonzero(~row):
                 sample[channel] = 0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.modalities import canonical_name, channel_index
+from nnunetv2_mgml.plans.options import MGMLConfig
 
 _DEFAULT_RATE = 0.5
 
@@ -41,8 +41,10 @@ class SubsetSampler:
         available = np.asarray(available, dtype=bool)
         empty = np.flatnonzero(~available.any(axis=1))
         if len(empty):
-            raise ValueError(f"Sample {', '.join(map(str, empty))} of the batch has no modality at all; every case "
-                             f"needs one at least. Remove such cases from the dataset and preprocess again.")
+            raise ValueError(
+                f"Sample {', '.join(map(str, empty))} of the batch has no modality at all; every case "
+                f"needs one at least. Remove such cases from the dataset and preprocess again."
+            )
         return np.stack([self._sample_row(row, rng) for row in available])
 
     def _sample_row(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:

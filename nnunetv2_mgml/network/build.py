@@ -8,7 +8,6 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
 from nnunetv2_mgml.network.encoders import (
     EncoderSpec,
@@ -20,6 +19,7 @@ from nnunetv2_mgml.network.encoders import (
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.plans.options import MGMLConfig
 
 
 def count_modalities(configuration_manager: ConfigurationManager) -> int:
@@ -27,8 +27,14 @@ def count_modalities(configuration_manager: ConfigurationManager) -> int:
     return len(configuration_manager.normalization_schemes)
 
 
-def build_network(configuration_manager: ConfigurationManager, config: MGMLConfig, num_input_channels: int,
-                  num_output_channels: int, num_classes: int, deep_supervision: bool) -> MultiEncoderUNet:
+def build_network(
+    configuration_manager: ConfigurationManager,
+    config: MGMLConfig,
+    num_input_channels: int,
+    num_output_channels: int,
+    num_classes: int,
+    deep_supervision: bool,
+) -> MultiEncoderUNet:
     """Build and initialise a `MultiEncoderUNet`.
 
     Args:
@@ -45,12 +51,18 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
     """
     modalities = count_modalities(configuration_manager)
     if modalities < 2:
-        raise ValueError(f"MGML needs at least two modalities; this dataset has {modalities}. Train it with the stock "
-                         f"nnUNetTrainer.")
+        raise ValueError(
+            f"MGML needs at least two modalities; this dataset has {modalities}. Train it with the stock nnUNetTrainer."
+        )
     arch_kwargs = configuration_manager.network_arch_init_kwargs
-    unet = plan_unet(configuration_manager.network_arch_class_name, arch_kwargs,
-                     configuration_manager.network_arch_init_kwargs_req_import,
-                     1 + num_input_channels - modalities, num_classes, config.width_factor)
+    unet = plan_unet(
+        configuration_manager.network_arch_class_name,
+        arch_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        1 + num_input_channels - modalities,
+        num_classes,
+        config.width_factor,
+    )
     spec = encoder_spec(unet.encoder)
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, config.decoder_width_ratio))
     convs = config.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
@@ -59,27 +71,44 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
     if config.modality_decoder_weight > 0 or config.uses_soft_label:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
     network = MultiEncoderUNet(
-        encoders=[NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels)
-                  for _ in range(modalities)],
-        fusion=build_fusion(config.fusion,
-                            _fusion_spec(narrow, modalities, num_classes, configuration_manager, config)),
+        encoders=[
+            NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels) for _ in range(modalities)
+        ],
+        fusion=build_fusion(
+            config.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, config)
+        ),
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
-        modality_decoder=shared)
+        modality_decoder=shared,
+    )
     network.apply(unet.initialize)
     network.fusion.initialize()
     silence_dropout_of_the_teacher(network)
     return network
 
 
-def _fusion_spec(spec: EncoderSpec, modalities: int, num_classes: int, configuration_manager: ConfigurationManager,
-                 config: MGMLConfig) -> FusionSpec:
+def _fusion_spec(
+    spec: EncoderSpec,
+    modalities: int,
+    num_classes: int,
+    configuration_manager: ConfigurationManager,
+    config: MGMLConfig,
+) -> FusionSpec:
     def per_axis(sizes: list[list[int]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(int(n) for n in size) for size in sizes)
 
     norm_kwargs: dict[str, Any] = dict(spec.norm_op_kwargs or {})
     return FusionSpec(
-        num_modalities=modalities, num_classes=num_classes, channels=tuple(spec.output_channels),
-        kernel_sizes=per_axis(spec.kernel_sizes), strides=per_axis(spec.strides),
-        patch_size=tuple(configuration_manager.patch_size), conv_op=spec.conv_op, norm_op=spec.norm_op,
-        norm_op_kwargs=norm_kwargs, nonlin=spec.nonlin, nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
-        conv_bias=spec.conv_bias, options=dict(config.fusion_options))
+        num_modalities=modalities,
+        num_classes=num_classes,
+        channels=tuple(spec.output_channels),
+        kernel_sizes=per_axis(spec.kernel_sizes),
+        strides=per_axis(spec.strides),
+        patch_size=tuple(configuration_manager.patch_size),
+        conv_op=spec.conv_op,
+        norm_op=spec.norm_op,
+        norm_op_kwargs=norm_kwargs,
+        nonlin=spec.nonlin,
+        nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
+        conv_bias=spec.conv_bias,
+        options=dict(config.fusion_options),
+    )

@@ -29,8 +29,13 @@ class MultiEncoderUNet(nn.Module):
         modality_decoder: decoder shared by all modalities, or None where no loss needs it.
     """
 
-    def __init__(self, encoders: Sequence[nn.Module], fusion: FusionDesign, decoder: FusionDecoder,
-                 modality_decoder: UNetDecoder | None) -> None:
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        fusion: FusionDesign,
+        decoder: FusionDecoder,
+        modality_decoder: UNetDecoder | None,
+    ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.fusion = fusion
@@ -58,12 +63,13 @@ class MultiEncoderUNet(nn.Module):
             return
         is_batch = isinstance(subset, torch.Tensor)
         mask = subset if is_batch else torch.tensor([[bool(present) for present in subset]])
-        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities \
-                or not mask.any(1).all():
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities or not mask.any(1).all():
             shown = mask.tolist() if is_batch else tuple(subset)
-            raise ValueError(f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
-                             f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
-                             f"modality out.")
+            raise ValueError(
+                f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
+                f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
+                f"modality out."
+            )
         self._availability = subset if is_batch else tuple(mask[0].tolist())
         self._stored_mask = mask
 
@@ -80,11 +86,14 @@ class MultiEncoderUNet(nn.Module):
         count = self.num_modalities
         previous_stage = x[:, count:]
         per_modality: list[list[torch.Tensor] | None] = [
-            self.encoders[m](torch.cat((x[:, m:m + 1], previous_stage), 1)) if subset is None or subset[m] else None
-            for m in range(count)]
+            self.encoders[m](torch.cat((x[:, m : m + 1], previous_stage), 1)) if subset is None or subset[m] else None
+            for m in range(count)
+        ]
         present = next(features for features in per_modality if features is not None)
-        return [torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
-                for s in range(len(present))]
+        return [
+            torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
+            for s in range(len(present))
+        ]
 
     def fuse_decode(self, features: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Fuse and decode for a mask ``(B, M)`` bool.
@@ -95,8 +104,7 @@ class MultiEncoderUNet(nn.Module):
         outputs = self.decoder(features, mask, self.fusion).outputs
         return outputs if self.decoder.deep_supervision else outputs[0]
 
-    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2 ** 19
-                       ) -> torch.Tensor:
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2**19) -> torch.Tensor:
         """Fuse and decode every sample for every subset.
 
         Args:
@@ -108,7 +116,7 @@ class MultiEncoderUNet(nn.Module):
         Returns:
             Logits ``(B, S, R, *spatial)``.
         """
-        samples = [[f[b:b + 1] for f in features] for b in range(len(features[0]))]
+        samples = [[f[b : b + 1] for f in features] for b in range(len(features[0]))]
         return torch.stack([self.decoder.decode_masks(own, subsets, self.fusion, voxels) for own in samples])
 
     def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -123,10 +131,17 @@ class MultiEncoderUNet(nn.Module):
         logits = self.modality_decoder([f.flatten(0, 1) for f in features])
         return logits.unflatten(0, (batch, modalities))
 
-    def forward(self, x: torch.Tensor, modality_mask: torch.Tensor | None = None, available: torch.Tensor | None = None,
-                return_aux: bool = False, with_teacher: bool = False, teacher_input: torch.Tensor | None = None,
-                with_single: bool = False, teacher_learns: bool = False
-                ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
+    def forward(
+        self,
+        x: torch.Tensor,
+        modality_mask: torch.Tensor | None = None,
+        available: torch.Tensor | None = None,
+        return_aux: bool = False,
+        with_teacher: bool = False,
+        teacher_input: torch.Tensor | None = None,
+        with_single: bool = False,
+        teacher_learns: bool = False,
+    ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
         """Predict.
 
         Args:
@@ -147,8 +162,9 @@ class MultiEncoderUNet(nn.Module):
         subset = None
         if modality_mask is None:
             stored = self._stored_mask
-            modality_mask = in_band_mask(x, self.num_modalities) if stored is None else \
-                stored.to(x.device).expand(x.shape[0], -1)
+            modality_mask = (
+                in_band_mask(x, self.num_modalities) if stored is None else stored.to(x.device).expand(x.shape[0], -1)
+            )
             # a compiled network that looked at the bools would be compiled anew for every subset
             if not torch.compiler.is_compiling() and isinstance(self._availability, tuple):
                 subset = self._availability
@@ -157,17 +173,24 @@ class MultiEncoderUNet(nn.Module):
         if not return_aux:
             return self.fuse_decode(self.encode(zero_absent(x, available), subset), modality_mask)
         features = self.encode(zero_absent(x, available))
-        images = zero_absent(x, available)[:, :self.num_modalities] if self.fusion.wants_images else None
+        images = zero_absent(x, available)[:, : self.num_modalities] if self.fusion.wants_images else None
         student = self.decoder(features, modality_mask, self.fusion, images, available)
         modality = None if self.modality_decoder is None else self.decode_modalities(features)
         teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
         single = self._decode_single(features, student if teacher is None else teacher) if with_single else None
-        return TrainingOutput(student.outputs, modality, None if teacher is None else teacher.outputs[0].detach(),
-                              student.auxiliary, student.loss, single,
-                              teacher.outputs if teacher and teacher_learns else None)
+        return TrainingOutput(
+            student.outputs,
+            modality,
+            None if teacher is None else teacher.outputs[0].detach(),
+            student.auxiliary,
+            student.loss,
+            single,
+            teacher.outputs if teacher and teacher_learns else None,
+        )
 
-    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
-               ) -> Decoded:
+    def _teach(
+        self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
+    ) -> Decoded:
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), silence():
             if own_input is not None:
                 features = self.encode(zero_absent(own_input, available))
@@ -180,7 +203,9 @@ class MultiEncoderUNet(nn.Module):
         return SingleModalities(
             students=[torch.stack([s.outputs[scale] for s in students], 1) for scale in range(len(teacher.outputs))],
             features=torch.stack([s.features for s in students], 1),
-            teacher=[output.detach() for output in teacher.outputs], teacher_features=teacher.features.detach())
+            teacher=[output.detach() for output in teacher.outputs],
+            teacher_features=teacher.features.detach(),
+        )
 
 
 def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

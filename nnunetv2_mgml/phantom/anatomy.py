@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from .difficulty import Difficulty
+from nnunetv2_mgml.phantom.difficulty import Difficulty
 
 BRAIN_RADII = np.array([0.78, 0.88, 0.74])
 """Radii of the mean brain along z, y, x, in brain coordinates."""
@@ -81,16 +81,21 @@ def rotated(points: np.ndarray, rng: np.random.Generator, largest: float) -> np.
     return np.einsum("ij,j...->i...", matrix, points).astype(np.float32)
 
 
-def ellipsoid(points: np.ndarray, center: tuple[float, ...] | np.ndarray,
-              radii: tuple[float, ...] | np.ndarray | float) -> np.ndarray:
+def ellipsoid(
+    points: np.ndarray, center: tuple[float, ...] | np.ndarray, radii: tuple[float, ...] | np.ndarray | float
+) -> np.ndarray:
     """Return the distance from ``center`` in units of ``radii``: below 1 inside the ellipsoid; shape (z, y, x)."""
     column = (3, 1, 1, 1)
     center, radii = np.asarray(center, np.float32), np.broadcast_to(np.asarray(radii, np.float32), 3)
     return np.sqrt((((points - center.reshape(column)) / radii.reshape(column)) ** 2).sum(0))
 
 
-def build_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], difficulty: Difficulty,
-                  pushes: list[tuple[np.ndarray, float, float]]) -> Anatomy:
+def build_anatomy(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    difficulty: Difficulty,
+    pushes: list[tuple[np.ndarray, float, float]],
+) -> Anatomy:
     """Draw the healthy anatomy of one case.
 
     Args:
@@ -115,10 +120,14 @@ def build_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], difficu
     tissue = np.stack([ndimage.gaussian_filter((labels == i).astype(np.float32), 0.5) for i in range(3)])
     tissue /= np.maximum(tissue.sum(0), 1e-6)
     white = (labels == 0) & (radius < 0.85)
-    return Anatomy(brain, radius.astype(np.float32), tissue,
-                   lesions=_blobs(rng, points, white, rng.poisson(6 * difficulty.distractors), (0.03, 0.085)),
-                   cavities=_blobs(rng, points, white, rng.poisson(0.5 * difficulty.distractors), (0.07, 0.15)),
-                   vessels=_vessels(rng, shape, brain, radius, rng.poisson(9 * difficulty.distractors)))
+    return Anatomy(
+        brain,
+        radius.astype(np.float32),
+        tissue,
+        lesions=_blobs(rng, points, white, rng.poisson(6 * difficulty.distractors), (0.03, 0.085)),
+        cavities=_blobs(rng, points, white, rng.poisson(0.5 * difficulty.distractors), (0.07, 0.15)),
+        vessels=_vessels(rng, shape, brain, radius, rng.poisson(9 * difficulty.distractors)),
+    )
 
 
 def _largest_part(mask: np.ndarray) -> np.ndarray:
@@ -131,13 +140,14 @@ def _displaced(points: np.ndarray, pushes: list[tuple[np.ndarray, float, float]]
     result = points.copy()
     for center, radius, strength in pushes:
         offset = points - center.reshape(3, 1, 1, 1).astype(np.float32)
-        distance = np.sqrt((offset ** 2).sum(0)) / radius
-        result -= 0.6 * strength * np.exp(-distance ** 2) * offset
+        distance = np.sqrt((offset**2).sum(0)) / radius
+        result -= 0.6 * strength * np.exp(-(distance**2)) * offset
     return result
 
 
-def _tissue_labels(rng: np.random.Generator, shape: tuple[int, int, int], radius: np.ndarray, points: np.ndarray,
-                   spread: float) -> np.ndarray:
+def _tissue_labels(
+    rng: np.random.Generator, shape: tuple[int, int, int], radius: np.ndarray, points: np.ndarray, spread: float
+) -> np.ndarray:
     """Return index into `TISSUES`, int8 (z, y, x)."""
     depth = 1 - radius
     # Folds are the zero crossings of a band of noise; they open towards the surface.
@@ -165,8 +175,9 @@ def _tissue_labels(rng: np.random.Generator, shape: tuple[int, int, int], radius
     return labels
 
 
-def _blobs(rng: np.random.Generator, points: np.ndarray, where: np.ndarray, count: int,
-           radii: tuple[float, float]) -> np.ndarray:
+def _blobs(
+    rng: np.random.Generator, points: np.ndarray, where: np.ndarray, count: int, radii: tuple[float, float]
+) -> np.ndarray:
     """Return soft irregular spots with centres in ``where``; float32 0 to 1, (z, y, x)."""
     result = np.zeros(where.shape, np.float32)
     candidates = np.flatnonzero(where)
@@ -180,8 +191,9 @@ def _blobs(rng: np.random.Generator, points: np.ndarray, where: np.ndarray, coun
     return result
 
 
-def _vessels(rng: np.random.Generator, shape: tuple[int, int, int], brain: np.ndarray, radius: np.ndarray,
-             count: int) -> np.ndarray:
+def _vessels(
+    rng: np.random.Generator, shape: tuple[int, int, int], brain: np.ndarray, radius: np.ndarray, count: int
+) -> np.ndarray:
     """Return thin winding tubes, most of them near the surface; float32 0 to 1, (z, y, x)."""
     centerlines = np.zeros(shape, np.float32)
     candidates = np.argwhere(brain & (radius > 0.55) & (radius < 0.97))
@@ -200,4 +212,4 @@ def _vessels(rng: np.random.Generator, shape: tuple[int, int, int], brain: np.nd
             centerlines[voxel] = strength
     width = 0.55 * scale
     blurred = ndimage.gaussian_filter(centerlines, width)
-    return np.clip(blurred / (0.35 / (1 + width ** 2)), 0, 1) * brain
+    return np.clip(blurred / (0.35 / (1 + width**2)), 0, 1) * brain

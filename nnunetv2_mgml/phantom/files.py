@@ -11,17 +11,23 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
-
-from .case import make_case
-from .difficulty import Difficulty
-from .tumor import ENHANCING
+from nnunetv2_mgml.phantom.case import make_case
+from nnunetv2_mgml.phantom.difficulty import Difficulty
+from nnunetv2_mgml.phantom.tumor import ENHANCING
 
 _CASE_NAMES = {"brats2021": "Phantom_{:05d}", "brats2023": "Phantom-{:05d}-000"}
 
 
-def write_phantoms(folder: str | Path, num_cases: int, seed: int, shape: tuple[int, int, int] = (64, 72, 64),
-                   spacing: tuple[float, float, float] = (2.7, 2.7, 2.7), layout: str = "brats2021",
-                   difficulty: Difficulty | None = None, first: int = 0) -> list[Path]:
+def write_phantoms(
+    folder: str | Path,
+    num_cases: int,
+    seed: int,
+    shape: tuple[int, int, int] = (64, 72, 64),
+    spacing: tuple[float, float, float] = (2.7, 2.7, 2.7),
+    layout: str = "brats2021",
+    difficulty: Difficulty | None = None,
+    first: int = 0,
+) -> list[Path]:
     """Write synthetic cases as a BraTS folder.
 
     A case depends on ``seed`` and its own number alone: more cases extend a set, and sets with other ``first`` or
@@ -54,8 +60,10 @@ def write_phantoms(folder: str | Path, num_cases: int, seed: int, shape: tuple[i
         if layout == "brats2023":
             labels = np.where(labels == ENHANCING, np.uint8(3), labels)
         name = _CASE_NAMES[layout].format(number)
-        volumes = {f"{name}{BRATS_FILE_SUFFIXES[layout][modality]}": np.round(image).astype(np.int16)
-                   for modality, image in images.items()}
+        volumes = {
+            f"{name}{BRATS_FILE_SUFFIXES[layout][modality]}": np.round(image).astype(np.int16)
+            for modality, image in images.items()
+        }
         volumes[f"{name}{BRATS_SEGMENTATION_SUFFIX[layout]}"] = labels
         written.append(_write_case(folder / name, volumes, spacing))
     return written

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from .anatomy import BRAIN_RADII, Anatomy, coordinates, ellipsoid, smooth_noise
+from nnunetv2_mgml.phantom.anatomy import BRAIN_RADII, Anatomy, coordinates, ellipsoid, smooth_noise
 
 NECROSIS, EDEMA, ENHANCING = 1, 2, 4
 """Label values of BraTS 2021."""
@@ -53,8 +53,13 @@ def _plan(rng: np.random.Generator, center: np.ndarray, radius: float) -> TumorP
     eccentricity = float(np.linalg.norm(center / BRAIN_RADII))
     center = center * min(1, 0.7 / eccentricity)
     enhancing = rng.random() >= _CHANCE_OF_NO_ENHANCEMENT
-    return TumorPlan(center, radius, core=rng.uniform(0.42, 0.85), rim=rng.uniform(0.15, 0.6) if enhancing else 0.0,
-                     push=rng.uniform(0.3, 1.0))
+    return TumorPlan(
+        center,
+        radius,
+        core=rng.uniform(0.42, 0.85),
+        rim=rng.uniform(0.15, 0.6) if enhancing else 0.0,
+        push=rng.uniform(0.3, 1.0),
+    )
 
 
 def grow_tumors(rng: np.random.Generator, plans: list[TumorPlan], anatomy: Anatomy) -> np.ndarray:

@@ -19,21 +19,28 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
+from nnunetv2_mgml.dataloading.augmentation import AugmentationTrainer
 from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
-from nnunetv2_mgml.training.augmentation import AugmentationTrainer
+from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
 from nnunetv2_mgml.training.determinism import make_deterministic
+from nnunetv2_mgml.training.epoch_log import TrainingLog
 from nnunetv2_mgml.training.run_notes import run_notes
-from nnunetv2_mgml.training.subset_validation import drop_report_of_other_weights, validate_subsets
-from nnunetv2_mgml.training.training_log import TrainingLog
+from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
 
-_TRAINER_ATTRIBUTES = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr",
-                       "weight_decay", "oversample_foreground_percent", "save_every")
+_TRAINER_ATTRIBUTES = (
+    "num_epochs",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "save_every",
+)
 
 
 class MissingModalityTrainer(AugmentationTrainer):
@@ -49,11 +56,18 @@ class MissingModalityTrainer(AugmentationTrainer):
     config_overrides: ClassVar[dict[str, Any]] = {}
     """Options a variant fixes, whatever the plans say; ``fusion_options`` are merged (`MGMLConfig.overridden`)."""
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device("cuda")) -> None:  # noqa: B008  nnU-Net's own signature
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - upstream's default
+    ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for note in run_notes(type(self).__name__, MGMLConfig.from_plans(plans), self.config_overrides,
-                              get_allowed_n_proc_DA()):
+        for note in run_notes(
+            type(self).__name__, MGMLConfig.from_plans(plans), self.config_overrides, get_allowed_n_proc_DA()
+        ):
             self.print_to_log_file(note)
         self.config = self.resolve_config(plans)
         self.channels = channel_names(dataset_json)
@@ -62,8 +76,12 @@ class MissingModalityTrainer(AugmentationTrainer):
             if value is not None:
                 setattr(self, name, value)
         # plans is nnU-Net's dict: it is copied beside the checkpoint, so inference finds the resolved configuration
-        plans[PLANS_KEY] = {"version": __version__, "config": self.config.as_dict(), "channels": list(self.channels),
-                            "num_classes": self.num_classes}
+        plans[PLANS_KEY] = {
+            "version": __version__,
+            "config": self.config.as_dict(),
+            "channels": list(self.channels),
+            "num_classes": self.num_classes,
+        }
         self.training_availability: dict[str, Subset] = {}
         self.training_log = TrainingLog(self.output_folder)
         self._steps_in_epoch = 0
@@ -89,8 +107,10 @@ class MissingModalityTrainer(AugmentationTrainer):
     def initialize(self) -> None:
         """Refuse what cannot work, seed, then nnU-Net's own initialisation."""
         if self.num_modalities < 2:
-            raise ValueError(f"{type(self).__name__} needs at least two modalities; {self.plans_manager.dataset_name} "
-                             f"has {self.num_modalities} ({', '.join(self.channels)}). Use nnUNetTrainer.")
+            raise ValueError(
+                f"{type(self).__name__} needs at least two modalities; {self.plans_manager.dataset_name} "
+                f"has {self.num_modalities} ({', '.join(self.channels)}). Use nnUNetTrainer."
+            )
         self.seed_epoch()
         super().initialize()
 
@@ -98,7 +118,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         """With ``seed`` set, make what follows depend on the seed, the epoch and the rank only."""
         if self.config.seed is None:
             return
-        seed = (self.config.seed + 1_000_003 * self.current_epoch + 7919 * self.local_rank) % 2 ** 32
+        seed = (self.config.seed + 1_000_003 * self.current_epoch + 7919 * self.local_rank) % 2**32
         np.random.seed(seed)
         torch.manual_seed(seed)
 
@@ -107,39 +127,67 @@ class MissingModalityTrainer(AugmentationTrainer):
         """Mirror of nnU-Net's method with `MGMLDataLoader` in place of its loader (guarded by a drift test)."""
         patch_size = self.configuration_manager.patch_size
         scales = self._get_deep_supervision_scales()
-        rotation, dummy_2d, initial_patch_size, mirror_axes = \
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        labels = {"is_cascaded": self.is_cascaded, "foreground_labels": self.label_manager.foreground_labels,
-                  "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
-                  "ignore_label": self.label_manager.ignore_label}
+        )
+        labels = {
+            "is_cascaded": self.is_cascaded,
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
         train_transforms = self.get_training_transforms(
-            patch_size, rotation, scales, mirror_axes, dummy_2d,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **labels)
+            patch_size,
+            rotation,
+            scales,
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            **labels,
+        )
         val_transforms = self.get_validation_transforms(scales, **labels)
         train, val = self.get_tr_and_val_datasets()
         self._report_availability(train)
-        loaders = (self._loader(train, initial_patch_size, train_transforms), self._loader(val, patch_size,
-                                                                                           val_transforms))
+        loaders = (
+            self._loader(train, initial_patch_size, train_transforms),
+            self._loader(val, patch_size, val_transforms),
+        )
         workers = get_allowed_n_proc_DA()
         counts = ((workers, max(6, workers // 2)), (max(1, workers // 2), max(3, workers // 4)))
         if workers == 0:
             generators = [SingleThreadedAugmenter(loader, None) for loader in loaders]
         else:
-            generators = [NonDetMultiThreadedAugmenter(
-                data_loader=loader, transform=None, num_processes=processes, num_cached=cached, seeds=None,
-                pin_memory=self.device.type == "cuda", wait_time=0.002)
-                for loader, (processes, cached) in zip(loaders, counts, strict=True)]
+            generators = [
+                NonDetMultiThreadedAugmenter(
+                    data_loader=loader,
+                    transform=None,
+                    num_processes=processes,
+                    num_cached=cached,
+                    seeds=None,
+                    pin_memory=self.device.type == "cuda",
+                    wait_time=0.002,
+                )
+                for loader, (processes, cached) in zip(loaders, counts, strict=True)
+            ]
         for generator in generators:
             next(generator)
         return generators[0], generators[1]
 
     def _loader(self, dataset: nnUNetBaseDataset, initial_patch_size: Any, transforms: Any) -> MGMLDataLoader:
         return MGMLDataLoader(
-            dataset, self.batch_size, initial_patch_size, self.configuration_manager.patch_size, self.label_manager,
-            oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
-            pad_sides=None, transforms=transforms, probabilistic_oversampling=self.probabilistic_oversampling,
+            dataset,
+            self.batch_size,
+            initial_patch_size,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            oversample_foreground_percent=self.oversample_foreground_percent,
+            sampling_probabilities=None,
+            pad_sides=None,
+            transforms=transforms,
+            probabilistic_oversampling=self.probabilistic_oversampling,
             availability=case_availability(dataset, dataset.identifiers, self.num_modalities),
-            sampler=self.build_sampler())
+            sampler=self.build_sampler(),
+        )
 
     def build_sampler(self) -> SubsetSampler:
         """Return the sampler of the modality masks."""
@@ -148,8 +196,10 @@ class MissingModalityTrainer(AugmentationTrainer):
     def _report_availability(self, dataset: nnUNetBaseDataset) -> None:
         self.training_availability = availability = case_availability(dataset, dataset.identifiers, self.num_modalities)
         incomplete = {name: subset for name, subset in availability.items() if not all(subset)}
-        self.print_to_log_file(f"Modalities: {', '.join(self.channels)}; {len(incomplete)} of {len(availability)} "
-                               f"training cases are incomplete")
+        self.print_to_log_file(
+            f"Modalities: {', '.join(self.channels)}; {len(incomplete)} of {len(availability)} "
+            f"training cases are incomplete"
+        )
         for name, subset in incomplete.items():
             self.print_to_log_file(f"  {name}: only {subset_name(subset, self.channels)}", also_print_to_console=False)
 
@@ -158,8 +208,14 @@ class MissingModalityTrainer(AugmentationTrainer):
         """nnU-Net's SGD, or the paper's Adam (section 4.1), under nnU-Net's poly schedule."""
         optimizer, scheduler = super().configure_optimizers()
         if self.config.optimizer == "adam":
-            optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, betas=(0.9, 0.999), eps=1e-8,
-                                         weight_decay=self.weight_decay, amsgrad=True)
+            optimizer = torch.optim.Adam(
+                self.network.parameters(),
+                self.initial_lr,
+                betas=(0.9, 0.999),
+                eps=1e-8,
+                weight_decay=self.weight_decay,
+                amsgrad=True,
+            )
             scheduler = type(scheduler)(optimizer, self.initial_lr, self.num_epochs)
         return optimizer, scheduler
 
@@ -189,8 +245,12 @@ class MissingModalityTrainer(AugmentationTrainer):
         if self.config.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
             make_deterministic()
         if self.local_rank == 0:
-            refuse_other_network(Path(self.output_folder_base), Path(self.output_folder).name,
-                                 self.plans_manager.plans, self.configuration_name)
+            refuse_other_network(
+                Path(self.output_folder_base),
+                Path(self.output_folder).name,
+                self.plans_manager.plans,
+                self.configuration_name,
+            )
         super().on_train_start()
         self.training_log.resume(self.current_epoch)
 
@@ -222,8 +282,9 @@ class MissingModalityTrainer(AugmentationTrainer):
         row.update(self._mean_over_ranks(self.training_log.means()))
         row["train_total"] = float(self.logger.get_value("train_losses", step=-1))
         row["val_loss"] = float(self.logger.get_value("val_losses", step=-1))
-        for name, dice in zip(self.region_names(), self.logger.get_value("dice_per_class_or_region", step=-1),
-                              strict=True):
+        for name, dice in zip(
+            self.region_names(), self.logger.get_value("dice_per_class_or_region", step=-1), strict=True
+        ):
             row[f"pseudo_dice_{name}"] = float(dice)
         row["pseudo_dice_mean"] = float(self.logger.get_value("mean_fg_dice", step=-1))
         super().on_epoch_end()
@@ -261,11 +322,14 @@ class MissingModalityTrainer(AugmentationTrainer):
         """
         if isinstance(filename_or_checkpoint, str):
             stored = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
-            differences = network_differences(stored["init_args"]["plans"], self.plans_manager.plans,
-                                              self.configuration_name)
+            differences = network_differences(
+                stored["init_args"]["plans"], self.plans_manager.plans, self.configuration_name
+            )
             if differences:
-                raise ValueError(f"{filename_or_checkpoint} was trained with another network: "
-                                 f"{'; '.join(differences)}. Use the plans it was trained with.")
+                raise ValueError(
+                    f"{filename_or_checkpoint} was trained with another network: "
+                    f"{'; '.join(differences)}. Use the plans it was trained with."
+                )
             self._weights_file = filename_or_checkpoint
             self._loaded_optimizer = self.resolve_config(stored["init_args"]["plans"]).optimizer
         if self._loaded_optimizer == self.config.optimizer:
@@ -285,8 +349,10 @@ class MissingModalityTrainer(AugmentationTrainer):
 
     def option_mismatch(self, option: str, stored: Any) -> str:
         """Return what to say of a checkpoint whose ``option`` was ``stored`` and that therefore cannot be resumed."""
-        return (f"The checkpoint was trained with {option}={stored}, this trainer has "
-                f"{option}={getattr(self.config, option)}; use the same plans and trainer.")
+        return (
+            f"The checkpoint was trained with {option}={stored}, this trainer has "
+            f"{option}={getattr(self.config, option)}; use the same plans and trainer."
+        )
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, then the table over all subsets (``validate_subsets``).
@@ -313,9 +379,11 @@ class MissingModalityTrainer(AugmentationTrainer):
         """Tell the network what the next case has; nothing to do where empty channels already say it."""
 
 
-def announcing(dataset_class: type[nnUNetBaseDataset], announce: Callable[[nnUNetBaseDataset, str], None]
-               ) -> type[nnUNetBaseDataset]:
+def announcing(
+    dataset_class: type[nnUNetBaseDataset], announce: Callable[[nnUNetBaseDataset, str], None]
+) -> type[nnUNetBaseDataset]:
     """Return a dataset class that calls ``announce(dataset, identifier)`` before it loads a case."""
+
     class Announcing(dataset_class):
         def load_case(self, identifier: str) -> Any:
             stock = dataset_class(self.source_folder, [identifier], self.folder_with_segs_from_previous_stage)

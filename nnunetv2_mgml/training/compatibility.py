@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.config import MGMLConfig
+from nnunetv2_mgml.plans.options import MGMLConfig
 
 _OPTIONS = ("fusion", "fusion_options", "width_factor", "decoder_width_ratio", "decoder_convs")
 
@@ -14,8 +14,11 @@ _OPTIONS = ("fusion", "fusion_options", "width_factor", "decoder_width_ratio", "
 def network_differences(stored: dict[str, Any], plans: dict[str, Any], configuration: str) -> list[str]:
     """Return what makes two plans build different networks, one readable entry each; other options may differ."""
     before, now = MGMLConfig.from_plans(stored), MGMLConfig.from_plans(plans)
-    found = [f"{name} was {getattr(before, name)!r}, is now {getattr(now, name)!r}" for name in _OPTIONS
-             if getattr(before, name) != getattr(now, name)]
+    found = [
+        f"{name} was {getattr(before, name)!r}, is now {getattr(now, name)!r}"
+        for name in _OPTIONS
+        if getattr(before, name) != getattr(now, name)
+    ]
     if _has_decoder(before) != _has_decoder(now):
         found.append("only one of them has the shared modality decoder (modality_decoder_weight, soft_label)")
     architectures = [p["configurations"].get(configuration, {}).get("architecture") for p in (stored, plans)]
@@ -46,6 +49,8 @@ def refuse_other_network(model_folder: Path, own_fold: str, plans: dict[str, Any
         return
     differences = network_differences(json.loads(file.read_text()), plans, configuration)
     if differences:
-        raise ValueError(f"{model_folder} holds {', '.join(sorted(set(others)))} of another network: "
-                         f"{'; '.join(differences)}. Training here would make it unusable. Give the new plans a name "
-                         f"of their own: mgml plan --plans_name.")
+        raise ValueError(
+            f"{model_folder} holds {', '.join(sorted(set(others)))} of another network: "
+            f"{'; '.join(differences)}. Training here would make it unusable. Give the new plans a name "
+            f"of their own: mgml plan --plans_name."
+        )

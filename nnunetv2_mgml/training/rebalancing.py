@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from nnunetv2_mgml.losses.rebalancing import Balance
 from nnunetv2_mgml.modalities import Subset
+from nnunetv2_mgml.objective.rebalancing import Balance
 
 BETA_LIMITS = (0.1, 4.0)
 _GROWTH = 1.5  # of the rate, at the start of every third of the training (published: epochs 0, 100, 200 of 300)
@@ -80,8 +80,10 @@ class ModalityBalance:
             ValueError: the checkpoint is of other modalities.
         """
         if tuple(state["channels"]) != self.channels:
-            raise ValueError(f"The checkpoint balances the modalities {', '.join(state['channels'])}, this training "
-                             f"has {', '.join(self.channels)}. Use the plans and the dataset it was trained with.")
+            raise ValueError(
+                f"The checkpoint balances the modalities {', '.join(state['channels'])}, this training "
+                f"has {', '.join(self.channels)}. Use the plans and the dataset it was trained with."
+            )
         self.beta = state["beta"].to("cpu", torch.float64).clone()
         self._sums.zero_()
 

@@ -13,14 +13,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
-from nnunetv2_mgml.evaluation.figures.style import save
-from nnunetv2_mgml.evaluation.figures.training import training_curves
-from nnunetv2_mgml.files import replacing
-from nnunetv2_mgml.losses import MetaParameters, MGMLLoss, build_meta_network
+from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.objective import MetaParameters, MGMLLoss, build_meta_network
+from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
+from nnunetv2_mgml.presentation.figures.style import save
+from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.training.base import MissingModalityTrainer
 from nnunetv2_mgml.training.rebalancing import ModalityBalance
 
@@ -38,9 +38,14 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
     """
 
     @classmethod
-    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                   num_input_channels: int, num_output_channels: int,
-                                   enable_deep_supervision: bool = True) -> nn.Module:
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Build the network; at inference nnU-Net calls this with the plans found beside the checkpoint.
 
         Raises:
@@ -48,10 +53,18 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         """
         block = plans_manager.plans.get(PLANS_KEY, {})
         if "num_classes" not in block:
-            raise ValueError(f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
-                             f"wrote into its model folder, not those in nnUNet_preprocessed.")
-        return build_network(configuration_manager, cls.resolve_config(plans_manager.plans), num_input_channels,
-                             num_output_channels, block["num_classes"], enable_deep_supervision)
+            raise ValueError(
+                f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
+                f"wrote into its model folder, not those in nnUNet_preprocessed."
+            )
+        return build_network(
+            configuration_manager,
+            cls.resolve_config(plans_manager.plans),
+            num_input_channels,
+            num_output_channels,
+            block["num_classes"],
+            enable_deep_supervision,
+        )
 
     def initialize(self) -> None:
         """Build the MetaNetwork, its optimiser and the loss on top of nnU-Net's initialisation."""
@@ -63,11 +76,20 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             if self.is_ddp:
                 self.meta_network = DistributedDataParallel(self.meta_network, device_ids=[self.local_rank])
             self.meta_optimizer = torch.optim.Adam(self.meta_network.parameters(), self.config.meta_lr)
-        self.mgml_loss = MGMLLoss(self.config, self.loss, regions=self.label_manager.has_regions,
-                                  num_classes=self.num_classes, ignore_label=self.label_manager.ignore_label,
-                                  batch_dice=self.configuration_manager.batch_dice, meta_network=self.meta_network)
-        self.balance = ModalityBalance(self.channels, self.config.rebalancing_rate, self.device) \
-            if self.config.uses_rebalancing else None
+        self.mgml_loss = MGMLLoss(
+            self.config,
+            self.loss,
+            regions=self.label_manager.has_regions,
+            num_classes=self.num_classes,
+            ignore_label=self.label_manager.ignore_label,
+            batch_dice=self.configuration_manager.batch_dice,
+            meta_network=self.meta_network,
+        )
+        self.balance = (
+            ModalityBalance(self.channels, self.config.rebalancing_rate, self.device)
+            if self.config.uses_rebalancing
+            else None
+        )
         self._teacher_transforms = stronger_intensity_transforms() if self.config.teacher_augmentation else None
         self._report_size()
 
@@ -80,7 +102,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             f"MGML: fusion {self.config.fusion}; parameters in millions: network {millions(network):.3f} (encoders "
             f"{millions(network.encoders):.3f}, fusion {millions(network.fusion):.3f}, decoder "
             f"{millions(network.decoder):.3f}, shared modality decoder {millions(network.modality_decoder):.3f}), "
-            f"MetaNetwork {millions(self.meta_network):.4f} (training only)")
+            f"MetaNetwork {millions(self.meta_network):.4f} (training only)"
+        )
 
     @property
     def ramp(self) -> float:
@@ -106,21 +129,32 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         """nnU-Net's step with the masked student, the complete teacher and the losses of eq. 10."""
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
-        target = [t.to(self.device, non_blocking=True) for t in target] if isinstance(target, list) else \
-            target.to(self.device, non_blocking=True)
+        target = (
+            [t.to(self.device, non_blocking=True) for t in target]
+            if isinstance(target, list)
+            else target.to(self.device, non_blocking=True)
+        )
         mask = batch["modality_mask"].to(self.device, non_blocking=True)
         available = batch["available"].to(self.device, non_blocking=True)
         own_view = None
         if self._teacher_transforms is not None and self.config.uses_teacher:
-            own_view = teacher_view(data, self.num_modalities, self._teacher_transforms,
-                                    self.configuration_manager.use_mask_for_norm)
+            own_view = teacher_view(
+                data, self.num_modalities, self._teacher_transforms, self.configuration_manager.use_mask_for_norm
+            )
         with self.autocast():
-            output = self.network(data, modality_mask=mask, available=available, return_aux=True,
-                                  with_teacher=self.needs_teacher, teacher_input=own_view,
-                                  with_single=self.balance is not None,
-                                  teacher_learns=self.config.supervises_teacher)
-            terms = self.mgml_loss(output, target, mask, available, self.ramp,
-                                   None if self.balance is None else self.balance.weights())
+            output = self.network(
+                data,
+                modality_mask=mask,
+                available=available,
+                return_aux=True,
+                with_teacher=self.needs_teacher,
+                teacher_input=own_view,
+                with_single=self.balance is not None,
+                teacher_learns=self.config.supervises_teacher,
+            )
+            terms = self.mgml_loss(
+                output, target, mask, available, self.ramp, None if self.balance is None else self.balance.weights()
+            )
         self._optimize(terms.total)
         if self.balance is not None:
             self.balance.observe(terms.distance, available)
@@ -133,8 +167,11 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
     @property
     def needs_teacher(self) -> bool:
         """Whether a pass on all modalities is needed; rebalancing has one anyway where no modality is removed."""
-        return self.config.uses_teacher or self.config.supervises_teacher or (
-            self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
+        return (
+            self.config.uses_teacher
+            or self.config.supervises_teacher
+            or (self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
+        )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss terms, then weigh the modalities anew once the warm-up is over."""
@@ -159,6 +196,7 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
 
     def only_visible(self, batch: dict) -> AbstractContextManager[dict]:
         """Tell the network the batch's mask for the duration of a validation step."""
+
         @contextmanager
         def told() -> Iterator[dict]:
             self.bare_network.set_availability(batch["modality_mask"].to(self.device))
@@ -195,8 +233,11 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         balance = {} if self.balance is None else {"balance": self.balance.state_dict()}
         if self.meta_network is None or self.meta_optimizer is None:
             return {"meta_network": None, "meta_optimizer": None, **balance}
-        return {"meta_network": self._bare_meta_network().state_dict(),
-                "meta_optimizer": self.meta_optimizer.state_dict(), **balance}
+        return {
+            "meta_network": self._bare_meta_network().state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            **balance,
+        }
 
     def _bare_meta_network(self) -> nn.Module:
         return self.meta_network.module if isinstance(self.meta_network, DistributedDataParallel) else self.meta_network

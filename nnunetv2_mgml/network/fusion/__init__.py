@@ -20,6 +20,22 @@ from nnunetv2_mgml.network.fusion.region_aware import RegionAwareFusion
 from nnunetv2_mgml.network.fusion.sfusion import SelfAttentionFusion
 from nnunetv2_mgml.network.fusion.uhved import UHvedFusion
 
-__all__ = ["ConcatFusion", "FeatureInteractionFusion", "FusedScale", "FusionDesign", "FusionSpec", "HemisFusion",
-           "ImFuseFusion", "M2FTransFusion", "MeanFusion", "MmFormerFusion", "RegionAwareFusion", "SelfAttentionFusion",
-           "UHvedFusion", "build_fusion", "find_design", "fusion_designs", "register"]
+__all__ = [
+    "ConcatFusion",
+    "FeatureInteractionFusion",
+    "FusedScale",
+    "FusionDesign",
+    "FusionSpec",
+    "HemisFusion",
+    "ImFuseFusion",
+    "M2FTransFusion",
+    "MeanFusion",
+    "MmFormerFusion",
+    "RegionAwareFusion",
+    "SelfAttentionFusion",
+    "UHvedFusion",
+    "build_fusion",
+    "find_design",
+    "fusion_designs",
+    "register",
+]

@@ -63,8 +63,9 @@ class SelfAttention(nn.Module):
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``(B, N, d) -> `` query, key and value, each ``(B, heads, N, d / heads)``."""
-        return tuple(part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-                     for part in self.query_key_value(tokens).chunk(3, 2))
+        return tuple(
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.query_key_value(tokens).chunk(3, 2)
+        )
 
     def join(self, attended: torch.Tensor) -> torch.Tensor:
         """``(B, heads, N, d / heads) -> (B, N, d)``, output projection included."""
@@ -92,8 +93,9 @@ class TransformerLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = attention
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), StudentDropout(dropout),
-                                 nn.Linear(mlp_ratio * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width), nn.GELU(), StudentDropout(dropout), nn.Linear(mlp_ratio * width, width)
+        )
         self.dropout = StudentDropout(dropout)
 
     def forward(self, tokens: torch.Tensor, *context: Any) -> torch.Tensor:
@@ -105,5 +107,7 @@ class TransformerLayer(nn.Module):
 def transformer_layers(width: int, options: dict[str, Any]) -> nn.ModuleList:
     """Build ``options["depth"]`` layers from a design's options ``depth, heads, mlp_ratio, dropout``."""
     heads = heads_for(width, options["heads"])
-    return nn.ModuleList(TransformerLayer(width, SelfAttention(width, heads), options["mlp_ratio"], options["dropout"])
-                         for _ in range(options["depth"]))
+    return nn.ModuleList(
+        TransformerLayer(width, SelfAttention(width, heads), options["mlp_ratio"], options["dropout"])
+        for _ in range(options["depth"])
+    )

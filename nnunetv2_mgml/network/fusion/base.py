@@ -119,8 +119,9 @@ class FusionDesign(nn.Module):
         """Return the state handed to every `fuse_scale` of one pass: what is shared, unless a design needs another."""
         return shared
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """Fuse the modalities at one scale.
 
         Args:
@@ -209,8 +210,15 @@ def find_design(name: str) -> type[FusionDesign]:
     """
     designs = fusion_designs()
     if name not in designs:
-        raise ValueError(" ".join([f"Unknown fusion design '{name}'. Allowed: {', '.join(designs)}. If it comes with "
-                                   f"another package, install that here.", *_look_for_installed_designs()]))
+        raise ValueError(
+            " ".join(
+                [
+                    f"Unknown fusion design '{name}'. Allowed: {', '.join(designs)}. If it comes with "
+                    f"another package, install that here.",
+                    *_look_for_installed_designs(),
+                ]
+            )
+        )
     return designs[name]
 
 
@@ -224,8 +232,7 @@ def build_fusion(name: str, spec: FusionSpec) -> FusionDesign:
 
 
 def beside(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshape a ``(B, M)`` mask so that it broadcasts against features ``(B, M, ...)`` of ``like``'s rank; same dtype.
-    """
+    """Reshape a mask ``(B, M)`` to broadcast against features ``(B, M, ...)`` of ``like``'s rank; same dtype."""
     return mask.reshape(*mask.shape, *[1] * (like.ndim - 2))
 
 
@@ -248,17 +255,17 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return total.unflatten(1, parts.shape[2:])
 
 
-def conv_block(spec: FusionSpec, in_channels: int, out_channels: int,
-               kernel_size: int | tuple[int, ...] = 1) -> nn.Sequential:
+def conv_block(
+    spec: FusionSpec, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] = 1
+) -> nn.Sequential:
     """Convolution, norm, nonlinearity as the plan has them; "same" padding, stride 1."""
     kernel = (kernel_size,) * spec.dimension if isinstance(kernel_size, int) else tuple(kernel_size)
     conv_op = pointwise(spec.conv_op) if set(kernel) == {1} else spec.conv_op
-    layers: list[nn.Module] = [conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel),
-                                       bias=spec.conv_bias)]
+    layers: list[nn.Module] = [
+        conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel), bias=spec.conv_bias)
+    ]
     if spec.norm_op is not None:
         layers.append(spec.norm_op(out_channels, **(spec.norm_op_kwargs or {})))
     if spec.nonlin is not None:
         layers.append(spec.nonlin(**(spec.nonlin_kwargs or {})))
     return nn.Sequential(*layers)
-
-

@@ -26,9 +26,15 @@ def _grouped_block(spec: FusionSpec, scale: int, expand: int = 1) -> nn.Sequenti
     width, kernel, one_by_one = spec.channels[scale], spec.kernel_sizes[scale], pointwise(spec.conv_op)
     inner = expand * width
     return nn.Sequential(
-        one_by_one(width, inner, 1), ChannelNorm(inner), nn.GELU(),
-        spec.conv_op(inner, inner, kernel, padding=tuple(k // 2 for k in kernel), groups=width), ChannelNorm(inner),
-        nn.GELU(), one_by_one(inner, width, 1), ChannelNorm(width))
+        one_by_one(width, inner, 1),
+        ChannelNorm(inner),
+        nn.GELU(),
+        spec.conv_op(inner, inner, kernel, padding=tuple(k // 2 for k in kernel), groups=width),
+        ChannelNorm(inner),
+        nn.GELU(),
+        one_by_one(inner, width, 1),
+        ChannelNorm(width),
+    )
 
 
 class FeedForward(nn.Module):
@@ -61,10 +67,10 @@ class ChannelAttentionLayer(nn.Module):
         self.feed_forward = FeedForward(spec, scale)
         self.refine = FeedForward(spec, scale) if refine else None
 
-    def forward(self, query: torch.Tensor, features: torch.Tensor, mask: torch.Tensor
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: query ``(B, C, *spatial)``; features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool. Returns both anew.
-        """
+    def forward(
+        self, query: torch.Tensor, features: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args: query ``(B, C, *spatial)``, features ``(B, M, C, *spatial)``, mask ``(B, M)`` bool. Both anew."""
         keys = torch.cat([block(features[:, m]) for m, block in enumerate(self.keys)], 1)
         values = torch.cat([block(features[:, m]) for m, block in enumerate(self.values)], 1)
         queries = self.query(query)

@@ -28,7 +28,8 @@ class ConcatFusion(FusionDesign):
         """See `FusionDesign.share`."""
         return [skip.share(f) for skip, f in zip(self.scales, features, strict=True)]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))

@@ -50,7 +50,7 @@ class Shared(NamedTuple):
         count = mask.sum(1).reshape(-1, *[1] * (self.features.ndim - 2))
         first, second = _pairs(mask.shape[1])
         both = mask[:, first] & mask[:, second]
-        return sum_present(self.features, mask) / count, sum_present(self.distances, both) / count ** 2
+        return sum_present(self.features, mask) / count, sum_present(self.distances, both) / count**2
 
 
 def _pairs(modalities: int) -> tuple[list[int], list[int]]:
@@ -76,8 +76,9 @@ class HemisFusion(FusionDesign):
         first, second = _pairs(self.spec.num_modalities)
         return [Shared(f.float(), (f[:, first].float() - f[:, second].float()).square()) for f in features]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         mean, variance = moments(features, mask) if state is None else state[scale].moments(mask)
         stacked = torch.cat((mean, variance.clamp(max=_MAX_VARIANCE)), 1).to(features.dtype)

@@ -74,19 +74,25 @@ class ImFuseFusion(FusionDesign):
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
-        scanned = [s for s in range(spec.num_scales) if s == spec.num_scales - 1
-                   or math.prod(spec.feature_size(s)) <= self.options["max_voxels"]]
-        self.mamba = nn.ModuleDict({str(s): InterleavedMamba(spec.feature_size(s), spec.channels[s],
-                                                             self.options["d_state"]) for s in scanned})
-        self.scales = nn.ModuleList(skip_fusion(spec, s, inputs=1 if s in scanned else None)
-                                    for s in range(spec.num_scales))
+        scanned = [
+            s
+            for s in range(spec.num_scales)
+            if s == spec.num_scales - 1 or math.prod(spec.feature_size(s)) <= self.options["max_voxels"]
+        ]
+        self.mamba = nn.ModuleDict(
+            {str(s): InterleavedMamba(spec.feature_size(s), spec.channels[s], self.options["d_state"]) for s in scanned}
+        )
+        self.scales = nn.ModuleList(
+            skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales)
+        )
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """See `FusionDesign.share`; nothing where the scan reads the features."""
         return [None if str(s) in self.mamba else self.scales[s].share(f) for s, f in enumerate(features)]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if str(scale) not in self.mamba:
             return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))

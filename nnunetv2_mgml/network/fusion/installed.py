@@ -39,6 +39,8 @@ def _load(point: EntryPoint, accept: Callable[[Any], Any], registry: dict[str, A
         registry.clear()
         registry.update(before)
         package = "an unknown package" if point.dist is None else point.dist.name
-        return (f"Fusion design '{point.name}' of {package} cannot be used: {type(error).__name__}: {error}. Mend or "
-                f"uninstall {package} (entry point {point.value} in group {GROUP}).")
+        return (
+            f"Fusion design '{point.name}' of {package} cannot be used: {type(error).__name__}: {error}. Mend or "
+            f"uninstall {package} (entry point {point.value} in group {GROUP})."
+        )
     return None

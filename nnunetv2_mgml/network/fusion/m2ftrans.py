@@ -64,8 +64,10 @@ class FusionTokenTransformer(nn.Module):
         heads = heads_for(width, options["heads"])
         self.positions = nn.ModuleList(PositionCode(size, width) for _ in range(spec.num_modalities))
         self.fusion_tokens = TokenTable(size, width)
-        self.layers = nn.ModuleList(TransformerLayer(width, BlockAttention(width, heads), options["mlp_ratio"],
-                                                     options["dropout"]) for _ in range(options["depth"]))
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, BlockAttention(width, heads), options["mlp_ratio"], options["dropout"])
+            for _ in range(options["depth"])
+        )
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
@@ -89,8 +91,13 @@ class M2FTransFusion(FusionDesign):
 
     name = "m2ftrans"
     summary = "masked fusion tokens at the bottleneck, spatially reweighted skip fusion (M2FTrans, JBHI 2024)"
-    default_options: ClassVar[dict[str, Any]] = {"depth": 3, "heads": 8, "mlp_ratio": 4, "dropout": 0.1,
-                                                 "channel_attention": False}
+    default_options: ClassVar[dict[str, Any]] = {
+        "depth": 3,
+        "heads": 8,
+        "mlp_ratio": 4,
+        "dropout": 0.1,
+        "channel_attention": False,
+    }
     weights_depend_on_modality = True
     hides_absent = True
 
@@ -105,8 +112,14 @@ class M2FTransFusion(FusionDesign):
         """Return the state: the bottleneck leaves the spatial weights in it."""
         return {}
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: dict[str, torch.Tensor]) -> FusedScale:
+    def fuse_scale(
+        self,
+        scale: int,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        context: torch.Tensor | None,
+        state: dict[str, torch.Tensor],
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if scale == self.spec.num_scales - 1:
             fused, state["weights"] = self.transformer(features, mask)

@@ -21,8 +21,9 @@ class PairWeights(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(4 * channels, 2 * channels), nn.LeakyReLU(0.01),
-                                 nn.Linear(2 * channels, channels, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(4 * channels, 2 * channels), nn.LeakyReLU(0.01), nn.Linear(2 * channels, channels, bias=False)
+        )
 
     def forward(self, pooled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: pooled ``(B, M, C)`` float32; mask ``(B, M)`` bool."""
@@ -47,8 +48,9 @@ class FeatureInteractionFusion(FusionDesign):
         super().__init__(spec)
         self.scales = nn.ModuleList(PairWeights(width) for width in spec.channels)
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         with torch.autocast(features.device.type, enabled=False):
             pooled = features.float().flatten(3).mean(3)

@@ -47,13 +47,14 @@ class MultimodalTransformer(nn.Module):
     def own_tokens(self, features: torch.Tensor) -> torch.Tensor:
         """Return the intra-modal transformers' tokens ``(B, M, V, C)`` of features ``(B, M, C, *spatial)``."""
         tokens = to_tokens(features)
-        own = [intra(tokens[:, m], position(features.shape[3:]))
-               for m, (intra, position) in enumerate(zip(self.intra, self.positions, strict=True))]
+        own = [
+            intra(tokens[:, m], position(features.shape[3:]))
+            for m, (intra, position) in enumerate(zip(self.intra, self.positions, strict=True))
+        ]
         return torch.stack(own, 1)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool; their `own_tokens` (of B or 1 samples) or None.
-        """
+        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)``; their `own_tokens` (of B or 1 samples) or None."""
         size = features.shape[3:]
         tokens = self.own_tokens(features) if own is None else own.expand(len(features), *own.shape[1:])
         codes = torch.stack([position(size) for position in self.positions])
@@ -86,8 +87,9 @@ class MmFormerFusion(FusionDesign):
         skips = [skip.share(f) for skip, f in zip(self.scales[:-1], features[:-1], strict=True)]
         return [*skips, self.transformer.own_tokens(features[-1])]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         shared = state and state[scale]
         if scale == self.spec.num_scales - 1:

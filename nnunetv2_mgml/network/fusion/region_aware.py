@@ -29,11 +29,17 @@ class ProbabilityMap(nn.Module):
         width = spec.channels[scale]
         self.embed = skip_fusion(spec, scale, inner=max(8, width // 4))
         has_context = scale < spec.num_scales - 1
-        self.head = nn.Sequential(conv_block(spec, width * (2 if has_context else 1), 16),
-                                  spec.conv_op(16, spec.num_classes, 1))
+        self.head = nn.Sequential(
+            conv_block(spec, width * (2 if has_context else 1), 16), spec.conv_op(16, spec.num_classes, 1)
+        )
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                shared: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        context: torch.Tensor | None,
+        shared: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Args: features, mask and shared as for `SkipFusion.fuse`; decoder feature ``(B, C, *spatial)`` or None."""
         embedded = self.embed.fuse(features, mask, shared)
         return self.head(embedded if context is None else torch.cat((context, embedded), 1))
@@ -50,8 +56,10 @@ class RegionWeights(nn.Module):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """Args: pooled ``(B, K, M*C+1)`` float32."""
-        weights = [second(self.activation(first(pooled[:, k])))
-                   for k, (first, second) in enumerate(zip(self.first, self.second, strict=True))]
+        weights = [
+            second(self.activation(first(pooled[:, k])))
+            for k, (first, second) in enumerate(zip(self.first, self.second, strict=True))
+        ]
         return torch.stack(weights, 1).sigmoid()
 
 
@@ -62,13 +70,16 @@ class RegionFusion(nn.Module):
         super().__init__()
         width = spec.channels[scale]
         self.weights = RegionWeights(spec.num_classes, spec.num_modalities, width)
-        self.regions = nn.Sequential(conv_block(spec, spec.num_classes * width, width),
-                                     conv_block(spec, width, width, spec.kernel_sizes[scale]),
-                                     conv_block(spec, width, width // 2))
+        self.regions = nn.Sequential(
+            conv_block(spec, spec.num_classes * width, width),
+            conv_block(spec, width, width, spec.kernel_sizes[scale]),
+            conv_block(spec, width, width // 2),
+        )
         self.shortcut = skip_fusion(spec, scale, width - width // 2)
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor, maps: torch.Tensor,
-                shared: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, mask: torch.Tensor, maps: torch.Tensor, shared: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Args: features, mask and shared as for `SkipFusion.fuse`; maps ``(B, K, *spatial)`` probabilities."""
         batch = len(features)
         flat, flat_maps = features.flatten(3), maps.flatten(2)
@@ -103,12 +114,15 @@ class RegionAwareFusion(FusionDesign):
 
     def share(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """See `FusionDesign.share`: per scale the shares of the map head and of the shortcut, or the latter alone."""
-        skips = [(self.maps[str(s)].embed, self.fusions[str(s)].shortcut) if str(s) in self.maps else (self.shortcut,)
-                 for s in range(self.spec.num_scales)]
+        skips = [
+            (self.maps[str(s)].embed, self.fusions[str(s)].shortcut) if str(s) in self.maps else (self.shortcut,)
+            for s in range(self.spec.num_scales)
+        ]
         return [tuple(skip.share(f) for skip in own) for own, f in zip(skips, features, strict=True)]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         shared = state[scale] if state else (None, None)
         if scale == 0 and self.shortcut is not None:

@@ -64,8 +64,9 @@ class SelfAttentionFusion(FusionDesign):
         super().__init__(spec)
         self.scales = nn.ModuleList(ScoreTransformer(spec, s, self.options) for s in range(spec.num_scales))
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         scores = self.scales[scale](features, mask)
         with torch.autocast(features.device.type, enabled=False):  # keeps the softmax in the features' memory format

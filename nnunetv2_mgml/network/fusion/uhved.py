@@ -36,8 +36,9 @@ def product_of_gaussians(mean: torch.Tensor, precision: torch.Tensor) -> tuple[t
     return (precision * mean).sum(1) * variance, variance
 
 
-def gaussian_kl(mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Tensor | float,
-                other_variance: torch.Tensor | float) -> torch.Tensor:
+def gaussian_kl(
+    mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Tensor | float, other_variance: torch.Tensor | float
+) -> torch.Tensor:
     """``KL(N(mean, variance) || N(other_mean, other_variance))``, elementwise on tensors that broadcast."""
     ratio = variance / other_variance
     return 0.5 * (ratio - ratio.log() + (mean - other_mean).square() / other_variance - 1)
@@ -45,7 +46,7 @@ def gaussian_kl(mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Te
 
 def subset_patterns(num_modalities: int, most: int, device: torch.device) -> torch.Tensor:
     """Return subsets ``(P, M)`` bool: all non-empty ones if they are at most ``most``, else 8 random ones."""
-    if 2 ** num_modalities - 1 <= most:
+    if 2**num_modalities - 1 <= most:
         patterns = [p for p in itertools.product((False, True), repeat=num_modalities) if any(p)]
         return torch.tensor(patterns, device=device)
     return torch.rand(8, num_modalities, device=device) < 0.5
@@ -64,7 +65,7 @@ def subset_kl(mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor, p
         patterns: ``(P, M)`` bool.
     """
     given_mean, given_variance = product_of_gaussians(mean, precision)
-    subsets = patterns[:, None] & mask                                          # (P, B, M)
+    subsets = patterns[:, None] & mask  # (P, B, M)
     exists = subsets.any(2)
     proper = (exists & (subsets != mask).any(2)).float()
     exists = exists.float()
@@ -73,8 +74,9 @@ def subset_kl(mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor, p
     subset_mean = torch.einsum("pbm,bmcv->pbcv", chosen, precision * mean) * variance
     to_subset = gaussian_kl(given_mean, given_variance, subset_mean, variance).mean((2, 3))
     to_prior = gaussian_kl(subset_mean, variance, 0.0, 1.0).mean((2, 3))
-    per_sample = ((to_subset * proper).sum(0) / proper.sum(0).clamp(min=1)
-                  + (to_prior * exists).sum(0) / exists.sum(0).clamp(min=1))
+    per_sample = (to_subset * proper).sum(0) / proper.sum(0).clamp(min=1) + (to_prior * exists).sum(0) / exists.sum(
+        0
+    ).clamp(min=1)
     return per_sample.mean()
 
 
@@ -84,8 +86,7 @@ class UHvedFusion(FusionDesign):
 
     name = "uhved"
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
-    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096,
-                                                 "reconstruction_weight": 0.0}
+    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096, "reconstruction_weight": 0.0}
     weights_depend_on_modality = True
     hides_absent = True
 
@@ -93,8 +94,9 @@ class UHvedFusion(FusionDesign):
         super().__init__(spec)
         m = spec.num_modalities
         self.scales = nn.ModuleList(spec.conv_op(m * width, 2 * m * width, 1, groups=m) for width in spec.channels)
-        self.images = nn.ModuleList(ImageDecoder(spec) for _ in range(m)) \
-            if self.options["reconstruction_weight"] > 0 else None
+        self.images = (
+            nn.ModuleList(ImageDecoder(spec) for _ in range(m)) if self.options["reconstruction_weight"] > 0 else None
+        )
         self.initialize()
 
     def initialize(self) -> None:
@@ -118,8 +120,9 @@ class UHvedFusion(FusionDesign):
         precision = (-log_variance.float()).exp()
         return parameters[:, :, 0], precision * masked(mask, precision)
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if state:
             precision, weighted = (sum_present(part, mask) for part in state[scale])

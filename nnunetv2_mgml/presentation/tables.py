@@ -1,0 +1,212 @@
+"""Tables in the layout of the paper's Table 3, as Markdown and LaTeX.
+
+One column per subset in the paper's order under a head of ticks, an average column at the end, one line per region and
+method. Beyond 15 subsets (more than four modalities) the table is turned: one line per subset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mgml.io.files import write_text
+from nnunetv2_mgml.modalities import channel_index, parse_subset, table_rows
+from nnunetv2_mgml.scoring.metrics import Metric, get_metric
+from nnunetv2_mgml.scoring.policy import get_policy
+from nnunetv2_mgml.scoring.regions import short_name
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+
+_MAX_COLUMNS = 15
+_DISPLAY_NAMES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
+_NO_VALUE = "-"
+
+Cell = str | bool
+"""Text, or a tick (True) or cross (False)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is given a syntax."""
+
+    caption: str
+    head: list[list[Cell]]
+    body: list[list[Cell]]
+
+    def turned(self) -> Grid:
+        """Return the table with rows and columns exchanged (the two label columns become the head)."""
+        columns = [list(column) for column in zip(*self.head, *self.body, strict=True)]
+        return Grid(self.caption, columns[:2], columns[2:])
+
+
+def display_name(modality: str) -> str:
+    """Return a modality's name as the paper writes it, else in capitals."""
+    return _DISPLAY_NAMES.get(modality, modality.upper())
+
+
+def common_subsets(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations reduced to the subsets they share.
+
+    Raises:
+        ValueError: none given, no shared subset, or different channels, regions, empty-case policies, region size
+            rules or ignore labels.
+    """
+    if not evaluations:
+        raise ValueError("At least one evaluation is needed.")
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        theirs = _comparable(other)
+        for what, ours in _comparable(first).items():
+            if ours != theirs[what]:
+                raise ValueError(
+                    f"'{first.name}' and '{other.name}' differ in {what} ({ours} and {theirs[what]}) and "
+                    f"cannot be put side by side. Evaluate both with the same dataset.json, --policy and "
+                    f"--remove_small."
+                )
+    names = [n for n in first.subset_names if all(n in e.subset_names for e in evaluations[1:])]
+    if not names:
+        raise ValueError(f"{', '.join(e.name for e in evaluations)} have no modality subset in common.")
+    return [e.restricted(names) for e in evaluations]
+
+
+def _comparable(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what must agree between evaluations in one table."""
+    return {
+        "channels": evaluation.channels,
+        "regions": evaluation.regions,
+        "policy": evaluation.policy,
+        "min_region_voxels": evaluation.info.get("min_region_voxels") or {},
+        "ignore_label": evaluation.info.get("ignore_label"),
+    }
+
+
+def table_grid(evaluations: Sequence[Evaluation], metric_name: str) -> Grid:
+    """Lay out one metric of one or several evaluations (the subsets they share).
+
+    Raises:
+        ValueError: see `common_subsets`; or an evaluation lacks the metric.
+    """
+    evaluations = common_subsets(evaluations)
+    first, metric = evaluations[0], get_metric(metric_name)
+    names = first.subset_names
+    subsets = [parse_subset(name, first.channels) for name in names]
+    rows = table_rows(first.channels)
+    head: list[list[Cell]] = [
+        [
+            "",
+            display_name(row),
+            *(s[channel_index(row, first.channels)] for s in subsets),
+            AVERAGE if row == rows[0] else "",
+        ]
+        for row in rows
+    ]
+    body: list[list[Cell]] = []
+    for region in first.region_names:
+        for evaluation in evaluations:
+            summary = evaluation.summary(metric_name, region)
+            body.append(
+                [short_name(region), evaluation.name, *(_cell(summary[column], metric) for column in (*names, AVERAGE))]
+            )
+            counts = [int(summary[name]["n"]) for name in names]
+            if any(count != len(evaluation.cases) for count in counts):
+                body.append([short_name(region), f"{evaluation.name} (n)", *map(str, counts), ""])
+    grid = Grid(_caption(evaluations, metric), head, body)
+    return grid if len(names) <= _MAX_COLUMNS else grid.turned()
+
+
+def _cell(entry: dict[str, float], metric: Metric) -> str:
+    if math.isnan(entry["mean"]):
+        return _NO_VALUE
+    text = f"{entry['mean'] * metric.display_factor:.2f}"
+    return text if math.isnan(entry["sd"]) else f"{text} ± {entry['sd'] * metric.display_factor:.2f}"
+
+
+def _caption(evaluations: Sequence[Evaluation], metric: Metric) -> str:
+    cases = " / ".join(dict.fromkeys(str(len(e.cases)) for e in evaluations))
+    policy = get_policy(evaluations[0].policy)
+    total = 2 ** len(evaluations[0].channels) - 1
+    shown = len(evaluations[0].subsets)
+    average = "all" if shown == total else f"the {shown} of {total} evaluated"
+    removed = "; ".join(
+        f"{short_name(region)} predicted with fewer than {size} voxels counts as empty"
+        for region, size in evaluations[0].info.get("min_region_voxels", {}).items()
+    )
+    return (
+        f"{metric.title} ({metric.unit}), mean ± standard deviation over {cases} cases; {AVERAGE}: mean over "
+        f"{average} modality subsets. Empty-case policy '{policy.name}': {policy.summary}."
+        + (f" {removed}." if removed else "")
+    )
+
+
+def _markdown_text(cell: Cell) -> str:
+    if isinstance(cell, bool):
+        return "✓" if cell else "✗"
+    return cell.replace("|", "\\|")
+
+
+def markdown_table(grid: Grid) -> str:
+    """Return a grid as a GitHub-flavoured Markdown table under its caption."""
+    lines = [[_markdown_text(cell) for cell in row] for row in (*grid.head, *grid.body)]
+    rule = ["---"] * len(lines[0])
+    rows = ["| " + " | ".join(row) + " |" for row in (lines[0], rule, *lines[1:])]
+    return f"**{grid.caption}**\n\n" + "\n".join(rows) + "\n"
+
+
+_LATEX_ESCAPES = {
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
+
+
+def _latex_escape(text: str) -> str:
+    return "".join(_LATEX_ESCAPES.get(c, c) for c in text).replace("±", r"$\pm$")
+
+
+def _latex_text(cell: Cell) -> str:
+    if isinstance(cell, bool):
+        return r"$\checkmark$" if cell else r"$\times$"
+    mean, separator, spread = cell.partition(" ± ")
+    return _latex_escape(mean) + (rf"{{\tiny$\,\pm\,${_latex_escape(spread)}}}" if separator else "")
+
+
+def latex_table(grid: Grid) -> str:
+    """Return a grid as a ``table*`` environment (packages amssymb and graphicx)."""
+    width = len(grid.body[0])
+    lines = [
+        r"\begin{table*}",
+        r"\centering",
+        rf"\caption{{{_latex_escape(grid.caption)}}}",
+        r"\resizebox{\textwidth}{!}{%",
+        rf"\begin{{tabular}}{{ll*{{{width - 2}}}{{c}}}}",
+        r"\hline",
+    ]
+    previous: Cell = ""
+    for number, row in enumerate((*grid.head, *grid.body)):
+        if number == len(grid.head) or (number > len(grid.head) and isinstance(row[0], str) and row[0] != previous):
+            lines.append(r"\hline")
+        repeated = number > len(grid.head) and isinstance(row[0], str) and row[0] == previous
+        previous = row[0]
+        lines.append(" & ".join(_latex_text(c) for c in (["", *row[1:]] if repeated else row)) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}}", r"\end{table*}"]) + "\n"
+
+
+def write_tables(evaluations: Sequence[Evaluation], folder: Path, metrics: Sequence[str] | None = None) -> None:
+    """Write ``table.md`` and ``table.tex`` with one table per metric (default: those every evaluation has)."""
+    metrics = metrics or [m for m in evaluations[0].metrics if all(m in e.metrics for e in evaluations)]
+    grids = [table_grid(evaluations, metric) for metric in metrics]
+    _write(folder / "table.md", "", grids, markdown_table)
+    _write(folder / "table.tex", "% needs the packages amssymb and graphicx\n\n", grids, latex_table)
+
+
+def _write(path: Path, preamble: str, grids: Sequence[Grid], render: Callable[[Grid], str]) -> None:
+    write_text(path, preamble + "\n".join(render(grid) for grid in grids))

@@ -1,0 +1,247 @@
+"""An evaluation on disk and in memory: the tidy table, its summary, and where they lie.
+
+Folder layout::
+
+    results.csv     one line per case, subset, region and metric (fractions, mm, ml; "nan" where there is no value)
+    summary.json    means, spreads, n; versions, command, model, policy
+    table.md, table.tex    the paper's Table 3 layout
+    figures/        heatmap, score by number of modalities, Shapley values (PNG)
+    settings.json   fingerprint: a later run with other settings is refused
+    cases/          one JSON per finished case (what a resumed run does not do again)
+    predictions/<subset>/  label maps, when the evaluation made them itself
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import nnunetv2_mgml
+from nnunetv2_mgml.io.files import read_json, write_json, write_text
+from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
+from nnunetv2_mgml.scoring.cases import Scores, ScoringSettings
+from nnunetv2_mgml.scoring.metrics import get_metric
+from nnunetv2_mgml.scoring.policy import get_policy
+from nnunetv2_mgml.scoring.regions import table_region_order
+
+COLUMNS = ("case", "subset", "region", "metric", "value")
+AVERAGE = "AVG"
+"""Name of the pseudo-subset that is the mean over all subsets."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `mgml evaluate`."""
+
+    name: str
+    """What the method is called in tables."""
+    table: pd.DataFrame
+    """Columns `COLUMNS`; ``value`` float64 with NaN where the policy gives none."""
+    channels: tuple[str, ...]
+    """Modality names in channel order."""
+    regions: dict[str, tuple[int, ...]]
+    policy: str
+    info: dict[str, Any] = field(default_factory=dict)
+    """Everything else of ``summary.json``: versions, command, model, options."""
+
+    @property
+    def subsets(self) -> list[Subset]:
+        """Subsets that were evaluated, in table order."""
+        present = set(self.table["subset"].unique())
+        return [s for s in table_order(self.channels) if subset_name(s, self.channels) in present]
+
+    @property
+    def subset_names(self) -> list[str]:
+        """Names of `subsets`."""
+        return [subset_name(s, self.channels) for s in self.subsets]
+
+    @property
+    def region_names(self) -> list[str]:
+        """Regions in table order."""
+        return table_region_order(self.regions)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metric names in the order they were computed."""
+        return list(dict.fromkeys(self.table["metric"]))
+
+    @property
+    def cases(self) -> list[str]:
+        """Case names, sorted."""
+        return sorted(self.table["case"].unique())
+
+    def restricted(self, subset_names: Sequence[str] | None = None, cases: Sequence[str] | None = None) -> Evaluation:
+        """Return the evaluation with only some of its subsets or cases; None keeps all."""
+        table = self.table
+        if subset_names is not None:
+            table = table[table["subset"].isin(subset_names)]
+        if cases is not None:
+            table = table[table["case"].isin(cases)]
+        return dataclasses.replace(self, table=table)
+
+    def values(self, metric: str, region: str) -> pd.DataFrame:
+        """Return one value per case (rows) and subset name (columns, table order) of a metric and region.
+
+        Raises:
+            ValueError: the evaluation has no such metric or region.
+        """
+        for what, value, allowed in (("metric", metric, self.metrics), ("region", region, list(self.regions))):
+            if value not in allowed:
+                raise ValueError(f"Evaluation '{self.name}' has no {what} '{value}'. It has: {', '.join(allowed)}.")
+        chosen = self.table[(self.table["metric"] == metric) & (self.table["region"] == region)]
+        return chosen.pivot(index="case", columns="subset", values="value").reindex(columns=self.subset_names)
+
+    def summary(self, metric: str, region: str) -> dict[str, dict[str, float]]:
+        """Return ``{subset name or AVG: {mean, sd, n}}`` of a metric and region.
+
+        ``mean`` and ``sd`` (n - 1 in the denominator) are over cases with a value, ``n`` is their number. ``AVG`` has
+        the mean of the subsets' means, as the paper's tables do, and the spread over cases of a case's mean over
+        subsets.
+        """
+        values = self.values(metric, region)
+        result = {name: _spread(values[name]) for name in values.columns}
+        average = _spread(values.mean(axis=1))
+        average["mean"] = float(pd.Series([entry["mean"] for entry in result.values()]).mean())
+        return {**result, AVERAGE: average}
+
+
+def _spread(values: pd.Series) -> dict[str, float]:
+    values = values.dropna()
+    return {
+        "mean": float(values.mean()) if len(values) else math.nan,
+        "sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+        "n": len(values),
+    }
+
+
+def tidy_table(scores: dict[str, Scores], subset_names: Sequence[str]) -> pd.DataFrame:
+    """Turn ``{case: {subset: {region: {metric: value}}}}`` into the tidy table, for the named subsets only.
+
+    A case may lack subsets whose modalities it does not have.
+    """
+    rows = [
+        (case, subset, region, metric, float(value))
+        for case in sorted(scores)
+        for subset in subset_names
+        if subset in scores[case]
+        for region, metrics in scores[case][subset].items()
+        for metric, value in metrics.items()
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
+
+
+def build_evaluation(
+    name: str,
+    scores: dict[str, Scores],
+    subset_names: Sequence[str],
+    channels: Sequence[str],
+    settings: ScoringSettings,
+    info: dict[str, Any],
+) -> Evaluation:
+    """Assemble an evaluation; ``info`` is what only the caller knows (model, sources, missing cases)."""
+    return Evaluation(
+        name,
+        tidy_table(scores, subset_names),
+        tuple(channels),
+        dict(settings.label_set.regions),
+        settings.policy,
+        {
+            "min_region_voxels": dict(settings.min_region_voxels),
+            "ignore_label": settings.label_set.ignore_label,
+            **provenance(),
+            **info,
+        },
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Return what reproduces a run: command line, time, versions (libraries without a version are left out)."""
+    versions = {"python": platform.python_version(), "nnunetv2_mgml": nnunetv2_mgml.__version__}
+    for package in ("nnunetv2", "torch", "numpy", "scipy", "pandas", "SimpleITK", "panoptica"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": sys.argv,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write ``results.csv`` and ``summary.json``."""
+    write_text(folder / "results.csv", evaluation.table.to_csv(index=False, na_rep="nan", lineterminator="\n"))
+    means = {
+        metric: {region: evaluation.summary(metric, region) for region in evaluation.region_names}
+        for metric in evaluation.metrics
+    }
+    described = {
+        name: {
+            "title": get_metric(name).title,
+            "unit": get_metric(name).unit,
+            "higher_is_better": get_metric(name).higher_is_better,
+        }
+        for name in evaluation.metrics
+    }
+    write_json(
+        folder / "summary.json",
+        {
+            "name": evaluation.name,
+            "channels": list(evaluation.channels),
+            "regions": {region: list(labels) for region, labels in evaluation.regions.items()},
+            "policy": {"name": evaluation.policy, "meaning": get_policy(evaluation.policy).summary},
+            "number_of_cases": len(evaluation.cases),
+            "subsets": evaluation.subset_names,
+            "metrics": described,
+            **evaluation.info,
+            "results": means,
+        },
+    )
+
+
+def load_evaluation(folder: Path) -> Evaluation:
+    """Read an evaluation folder back.
+
+    Raises:
+        FileNotFoundError: ``results.csv`` or ``summary.json`` is missing.
+        ValueError: a file is damaged or of another kind.
+    """
+    summary = read_json(folder / "summary.json")
+    missing = {"name", "channels", "regions", "policy"} - set(summary)
+    if missing:
+        raise ValueError(
+            f"{folder / 'summary.json'} has no {', '.join(sorted(missing))}: it was not written by 'mgml evaluate'."
+        )
+    file = folder / "results.csv"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; run 'mgml evaluate -o {folder}' again to write it.")
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    if tuple(table.columns) != COLUMNS:
+        raise ValueError(f"{file} must have the columns {', '.join(COLUMNS)}, found {', '.join(table.columns)}.")
+    try:
+        table["value"] = [float(text) for text in table["value"]]  # to the last bit, which not every pandas reads
+    except ValueError as error:
+        raise ValueError(f"{file} has a value that is no number ({error}).") from error
+    channels = tuple(summary["channels"])
+    for name in table["subset"].unique():
+        parse_subset(name, channels)
+    known = {"name", "channels", "regions", "policy", "number_of_cases", "subsets", "metrics", "results"}
+    return Evaluation(
+        summary["name"],
+        table,
+        channels,
+        {r: tuple(v) for r, v in summary["regions"].items()},
+        summary["policy"]["name"],
+        {k: v for k, v in summary.items() if k not in known},
+    )
