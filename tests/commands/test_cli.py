@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mgml import __version__, info
+from nnunetv2_mgml import __version__
+from nnunetv2_mgml.commands import info
 from nnunetv2_mgml.commands.main import COMMANDS, _HelpFormatter, main
 from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.upstream.registration import DISABLE_VARIABLE, EXT_DIR, EXT_VARIABLE, PTH_NAME
