@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -114,7 +115,7 @@ def find_spec(fullname: str) -> ModuleSpec | None:
     return ModuleSpec(fullname, _Loader(), is_package=is_package)
 
 
-class _Loader:
+class _Loader(Loader):
     """Makes a module that holds nothing and forwards every name."""
 
     def create_module(self, spec: ModuleSpec) -> None:

@@ -22,7 +22,11 @@ SOURCES = sorted(
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
-CARELESS = {"dataset_conversion/parallel.py", "dataset_conversion/splits.py", "nnunetv2_mgml/presentation/figures/style.py"}
+CARELESS = {
+    "dataset_conversion/parallel.py",
+    "dataset_conversion/splits.py",
+    "nnunetv2_mgml/presentation/figures/style.py",
+}
 """Files that still silence mypy without a reason; nothing is ever added here."""
 
 
