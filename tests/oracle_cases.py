@@ -36,7 +36,7 @@ class Oracle:
         return self[key].clone().requires_grad_()
 
     def check(self, key: str, found: torch.Tensor, tolerance: float = 1e-12) -> None:
-        """Compare: at most ``tolerance`` times the largest number of the array; what was stored as float32 is rounded."""
+        """Compare up to ``tolerance`` times the largest number; what was stored as float32 is rounded."""
         wanted = self[key]
         assert found.shape == wanted.shape
         assert found.dtype == torch.float64, "the comparison is one in float64"

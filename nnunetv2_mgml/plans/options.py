@@ -103,8 +103,8 @@ class MGMLConfig:
     fusion_options: dict[str, Any] = _option({}, "options of the fusion design, a JSON object")
     fusion_revision: int = _option(
         FUSION_REVISION,
-        "what a fusion design does where fusion_options say nothing: 2, as now; 1, as in plans and models written before "
-        "there were revisions (docs/fusion.md)",
+        "what a fusion design does where fusion_options say nothing: 2, as now; 1, as in plans and models written "
+        "before there were revisions (docs/fusion.md)",
         choices=tuple(range(1, FUSION_REVISION + 1)),
     )
     width_factor: float = _option(

@@ -77,6 +77,12 @@ class FusionDesign(nn.Module):
     """One line with the source, shown by ``mgml info --fusions``."""
     default_options: ClassVar[dict[str, Any]] = {}
     """Options a plan may set through ``fusion_options`` and their defaults."""
+    trainer: ClassVar[str] = ""
+    """Name of the publication, ``"RFNet"``: ``nnUNetTrainerRFNet`` trains the design alone, ``nnUNetTrainerRFNet_MGML``
+    with MGML (see ``training/variants.py``). Empty: no trainers of its own. A subclass does not inherit it."""
+    published_options: ClassVar[dict[str, Any]] = {}
+    """What these trainers fix beside the design, by option name: what the publication has, where it is not a default.
+    ``fusion_options`` among them give way to those that the plans set for this design."""
     defaults_before: ClassVar[dict[int, dict[str, Any]]] = {}
     """Revision -> defaults that were others in it (options that are newer: what stands for the design as it was).
     A change of a design that gives old weights another meaning is an option with an entry here, so that plans and

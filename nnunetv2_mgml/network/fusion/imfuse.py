@@ -71,12 +71,18 @@ class ImFuseFusion(FusionDesign):
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
     publication = "IM-Fuse, MICCAI 2025"
     differences: ClassVar[tuple[str, ...]] = (
-        "one learned read-out vector and a position code instead of a token per voxel, drawn with a spread of 0.02 instead of 1",
+        (
+            "one learned read-out vector and a position code instead of a token per voxel, drawn with a spread of "
+            "0.02 instead of 1"
+        ),
         "absent tokens leave the sequence; there zero vectors pass through the scan",
         "state size 16 at every width, published min(C, 256)",
         "no transformers within modalities and none after the scan",
         "the scan at scales up to `max_voxels` voxels, skip fusion elsewhere",
-        "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that scale's size",
+        (
+            "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that "
+            "scale's size"
+        ),
     )
     default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096, "pyramid_heads": False}
     weights_depend_on_modality = True

@@ -3,13 +3,12 @@
 Tokens of a modality attend to that modality only, fusion tokens to all present modalities and to themselves. The first
 layer's attention, detached, also reweighs the modalities' features in space at the other scales. With
 ``channel_attention`` the two deepest scales are fused by channel cross-attention instead: at the bottleneck the fusion
-tokens ask and the transformer's own output of the modalities, reweighed, answers, and both are joined by convolutions;
-at the scale above the decoder's feature asks and the reweighed features answer. Differences from the published code: the
-block mask is two attention calls instead of one masked ``(M+1)V x (M+1)V`` matrix, reweighting is scaled to mean 1
-whatever the number of heads and modalities (``reweighting=published``: the plain sum over heads and fusion tokens), the
-width of the MLP is 4 times the plan's bottleneck, tokens follow the plan's grid, positions are learned per axis, there
-is no dropout on attention weights, and convolutions pad with zeros. ``channel_wiring=added`` is what
-``channel_attention`` was before: raw encoder features at the bottleneck, and the skip fusion added to the query.
+tokens ask, the transformer's own output of the modalities, reweighed, answers, and convolutions join both; at the scale
+above the decoder's feature asks and the reweighed features answer. ``channel_wiring=added`` is what the option was
+before: raw encoder features at the bottleneck, and the skip fusion added to the query. The block mask is two attention
+calls instead of one masked ``(M+1)V x (M+1)V`` matrix, with the same result, and reweighting is scaled to mean 1
+whatever the number of heads and modalities (``reweighting=published``: the plain sum over heads and fusion tokens).
+What differs: `M2FTransFusion.differences`.
 """
 
 from __future__ import annotations

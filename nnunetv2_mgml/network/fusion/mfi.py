@@ -44,7 +44,10 @@ class FeatureInteractionFusion(FusionDesign):
     summary = "channel-wise attention between pairs of modalities from pooled features (UNet-MFI, MICCAI 2022)"
     publication = "UNet-MFI, MICCAI 2022"
     differences: ClassVar[tuple[str, ...]] = (
-        "the fused feature is the mean over present targets; the published network keeps one U-Net per modality and links them with five such blocks",
+        (
+            "the fused feature is the mean over present targets; the published network keeps one U-Net per "
+            "modality and links them with five such blocks"
+        ),
         "absent sources have no part in the softmax; there they keep theirs",
         "the last bias, which cancels in the softmax, is left out",
     )

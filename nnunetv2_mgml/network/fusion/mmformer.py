@@ -76,12 +76,21 @@ class MmFormerFusion(FusionDesign):
     summary = "transformers within and across modalities at the bottleneck, skip fusion (mmFormer, MICCAI 2022)"
     publication = "mmFormer, MICCAI 2022"
     differences: ClassVar[tuple[str, ...]] = (
-        "tokens return to their own voxel; the published code reads modality-major tokens as a grid, after which no voxel holds its own modalities",
+        (
+            "tokens return to their own voxel; the published code reads modality-major tokens as a grid, after "
+            "which no voxel holds its own modalities"
+        ),
         "absent modalities are hidden from the attention; there they take part as zero vectors",
         "width of the plan's bottleneck instead of 512, MLP 4 times as wide instead of 8, positions learned per axis",
-        "no dropout on attention weights, no 1x1 convolution between transformer and skip fusion, which begins with one",
+        (
+            "no dropout on attention weights, no 1x1 convolution between transformer and skip fusion, which "
+            "begins with one"
+        ),
         "skip fusion in the plan's order (norm after convolution), padded with zeros",
-        "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that scale's size",
+        (
+            "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that "
+            "scale's size"
+        ),
     )
     default_options: ClassVar[dict[str, Any]] = {
         "depth": 1,

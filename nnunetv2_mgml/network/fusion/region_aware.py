@@ -3,11 +3,10 @@
 At every scale a small head (PRM) predicts label maps from the masked features and the decoder; they have a loss of
 their own and reach the fusion (RFM) detached. Each class then weighs the modalities by an MLP on its pooled features.
 RFNet does so at full resolution too; here that scale, as costly as all others together, has the shortcut alone unless
-``full_resolution_regions`` is set. Differences from the published code: the ``(B, M, K, C, V)`` tensor is never built (the
-weights act before the maps, with the same result), the PRM is at least 8 channels wide inside (RFNet: C/4, which is less
-below C = 32), and convolutions pad with zeros. Pooling is done in float32 whatever the precision, so that the published
-epsilon of 1e-7 (``pooling_epsilon``), far below the share of any class of a few voxels, is enough: a pooled feature is at
-most as large as the largest feature in its region.
+``full_resolution_regions`` is set. The ``(B, M, K, C, V)`` tensor of the published code is never built: the weights act
+before the maps, with the same result. Pooling is done in float32 whatever the precision, so that the published epsilon
+of 1e-7 (``pooling_epsilon``), far below the share of a class of a few voxels, is enough: a pooled feature is at most as
+large as the largest feature in its region. What differs: `RegionAwareFusion.differences`.
 """
 
 from __future__ import annotations
@@ -114,9 +113,15 @@ class RegionAwareFusion(FusionDesign):
     publication = "RFNet, ICCV 2021"
     differences: ClassVar[tuple[str, ...]] = (
         "map heads are at least 8 channels wide inside, published C/4",
-        "maps predict labels also where the network predicts regions, and are compared at their own scale's size (published: upsampled)",
+        (
+            "maps predict labels also where the network predicts regions, and are compared at their own scale's "
+            "size (published: upsampled)"
+        ),
         "convolutions pad with zeros, not by mirroring",
-        "the fused prediction is trained from the first epoch; the published job begins with its maps and the shared decoder alone",
+        (
+            "the fused prediction is trained from the first epoch; the published job begins with its maps and the "
+            "shared decoder alone"
+        ),
     )
     default_options: ClassVar[dict[str, Any]] = {"full_resolution_regions": False, "pooling_epsilon": 1e-7}
     defaults_before: ClassVar[dict[int, dict[str, Any]]] = {1: {"pooling_epsilon": 1e-3}}
@@ -127,7 +132,9 @@ class RegionAwareFusion(FusionDesign):
         super().__init__(spec)
         epsilon = self.options["pooling_epsilon"]
         if epsilon == 0:
-            raise ValueError("pooling_epsilon is 0, which divides by 0 where a class is missing; give 1e-7, for instance.")
+            raise ValueError(
+                "pooling_epsilon is 0, which divides by 0 where a class is missing; give 1e-7, for instance."
+            )
         finest = 0 if self.options["full_resolution_regions"] or spec.num_scales == 1 else 1
         self.shortcut = skip_fusion(spec, 0) if finest else None
         self.maps = nn.ModuleDict({str(s): ProbabilityMap(spec, s) for s in range(finest, spec.num_scales)})

@@ -68,7 +68,10 @@ class SelfAttentionFusion(FusionDesign):
     summary = "transformer over the available modalities weighs them per voxel and channel (SFusion, MICCAI 2023)"
     publication = "SFusion, MICCAI 2023"
     differences: ClassVar[tuple[str, ...]] = (
-        "the token grid follows the plan's patch, at most 8 cells per axis; the published grid is 8 at every scale and has to divide the features",
+        (
+            "the token grid follows the plan's patch, at most 8 cells per axis; the published grid is 8 at every "
+            "scale and has to divide the features"
+        ),
         "no dropout on attention weights",
         "the bias of the last norm, which cancels in the softmax, is left out",
         "fewer than 4 heads where the width gives none of a multiple of 8 channels",

@@ -110,10 +110,16 @@ class UHvedFusion(FusionDesign):
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
     publication = "U-HVED, MICCAI 2019"
     differences: ClassVar[tuple[str, ...]] = (
-        "a 1x1 convolution per modality makes the means and log-variances; the published encoders' own channels are they",
+        (
+            "a 1x1 convolution per modality makes the means and log-variances; the published encoders' own "
+            "channels are they"
+        ),
         "predictions use the mean; the published code samples in tests too",
         "log-variances within +-10 and starting at -2, without the published 1e-7 added to variances",
-        "the divergence is estimated on `kl_voxels` random voxels per scale, and on eight random subsets for more than four modalities",
+        (
+            "the divergence is estimated on `kl_voxels` random voxels per scale, and on eight random subsets for "
+            "more than four modalities"
+        ),
         "image decoders of our own shape; modalities that a case lacks do not count",
     )
     default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096, "reconstruction_weight": 0.0}
