@@ -13,7 +13,7 @@ test-tools := .venv/with-test-tools
 dev-tools := .venv/with-dev-tools
 endif
 PYTHON := $(VENV)/$(BIN)/python
-PYTEST := -m pytest -ra
+PYTEST := -m pytest -ra --numprocesses 2 --dist loadfile
 
 .PHONY: test lint types docs coverage dist demo
 

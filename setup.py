@@ -103,7 +103,7 @@ if __name__ == "__main__":
         ],
         extras_require={
             # setuptools: the packaging tests build without isolation; 70.1 brought its own wheel command
-            "test": ["pytest", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
+            "test": ["pytest", "pytest-xdist", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
             "dev": [
                 "ruff==0.17.6",
                 "mypy==2.4.1",

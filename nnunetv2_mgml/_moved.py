@@ -99,7 +99,9 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
+}
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
 GONE: dict[str, str] = {}

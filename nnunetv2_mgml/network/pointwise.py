@@ -6,6 +6,8 @@ multiplications.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -47,7 +49,8 @@ def make_pointwise(conv: nn.Module) -> None:
     """
     if not isinstance(conv, (nn.Conv2d, nn.Conv3d)) or not _is_pointwise(conv):
         raise ValueError(f"Not a 1x1 convolution: {conv}.")
-    conv.__class__ = pointwise(type(conv))
+    kind: Any = pointwise(type(conv))  # mypy does not know that a module may change its class
+    conv.__class__ = kind
 
 
 def _is_pointwise(conv: nn.Conv2d | nn.Conv3d) -> bool:

@@ -118,8 +118,9 @@ def test_make_sets_itself_up_or_uses_what_it_is_given() -> None:
         command = ["make", "--silent", "--always-make", "--dry-run", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    assert recipe("test", "VENV=/some/where") == ["/some/where/bin/python -m pytest -ra"]
-    for target, extras, last in (("test", "[test]", "-m pytest -ra"), ("demo", "", "/mgml demo -o demo --overwrite")):
+    tests = "-m pytest -ra --numprocesses 2 --dist loadfile"
+    assert recipe("test", "VENV=/some/where") == [f"/some/where/bin/python {tests}"]
+    for target, extras, last in (("test", "[test]", tests), ("demo", "", "/mgml demo -o demo --overwrite")):
         lines = recipe(target)
         assert lines[0].endswith("python3 -m venv .venv")
         assert lines[1].endswith(f'pip install --quiet --editable ".{extras}"')
