@@ -76,6 +76,7 @@ class DeMoSegFusion(FusionDesign):
         "width_factor": 1.0,
         "decoder_width_ratio": 1.0,
     }
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         "who stands in for whom follows the channels' positions; with T1, T1ce, T2, FLAIR that is the published rule",
         "the gates of the channel-shuffle blocks, which nothing trains in the published code, are stored as constants",
