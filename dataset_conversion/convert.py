@@ -14,9 +14,9 @@ from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, conver
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
+from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
 from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
 from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
-from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
 from nnunetv2_mgml.dataset_conversion.splits import (
     PUBLISHED,
     SPLITS_FILE,

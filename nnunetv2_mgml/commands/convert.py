@@ -8,8 +8,8 @@ from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionSummary, convert_brats
 from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
-from nnunetv2_mgml.dataset_conversion.parallel import default_processes
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
+from nnunetv2_mgml.dataset_conversion.parallel import default_processes
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=RATE",
-        help="let training cases of the split lack modalities at these rates, such as t1=0.2 t1ce=0.4 flair=0.6 t2=0.8; "
+        help="let training cases of the split lack modalities at these rates, t1=0.2 t1ce=0.4 flair=0.6 t2=0.8 say; "
         f"drawn once per case by --seed, never all, listed in {MISSING_FILE}",
     )
     brats.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
