@@ -56,8 +56,9 @@ RESULTS = Path(__file__).parent / "results" / "cost.json"
 DESIGNS: dict[str, dict[str, Any]] = {
     **{name: {"fusion": name} for name in fusion_designs()},
     "region_aware_full": {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}},
+    "demoseg_early": {"fusion": "demoseg", "network_form": "early_fusion"},
 }
-"""Rows: every design with its default options, and the design of `nnUNetTrainerRFNet`."""
+"""Rows: every design with its default options, the design of `nnUNetTrainerRFNet`, and the early-fusion form."""
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Tells glibc to give tensors back as soon as they are freed: the resident set then follows what is alive."""
 

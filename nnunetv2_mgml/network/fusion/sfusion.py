@@ -68,6 +68,8 @@ class SelfAttentionFusion(FusionDesign):
     name = "sfusion"
     summary = "transformer over the available modalities weighs them per voxel and channel (SFusion, MICCAI 2023)"
     publication = "SFusion, MICCAI 2023"
+    trainer = "SFusion"
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         (
             "the token grid follows the plan's patch, at most 8 cells per axis; the published grid is 8 at every "
