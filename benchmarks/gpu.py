@@ -21,18 +21,42 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gpu_sections import SECTIONS, Settings
+from typing import Any, NamedTuple
 
 from nnunetv2_mgml.io.files import write_json
 
+
+class Section(NamedTuple):
+    """A section of the result; `gpu_sections` has its function."""
+
+    limit: int
+    """Seconds after which it is stopped."""
+    timed: bool = True
+    """Whether it times things, so that nothing may run beside it."""
+
+
+SECTIONS = {
+    "about": Section(30, timed=False),
+    "no_wait": Section(60, timed=False),
+    "correctness": Section(90, timed=False),
+    "precision": Section(60, timed=False),
+    "distributed": Section(100, timed=False),
+    "mamba": Section(30, timed=False),
+    "compile": Section(180, timed=False),
+    "counter": Section(120, timed=False),
+    "ceilings": Section(20),
+    "training_step": Section(90),
+    "prediction": Section(40),
+    "graph": Section(60),
+    "training": Section(150),
+    "designs": Section(90),
+    "profile": Section(60),
+}
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 BESIDE = ("compile", "counter")
 """Sections that run beside the untimed ones, in processes of their own."""
 IMPORT_SECONDS = 60
-"""What a new process may take on a fresh machine before its first section's time begins."""
+"""What a new process may take on a fresh machine before its first section begins."""
 _UNTIMED_DONE = "untimed_done"
 
 
@@ -98,7 +122,7 @@ class Worker:
         self.todo = [name for name in sections if name not in args.skip]
         self.part, self.args = part, args
         self.lost: dict[str, str] = dict(before.lost) if before else {}
-        self._since = time.monotonic()
+        self._started = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
     def content(self) -> dict[str, Any]:
@@ -119,14 +143,16 @@ class Worker:
         ended = self._process.poll()
         while self.todo and written.get(self.todo[0], {}).get("finished"):
             self.todo.pop(0)
-            self._since = time.monotonic()
         if not self.todo:
             self._process.wait()
         elif ended is not None:
             self._lose(f"the process ended with exit code {ended}")
-        elif time.monotonic() - self._since > SECTIONS[self.todo[0]].limit:
-            self._stop()
-            self._lose(f"stopped after {SECTIONS[self.todo[0]].limit} s")
+        else:
+            limit = SECTIONS[self.todo[0]].limit
+            began = written.get(self.todo[0], {}).get("began", self._started + IMPORT_SECONDS)
+            if time.time() - began > limit:
+                self._stop()
+                self._lose(f"stopped after {limit} s")
         return not self.todo
 
     def give_up(self, reason: str) -> None:
@@ -139,7 +165,7 @@ class Worker:
     def _start(self) -> None:
         command = [sys.executable, *sys.argv, "--worker", *self.todo, "--part", str(self.part)]
         self._process = subprocess.Popen(command, start_new_session=True)
-        self._since = time.monotonic() + IMPORT_SECONDS
+        self._started = time.time()
 
     def _lose(self, reason: str) -> None:
         print(f"{self.todo[0]}: {reason}", flush=True)
@@ -184,6 +210,9 @@ def gather(workers: Iterable[Worker]) -> dict[str, Any]:
 
 def work(args: argparse.Namespace) -> None:
     """Do sections in this process, writing after every entry."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from gpu_sections import FUNCTIONS, Settings  # here, because the other process needs no torch
+
     settings = Settings(
         device=args.device,
         tiny=args.tiny,
@@ -195,14 +224,16 @@ def work(args: argparse.Namespace) -> None:
     content: dict[str, Any] = json.loads(args.part.read_text()) if args.part.is_file() else {}
     for name in args.worker:
         start = time.monotonic()
-        section = content[name] = {}
+        section = content[name] = {"began": time.time()}
+        write_json(args.part, content)
         try:
-            for key, value in SECTIONS[name].function(settings):
+            for key, value in FUNCTIONS[name](settings):
                 section[key] = value
                 write_json(args.part, content)
         except Exception:  # the other sections go on
             section["error"] = traceback.format_exc()
             print(f"{name} FAILED\n{section['error']}", flush=True)
+        del section["began"]
         section["took"] = round(time.monotonic() - start, 2)
         section["finished"] = True
         write_json(args.part, content)

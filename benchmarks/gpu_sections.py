@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Size:
 
 SIZES = {"80^3, batch 1": Size(80, 1, 5), "128^3, batch 2": Size(128, 2, 6)}
 """The paper's training, and nnU-Net's own plan for BraTS."""
-_TINY_SIZES = {"16^3, batch 1": Size(16, 1, 3), "16^3, batch 2": Size(16, 2, 3)}
+_TINY_SIZES = {"16^3, batch 2": Size(16, 2, 3)}
 
 
 @dataclass(frozen=True)
@@ -512,9 +512,10 @@ def _design(settings: Settings, size: Size, design: str) -> dict[str, Any]:
 def graph(settings: Settings) -> Entries:
     """The default's step on the cubes captured as a CUDA graph: it does what single steps do, and how much faster."""
     sys.path.insert(0, str(Path(__file__).parent / "ablation"))
-    from cubes import seconds_per_step
     from cubes_data import Cubes
-    from cubes_run import Run, Training
+    from cubes_training import Training
+    from cubes_variants import Run
+    from cubes_work import seconds_per_step
 
     if not settings.cuda:
         yield "skipped", "needs CUDA"
@@ -623,30 +624,21 @@ def training(settings: Settings) -> Entries:
         yield key, content[key]
 
 
-class Section(NamedTuple):
-    """A section of the result."""
-
-    function: Callable[[Settings], Entries]
-    limit: int
-    """Seconds after which it is stopped."""
-    timed: bool = True
-    """Whether it times things, so that nothing may run beside it."""
-
-
-SECTIONS = {
-    "about": Section(about, 30, timed=False),
-    "no_wait": Section(no_wait, 60, timed=False),
-    "correctness": Section(correctness, 90, timed=False),
-    "precision": Section(precision, 60, timed=False),
-    "distributed": Section(distributed, 100, timed=False),
-    "mamba": Section(mamba, 30, timed=False),
-    "compile": Section(compiled, 180, timed=False),
-    "counter": Section(counter, 120, timed=False),
-    "ceilings": Section(ceilings, 20),
-    "training_step": Section(training_step, 90),
-    "prediction": Section(prediction, 40),
-    "graph": Section(graph, 60),
-    "training": Section(training, 150),
-    "designs": Section(designs, 90),
-    "profile": Section(profiled, 60),
+FUNCTIONS: dict[str, Callable[[Settings], Entries]] = {
+    "about": about,
+    "no_wait": no_wait,
+    "correctness": correctness,
+    "precision": precision,
+    "distributed": distributed,
+    "mamba": mamba,
+    "compile": compiled,
+    "counter": counter,
+    "ceilings": ceilings,
+    "training_step": training_step,
+    "prediction": prediction,
+    "graph": graph,
+    "training": training,
+    "designs": designs,
+    "profile": profiled,
 }
+"""By the names of `gpu.SECTIONS`."""

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from cubes_variants import CHANNELS
 
 from nnunetv2_mgml.dataloading.masking import SubsetSampler
 
-CHANNELS = ("t1", "t1ce", "t2", "flair")
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
 SPLIT_SEED = 2026
 HELD_OUT = {"test": 60 / 288, "validation": 36 / 288}

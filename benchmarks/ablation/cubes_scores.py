@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cubes_data import CHANNELS, REGIONS, Cubes
+from cubes_data import REGIONS, Cubes
+from cubes_variants import CHANNELS
 from step import Learner, autocast
 
 from nnunetv2_mgml.modalities import Subset, subset_name

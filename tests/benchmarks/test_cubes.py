@@ -19,7 +19,7 @@ from nnunetv2_mgml.dataloading.masking import SubsetSampler
 from nnunetv2_mgml.modalities import all_subsets
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("step", "cubes_data", "cubes_scores", "cubes_run", "cubes")
+MODULES = ("step", "cubes_variants", "cubes_data", "cubes_scores", "cubes_training")
 SMALL = "patch=16,stages=3"
 
 
@@ -129,22 +129,22 @@ def test_inversions_count_nested_pairs(cubes: SimpleNamespace) -> None:
 
 
 def test_variants(cubes: SimpleNamespace) -> None:
-    run = cubes.cubes_run.Run("baseline:learning_rate=0.005,only=t1+flair,temperature=3", 1, 100)
+    run = cubes.cubes_variants.Run("baseline:learning_rate=0.005,only=t1+flair,temperature=3", 1, 100)
     assert (run.training["learning_rate"], run.training["only"]) == (0.005, "t1+flair")
     assert run.options["temperature"] == 3
     assert run.options["soft_label"] == "none"
     assert run.subsets == [(True, False, False, True)]
     assert run.file_name == "baseline_learning_rate_0.005_only_t1+flair_temperature_3__100__seed1.json"
     with pytest.raises(ValueError, match="Allowed: modality_dropout, baseline"):
-        _ = cubes.cubes_run.Run("basline", 0, 1).training
+        _ = cubes.cubes_variants.Run("basline", 0, 1).training
 
 
 def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace, folder: Path) -> None:
     data = cubes.cubes_data.read_cubes(folder / "brats2020_cubes" / "cubes.npz")
-    run = cubes.cubes_run.Run(f"mgml:{SMALL}", 0, 6)
-    first = cubes.cubes_run.Training(run, data, range(20))
+    run = cubes.cubes_variants.Run(f"mgml:{SMALL}", 0, 6)
+    first = cubes.cubes_training.Training(run, data, range(20))
     first.advance(6)
-    second = cubes.cubes_run.Training(run, data, range(20))
+    second = cubes.cubes_training.Training(run, data, range(20))
     second.advance(6)
     assert torch.equal(first.losses, second.losses)
     assert first.losses[-1] < first.losses[0]

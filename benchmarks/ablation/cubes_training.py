@@ -1,4 +1,4 @@
-"""Training on the cubes: what a run is, and its steps, one by one or replayed as a CUDA graph.
+"""Training on the cubes: the steps of a run, one by one or replayed as a CUDA graph.
 
 A step waits for nothing: what it draws is on the device before the training begins, and the learning rate and the
 warm-up follow from a step counter there. So on a GPU the whole step can be captured once and replayed, and many runs
@@ -7,73 +7,25 @@ can go side by side, each on a stream of its own.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cubes_data import CHANNELS, Cubes, cut, draw
+from cubes_data import Cubes, cut, draw
+from cubes_variants import CHANNELS, Run
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
 
 from nnunetv2_mgml.dataloading.masking import build_sampler
-from nnunetv2_mgml.modalities import Subset, all_subsets, parse_subset
 from nnunetv2_mgml.plans.options import MGMLConfig
 
-SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
 _WIDTHS = (32, 64, 128, 256, 320, 320)
 _POLY = 0.9
 _WARM_UP_STEPS = 6
 """Steps before a graph is captured: lazy set-up and cuDNN's choice of algorithms happen in them."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a variant and a seed."""
-
-    name: str
-    """``baseline``, or ``baseline:learning_rate=0.005`` where something is changed beside the variant's own."""
-    seed: int
-    steps: int
-
-    @property
-    def file_name(self) -> str:
-        """Name of the result file."""
-        return f"{self.name.translate(str.maketrans(':=,', '___'))}__{self.steps}__seed{self.seed}.json"
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """Settings of the training."""
-        return {key: value for key, value in self._all().items() if key in SETTINGS["training"]}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the plugin beyond its defaults."""
-        return {key: value for key, value in self._all().items() if key not in SETTINGS["training"]}
-
-    def _all(self) -> dict[str, Any]:
-        variant, _, changes = self.name.partition(":")
-        if variant not in SETTINGS["variants"]:
-            raise ValueError(f"Unknown variant {variant}. Allowed: {', '.join(SETTINGS['variants'])}.")
-        settings = {**SETTINGS["training"], **SETTINGS["variants"][variant]}
-        for change in changes.split(",") if changes else ():
-            key, _, text = change.partition("=")
-            try:
-                settings[key] = json.loads(text)
-            except json.JSONDecodeError:
-                settings[key] = text
-        return settings
-
-    @property
-    def subsets(self) -> list[Subset]:
-        """What the run is scored on: all subsets, or the only one it was trained on."""
-        only = self.training["only"]
-        return [parse_subset(only, CHANNELS)] if only else list(all_subsets(len(CHANNELS)))
 
 
 def precision_on(device: torch.device) -> str:
