@@ -31,7 +31,7 @@ authors' networks on an RTX 3090.
 those of inference, the fusion's among them in brackets; training adds the shared modality decoder. GFLOP: all
 modalities, attention and scans included. Peak memory: what two training steps add to the process, {memory}.
 `region_aware_full` is `region_aware` with `full_resolution_regions`, the design of `nnUNetTrainerRFNet`. Memory at full
-size: [memory.md](memory.md).
+size: [memory.md](memory.md); the same on a GPU: [gpu.md](gpu.md).
 """
 
 

@@ -177,7 +177,8 @@ def _other_checks(result: Mapping[str, Any]) -> list[str]:
         "Two processes on one card (gloo; NCCL refuses two ranks on one GPU) against one process with the whole batch: "
         f"gradients differ by {shown(ddp.get('gradient_relative'), '.1e')}, relative; in 16 bit "
         f"{_said(ddp if 'finite' in ddp else None, 'finite', 'finite', 'not finite')}.",
-        f"`torch.compile` of the network as one graph: first step after {shown(compiled.get('first_step_seconds'))} s, "
+        f"`torch.compile` of the network, {_graph(compiled)}: first step after "
+        f"{shown(compiled.get('first_step_seconds'))} s, "
         f"{shown(compiled.get('graphs'), '.0f')} graph(s) for three masks; compiled / eager step "
         f"{ratio(compiled.get('seconds'), 'compiled', 'eager')}.",
         f"The step on the cubes, as a CUDA graph / one by one: {_graphs(result.get('graph', {}))}.",
@@ -186,6 +187,12 @@ def _other_checks(result: Mapping[str, Any]) -> list[str]:
         f"What the device reaches: copy {shown(ceilings.get('copy_gigabytes_per_second'), '.0f')} GB/s, matrix product "
         f"{shown(ceilings.get('matrix_product_teraflops_float16'), '.0f')} TFLOP/s in float16.",
     ]
+
+
+def _graph(compiled: Mapping[str, Any]) -> str:
+    if "full_graph" not in compiled:
+        return NOT_MEASURED
+    return "without a break" if compiled["full_graph"] else "with breaks"
 
 
 def _entries(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -366,11 +366,22 @@ def compiled(settings: Settings) -> Entries:
     size = next(iter(settings.sizes.values()))
     backend = "inductor" if settings.cuda else "aot_eager"
     yield "backend", backend
-    eager, step = settings.steps(size), settings.steps(size)
-    start = time.monotonic()
-    step.learner.called = torch.compile(step.learner.network, backend=backend, fullgraph=True)
-    first = step()
+    eager = settings.steps(size)
+    for full in (True, False):
+        step = settings.steps(size)
+        step.learner.called = torch.compile(step.learner.network, backend=backend, fullgraph=full)
+        start = time.monotonic()
+        try:
+            first = step()
+        except torch._dynamo.exc.TorchDynamoException:
+            if not full:
+                raise
+            yield "full_graph_error", traceback.format_exc()
+            torch._dynamo.reset()
+        else:
+            break
     settings.synchronise()
+    yield "full_graph", full
     yield "first_step_seconds", time.monotonic() - start
     yield "first_losses", {"eager": float(eager()), "compiled": float(first)}
     other = torch.tensor([[True, True, True, False], [False, False, False, True]], device=settings.device)
@@ -478,11 +489,13 @@ def prediction(settings: Settings) -> Entries:
         yield f"{name} seconds", _predict(settings, size, DESIGN)
 
 
-def _predict(settings: Settings, size: Size, design: str) -> dict[str, list[float]]:
+def _predict(settings: Settings, size: Size, design: str, separately: bool = True) -> dict[str, list[float]]:
     learner = settings.learner(size, design)
     batch = random_batch(size.plan(), 1, settings.device)
     kind = "float16" if settings.cuda else "float32"
     functions = predictions(learner, batch.x, all_subsets(4))
+    if not separately:
+        del functions["separately"]
     with torch.inference_mode(), autocast(batch.x.device, kind):
         return in_turns(settings, functions, max(2, _turns(settings) // 2))
 
@@ -506,7 +519,7 @@ def _design(settings: Settings, size: Size, design: str) -> dict[str, Any]:
     seconds = in_turns(settings, steps, max(2, _turns(settings) // 2), 1 if settings.tiny else 2)
     del steps
     _empty(settings)
-    return {"seconds": seconds, "mebibytes": memory, "prediction": _predict(settings, size, design)}
+    return {"seconds": seconds, "mebibytes": memory, "prediction": _predict(settings, size, design, False)}
 
 
 def graph(settings: Settings) -> Entries:

@@ -37,6 +37,7 @@ def main() -> int:
     """Train, and return the exit code."""
     args = parser().parse_args()
     if args.worker:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
         from cubes_work import work  # here, because the other process needs no torch
 
         return work(args, [Run(*entry) for entry in json.loads(args.worker)])
@@ -47,7 +48,7 @@ def main() -> int:
         return 0
     deadline = time.time() + args.seconds if args.seconds else None
     runs = [Run(name, seed, args.steps) for seed in args.seeds for name in args.variants]
-    runs = [run for run in runs if args.again or not finished(run, label)]
+    runs = [run for run in runs if args.again or not finished(run, label, bool(args.equal_time))]
     for run in runs:
         run.training  # noqa: B018  refuses unknown variants before anything starts
     args.output.mkdir(parents=True, exist_ok=True)
@@ -128,9 +129,9 @@ def launch(
     return parts
 
 
-def finished(run: Run, label: str) -> bool:
+def finished(run: Run, label: str, equal_time: bool) -> bool:
     """Whether a result of these very settings is there."""
-    file = RESULTS / label / run.file_name
+    file = RESULTS / label / run.file_name(equal_time)
     if not file.is_file():
         return False
     content = json.loads(file.read_text())
@@ -149,7 +150,7 @@ def keep(part: Path, label: str) -> None:
         if content["finished"]:
             run = Run(content["variant"], content["seed"], content["nominal_steps"])
             (RESULTS / label).mkdir(parents=True, exist_ok=True)
-            write_json(RESULTS / label / run.file_name, content, indent=None)
+            write_json(RESULTS / label / run.file_name(bool(content["equal_time"])), content, indent=None)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,10 @@ can go side by side, each on a stream of its own.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from cubes_data import Cubes, cut, draw
 from cubes_variants import CHANNELS, Run
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
@@ -114,8 +110,13 @@ class Training:
         with self._context():
             self.total.fill_(float(self.steps))
 
+    def ready(self) -> bool:
+        """Whether at most one earlier call of `advance` is still in the GPU's queue."""
+        self._marks = [mark for mark in self._marks if not mark.query()]
+        return len(self._marks) < 2
+
     def advance(self, steps: int) -> None:
-        """Do some steps; on a GPU they are only put into the queue, after at most one earlier call's."""
+        """Do some steps; as a graph they are only put into the GPU's queue."""
         with self._context():
             for _ in range(steps):
                 if self.graph is None:
@@ -126,8 +127,6 @@ class Training:
             if self.stream is not None:
                 self._marks.append(torch.cuda.Event())
                 self._marks[-1].record()
-                if len(self._marks) > 2:
-                    self._marks.pop(0).synchronize()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -22,10 +22,10 @@ class Run:
     seed: int
     steps: int
 
-    @property
-    def file_name(self) -> str:
-        """Name of the result file."""
-        return f"{self.name.translate(str.maketrans(':=,', '___'))}__{self.steps}__seed{self.seed}.json"
+    def file_name(self, equal_time: bool = False) -> str:
+        """Return the name of the result file."""
+        budget = f"{self.steps}{'_equal_time' if equal_time else ''}"
+        return f"{self.name.translate(str.maketrans(':=,', '___'))}__{budget}__seed{self.seed}.json"
 
     @property
     def training(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 import time
@@ -123,17 +124,22 @@ def together(
     """Do all steps of all trainings in turns; write the part at every point of a curve."""
     begun = time.time()
     fit(trainings, cubes, parts, args)
-    while any(not progress.over for progress in trainings):
-        for progress in trainings:
+    left = list(trainings)
+    while left:
+        waiting = True
+        for progress in left:
             training = progress.training
-            if progress.over:
+            if not training.ready():
                 continue
-            chunk = _CHUNK if args.how == "graph" else 1 if training.device.type == "cuda" else _CHUNK
-            training.advance(max(0, min(chunk, progress.next_point - training.done)))
+            waiting = False
+            training.advance(max(0, min(_CHUNK, progress.next_point - training.done)))
             if training.done >= progress.next_point:
                 score(progress, cubes, parts, args, begun)
                 progress.content = describe(progress, parts, args, cubes, time.time() - started)
                 write_json(args.part, [p.content for p in trainings if p.content], indent=None)
+        left = [progress for progress in left if not progress.over]
+        if waiting:
+            time.sleep(0.001)
 
 
 def fit(trainings: Sequence[Progress], cubes: Cubes, parts: dict[str, list[int]], args: argparse.Namespace) -> None:
@@ -243,6 +249,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread"
 
 
+@functools.cache
 def code(commit: str | None) -> dict[str, Any]:
     """Return commit and versions."""
     changed = git("status", "--porcelain", "--", str(FOLDER.parents[1] / "nnunetv2_mgml"))

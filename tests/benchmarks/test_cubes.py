@@ -134,7 +134,8 @@ def test_variants(cubes: SimpleNamespace) -> None:
     assert run.options["temperature"] == 3
     assert run.options["soft_label"] == "none"
     assert run.subsets == [(True, False, False, True)]
-    assert run.file_name == "baseline_learning_rate_0.005_only_t1+flair_temperature_3__100__seed1.json"
+    assert run.file_name() == "baseline_learning_rate_0.005_only_t1+flair_temperature_3__100__seed1.json"
+    assert cubes.cubes_variants.Run("mgml", 1, 100).file_name(equal_time=True) == "mgml__100_equal_time__seed1.json"
     with pytest.raises(ValueError, match="Allowed: modality_dropout, baseline"):
         _ = cubes.cubes_variants.Run("basline", 0, 1).training
 
