@@ -7,17 +7,20 @@ method. Beyond 15 subsets (more than four modalities) the table is turned: one l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from nnunetv2_mgml.io.files import write_text
 from nnunetv2_mgml.modalities import channel_index, parse_subset, table_rows
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import short_name
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
+from nnunetv2_mgml.scoring.statistics import BOOTSTRAP_DRAWS, CONFIDENCE
 
 _MAX_COLUMNS = 15
 _DISPLAY_NAMES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
@@ -44,42 +47,6 @@ class Grid:
 def display_name(modality: str) -> str:
     """Return a modality's name as the paper writes it, else in capitals."""
     return _DISPLAY_NAMES.get(modality, modality.upper())
-
-
-def common_subsets(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations reduced to the subsets they share.
-
-    Raises:
-        ValueError: none given, no shared subset, or different channels, regions, empty-case policies, region size
-            rules or ignore labels.
-    """
-    if not evaluations:
-        raise ValueError("At least one evaluation is needed.")
-    first = evaluations[0]
-    for other in evaluations[1:]:
-        theirs = _comparable(other)
-        for what, ours in _comparable(first).items():
-            if ours != theirs[what]:
-                raise ValueError(
-                    f"'{first.name}' and '{other.name}' differ in {what} ({ours} and {theirs[what]}) and "
-                    f"cannot be put side by side. Evaluate both with the same dataset.json, --policy and "
-                    f"--remove_small."
-                )
-    names = [n for n in first.subset_names if all(n in e.subset_names for e in evaluations[1:])]
-    if not names:
-        raise ValueError(f"{', '.join(e.name for e in evaluations)} have no modality subset in common.")
-    return [e.restricted(names) for e in evaluations]
-
-
-def _comparable(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what must agree between evaluations in one table."""
-    return {
-        "channels": evaluation.channels,
-        "regions": evaluation.regions,
-        "policy": evaluation.policy,
-        "min_region_voxels": evaluation.info.get("min_region_voxels") or {},
-        "ignore_label": evaluation.info.get("ignore_label"),
-    }
 
 
 def table_grid(evaluations: Sequence[Evaluation], metric_name: str) -> Grid:
@@ -131,7 +98,7 @@ def _caption(evaluations: Sequence[Evaluation], metric: Metric) -> str:
     average = "all" if shown == total else f"the {shown} of {total} evaluated"
     removed = "; ".join(
         f"{short_name(region)} predicted with fewer than {size} voxels counts as empty"
-        for region, size in evaluations[0].info.get("min_region_voxels", {}).items()
+        for region, size in evaluations[0].info.min_region_voxels.items()
     )
     return (
         f"{metric.title} ({metric.unit}), mean ± standard deviation over {cases} cases; {AVERAGE}: mean over "
@@ -210,3 +177,70 @@ def write_tables(evaluations: Sequence[Evaluation], folder: Path, metrics: Seque
 
 def _write(path: Path, preamble: str, grids: Sequence[Grid], render: Callable[[Grid], str]) -> None:
     write_text(path, preamble + "\n".join(render(grid) for grid in grids))
+
+
+def summary_text(evaluation: Evaluation) -> str:
+    """Return the mean of the first metric per region and subset, for terminals and logs."""
+    metric = get_metric(evaluation.metrics[0])
+    rows = [*evaluation.subset_names, AVERAGE]
+    width = max(map(len, rows))
+    summaries = {region: evaluation.summary(metric.name, region) for region in evaluation.region_names}
+    lines = [
+        f"{metric.title} ({metric.unit}), mean over {len(evaluation.cases)} cases, policy {evaluation.policy}",
+        " " * width + "".join(f"{short_name(region)[:10]:>12}" for region in summaries),
+    ]
+    for row in rows:
+        means = [summary[row]["mean"] * metric.display_factor for summary in summaries.values()]
+        lines.append(f"{row:<{width}}" + "".join(f"{mean:>12.2f}" for mean in means))
+    return "\n".join(lines)
+
+
+def comparison_markdown(table: pd.DataFrame, evaluations: Sequence[Evaluation]) -> str:
+    """Return the comparison as Markdown: one table per metric and method, one line per region and subset."""
+    policy = get_policy(evaluations[0].policy)
+    interval = f"{CONFIDENCE:.0%} interval"
+    parts = [
+        f"# Comparison with {evaluations[0].name}",
+        "",
+        f"Paired by case. Difference: method - baseline, mean over cases, with its {interval} (percentile "
+        f"bootstrap, {BOOTSTRAP_DRAWS} draws). p: Wilcoxon signed-rank test, two-sided; p (Holm): adjusted over "
+        f"all regions, subsets and methods of a metric ({AVERAGE} lines are a family of their own). * below 0.05. "
+        f"Empty-case policy '{policy.name}': {policy.summary}.",
+        "",
+    ]
+    for (metric_name, method), rows in table.groupby(["metric", "method"], sort=False):
+        metric = get_metric(str(metric_name))
+        better = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
+        head = ["region", "subset", "n", evaluations[0].name, method, "difference", interval, "p", "p (Holm)", ""]
+        parts += [
+            f"## {metric.title} ({metric.unit}, {better}): {method}",
+            "",
+            f"| {' | '.join(map(str, head))} |",
+            "|---" * len(head) + "|",
+        ]
+        parts += [_line(row, metric.display_factor) for row in rows.to_dict(orient="records")]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _line(row: dict[Hashable, Any], factor: float) -> str:
+    def number(key: str, sign: str = "") -> str:
+        return "-" if math.isnan(row[key]) else f"{row[key] * factor:{sign}.2f}"
+
+    def probability(key: str) -> str:
+        return "-" if math.isnan(row[key]) else f"{row[key]:.2g}"
+
+    interval = f"{number('ci_low', '+')} to {number('ci_high', '+')}" if not math.isnan(row["ci_low"]) else "-"
+    cells = [
+        short_name(row["region"]),
+        row["subset"],
+        str(row["n"]),
+        number("baseline_mean"),
+        number("method_mean"),
+        number("difference", "+"),
+        interval,
+        probability("p"),
+        probability("p_holm"),
+        "*" if row["p_holm"] < 0.05 else "",
+    ]
+    return "| " + " | ".join(cells) + " |"

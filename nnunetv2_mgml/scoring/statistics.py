@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, wilcoxon
 
-from nnunetv2_mgml.presentation.tables import common_subsets
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
 
 BOOTSTRAP_DRAWS = 10_000
 CONFIDENCE = 0.95

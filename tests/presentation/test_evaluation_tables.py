@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from evaluation_cases import CHANNELS, NAMES, synthetic_evaluation
 
-from nnunetv2_mgml.presentation.tables import common_subsets, latex_table, markdown_table, table_grid, write_tables
-from nnunetv2_mgml.scoring.results import AVERAGE, load_evaluation, save_evaluation, tidy_table
+from nnunetv2_mgml.presentation.tables import latex_table, markdown_table, table_grid, write_tables
+from nnunetv2_mgml.scoring.info import EvaluationInfo, Source
+from nnunetv2_mgml.scoring.results import AVERAGE, common_subsets, load_evaluation, save_evaluation, tidy_table
 
 PAPER_COLUMNS = {  # rows of Table 3's head, read off the paper
     "FLAIR": "✓ ✗ ✗ ✗ ✓ ✓ ✓ ✗ ✗ ✗ ✓ ✓ ✓ ✗ ✓",
@@ -145,7 +146,9 @@ class TestFiles:
     def test_round_trip(self, tmp_path):
         evaluation = synthetic_evaluation()
         evaluation.table.loc[[0, 7], "value"] = math.nan
-        evaluation = dataclasses.replace(evaluation, info={"source": {"kind": "validation"}, "command": ["mgml"]})
+        evaluation = dataclasses.replace(
+            evaluation, info=EvaluationInfo(source=Source("validation"), command=("mgml",))
+        )
         save_evaluation(evaluation, tmp_path)
         again = load_evaluation(tmp_path)
         pd.testing.assert_frame_equal(again.table, evaluation.table, check_exact=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, wilcoxon
 
 from nnunetv2_mgml.commands import main as cli
+from nnunetv2_mgml.scoring.info import EvaluationInfo
 from nnunetv2_mgml.scoring.results import AVERAGE, save_evaluation
 from nnunetv2_mgml.scoring.statistics import EXACT_CASES, bootstrap_interval, compare_evaluations, holm, wilcoxon_p
 
@@ -217,7 +218,7 @@ class TestCommand:
     )
     def test_other_scoring_rules_are_refused(self, tmp_path, capsys, info, message):
         save_evaluation(synthetic_evaluation("A"), tmp_path / "A")
-        save_evaluation(dataclasses.replace(synthetic_evaluation("B"), info=info), tmp_path / "B")
+        save_evaluation(dataclasses.replace(synthetic_evaluation("B"), info=EvaluationInfo(**info)), tmp_path / "B")
         assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B")]) == 2
         assert re.search(message, capsys.readouterr().err)
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from nnunetv2_mgml.modalities import Subset, channel_index, parse_subset, subset_name, table_rows
 from nnunetv2_mgml.presentation.tables import display_name
+from nnunetv2_mgml.scoring.info import as_json
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import short_name
@@ -99,43 +100,30 @@ def facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Return what was evaluated and how, as (heading, text)."""
     policy = get_policy(evaluation.policy)
     info = evaluation.info
-    command = info.get("command", "")
-    listed = [
-        ("Cases", str(len(evaluation.cases))),
-        ("Modalities", ", ".join(display_name(name) for name in evaluation.channels)),
-        ("Subsets", f"{len(evaluation.subsets)} of {2 ** len(evaluation.channels) - 1}"),
-        (
-            "Regions",
-            "; ".join(
-                f"{name} (labels {', '.join(map(str, evaluation.regions[name]))})" for name in evaluation.region_names
-            ),
-        ),
-        ("Empty regions", f"policy '{policy.name}': {policy.summary}"),
-        ("Command", shlex.join(command) if isinstance(command, list) else str(command)),
-        ("Evaluated", str(info.get("created", ""))),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items())),
-    ]
-    if info.get("missing_cases"):
-        listed.insert(
-            1,
-            (
-                "Left out",
-                f"{len(info['missing_cases'])} cases without all predictions: {', '.join(info['missing_cases'])}",
-            ),
-        )
-    if info.get("not_evaluated"):
-        listed.insert(
-            1,
+    listed = [("Cases", str(len(evaluation.cases)))]
+    if info.not_evaluated:
+        listed.append(
             (
                 "Incomplete",
-                f"{len(info['not_evaluated'])} cases lack modalities and are evaluated on the "
-                f"subsets they have: {', '.join(info['not_evaluated'])}",
-            ),
+                f"{len(info.not_evaluated)} cases lack modalities and are evaluated on the subsets they have: "
+                f"{', '.join(info.not_evaluated)}",
+            )
         )
+    if info.missing_cases:
+        left_out = f"{len(info.missing_cases)} cases without all predictions: {', '.join(info.missing_cases)}"
+        listed.append(("Left out", left_out))
+    regions = [f"{name} (labels {', '.join(map(str, evaluation.regions[name]))})" for name in evaluation.region_names]
     listed += [
-        (name.replace("_", " ").capitalize(), _described(value))
-        for name, value in info.items()
-        if name in ("model", "source", "min_region_voxels") and value
+        ("Modalities", ", ".join(display_name(name) for name in evaluation.channels)),
+        ("Subsets", f"{len(evaluation.subsets)} of {2 ** len(evaluation.channels) - 1}"),
+        ("Regions", "; ".join(regions)),
+        ("Empty regions", f"policy '{policy.name}': {policy.summary}"),
+        ("Command", shlex.join(info.command)),
+        ("Evaluated", info.created),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
+        ("Min region voxels", _described(info.min_region_voxels)),
+        ("Source", _described(as_json(info.source))),
+        ("Model", _described(as_json(info.model)) if info.model else ""),
     ]
     return [(heading, text) for heading, text in listed if text]
 
