@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nnunetv2_mgml.presentation.tables import comparison_markdown
 from nnunetv2_mgml.scoring.metrics import all_metrics
-from nnunetv2_mgml.workflows.compare import ComparisonRequest, compare
+from nnunetv2_mgml.workflows.compare import ComparisonRequest, compare_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``mgml compare``; returns the exit code."""
-    comparison = compare(
+    comparison = compare_folders(
         ComparisonRequest(
             folders=args.evaluations,
             names=args.names,

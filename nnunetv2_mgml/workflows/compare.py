@@ -52,7 +52,7 @@ class Comparison:
     """Why there is no figure of predictions side by side, where files were written."""
 
 
-def compare(request: ComparisonRequest) -> Comparison:
+def compare_folders(request: ComparisonRequest) -> Comparison:
     """Compare evaluation folders and, with ``output``, write tables and figures.
 
     Raises:

@@ -99,14 +99,12 @@ class PredictionsRequest(ScoringRequest):
     """Folder of reference label maps ``<case><ending>``."""
     output: Path
     """The evaluation folder."""
-    dataset_json: Path | None = None
-    """Gives labels, channel names and file ending; None: searched beside predictions and labels."""
+    dataset_json: Path | Mapping[str, Any] | None = None
+    """File, or content: labels, channel names and file ending. None: searched beside predictions and labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _as_paths(self, "labels", "output", "dataset_json")
-        if isinstance(self.predictions, str):
-            _as_paths(self, "predictions")
+        _as_paths(self, "labels", "output", "predictions", "dataset_json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +177,7 @@ def _as_paths(request: ScoringRequest, *names: str) -> None:
     """Turn fields that were given as text into paths."""
     for name in names:
         value = getattr(request, name)
-        if value is not None:
+        if isinstance(value, str):
             object.__setattr__(request, name, Path(value))
 
 
@@ -192,7 +190,7 @@ def evaluate_predictions(request: PredictionsRequest) -> Evaluation:
     Raises:
         ValueError, FileNotFoundError: wrong input, naming the case and the fix. Finished cases are kept.
     """
-    dataset_json = load_dataset_json(_dataset_json(request))
+    dataset_json = _dataset_json(request)
     channels, ending = channel_names(dataset_json), file_ending(dataset_json)
     folders = prediction_folders(request.predictions, channels)
     if request.subsets:
@@ -235,13 +233,15 @@ def evaluate_predictions(request: PredictionsRequest) -> Evaluation:
     return evaluation
 
 
-def _dataset_json(request: PredictionsRequest) -> Path:
+def _dataset_json(request: PredictionsRequest) -> dict[str, Any]:
+    if isinstance(request.dataset_json, Mapping):
+        return dict(request.dataset_json)
     if request.dataset_json is not None:
-        return find_dataset_json([request.dataset_json])
+        return load_dataset_json(find_dataset_json([request.dataset_json]))
     given = request.predictions
     folders = [given] if isinstance(given, Path) else list(given.values())
     inside = [sub for f in folders if f.is_dir() for sub in sorted(f.iterdir()) if sub.is_dir()]
-    return find_dataset_json([*folders, *inside, request.labels, request.labels.parent])
+    return load_dataset_json(find_dataset_json([*folders, *inside, request.labels, request.labels.parent]))
 
 
 def evaluate_model(request: ModelRequest) -> Evaluation:

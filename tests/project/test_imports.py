@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": FOUNDATION | LEARNING,
     "scoring": FOUNDATION | {"inference"},
     "presentation": FOUNDATION | LEARNING | {"inference", "scoring"},
-    "workflows": FOUNDATION | LEARNING | {"inference", "scoring", "presentation"},
+    "workflows": FOUNDATION | LEARNING | {"inference", "scoring", "presentation", "phantom"},
     "training": FOUNDATION | LEARNING | {"inference", "scoring", "presentation", "workflows"},
     "ext": {"training"},
     "commands": FOUNDATION

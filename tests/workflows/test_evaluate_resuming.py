@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_cases import random_labels, write_labels, write_study
+from evaluation_cases import DATASET_JSON, random_labels, write_labels, write_study
 
 from nnunetv2_mgml.inference.subsets.label_maps import drop_outdated
 from nnunetv2_mgml.io.progress import progress_bar
@@ -164,6 +164,17 @@ class TestResuming:
         assert kept({0: moved, 1: tmp_path / "gone"})
         (tmp_path / "predictions" / "a.inputs.json").write_text("{")
         assert not kept({0: moved})
+
+    def test_the_call_of_the_first_version_still_works(self, tmp_path):
+        write_study(tmp_path)
+        with pytest.warns(DeprecationWarning, match="until 0.3"):
+            from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
+        folders = {name: tmp_path / "predictions" / name for name in ("t1", "flair")}
+        options = EvaluationOptions(num_processes=0, show_progress=False, figures=False)
+        old = evaluate_predictions(tmp_path / "labels", folders, DATASET_JSON, tmp_path / "old", options)
+        new = evaluate(tmp_path)
+        assert old.table.equals(new.table)
+        assert (tmp_path / "old" / "table.md").read_text() == (tmp_path / "out" / "table.md").read_text()
 
     def test_predictions_of_unknown_origin_are_not_taken_for_the_models(self, tmp_path):
         write_study(tmp_path)
