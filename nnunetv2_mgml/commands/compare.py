@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             output=args.o,
         )
     )
-    print(comparison_markdown(comparison.table, comparison.evaluations))
+    print(comparison_markdown(comparison.table, comparison.evaluations, args.seed))
     if args.o is not None:
         if comparison.no_sheet is not None:
             print(f"no figure of predictions side by side: {comparison.no_sheet}")

@@ -12,7 +12,7 @@ from nnunetv2_mgml.presentation.tables import comparison_markdown, write_tables
 from nnunetv2_mgml.scoring.info import provenance
 from nnunetv2_mgml.scoring.results import Evaluation, save_evaluation
 from nnunetv2_mgml.scoring.sources import find_files
-from nnunetv2_mgml.scoring.statistics import BOOTSTRAP_DRAWS, CONFIDENCE
+from nnunetv2_mgml.scoring.statistics import BOOTSTRAP_DRAWS, CONFIDENCE, compare_inversions
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, figures: bool = True) -> None:
@@ -63,9 +63,10 @@ def write_comparison(
             "test": "Wilcoxon signed-rank, two-sided, zeros after Pratt; Holm within a metric, AVG rows apart",
             **provenance(),
             "rows": table.to_dict(orient="records"),
+            "inversions": compare_inversions(evaluations, seed).to_dict(orient="records"),
         },
     )
-    write_text(output / "comparison.md", comparison_markdown(table, evaluations))
+    write_text(output / "comparison.md", comparison_markdown(table, evaluations, seed))
     write_tables(evaluations, output, metrics)
     write_difference_figures(table, evaluations, output / "figures")
     sheet = output / "figures" / "predictions.png"

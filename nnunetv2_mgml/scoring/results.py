@@ -3,7 +3,7 @@
 Folder layout::
 
     results.csv     one line per case, subset, region and metric (fractions, mm, ml; "nan" where there is no value)
-    summary.json    means, spreads, n; versions, command, model, policy
+    summary.json    means, spreads, n; inversions, volume bias; versions, command, model, policy
     table.md, table.tex    the paper's Table 3 layout
     figures/        heatmap, score by number of modalities, Shapley values (PNG)
     settings.json   fingerprint: a later run with other settings is refused
@@ -25,6 +25,7 @@ import pandas as pd
 from nnunetv2_mgml.io.files import read_json, write_json, write_text
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
 from nnunetv2_mgml.scoring.cases import Scores, ScoringSettings
+from nnunetv2_mgml.scoring.derived import MARGIN, has_volume_bias, inversions, volume_bias
 from nnunetv2_mgml.scoring.info import EvaluationInfo, provenance
 from nnunetv2_mgml.scoring.metrics import get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
@@ -105,13 +106,14 @@ class Evaluation:
         subsets.
         """
         values = self.values(metric, region)
-        result = {name: _spread(values[name]) for name in values.columns}
-        average = _spread(values.mean(axis=1))
+        result = {name: spread(values[name]) for name in values.columns}
+        average = spread(values.mean(axis=1))
         average["mean"] = float(pd.Series([entry["mean"] for entry in result.values()]).mean())
         return {**result, AVERAGE: average}
 
 
-def _spread(values: pd.Series) -> dict[str, float]:
+def spread(values: pd.Series) -> dict[str, float]:
+    """Return ``mean``, ``sd`` (n - 1 in the denominator) and ``n`` of the values that are no NaN."""
     values = values.dropna()
     return {
         "mean": float(values.mean()) if len(values) else math.nan,
@@ -199,8 +201,21 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
             "metrics": described,
             **evaluation.info.as_dict(),
             "results": means,
+            **_derived(evaluation),
         },
     )
+
+
+def _derived(evaluation: Evaluation) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "dice" in evaluation.metrics:
+        shares = {name: entry._asdict() for name, entry in inversions(evaluation).items()}
+        found["inversions"] = {"metric": "dice", "margin": MARGIN, "regions": shares}
+    if has_volume_bias(evaluation):
+        found["volume_bias_ml"] = {
+            region: spread(volume_bias(evaluation, region).mean(axis=1)) for region in evaluation.region_names
+        }
+    return found
 
 
 def load_evaluation(folder: Path) -> Evaluation:

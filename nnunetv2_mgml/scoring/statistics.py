@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, wilcoxon
 
+from nnunetv2_mgml.scoring.derived import ALL, inversions_of_cases
 from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
 
 BOOTSTRAP_DRAWS = 10_000
@@ -174,6 +175,43 @@ def compare_evaluations(
     table = pd.DataFrame(rows, columns=list(COLUMNS[:-1]))
     families = [table["metric"], table["subset"] == AVERAGE]
     return table.assign(p_holm=table.groupby(families, sort=False)["p"].transform(lambda p: holm(p.to_numpy())))
+
+
+def compare_inversions(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.DataFrame:
+    """Compare each evaluation's inversions of Dice with the first's: the share of every case, paired by case.
+
+    Args:
+        evaluations: what `pairable` returned; without Dice in all of them, or nested subsets, there is nothing to say.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns ``baseline``, ``method``, ``region`` (`derived.ALL` for all regions), ``n``, ``baseline_mean``,
+        ``method_mean``, ``difference``, ``ci_low``, ``ci_high``, ``p`` (not adjusted); shares are fractions.
+    """
+    columns = [c for c in COLUMNS if c not in ("metric", "subset", "p_holm")]
+    if not all("dice" in e.metrics for e in evaluations):
+        return pd.DataFrame(columns=columns)
+    shares = [_shares_of_cases(evaluation) for evaluation in evaluations]
+    rows = []
+    for other, others in zip(evaluations[1:], shares[1:], strict=True):
+        for region in others.columns:
+            first, second = shares[0][region].to_numpy(), others[region].to_numpy()
+            both = ~np.isnan(first) & ~np.isnan(second)
+            if both.any():
+                result = compare_paired(first, second, seed)
+                means = (float(first[both].mean()), float(second[both].mean()))
+                interval = (result.difference, result.ci_low, result.ci_high, result.p)
+                rows.append((evaluations[0].name, other.name, region, result.n, *means, *interval))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _shares_of_cases(evaluation: Evaluation) -> pd.DataFrame:
+    """Return the share of inversions, cases in rows, regions and `ALL` in columns; NaN where there is no pair."""
+    counts = inversions_of_cases(evaluation).pivot(index="case", columns="region", values=["inverted", "n"])
+    for what in ("inverted", "n"):
+        counts[what, ALL] = counts[what].sum(axis=1)
+    n = counts["n"]
+    return (counts["inverted"] / n.where(n > 0))[[*evaluation.region_names, ALL]]
 
 
 def pairable(evaluations: Sequence[Evaluation], common_cases: bool = False) -> list[Evaluation]:

@@ -69,6 +69,7 @@ def test_page_has_summary_tables_figures_and_viewer(page: tuple[str, Page]):
         "table-dice",
         "table-cases",
         "table-worth",
+        "table-inversions",
         "table-hd95",
     ]
     pictures = parsed.find("img")

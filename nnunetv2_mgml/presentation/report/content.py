@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mgml.modalities import Subset, channel_index, parse_subset, subset_name, table_rows
-from nnunetv2_mgml.presentation.tables import display_name
+from nnunetv2_mgml.presentation.tables import INVERSIONS_NOTE, display_name
+from nnunetv2_mgml.scoring.derived import ALL, has_volume_bias, inversions, volume_bias
 from nnunetv2_mgml.scoring.info import as_json
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import short_name
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, spread
 from nnunetv2_mgml.scoring.shapley import ModalityWorth, modality_worth
 
 
@@ -189,10 +190,10 @@ def subset_table(evaluation: Evaluation, metric: Metric) -> Table:
             [
                 *(Cell("●" if on else "○", float(on)) for on in present),
                 Cell(str(sum(subset)), sum(subset)),
-                *_score_cells([summary[name] for summary in summaries], metric),
+                *_score_cells([summary[name] for summary in summaries], metric, len(evaluation.cases)),
             ]
         )
-    foot = _score_cells([summary[AVERAGE] for summary in summaries], metric)
+    foot = _score_cells([summary[AVERAGE] for summary in summaries], metric, len(evaluation.cases))
     better = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
     heads = [display_name(name) for name in order] + ["n"] + [short_name(region) for region in regions]
     return Table(
@@ -258,12 +259,36 @@ def worth_table(evaluation: Evaluation, metric: Metric) -> Table | None:
     )
 
 
-def _score_cells(entries: list[dict[str, float]], metric: Metric) -> list[Cell]:
+def inversions_table(evaluation: Evaluation) -> Table | None:
+    """Return one line per region: how often more modalities made Dice worse; None without Dice or nested subsets."""
+    if "dice" not in evaluation.metrics:
+        return None
+    shares = inversions(evaluation)
+    if not shares[ALL].n:
+        return None
+    rows = []
+    for region in evaluation.region_names:
+        cells = [_cell(100 * shares[region].share), Cell(str(shares[region].n), shares[region].n)]
+        if has_volume_bias(evaluation):
+            bias = spread(volume_bias(evaluation, region).mean(axis=1))
+            cells.append(_cell(bias["mean"], "" if math.isnan(bias["sd"]) else f" ± {_number(bias['sd'])}"))
+        rows.append([Cell(short_name(region), region), *cells])
+    heads = ["region", "inversions (%)", "compared"]
+    note = "Volume bias: prediction minus reference." if has_volume_bias(evaluation) else ""
+    foot = [_cell(100 * shares[ALL].share), Cell(str(shares[ALL].n), shares[ALL].n)]
+    if note:
+        heads.append("volume bias (ml)")
+        foot.append(Cell("", ""))
+    return Table("inversions", f"{INVERSIONS_NOTE} {note}".strip(), heads, rows, foot, "all regions")
+
+
+def _score_cells(entries: list[dict[str, float]], metric: Metric, cases: int) -> list[Cell]:
     factor = metric.display_factor
-    cells = [
-        _cell(entry["mean"] * factor, "" if math.isnan(entry["sd"]) else f" ± {_number(entry['sd'] * factor)}")
-        for entry in entries
-    ]
+    cells = []
+    for entry in entries:
+        note = "" if math.isnan(entry["sd"]) else f" ± {_number(entry['sd'] * factor)}"
+        counted = "" if entry["n"] == cases else f" (n {entry['n']:.0f})"
+        cells.append(_cell(entry["mean"] * factor, note + counted))
     return [*cells, _cell(_mean(np.array([entry["mean"] for entry in entries])) * factor)]
 
 
