@@ -261,10 +261,10 @@ def comparison_markdown(table: pd.DataFrame, evaluations: Sequence[Evaluation], 
     ]
     for (metric_name, method), rows in table.groupby(["metric", "method"], sort=False):
         metric = get_metric(str(metric_name))
-        better = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
+        direction = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
         head = ["region", "subset", "n", evaluations[0].name, method, "difference", interval, "p", "p (Holm)", ""]
         parts += [
-            f"## {metric.title} ({metric.unit}, {better}): {method}",
+            f"## {metric.title} ({metric.unit}, {direction}): {method}",
             "",
             f"| {' | '.join(map(str, head))} |",
             "|---" * len(head) + "|",

@@ -54,8 +54,8 @@ class Evaluation:
     @property
     def subsets(self) -> list[Subset]:
         """Subsets that were evaluated, in table order."""
-        present = set(self.table["subset"].unique())
-        return [s for s in table_order(self.channels) if subset_name(s, self.channels) in present]
+        evaluated = set(self.table["subset"].unique())
+        return [s for s in table_order(self.channels) if subset_name(s, self.channels) in evaluated]
 
     @property
     def subset_names(self) -> list[str]:

@@ -229,25 +229,25 @@ def find_files(
         FileNotFoundError: a folder is not known or does not exist, or there is no dataset.json.
         ValueError: predictions are named wrongly, or of no subset of the evaluation.
     """
-    source, own = evaluation.info.source, folder / "predictions"
+    source, predicted = evaluation.info.source, folder / "predictions"
     images, labels = images or source.images, labels or source.labels
     if images is None or labels is None:
         what = "images" if images is None else "label maps"
         raise FileNotFoundError(f"The evaluation '{evaluation.name}' does not say where its {what} are.")
-    if predictions is None and not own.is_dir():
+    if predictions is None and not predicted.is_dir():
         predictions = {name: path for name, path in (source.folders or {}).items() if path.is_dir()}
         if not predictions:
             gone = ", ".join(map(str, (source.folders or {}).values()))
-            raise FileNotFoundError(f"No predictions: {gone or own} does not exist.")
+            raise FileNotFoundError(f"No predictions: {gone or predicted} does not exist.")
     for found in (images, labels):
         if not found.is_dir():
             raise FileNotFoundError(f"The folder {found} does not exist.")
-    folders = prediction_folders(own if predictions is None else predictions, evaluation.channels)
+    folders = prediction_folders(predicted if predictions is None else predictions, evaluation.channels)
     folders = {name: path for name, path in folders.items() if name in evaluation.subset_names}
     if not folders:
         raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
-    beside = [images, images.parent, labels, labels.parent, *folders.values(), own]
+    candidates = [images, images.parent, labels, labels.parent, *folders.values(), predicted]
     model = evaluation.info.model
-    beside += [model.folder] if model is not None and model.folder is not None else []
-    file = find_dataset_json([dataset_json] if dataset_json else beside)
+    candidates += [model.folder] if model is not None and model.folder is not None else []
+    file = find_dataset_json([dataset_json] if dataset_json else candidates)
     return EvaluationFiles(images, labels, folders, file_ending(load_dataset_json(file)))

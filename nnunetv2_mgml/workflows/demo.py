@@ -43,7 +43,7 @@ SUBSETS: dict[str, tuple[str, ...]] = {
     "t1+t1ce+t2": ("flair",),
     "t1": ("t1ce", "t2", "flair"),
 }
-"""Subset -> what ``--missing_modalities`` is told."""
+"""Subset -> the names given to ``--missing_modalities``."""
 
 STEPS = 7
 MARKER = "mgml_demo.txt"
@@ -294,8 +294,7 @@ class _Demo:
 
 def _script(command: str) -> str:
     """Return the command of this very environment, so that the demo tests the installation it came with."""
-    beside = shutil.which(command, path=str(Path(sys.executable).parent))
-    found = beside or shutil.which(command)
+    found = shutil.which(command, path=str(Path(sys.executable).parent)) or shutil.which(command)
     if found is None:
         raise FileNotFoundError(
             f"The command '{command}' is not installed beside {sys.executable}. Install the plugin with pip first."

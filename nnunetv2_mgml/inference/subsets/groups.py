@@ -89,15 +89,15 @@ def _preprocess(
         item = preprocess_volumes(name, volumes, properties, None, None, model)
     except EmptyCaseError:
         return None
-    there = {c for c in volumes if item["availability"][c]}
-    members = _possible(members, there)
-    kept = sorted(c for c in there if any(s[c] for s in members))
+    available = {c for c in volumes if item["availability"][c]}
+    members = _possible(members, available)
+    kept = sorted(c for c in available if any(s[c] for s in members))
     return SubsetGroup(members, kept, item["data"][kept], item["data_properties"]) if members else None
 
 
 def _possible(subsets: Sequence[Subset], channels: Container[int]) -> list[Subset]:
     """Return the subsets that need no other channels than these."""
-    return [s for s in subsets if all(c in channels for c, present in enumerate(s) if present)]
+    return [s for s in subsets if all(c in channels for c, visible in enumerate(s) if visible)]
 
 
 def _group(subsets: Sequence[Subset], volumes: dict[int, np.ndarray], model: Model, shared: bool) -> list[list[Subset]]:
@@ -109,7 +109,7 @@ def _group(subsets: Sequence[Subset], volumes: dict[int, np.ndarray], model: Mod
     filled: dict[bytes, bytes] = {}
     groups: dict[bytes, list[Subset]] = {}
     for subset in subsets:
-        union = np.logical_or.reduce([nonzero[c] for c, present in enumerate(subset) if present])
+        union = np.logical_or.reduce([nonzero[c] for c, visible in enumerate(subset) if visible])
         key = np.packbits(union).tobytes()
         if key not in filled:
             filled[key] = np.packbits(create_nonzero_mask(union[None])).tobytes()

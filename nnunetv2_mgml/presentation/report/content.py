@@ -94,7 +94,7 @@ def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[st
 
 def subset_title(subset: Subset, channels: tuple[str, ...]) -> str:
     """Return a subset as text for people, in channel order: ``T1 + FLAIR``."""
-    return " + ".join(display_name(name) for name, present in zip(channels, subset, strict=True) if present)
+    return " + ".join(display_name(name) for name, visible in zip(channels, subset, strict=True) if visible)
 
 
 def facts(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -185,20 +185,20 @@ def subset_table(evaluation: Evaluation, metric: Metric) -> Table:
     summaries = [evaluation.summary(metric.name, region) for region in regions]
     rows = []
     for subset, name in zip(evaluation.subsets, evaluation.subset_names, strict=True):
-        present = [subset[channel_index(modality, evaluation.channels)] for modality in order]
+        visible = [subset[channel_index(modality, evaluation.channels)] for modality in order]
         rows.append(
             [
-                *(Cell("●" if on else "○", float(on)) for on in present),
+                *(Cell("●" if on else "○", float(on)) for on in visible),
                 Cell(str(sum(subset)), sum(subset)),
                 *_score_cells([summary[name] for summary in summaries], metric, len(evaluation.cases)),
             ]
         )
     foot = _score_cells([summary[AVERAGE] for summary in summaries], metric, len(evaluation.cases))
-    better = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
+    direction = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
     heads = [display_name(name) for name in order] + ["n"] + [short_name(region) for region in regions]
     return Table(
         metric.name,
-        f"{metric.title} ({metric.unit}, {better}) by available modalities: mean ± standard deviation over cases",
+        f"{metric.title} ({metric.unit}, {direction}) by available modalities: mean ± standard deviation over cases",
         [*heads, "mean"],
         rows,
         foot,
