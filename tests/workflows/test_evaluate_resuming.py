@@ -170,7 +170,7 @@ class TestResuming:
         with pytest.warns(DeprecationWarning, match="until 0.3"):
             from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
         folders = {name: tmp_path / "predictions" / name for name in ("t1", "flair")}
-        options = EvaluationOptions(num_processes=0, show_progress=False, figures=False)
+        options = EvaluationOptions(num_processes=0, name="out", show_progress=False, figures=False)
         old = evaluate_predictions(tmp_path / "labels", folders, DATASET_JSON, tmp_path / "old", options)
         new = evaluate(tmp_path)
         assert old.table.equals(new.table)
