@@ -38,7 +38,8 @@ def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[s
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name = subset_name(subset, content["channels"])
-        return content["subsets"].get(name)
+        found: dict[str, dict[str, Any]] | None = content["subsets"].get(name)
+        return found
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "

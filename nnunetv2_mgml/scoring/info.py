@@ -95,7 +95,7 @@ class EvaluationInfo:
         Raises:
             ValueError: a value of another kind; its key is named.
         """
-        return _record(cls, content, "")
+        return typing.cast("EvaluationInfo", _record(cls, content, ""))
 
 
 def provenance() -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         _check(isinstance(value, dict), where, value, "an object")
         return {name: _value(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
     known = {str: "a text", Path: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-    accepted = {Path: str, float: (int, float)}.get(kind, kind)
+    accepted: Any = {Path: str, float: (int, float)}.get(kind, kind)
     _check(isinstance(value, accepted) and (kind is bool) == isinstance(value, bool), where, value, known[kind])
     return kind(value)
 

@@ -52,7 +52,7 @@ def open_output(
     """
     file = folder / "settings.json"
     stored = read_json(file) if file.is_file() else None
-    different = [] if stored is None else _differences(stored, fingerprint)
+    different: dict[str, str] = {} if stored is None else _differences(stored, fingerprint)
     if stored is None and "model" in fingerprint and any((folder / "predictions").glob("*/*")):
         raise ValueError(
             f"{folder / 'predictions'} holds files, but no evaluation ({file.name}) that says what made "

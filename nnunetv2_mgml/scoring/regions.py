@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _SHORT_NAMES = {
     "wholetumor": "WT",
@@ -40,7 +41,7 @@ class LabelSet:
         """Labels a prediction may hold: background and every label of a region."""
         return frozenset({0}.union(*self.regions.values()))
 
-    def mask(self, labels: np.ndarray, region: str) -> np.ndarray:
+    def mask(self, labels: npt.NDArray[Any], region: str) -> npt.NDArray[Any]:
         """Return the bool mask of a region in a label map (same shape)."""
         wanted = self.regions[region]
         return labels == wanted[0] if len(wanted) == 1 else np.isin(labels, wanted)

@@ -43,7 +43,8 @@ class LabelledCases:
     def files(self) -> list[Path]:
         """Every file that is read."""
         cases = [case for part in self.work for case in part.cases]
-        return [Path(file) for case in cases for file in (self.references[case.name], *case.files.values())]
+        labels = [self.references[case.name] for case in cases]
+        return [*labels, *(Path(file) for case in cases for file in case.files.values())]
 
 
 def folder_cases(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,7 @@ class SubsetLabelMaps:
                 f"{', ...' if len(named) > 10 else ''}. {_ALLOW}"
             )
 
-    def predict(self) -> Iterator[CaseLabelMaps]:
+    def predict(self) -> Generator[CaseLabelMaps, None, None]:
         """Yield every case once its label maps are complete, or it has failed; the next one is predicted meanwhile."""
         with WorkerPool(self.settings.num_processes_export) as exporting:
             for part in self.work:

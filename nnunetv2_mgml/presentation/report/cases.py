@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nnunetv2_mgml.presentation.figures.slices import read_axial
 from nnunetv2_mgml.presentation.report.content import case_scores
@@ -19,11 +21,11 @@ class CaseVolumes:
     """One case, all arrays ``(z, y, x)`` on one grid and in display orientation (see `figures.slices`)."""
 
     name: str
-    images: dict[str, np.ndarray]
+    images: dict[str, npt.NDArray[Any]]
     """Modality name -> image, for those whose file exists."""
-    reference: np.ndarray
+    reference: npt.NDArray[Any]
     """Integer label map."""
-    predictions: dict[str, np.ndarray]
+    predictions: dict[str, npt.NDArray[Any]]
     """Subset name -> integer label map; a subset whose modalities this case lacks may have none."""
     spacing: tuple[float, ...]
     """mm, ``(z, y, x)``."""
@@ -88,7 +90,7 @@ def load_case(
     )
 
 
-def _labels(volume: np.ndarray) -> np.ndarray:
+def _labels(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return whole numbers in as few bytes as they need: a case has one label map per subset."""
     whole = np.rint(volume)
     return whole.astype(np.uint8 if whole.min() >= 0 and whole.max() <= 255 else np.int16)

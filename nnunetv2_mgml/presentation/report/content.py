@@ -8,6 +8,7 @@ import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from nnunetv2_mgml.modalities import Subset, channel_index, parse_subset, subset_name, table_rows
@@ -66,7 +67,7 @@ def headline_metric(evaluation: Evaluation) -> Metric:
     )
 
 
-def mean_scores(evaluation: Evaluation, metric: Metric) -> np.ndarray:
+def mean_scores(evaluation: Evaluation, metric: Metric) -> npt.NDArray[Any]:
     """Return the mean over cases in display units (per cent, mm, ml), ``(number of subsets, number of regions)``."""
     columns = []
     for region in evaluation.region_names:
@@ -77,7 +78,7 @@ def mean_scores(evaluation: Evaluation, metric: Metric) -> np.ndarray:
 
 def has_all_subsets(evaluation: Evaluation) -> bool:
     """Return whether every non-empty subset was evaluated, so that Shapley values exist."""
-    return len(evaluation.subsets) == 2 ** len(evaluation.channels) - 1
+    return len(evaluation.subsets) == int(2 ** len(evaluation.channels)) - 1
 
 
 def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[str, ModalityWorth]]:
@@ -216,13 +217,12 @@ def case_table(evaluation: Evaluation, metric: Metric) -> Table:
     for case in evaluation.cases:
         line = [Cell(case, case)]
         for region in regions:
-            line.append(_cell(values[region].loc[case, full] if full in values[region] else math.nan))
-        line.append(_cell(per_subset.loc[case].mean()))
-        scored = per_subset.loc[case].dropna()
-        worst = (
-            subset_title(parse_subset(scored.idxmin(), evaluation.channels), evaluation.channels) if len(scored) else ""
-        )
-        line.append(Cell(worst, worst, f" {_number(scored.min())}" if len(scored) else ""))
+            line.append(_cell(float(values[region].loc[case].get(full, math.nan))))
+        scored: dict[str, float] = per_subset.loc[case].dropna().to_dict()
+        line.append(_cell(_mean(np.array(list(scored.values())))))
+        lowest = min(scored, key=lambda name: scored[name]) if scored else None
+        worst = "" if lowest is None else subset_title(parse_subset(lowest, evaluation.channels), evaluation.channels)
+        line.append(Cell(worst, worst, "" if lowest is None else f" {_number(scored[lowest])}"))
         rows.append(line)
     heads = [
         "case",
@@ -301,7 +301,7 @@ def _number(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: npt.NDArray[Any]) -> float:
     values = values[np.isfinite(values)]
     return float(values.mean()) if values.size else math.nan
 
