@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from nnunetv2_mgml.dataloading.masking import SubsetSampler
 from nnunetv2_mgml.modalities import all_subsets
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("step", "cubes_variants", "cubes_data", "cubes_scores", "cubes_training")
+MODULES = ("step", "cubes_variants", "cubes_data", "cubes_scores", "cubes_training", "cubes_table")
 SMALL = "patch=16,stages=3"
 
 
@@ -138,6 +139,29 @@ def test_variants(cubes: SimpleNamespace) -> None:
     assert cubes.cubes_variants.Run("mgml", 1, 100).file_name(equal_time=True) == "mgml__100_equal_time__seed1.json"
     with pytest.raises(ValueError, match="Allowed: modality_dropout, baseline"):
         _ = cubes.cubes_variants.Run("basline", 0, 1).training
+
+
+def finished(cubes: SimpleNamespace, variant: str, seed: int, values: np.ndarray, **more: Any) -> dict[str, Any]:
+    """A result with Dice ``(R, S, N)`` in [0, 1] on test patients."""
+    subsets = all_subsets(4)
+    told = {"test": cubes.cubes_scores.summary(values, subsets), "dice": cubes.cubes_scores.cases_of(values, subsets)}
+    base = {"nominal_steps": 100, "steps": 100, "equal_time": None, "seconds_per_step_alone": 0.0123, "device": "CPU"}
+    return {"variant": variant, "seed": seed, **base, **told, **more}
+
+
+def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
+    rng = np.random.default_rng(0)
+    baselines = [rng.random((3, 15, 8)) * 0.9 for _ in range(3)]
+    results = [finished(cubes, "baseline", seed, values) for seed, values in enumerate(baselines)]
+    better = [values + 0.01 * (seed + 1) for seed, values in enumerate(baselines[:2])]
+    results += [finished(cubes, "mgml", seed, values) for seed, values in enumerate(better)]
+    results.append(finished(cubes, "mgml", 0, better[0], equal_time="baseline", steps=80))
+    text = cubes.cubes_table.tables(results, "test")
+    same_steps, same_time = text.split("The time of 100 steps of baseline, test patients")
+    row = next(line for line in same_steps.splitlines() if line.startswith("| `mgml`"))
+    assert row.endswith("| 2 | 100 | 12.3 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
+    assert " | 80 | 12.3 | - | - | - |" in same_time, "the baseline of another budget is none"
+    assert "No finished runs yet" in cubes.cubes_table.tables(results, "validation")
 
 
 def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace, folder: Path) -> None:
