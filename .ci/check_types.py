@@ -1,7 +1,8 @@
 """Run mypy --strict on the package as it is installed: dataset_conversion/ in its place below nnunetv2_mgml/.
 
-Files that are not clean yet stand in ``.ci/types_to_do.txt``. An error in any other file fails, and so does a file on the
-list that has become clean: take it off. ``--update`` writes the list anew; ``--all`` shows the errors of listed files too.
+Files that are not clean yet stand in ``.ci/types_to_do.txt``. An error in any other file fails, and so does a file on
+the list that has become clean: take it off. ``--update`` writes the list anew, ``--all`` also shows the errors of the
+files on it.
 """
 
 from __future__ import annotations
@@ -61,13 +62,14 @@ def main(arguments: list[str]) -> int:
     """Return 0 where only files on the list have errors, and all of those have."""
     lines = messages()
     if "--update" in arguments:
-        TO_DO.write_text("".join(f"{name}\n" for name in sorted({li.partition(":")[0] for li in lines})), encoding="utf-8")
+        TO_DO.write_text(
+            "".join(f"{name}\n" for name in sorted({li.partition(":")[0] for li in lines})), encoding="utf-8"
+        )
         return 0
     listed = TO_DO.read_text(encoding="utf-8").split()
     shown, wrong = judge(lines, listed, "--all" in arguments)
-    print("\n".join(shown), wrong, sep="\n" if shown and wrong else "")
-    if not wrong:
-        print(f"mypy --strict: clean but for the {len(listed)} files in {TO_DO.relative_to(ROOT)}")
+    result = wrong or f"mypy --strict: clean but for the {len(listed)} files in {TO_DO.relative_to(ROOT)}"
+    print(*shown, result, sep="\n")
     return int(bool(wrong))
 
 

@@ -167,4 +167,7 @@ def test_types_may_only_get_better() -> None:
     assert judge(lines, ["a.py", "b.py"], everything=True) == (lines, "")
     shown, wrong = judge(lines, ["b.py", "c.py"])
     assert shown == lines[:2]
-    assert wrong.splitlines() == ["a.py: mypy --strict finds errors", "c.py: clean now, take it off .ci/types_to_do.txt"]
+    assert wrong.splitlines() == [
+        "a.py: mypy --strict finds errors",
+        "c.py: clean now, take it off .ci/types_to_do.txt",
+    ]
