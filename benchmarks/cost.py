@@ -39,8 +39,7 @@ from nnunetv2_mgml.io.files import write_json, write_text
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import MGMLLoss, Options, build_meta_network, needs_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from builders import configuration
@@ -168,9 +167,12 @@ class Bench:
         torch.manual_seed(0)
         self.device = torch.device(args.device)
         plan = plan_of(args)
-        self.config = MGMLConfig(**DESIGNS[design], width_factor=args.width_factor, **TERMS[terms])
-        self.network = build_network(plan, self.config, MODALITIES, REGIONS, CLASSES, True).to(self.device)
-        self.meta = build_meta_network(self.config, MODALITIES, CLASSES)
+        options = Options().updated({**DESIGNS[design], "width_factor": args.width_factor, **TERMS[terms]})
+        self.needs = needs_of(options)
+        self.network = build_network(plan, options.network, MODALITIES, REGIONS, CLASSES, True, self.needs).to(
+            self.device
+        )
+        self.meta = build_meta_network(options, MODALITIES, CLASSES)
         stock = DC_and_BCE_loss(
             {},
             {"batch_dice": False, "do_bg": True, "smooth": 1e-5, "ddp": False},
@@ -179,7 +181,7 @@ class Bench:
         strides = np.cumprod([np.ravel(s) for s in plan.network_arch_init_kwargs["strides"]], 0)[:-1]
         weights = [0.5**s for s in range(len(strides))]
         self.loss = MGMLLoss(
-            self.config,
+            options,
             DeepSupervisionWrapper(stock, weights),
             regions=True,
             num_classes=CLASSES,
@@ -207,8 +209,8 @@ class Bench:
                 modality_mask=self.mask,
                 available=available,
                 return_aux=True,
-                with_teacher=self.config.uses_teacher,
-                teacher_learns=self.config.supervises_teacher,
+                with_teacher=self.needs.complete != "no",
+                teacher_learns=self.needs.complete == "learns",
             )
             return self.loss(output, self.targets, self.mask, available).total
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.commands.plan import NNUNET_KEYS
-from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
 
 FOLDER = Path(__file__).parent
@@ -48,9 +49,9 @@ class Run:
         return RESULTS / self.group / f"{self.design}__{self.variant}__fold{self.fold}__seed{self.seed}.json"
 
     @property
-    def config(self) -> MGMLConfig:
+    def config(self) -> Options:
         """Every option of the plugin as the trainer resolves it, defaults included."""
-        return TRAINERS[self.trainer].resolve_config(
+        return TRAINERS[self.trainer].resolve_options(
             {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}}
         )
 

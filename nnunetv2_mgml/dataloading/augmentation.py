@@ -15,28 +15,28 @@ from nnunetv2_mgml.dataloading.paper_augmentation import (
     initial_patch_size,
     paper_training_transforms,
 )
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import Options
 
 
 class AugmentationTrainer(nnUNetTrainer):
-    """nnU-Net's trainer that reads ``augmentation`` from the ``config`` its subclass sets."""
+    """nnU-Net's trainer that reads ``augmentation`` from the ``options`` its subclass sets."""
 
-    config: MGMLConfig
+    options: Options
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, Any]:  # noqa: N802
         """nnU-Net's choices, or the paper's rotation and the patch it needs; flips of all axes in both."""
         rotation, dummy_2d, size, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        if self.config.augmentation == "paper":
+        if self.options.training.augmentation == "paper":
             rotation = OneAxisRotation(ROTATION)
             size = initial_patch_size(self.configuration_manager.patch_size, dummy_2d)
         return rotation, dummy_2d, size, mirror_axes
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """nnU-Net's transforms, or the paper's; with ``deterministic`` none of them decides by the clock."""
-        if self.config.augmentation == "paper":
+        if self.options.training.augmentation == "paper":
             return paper_training_transforms(*args, **kwargs)
         transforms = super().get_training_transforms(*args, **kwargs)
-        if self.config.deterministic:
+        if self.options.training.deterministic:
             stop_timing(transforms)
         return transforms
 

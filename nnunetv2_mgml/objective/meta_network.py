@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nnunetv2_mgml.objective.published.reading import ReadingOptions
 from nnunetv2_mgml.objective.tensors import no_autocast
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective.terms.soft_label import SoftLabelOptions
+from nnunetv2_mgml.plans.options import Options
 
 REFERENCE_SHARPNESS = (1.0, 100.0)
 """Range of beta and alpha in the published code."""
@@ -104,17 +106,18 @@ class MetaNetwork(nn.Module):
             return MetaParameters(t1, t2, w_f, beta * (high - low) + low, alpha * (high - low) + low)
 
 
-def build_meta_network(config: MGMLConfig, num_modalities: int, num_classes: int) -> MetaNetwork | None:
+def build_meta_network(options: Options, num_modalities: int, num_classes: int) -> MetaNetwork | None:
     """Return the MetaNetwork a configuration asks for, or None where no term needs one.
 
     Args:
-        config: `MGMLConfig`; the readings ``paper`` and ``reference`` get the published layers and start values.
+        options: the readings ``paper`` and ``reference`` get the published layers and start values.
         num_modalities: ``M``.
         num_classes: ``K``, background included.
     """
-    if not config.uses_soft_label or config.soft_label != "meta_amf":
+    config = options.objective[SoftLabelOptions]
+    if not config.has_meta_network:
         return None
-    if config.reading != "ours":
+    if options.objective[ReadingOptions].reading != "ours":
         return MetaNetwork(
             num_modalities,
             num_classes,

@@ -15,12 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.outputs import TrainingOutput
 from nnunetv2_mgml.objective import readings
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
+from nnunetv2_mgml.objective.base import SharedOptions
 from nnunetv2_mgml.objective.consistency import consistency_loss
 from nnunetv2_mgml.objective.distillation import soft_label_loss
 from nnunetv2_mgml.objective.meta_network import MetaParameters
+from nnunetv2_mgml.objective.published.reading import ReadingOptions
 from nnunetv2_mgml.objective.rebalancing import Balance, Rebalancing, rebalancing_terms
 from nnunetv2_mgml.objective.segmentation import (
     auxiliary_loss,
@@ -29,10 +32,57 @@ from nnunetv2_mgml.objective.segmentation import (
     segmentation_of_log_probabilities,
 )
 from nnunetv2_mgml.objective.tensors import at_least_float32, no_autocast
+from nnunetv2_mgml.objective.terms.complete_view import CompleteViewOptions
+from nnunetv2_mgml.objective.terms.consistency import ConsistencyOptions
+from nnunetv2_mgml.objective.terms.modality_decoder import ModalityDecoderOptions
+from nnunetv2_mgml.objective.terms.rebalancing import RebalancingOptions
+from nnunetv2_mgml.objective.terms.segmentation import SegmentationOptions
+from nnunetv2_mgml.objective.terms.soft_label import SoftLabelOptions
 from nnunetv2_mgml.objective.voxel_masking import keep_map
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import OptionGroup, Options
 
 _NO_PARAMETERS_CONFIDENCE = 0.5  # a mean has no w_f; at 0.5 the dropped share is mask_ratio itself
+
+
+GROUPS: tuple[type[OptionGroup], ...] = (
+    SharedOptions,
+    SegmentationOptions,
+    ModalityDecoderOptions,
+    SoftLabelOptions,
+    ConsistencyOptions,
+    CompleteViewOptions,
+    RebalancingOptions,
+    ReadingOptions,
+)
+"""The options of the terms, in the order in which they are shown."""
+
+
+def needs_of(options: Options) -> Needs:
+    """Return what the terms that are on want of the network."""
+    config = _Flat(options)
+    taught = (
+        config.uses_rebalancing and config.mask_sampling != "fixed"
+    )  # else it is the prediction from what is visible
+    target = config.uses_teacher or taught
+    return Needs(
+        "learns" if config.supervises_teacher else "target" if target else "no",
+        config.uses_rebalancing,
+        config.modality_decoder_weight > 0 or config.uses_soft_label,
+        config.uses_teacher and config.teacher_augmentation,
+    )
+
+
+class _Flat:
+    """Every option by its name, and which terms are on."""
+
+    def __init__(self, options: Options) -> None:
+        vars(self).update(options.as_dict())
+        self.uses_soft_label = options.objective[SoftLabelOptions].on
+        self.uses_teacher = self.consistency_weight > 0 and not (
+            self.mask_sampling == "fixed" and self.reading == "ours"
+        )
+        self.supervises_teacher = self.complete_view_weight > 0 and self.mask_sampling != "fixed"
+        self.uses_rebalancing = self.rebalancing != "none"
 
 
 class LossTerms(NamedTuple):
@@ -56,7 +106,7 @@ class MGMLLoss(nn.Module):
     """Eq. 10 for one training step.
 
     Args:
-        config: weights and choices.
+        options: weights and choices.
         segmentation_loss: nnU-Net's own loss, called with what its trainer would pass: a list of outputs and of targets
             under deep supervision, else tensors.
         regions: whether the fused heads are regions (sigmoid) rather than labels (softmax).
@@ -72,7 +122,7 @@ class MGMLLoss(nn.Module):
 
     def __init__(
         self,
-        config: MGMLConfig,
+        options: Options,
         segmentation_loss: nn.Module,
         *,
         regions: bool,
@@ -82,6 +132,7 @@ class MGMLLoss(nn.Module):
         meta_network: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        config = _Flat(options)
         uses_meta = config.uses_soft_label and config.soft_label == "meta_amf"
         if uses_meta != (meta_network is not None):
             needs = "needs a" if uses_meta else "uses no"

@@ -24,9 +24,9 @@ from nnunetv2_mgml.inference.preprocessing import Item, prepare_case
 from nnunetv2_mgml.io.complete import check_complete
 from nnunetv2_mgml.modalities import Subset, subset_name
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
-from nnunetv2_mgml.objective import MetaParameters, build_meta_network
+from nnunetv2_mgml.objective import MetaParameters, Options, build_meta_network
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective.terms.soft_label import SoftLabelOptions
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
 from nnunetv2_mgml.training.trainer import CHECKPOINT_KEY
 
@@ -207,13 +207,14 @@ class _Patch:
             for name, winner, here in zip(self.channels, winners, self.present, strict=True)
             if here
         }
-        config = MGMLConfig.from_plans(self.predictor.plans_manager.plans)
-        if not config.uses_soft_label:
+        options = Options.from_plans(self.predictor.plans_manager.plans)
+        config = options.objective[SoftLabelOptions]
+        if not config.on:
             return single, None, {}
         if config.soft_label == "mean":
             fused, shown = mean_fusion(log_probabilities, available, normalised=True), {}
         else:
-            parameters = self._meta_parameters(config, log_probabilities, available)
+            parameters = self._meta_parameters(options, log_probabilities, available)
             if parameters is None:
                 return single, None, {}
             fused = adaptive_fusion(log_probabilities, available, parameters, normalised=True)
@@ -221,13 +222,14 @@ class _Patch:
         return single, values[fused[0].argmax(0).cpu().numpy()], shown
 
     def _meta_parameters(
-        self, config: MGMLConfig, log_probabilities: torch.Tensor, available: torch.Tensor
+        self, options: Options, log_probabilities: torch.Tensor, available: torch.Tensor
     ) -> MetaParameters | None:
         """Return what the MetaNetwork says of this patch; None where the checkpoint does not hold its state."""
+        config = options.objective[SoftLabelOptions]
         if config.soft_label == "fixed":
             return MetaParameters.fixed(1, config.fixed_confidence, config.fixed_sharpness, self.x.device)
         state = self.model.training_state.get("meta_network")
-        network = build_meta_network(config, len(self.channels), log_probabilities.shape[2])
+        network = build_meta_network(options, len(self.channels), log_probabilities.shape[2])
         if state is None or network is None:
             return None
         network.load_state_dict(state)

@@ -25,22 +25,13 @@ from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
-from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.training.compatibility import network_differences, refuse_other_network
 from nnunetv2_mgml.training.determinism import make_deterministic
 from nnunetv2_mgml.training.epoch_log import TrainingLog
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
-
-_TRAINER_ATTRIBUTES = (
-    "num_epochs",
-    "num_iterations_per_epoch",
-    "num_val_iterations_per_epoch",
-    "initial_lr",
-    "weight_decay",
-    "oversample_foreground_percent",
-    "save_every",
-)
 
 
 class MissingModalityTrainer(AugmentationTrainer):
@@ -54,7 +45,7 @@ class MissingModalityTrainer(AugmentationTrainer):
     supports_missing_modalities: ClassVar[bool] = True
     """Read by the predictor: a model of this trainer may be given fewer modalities than it has channels."""
     config_overrides: ClassVar[dict[str, Any]] = {}
-    """Options a variant fixes, whatever the plans say; ``fusion_options`` are merged (`MGMLConfig.overridden`)."""
+    """Options a variant fixes, whatever the plans say; ``fusion_options`` are merged (`Options.overridden`)."""
 
     def __init__(
         self,
@@ -66,19 +57,17 @@ class MissingModalityTrainer(AugmentationTrainer):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         for note in run_notes(
-            type(self).__name__, MGMLConfig.from_plans(plans), self.config_overrides, get_allowed_n_proc_DA()
+            type(self).__name__, Options.from_plans(plans), self.config_overrides, get_allowed_n_proc_DA()
         ):
             self.print_to_log_file(note)
-        self.config = self.resolve_config(plans)
+        self.options = self.resolve_options(plans)
         self.channels = channel_names(dataset_json)
-        for name in _TRAINER_ATTRIBUTES:
-            value = getattr(self.config, name)
-            if value is not None:
-                setattr(self, name, value)
+        for name, value in self.options.training.trainer_attributes().items():
+            setattr(self, name, value)
         # plans is nnU-Net's dict: it is copied beside the checkpoint, so inference finds the resolved configuration
         plans[PLANS_KEY] = {
             "version": __version__,
-            "config": self.config.as_dict(),
+            "config": self.options.as_dict(),
             "channels": list(self.channels),
             "num_classes": self.num_classes,
         }
@@ -86,12 +75,12 @@ class MissingModalityTrainer(AugmentationTrainer):
         self.training_log = TrainingLog(self.output_folder)
         self._steps_in_epoch = 0
         self._weights_file: str | None = None
-        self._loaded_optimizer = self.config.optimizer
+        self._loaded_optimizer = self.options.training.optimizer
 
     @classmethod
-    def resolve_config(cls, plans: dict[str, Any]) -> MGMLConfig:
-        """Return the plans' configuration with what this trainer fixes."""
-        return MGMLConfig.from_plans(plans).overridden(cls.config_overrides)
+    def resolve_options(cls, plans: dict[str, Any]) -> Options:
+        """Return the plans' options with what this trainer fixes."""
+        return Options.from_plans(plans).overridden(cls.config_overrides)
 
     @property
     def num_classes(self) -> int:
@@ -116,9 +105,9 @@ class MissingModalityTrainer(AugmentationTrainer):
 
     def seed_epoch(self) -> None:
         """With ``seed`` set, make what follows depend on the seed, the epoch and the rank only."""
-        if self.config.seed is None:
+        if self.options.training.seed is None:
             return
-        seed = (self.config.seed + 1_000_003 * self.current_epoch + 7919 * self.local_rank) % 2**32
+        seed = (self.options.training.seed + 1_000_003 * self.current_epoch + 7919 * self.local_rank) % 2**32
         np.random.seed(seed)
         torch.manual_seed(seed)
 
@@ -191,7 +180,7 @@ class MissingModalityTrainer(AugmentationTrainer):
 
     def build_sampler(self) -> SubsetSampler:
         """Return the sampler of the modality masks."""
-        return build_sampler(self.config, self.channels)
+        return build_sampler(self.options.sampling, self.channels)
 
     def _report_availability(self, dataset: nnUNetBaseDataset) -> None:
         self.training_availability = availability = case_availability(dataset, dataset.identifiers, self.num_modalities)
@@ -207,7 +196,7 @@ class MissingModalityTrainer(AugmentationTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's SGD, or the paper's Adam (section 4.1), under nnU-Net's poly schedule."""
         optimizer, scheduler = super().configure_optimizers()
-        if self.config.optimizer == "adam":
+        if self.options.training.optimizer == "adam":
             optimizer = torch.optim.Adam(
                 self.network.parameters(),
                 self.initial_lr,
@@ -223,7 +212,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         """nnU-Net's autocast on CUDA; bfloat16 on a CPU where ``cpu_bfloat16`` asks for it; else none."""
         if self.device.type == "cuda":
             return torch.autocast("cuda", enabled=True)
-        if self.device.type == "cpu" and self.config.cpu_bfloat16:
+        if self.device.type == "cpu" and self.options.training.cpu_bfloat16:
             return torch.autocast("cpu", dtype=torch.bfloat16)
         return nullcontext()
 
@@ -240,9 +229,9 @@ class MissingModalityTrainer(AugmentationTrainer):
         Raises:
             ValueError: another fold's network differs, or the loaded checkpoint holds the state of another optimizer.
         """
-        if self._loaded_optimizer != self.config.optimizer:  # not on loading: --val needs the weights only
+        if self._loaded_optimizer != self.options.training.optimizer:  # not on loading: --val needs the weights only
             raise ValueError(self.option_mismatch("optimizer", self._loaded_optimizer))
-        if self.config.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
+        if self.options.training.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
             make_deterministic()
         if self.local_rank == 0:
             refuse_other_network(
@@ -331,8 +320,8 @@ class MissingModalityTrainer(AugmentationTrainer):
                     f"{'; '.join(differences)}. Use the plans it was trained with."
                 )
             self._weights_file = filename_or_checkpoint
-            self._loaded_optimizer = self.resolve_config(stored["init_args"]["plans"]).optimizer
-        if self._loaded_optimizer == self.config.optimizer:
+            self._loaded_optimizer = self.resolve_options(stored["init_args"]["plans"]).training.optimizer
+        if self._loaded_optimizer == self.options.training.optimizer:
             super().load_checkpoint(filename_or_checkpoint)
         else:
             self._load_all_but_optimizer(filename_or_checkpoint)
@@ -351,7 +340,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         """Return what to say of a checkpoint whose ``option`` was ``stored`` and that therefore cannot be resumed."""
         return (
             f"The checkpoint was trained with {option}={stored}, this trainer has "
-            f"{option}={getattr(self.config, option)}; use the same plans and trainer."
+            f"{option}={self.options.value(option)}; use the same plans and trainer."
         )
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -369,7 +358,7 @@ class MissingModalityTrainer(AugmentationTrainer):
         if self.local_rank != 0:
             return
         drop_report_of_other_weights(self)
-        if self.config.validate_subsets:
+        if self.options.training.validate_subsets:
             self.print_to_log_file(validate_subsets(self, self._weights_file))
 
     def _announce_case(self, dataset: nnUNetBaseDataset, identifier: str) -> None:

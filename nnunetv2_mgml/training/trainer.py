@@ -17,8 +17,11 @@ from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms
 from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.objective import MetaParameters, MGMLLoss, build_meta_network
-from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
+from nnunetv2_mgml.objective import MetaParameters, MGMLLoss, Options, build_meta_network, needs_of
+from nnunetv2_mgml.objective.base import SharedOptions
+from nnunetv2_mgml.objective.terms.rebalancing import RebalancingOptions
+from nnunetv2_mgml.objective.terms.soft_label import SoftLabelOptions
+from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.training.base import MissingModalityTrainer
@@ -57,27 +60,32 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
                 f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
                 f"wrote into its model folder, not those in nnUNet_preprocessed."
             )
+        options = cls.resolve_options(plans_manager.plans)
         return build_network(
             configuration_manager,
-            cls.resolve_config(plans_manager.plans),
+            options.network,
             num_input_channels,
             num_output_channels,
             block["num_classes"],
             enable_deep_supervision,
+            needs_of(options),
         )
 
     def initialize(self) -> None:
         """Build the MetaNetwork, its optimiser and the loss on top of nnU-Net's initialisation."""
         super().initialize()
-        self.meta_network: nn.Module | None = build_meta_network(self.config, self.num_modalities, self.num_classes)
+        self.meta_network: nn.Module | None = build_meta_network(self.options, self.num_modalities, self.num_classes)
         self.meta_optimizer: torch.optim.Optimizer | None = None
         if self.meta_network is not None:
             self.meta_network.to(self.device)
             if self.is_ddp:
                 self.meta_network = DistributedDataParallel(self.meta_network, device_ids=[self.local_rank])
-            self.meta_optimizer = torch.optim.Adam(self.meta_network.parameters(), self.config.meta_lr)
+            self.meta_optimizer = torch.optim.Adam(
+                self.meta_network.parameters(), self.options.objective[SoftLabelOptions].meta_lr
+            )
+        self.needs = needs_of(self.options)
         self.mgml_loss = MGMLLoss(
-            self.config,
+            self.options,
             self.loss,
             regions=self.label_manager.has_regions,
             num_classes=self.num_classes,
@@ -85,12 +93,9 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             batch_dice=self.configuration_manager.batch_dice,
             meta_network=self.meta_network,
         )
-        self.balance = (
-            ModalityBalance(self.channels, self.config.rebalancing_rate, self.device)
-            if self.config.uses_rebalancing
-            else None
-        )
-        self._teacher_transforms = stronger_intensity_transforms() if self.config.teacher_augmentation else None
+        rate = self.options.objective[RebalancingOptions].rebalancing_rate
+        self.balance = ModalityBalance(self.channels, rate, self.device) if self.needs.single else None
+        self._teacher_transforms = stronger_intensity_transforms() if self.needs.own_view else None
         self._report_size()
 
     def _report_size(self) -> None:
@@ -99,8 +104,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
 
         network = self.bare_network
         self.print_to_log_file(
-            f"MGML: fusion {self.config.fusion}; parameters in millions: network {millions(network):.3f} (encoders "
-            f"{millions(network.encoders):.3f}, fusion {millions(network.fusion):.3f}, decoder "
+            f"MGML: fusion {self.options.network.fusion}; parameters in millions: network {millions(network):.3f} "
+            f"(encoders {millions(network.encoders):.3f}, fusion {millions(network.fusion):.3f}, decoder "
             f"{millions(network.decoder):.3f}, shared modality decoder {millions(network.modality_decoder):.3f}), "
             f"MetaNetwork {millions(self.meta_network):.4f} (training only)"
         )
@@ -108,7 +113,8 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
     @property
     def ramp(self) -> float:
         """Weight in [0, 1] of the soft-label and consistency terms at the current step (linear warm-up)."""
-        steps = self.config.ramp_up_fraction * self.num_epochs * self.num_iterations_per_epoch
+        share = self.options.objective[SharedOptions].ramp_up_fraction
+        steps = share * self.num_epochs * self.num_iterations_per_epoch
         done = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
         return 1.0 if steps <= 0 else min(1.0, done / steps)
 
@@ -122,8 +128,9 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         """Put the MetaNetwork's learning rate on the same poly schedule as the network's."""
         super().on_train_epoch_start()
         if self.meta_optimizer is not None:
+            meta_lr = self.options.objective[SoftLabelOptions].meta_lr
             for group in self.meta_optimizer.param_groups:
-                group["lr"] = self.config.meta_lr * (1 - self.current_epoch / self.num_epochs) ** 0.9
+                group["lr"] = meta_lr * (1 - self.current_epoch / self.num_epochs) ** 0.9
 
     def train_step(self, batch: dict) -> dict[str, Any]:
         """nnU-Net's step with the masked student, the complete teacher and the losses of eq. 10."""
@@ -137,7 +144,7 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         mask = batch["modality_mask"].to(self.device, non_blocking=True)
         available = batch["available"].to(self.device, non_blocking=True)
         own_view = None
-        if self._teacher_transforms is not None and self.config.uses_teacher:
+        if self._teacher_transforms is not None:
             own_view = teacher_view(
                 data, self.num_modalities, self._teacher_transforms, self.configuration_manager.use_mask_for_norm
             )
@@ -147,10 +154,10 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
                 modality_mask=mask,
                 available=available,
                 return_aux=True,
-                with_teacher=self.needs_teacher,
+                with_teacher=self.needs.complete != "no",
                 teacher_input=own_view,
-                with_single=self.balance is not None,
-                teacher_learns=self.config.supervises_teacher,
+                with_single=self.needs.single,
+                teacher_learns=self.needs.complete == "learns",
             )
             terms = self.mgml_loss(
                 output, target, mask, available, self.ramp, None if self.balance is None else self.balance.weights()
@@ -163,15 +170,6 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
         values = torch.stack([terms.total.detach().float(), *(terms.parts[n].float() for n in names)]).cpu().numpy()
         columns = [name if name in MetaParameters._fields else f"train_{name}" for name in names]
         return {"loss": values[0], **{name: float(v) for name, v in zip(columns, values[1:], strict=True)}}
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a pass on all modalities is needed; rebalancing has one anyway where no modality is removed."""
-        return (
-            self.config.uses_teacher
-            or self.config.supervises_teacher
-            or (self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
-        )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the loss terms, then weigh the modalities anew once the warm-up is over."""
@@ -265,4 +263,4 @@ class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming
             self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
 
     def _mismatch(self, checkpoint: dict[str, Any], option: str) -> str:
-        return self.option_mismatch(option, getattr(MGMLConfig.from_plans(checkpoint["init_args"]["plans"]), option))
+        return self.option_mismatch(option, Options.from_plans(checkpoint["init_args"]["plans"]).value(option))

@@ -60,7 +60,7 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
         "--allow_missing",
         "--disable_progress_bar",
     ]
-    if trainer.config.cpu_bfloat16:
+    if trainer.options.training.cpu_bfloat16:
         arguments.append("--cpu_bfloat16")
     try:
         evaluation, output, model_folder = run_model(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, plans
+from builders import BRATS_JSON, options, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -21,7 +21,6 @@ from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler, missing_rates
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 SCHEMES = ("uniform_subset", "uniform_count", "bernoulli", "fixed")
 
@@ -87,7 +86,7 @@ def test_empty_sample_is_refused() -> None:
 
 def test_rates_by_name_and_alias() -> None:
     assert missing_rates({"T1c": 0.2, "t2f": 0.9}, BRATS_CHANNELS) == (0.5, 0.2, 0.5, 0.9)
-    config = MGMLConfig(mask_sampling="bernoulli", modality_missing_rate={"dwi": 0.1})
+    config = options(mask_sampling="bernoulli", modality_missing_rate={"dwi": 0.1})
     with pytest.raises(ValueError, match="Unknown modality 'dwi'"):
         build_sampler(config, BRATS_CHANNELS)
 

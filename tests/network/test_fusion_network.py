@@ -14,7 +14,6 @@ from fusion_cases import QUICK, VARIANTS
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 designs = pytest.mark.parametrize("name", [*fusion_designs(), *VARIANTS])
 LAYOUTS = {
@@ -33,7 +32,7 @@ def make_network(name: str, layout: str = "3d", seed: int = 0) -> MultiEncoderUN
     fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(seed)
     net = network(
-        MGMLConfig(fusion=fusion, fusion_options=options, width_factor=1.0),
+        options(fusion=fusion, fusion_options=options, width_factor=1.0),
         modalities=3,
         deep_supervision=True,
         **LAYOUTS[layout],
@@ -151,7 +150,7 @@ def test_learns_from_the_modality_that_shows_the_label(name: str) -> None:
     fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(0)
     net = network(
-        MGMLConfig(fusion=fusion, fusion_options=options, width_factor=1.0),
+        options(fusion=fusion, fusion_options=options, width_factor=1.0),
         heads=2,
         classes=2,
         modalities=2,

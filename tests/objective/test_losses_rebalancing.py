@@ -11,10 +11,9 @@ from loss_cases import bools, labels_of, nnunet_loss, randn, slow_divergence, sl
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 
 from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
-from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
+from nnunetv2_mgml.objective import MGMLLoss, Options, build_meta_network
 from nnunetv2_mgml.objective.rebalancing import Balance, rebalancing_terms, relative_preference
 from nnunetv2_mgml.objective.segmentation import modality_segmentation_loss
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 K, M, C, SHAPE = 4, 3, 5, (6, 4, 4)
 AVAILABLE = torch.tensor([[True, True, True], [True, False, True]])
@@ -182,7 +181,7 @@ class Step:
 
     def __init__(self, changes: dict[str, Any] | None = None, regions: bool = True, ignore: bool = False) -> None:
         torch.manual_seed(0)
-        self.config = MGMLConfig().updated(
+        self.config = Options().updated(
             {"rebalancing": "passion", "mask_ratio": 0.0, "complete_view_weight": 0.0, **(changes or {})}
         )
         self.single = single(regions, scales=2)
@@ -318,7 +317,7 @@ def test_missing_output_and_readings_are_refused() -> None:
     with pytest.raises(ValueError, match="with_single=True, or set rebalancing to none"):
         step.run()
     with pytest.raises(ValueError, match=r"rebalancing=passion needs reading=ours; got reading=paper"):
-        MGMLConfig().updated({"rebalancing": "passion", "reading": "paper"})
+        Options().updated({"rebalancing": "passion", "reading": "paper"})
 
 
 def test_compiles_without_graph_breaks() -> None:

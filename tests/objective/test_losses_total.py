@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from builders import options
 from loss_cases import bools, labels_of, nnunet_loss, randn
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
 from nnunetv2_mgml.network.outputs import TrainingOutput
-from nnunetv2_mgml.objective import LossTerms, MGMLLoss, build_meta_network
+from nnunetv2_mgml.objective import LossTerms, MGMLLoss, Options, build_meta_network
 from nnunetv2_mgml.objective.segmentation import auxiliary_loss, modality_segmentation_loss
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 K, M, SHAPE = 4, 3, (6, 5, 4)
 AVAILABLE = torch.tensor([[True, True, True], [True, False, True]])
@@ -34,7 +34,7 @@ class Step:
         mask: torch.Tensor = MASK,
     ) -> None:
         torch.manual_seed(seed)
-        self.config = MGMLConfig(complete_view_weight=0.0).updated(changes or {})
+        self.config = options(complete_view_weight=0.0).updated(changes or {})
         batch, heads = len(available), K - 1 if regions else K
         self.student = [
             randn(batch, heads, *(n // 2**s for n in shape), seed=s).requires_grad_() for s in range(2 if deep else 1)
@@ -299,14 +299,14 @@ class _MeanSquare(nn.Module):
 
 
 def test_configuration_errors_name_the_fix() -> None:
-    meta = build_meta_network(MGMLConfig(), M, K)
+    meta = build_meta_network(Options(), M, K)
     stock = nnunet_loss(True)
     with pytest.raises(ValueError, match="needs a MetaNetwork"):
-        MGMLLoss(MGMLConfig(), stock, regions=True, num_classes=K)
+        MGMLLoss(Options(), stock, regions=True, num_classes=K)
     with pytest.raises(ValueError, match="uses no MetaNetwork"):
-        MGMLLoss(MGMLConfig(soft_label="mean"), stock, regions=True, num_classes=K, meta_network=meta)
+        MGMLLoss(options(soft_label="mean"), stock, regions=True, num_classes=K, meta_network=meta)
     with pytest.raises(ValueError, match="soft_label=mean needs reading=ours; got reading=paper"):
-        MGMLLoss(MGMLConfig(soft_label="mean", reading="paper"), stock, regions=True, num_classes=K)
+        MGMLLoss(options(soft_label="mean", reading="paper"), stock, regions=True, num_classes=K)
     step = Step()
     for missing, message in (
         ({"modality": None}, "modality logits"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import network
+from builders import network, options
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -15,11 +15,10 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
-from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.training.rebalancing import ModalityBalance
 
 WORLD = 2
-CONFIG = MGMLConfig(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
+CONFIG = options(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
 
 
 def gradients(samples: slice, distributed: bool) -> dict[str, torch.Tensor]:

@@ -81,9 +81,9 @@ def test_variants_fix_their_options(cls: type[nnUNetTrainerMGML], nnunet_folders
         nnUNetTrainerMGML_paperTerms: (True, True, False, True),
     }[cls]
     assert (
-        trainer.config.uses_soft_label,
-        trainer.config.uses_teacher,
-        trainer.config.supervises_teacher,
+        "train_soft_label" in result,
+        "train_consistency" in result,
+        "train_complete" in result,
         trainer.meta_network is not None,
     ) == expected
 
@@ -92,8 +92,9 @@ def test_every_fusion_design_has_a_baseline_and_an_mgml_trainer() -> None:
     by_design: dict[str, set[bool]] = {}
     for trainer in TRAINERS.values():
         if issubclass(trainer, nnUNetTrainerMGML) and "fusion" in trainer.config_overrides:
-            config = trainer.resolve_config({})
-            by_design.setdefault(config.fusion, set()).add(config.uses_soft_label and config.uses_teacher)
+            resolved = trainer.resolve_options({})
+            with_mgml = resolved.value("soft_label") != "none" and resolved.value("consistency_weight") > 0
+            by_design.setdefault(resolved.network.fusion, set()).add(with_mgml)
     published = set(own_designs()) - {"mean", "concat"}
     assert by_design == {design: {True, False} for design in published}
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, make_trainer, network, plans, write_dataset
+from builders import BRATS_JSON, make_trainer, network, options, plans, write_dataset
 from torch import distributed as dist
 from training_cases import run_until_epoch, synthetic_batch
 
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.rebalancing import ModalityBalance, updated_beta
@@ -36,7 +35,7 @@ def image() -> torch.Tensor:
 
 @pytest.mark.parametrize("fusion", ["mean", "concat", "region_aware"])
 def test_students_see_one_modality_and_the_teacher_all_that_exist(fusion: str) -> None:
-    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
+    net = network(options(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
     x = image()
     with torch.no_grad():
         out = net(x, modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True, with_single=True)
@@ -66,7 +65,7 @@ def test_without_a_teacher_pass_the_prediction_itself_teaches() -> None:
 @pytest.mark.parametrize("fusion", [*fusion_designs()])
 def test_not_asked_for_changes_nothing(fusion: str) -> None:
     """The other outputs have the same bits with and without the single passes, which come last."""
-    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
+    net = network(options(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
     arguments = dict(modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True)
     torch.manual_seed(0)
     plain = net(image(), **arguments)
@@ -111,7 +110,7 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
 def test_forward_compiles_as_one_graph_for_all_masks(fusion: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True)
+    net = network(options(fusion=fusion, width_factor=1.0), deep_supervision=True)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
@@ -252,7 +251,7 @@ def test_a_step_moves_every_weight(name: str, nnunet_folders: Path) -> None:
     batch = synthetic_batch(trainer)
     batch["available"] = torch.tensor([[True, False, True, True], [True, True, True, False]])
     batch["modality_mask"] &= batch["available"]
-    if trainer.config.mask_sampling == "fixed":
+    if trainer.options.sampling.mask_sampling == "fixed":
         batch["modality_mask"] = batch["available"]
     result = trainer.train_step(batch)
     assert {"train_distillation", "train_prototype", "train_modality"} <= set(result)
@@ -271,7 +270,7 @@ def test_no_teacher_pass_where_it_would_see_what_the_student_sees(
         nnUNetTrainerMGML, write_dataset(nnunet_folders), {"rebalancing": "passion", "mask_sampling": "fixed"}
     )
     trainer.initialize()
-    assert trainer.config.consistency_weight > 0
+    assert trainer.options.value("consistency_weight") > 0
     monkeypatch.setattr(trainer.bare_network, "_teach", lambda *_: pytest.fail("a teacher pass was run"))
     batch = synthetic_batch(trainer)
     batch["available"] = batch["modality_mask"]

@@ -13,7 +13,7 @@ from builders import make_trainer, write_dataset
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from training_cases import run_until_epoch
 
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
 
@@ -24,7 +24,7 @@ def test_inference_rebuilds_the_network_from_the_folder_alone(
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1, "fusion": "mean"})
     trainer.run_training()
     saved = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
-    assert MGMLConfig.from_plans(saved) == trainer.config
+    assert Options.from_plans(saved) == trainer.options
     monkeypatch.delenv("nnUNet_preprocessed")
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parents[2] / "nnunetv2_mgml" / "ext"))
     predictor = nnUNetPredictor(device=torch.device("cpu"))

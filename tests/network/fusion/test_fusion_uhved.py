@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from builders import network
+from builders import network, options
 from fusion_cases import make_design, make_pass, make_spec, run, take_modalities
 from torch.distributions import Normal, kl_divergence
 
@@ -12,7 +12,6 @@ from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import build_fusion
 from nnunetv2_mgml.network.fusion.image_decoder import reconstruction_error
 from nnunetv2_mgml.network.fusion.uhved import gaussian_kl, product_of_gaussians, subset_kl, subset_patterns
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 
 def test_two_identical_experts() -> None:
@@ -114,7 +113,7 @@ def test_samples_in_training_only() -> None:
 
 def test_log_variance_starts_below_the_prior() -> None:
     """Also after the network's own weight initialisation."""
-    net = network(MGMLConfig(fusion="uhved", width_factor=1.0))
+    net = network(options(fusion="uhved", width_factor=1.0))
     for head in net.fusion.scales:
         mean_bias, log_variance_bias = head.bias.unflatten(0, (4, 2, -1)).unbind(1)
         assert (mean_bias == 0).all()
@@ -160,7 +159,7 @@ def test_reconstruction_trains_and_costs_nothing_when_off(patch: tuple[int, ...]
     torch.manual_seed(0)
     on, off = (
         network(
-            MGMLConfig(fusion="uhved", fusion_options={"reconstruction_weight": weight}, width_factor=1.0),
+            options(fusion="uhved", fusion_options={"reconstruction_weight": weight}, width_factor=1.0),
             modalities=3,
             patch=patch,
             deep_supervision=True,

@@ -1,0 +1,1 @@
+"""The loss terms, one a file; importing this package registers them."""
