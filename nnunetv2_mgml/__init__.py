@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nnunetv2_mgml.inference.predictor import MGMLPredictor
     from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec
     from nnunetv2_mgml.network.fusion.base import register as register_fusion
+    from nnunetv2_mgml.objective import Options
     from nnunetv2_mgml.phantom.files import write_phantoms
     from nnunetv2_mgml.presentation.figures.qualitative import qualitative_sheet
     from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
@@ -37,6 +38,7 @@ __all__ = [
     "FusionSpec",
     "MGMLPredictor",
     "Metric",
+    "Options",
     "compare_evaluations",
     "convert_back",
     "convert_brats",
@@ -59,6 +61,7 @@ _PLACES = {
     "FusionSpec": "network.fusion.base",
     "MGMLPredictor": "inference.predictor",
     "Metric": "scoring.metrics.base",
+    "Options": "objective",
     "compare_evaluations": "scoring.statistics",
     "convert_back": "dataset_conversion.back",
     "convert_brats": "dataset_conversion.convert",

@@ -22,7 +22,7 @@ UNTIL = "0.3"
 
 MOVED: dict[str, tuple[str, ...]] = {
     "cli": ("commands.main",),
-    "config": ("plans.options",),
+    "config": ("plans.options", "objective.flat"),
     "dataset_conversion.command": ("commands.convert",),
     "demo": ("commands.demo",),
     "evaluation": ("scoring",),

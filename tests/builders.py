@@ -105,7 +105,7 @@ def plans(name: str = "Dataset900_Phantom", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def options(**changes: Any) -> Options:
+def options_with(**changes: Any) -> Options:
     """The default options with some changed, by their flat names."""
     return Options().updated(changes)
 
@@ -121,7 +121,7 @@ def network(
     """A small network; ``kwargs`` go to `configuration`."""
     manager = ConfigurationManager(configuration(**kwargs))
     modalities = len(manager.normalization_schemes)
-    config = config or options(fusion="concat", width_factor=1.0)
+    config = config or options_with(fusion="concat", width_factor=1.0)
     return build_network(
         manager,
         config.network,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from builders import options
+from builders import options_with
 
 from nnunetv2_mgml.objective import Options
 
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def config(fusion: str, **changes: object) -> Options:
-    return options(fusion=fusion, width_factor=1.0, **changes)
+    return options_with(fusion=fusion, width_factor=1.0, **changes)
 
 
 def batch(patch: tuple[int, ...], modalities: int = 4, size: int = 2, extra: int = 0) -> torch.Tensor:

@@ -138,7 +138,7 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
 def test_only_one_subset_is_seen(ablation: SimpleNamespace) -> None:
     from nnunetv2_mgml.dataloading.masking import build_sampler
 
-    sampler = build_sampler(Options().updated(ablation.settings.only("t1+t2")), BRATS_CHANNELS)
+    sampler = build_sampler(Options().updated(ablation.settings.only("t1+t2")).sampling, BRATS_CHANNELS)
     rng = np.random.default_rng(0)
     drawn = sampler.sample(np.ones((200, 4), bool), rng)
     assert (drawn == [True, False, True, False]).all()

@@ -48,9 +48,7 @@ def test_unknown_command_lists_the_commands(capsys):
         ["--version"],
         ["info"],
         ["info", "--json"],
-        ["info", "--options"],
         ["info", "--ext-dir"],
-        ["plan", "--list"],
         ["nonsense"],
     ],
 )

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from builders import options
+from builders import options_with
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from planning_cases import DATASET, plans_that_inherit, resolved
 
@@ -56,13 +56,13 @@ def test_command_writes_plans_nnunet_reads(folder, capsys):
     assert (manager.plans_name, configuration.patch_size) == ("nnUNetMGMLPlans", [64, 64, 48])
     assert configuration.batch_dice is True
     assert configuration.data_identifier == "nnUNetPlans_3d_fullres"
-    assert Options.from_plans(manager.plans) == options(fusion="mean", num_epochs=3)
+    assert Options.from_plans(manager.plans) == options_with(fusion="mean", num_epochs=3)
 
 
 def test_paper_preset_and_set_over_it(folder):
     planning.run(parse("-d", DATASET, "--preset", "paper", "--set", "seed=7"))
     plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
-    assert Options.from_plans(plans) == Options(
+    assert Options.from_plans(plans) == options_with(
         optimizer="adam",
         initial_lr=2e-4,
         weight_decay=1e-4,
@@ -86,7 +86,7 @@ def test_preset_nnunet_takes_the_paper_back(folder):
     )
     planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "temperature=3"))
     kept = Options.from_plans(json.loads((folder / "nnUNetMGMLPlans.json").read_text()))
-    assert (kept.optimizer, kept.seed) == ("adam", 1024)  # no preset: what the plans have
+    assert (kept.training.optimizer, kept.training.seed) == ("adam", 1024)  # no preset: what the plans have
     planning.run(
         parse(
             "-d",
@@ -104,7 +104,7 @@ def test_preset_nnunet_takes_the_paper_back(folder):
         )
     )
     plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
-    assert Options.from_plans(plans) == options(fusion="mean", temperature=3.0)
+    assert Options.from_plans(plans) == options_with(fusion="mean", temperature=3.0)
     for name in ("3d_fullres", "3d_bs4", "3d_small"):
         assert resolved(plans, name) == {**resolved(stock, name), "batch_size": 3}
 

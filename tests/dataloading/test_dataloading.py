@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, options, plans
+from builders import BRATS_JSON, options_with, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -86,9 +86,9 @@ def test_empty_sample_is_refused() -> None:
 
 def test_rates_by_name_and_alias() -> None:
     assert missing_rates({"T1c": 0.2, "t2f": 0.9}, BRATS_CHANNELS) == (0.5, 0.2, 0.5, 0.9)
-    config = options(mask_sampling="bernoulli", modality_missing_rate={"dwi": 0.1})
+    config = options_with(mask_sampling="bernoulli", modality_missing_rate={"dwi": 0.1})
     with pytest.raises(ValueError, match="Unknown modality 'dwi'"):
-        build_sampler(config, BRATS_CHANNELS)
+        build_sampler(config.sampling, BRATS_CHANNELS)
 
 
 # --- availability -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import network
+from builders import network, options_with
 from fusion_cases import QUICK, VARIANTS
 
 from nnunetv2_mgml.modalities import all_subsets
@@ -32,7 +32,7 @@ def make_network(name: str, layout: str = "3d", seed: int = 0) -> MultiEncoderUN
     fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(seed)
     net = network(
-        options(fusion=fusion, fusion_options=options, width_factor=1.0),
+        options_with(fusion=fusion, fusion_options=options, width_factor=1.0),
         modalities=3,
         deep_supervision=True,
         **LAYOUTS[layout],
@@ -150,7 +150,7 @@ def test_learns_from_the_modality_that_shows_the_label(name: str) -> None:
     fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(0)
     net = network(
-        options(fusion=fusion, fusion_options=options, width_factor=1.0),
+        options_with(fusion=fusion, fusion_options=options, width_factor=1.0),
         heads=2,
         classes=2,
         modalities=2,

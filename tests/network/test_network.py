@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from builders import configuration, network, options
+from builders import configuration, network, options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_cases import DESIGNS, batch, config
@@ -83,7 +83,7 @@ def test_gradients_reach_every_parameter_and_none_comes_from_the_teacher() -> No
 
 
 def test_no_decoder_that_no_loss_needs() -> None:
-    net = network(options(fusion="mean", width_factor=1.0, modality_decoder_weight=0.0, soft_label="none"))
+    net = network(options_with(fusion="mean", width_factor=1.0, modality_decoder_weight=0.0, soft_label="none"))
     assert net.modality_decoder is None
     out = net(batch((16, 16, 16)), return_aux=True)
     assert out.modality is None
@@ -158,7 +158,7 @@ def test_one_modality_is_refused() -> None:
 
 def test_unknown_fusion_lists_the_designs() -> None:
     with pytest.raises(ValueError, match="region_aware"):
-        network(options(fusion="nope"))
+        network(options_with(fusion="nope"))
 
 
 def test_decoders_work_at_a_share_of_the_encoders_width() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from builders import configuration, network, options
+from builders import configuration, network, options_with
 from network_cases import DESIGNS, LAYOUTS, batch, config
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -144,7 +144,7 @@ def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
     """With stock widths: one of four modalities at most 0.45 of all four, 15 subsets at most 4 full predictions."""
     plan = configuration((32, 32, 32), stages=4, widths=[32, 64, 128, 256])
     plan["architecture"]["arch_kwargs"].update(n_conv_per_stage=[2] * 4, n_conv_per_stage_decoder=[2] * 3)
-    net = build_network(ConfigurationManager(plan), options(fusion=fusion), 4, 3, 4, False).eval()
+    net = build_network(ConfigurationManager(plan), options_with(fusion=fusion), 4, 3, 4, False).eval()
     x = batch((32, 32, 32), size=1)
 
     def flops(function: Callable[[], object]) -> int:

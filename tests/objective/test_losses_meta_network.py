@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import options
+from builders import options_with
 from loss_cases import bools, randn
 
 from nnunetv2_mgml.objective import Options
@@ -15,7 +15,7 @@ def count(network: MetaNetwork) -> int:
 
 @pytest.mark.parametrize("reading", ["paper", "reference"])
 def test_published_layers_and_start_values(reading: str) -> None:
-    network = build_meta_network(options(reading=reading), 4, 4)
+    network = build_meta_network(options_with(reading=reading), 4, 4)
     assert count(network) == 1413
     start = network(torch.full((3, 4, 4), 0.25), torch.ones(3, 4).bool())
     for name, value, tolerance in (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import options
+from builders import options_with
 from loss_cases import bools, labels_of, nnunet_loss, randn
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
@@ -34,7 +34,7 @@ class Step:
         mask: torch.Tensor = MASK,
     ) -> None:
         torch.manual_seed(seed)
-        self.config = options(complete_view_weight=0.0).updated(changes or {})
+        self.config = options_with(complete_view_weight=0.0).updated(changes or {})
         batch, heads = len(available), K - 1 if regions else K
         self.student = [
             randn(batch, heads, *(n // 2**s for n in shape), seed=s).requires_grad_() for s in range(2 if deep else 1)
@@ -304,9 +304,9 @@ def test_configuration_errors_name_the_fix() -> None:
     with pytest.raises(ValueError, match="needs a MetaNetwork"):
         MGMLLoss(Options(), stock, regions=True, num_classes=K)
     with pytest.raises(ValueError, match="uses no MetaNetwork"):
-        MGMLLoss(options(soft_label="mean"), stock, regions=True, num_classes=K, meta_network=meta)
+        MGMLLoss(options_with(soft_label="mean"), stock, regions=True, num_classes=K, meta_network=meta)
     with pytest.raises(ValueError, match="soft_label=mean needs reading=ours; got reading=paper"):
-        MGMLLoss(options(soft_label="mean", reading="paper"), stock, regions=True, num_classes=K)
+        MGMLLoss(options_with(soft_label="mean", reading="paper"), stock, regions=True, num_classes=K)
     step = Step()
     for missing, message in (
         ({"modality": None}, "modality logits"),

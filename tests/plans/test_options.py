@@ -9,13 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from builders import options
+from builders import options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.objective.flat import MGMLConfig
 from nnunetv2_mgml.plans import options as module
-from nnunetv2_mgml.plans.flat import MGMLConfig
 from nnunetv2_mgml.plans.options import (
     PLANS_KEY,
     NetworkOptions,
@@ -147,11 +147,11 @@ def test_options_of_the_fusion_design_a_trainer_fixes():
         ({"fusion_options": {"full_resolution_regions": False}}, False),
     ):
         config = Options().updated({**planned, "num_epochs": 7}).overridden(fixed)
-        assert config == options(
+        assert config == options_with(
             fusion="region_aware", fusion_options={"full_resolution_regions": expected}, soft_label="none", num_epochs=7
         )
         assert config.overridden(fixed) == config
-    kept = options(fusion="sfusion", fusion_options={"depth": 2})
+    kept = options_with(fusion="sfusion", fusion_options={"depth": 2})
     assert kept.overridden({"soft_label": "none"}).network.fusion_options == {"depth": 2}
     with pytest.raises(ValueError, match="Unknown option tau"):
         kept.overridden({"tau": 3})
@@ -202,18 +202,18 @@ def test_names_are_unique_over_all_groups():
 
 def test_attributes_of_nnunets_trainer_are_those_that_are_set():
     assert Options().training.trainer_attributes() == {}
-    changed = options(num_epochs=3, weight_decay=0.0, seed=1)
+    changed = options_with(num_epochs=3, weight_decay=0.0, seed=1)
     assert changed.training.trainer_attributes() == {"num_epochs": 3, "weight_decay": 0.0}
     assert set(TrainerAttributes.names()) < set(type(changed.training).names())
 
 
 def test_differences_of_two_groups():
-    before, now = options(fusion="mean", seed=1), options(fusion="concat", decoder_convs=2, seed=2)
+    before, now = options_with(fusion="mean", seed=1), options_with(fusion="concat", decoder_convs=2, seed=2)
     assert differences(before.network, now.network) == [
         "fusion was 'mean', is now 'concat'",
         "decoder_convs was 1, is now 2",
     ]
-    assert options(seed=1).network == options(seed=2).network
+    assert options_with(seed=1).network == options_with(seed=2).network
 
 
 def test_plans_of_a_term_that_is_not_installed_say_so():
@@ -254,7 +254,9 @@ def test_options_cannot_be_read_before_the_terms_are_known(monkeypatch):
 
 def test_presets():
     assert preset("paper") == PAPER
-    assert options(**{k: v for k, v in PAPER.items() if k in Options.names()}).updated(preset("nnunet")) == Options()
+    assert (
+        options_with(**{k: v for k, v in PAPER.items() if k in Options.names()}).updated(preset("nnunet")) == Options()
+    )
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
         preset("nnU-Net")
 

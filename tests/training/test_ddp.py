@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import network, options
+from builders import network, options_with
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -18,7 +18,7 @@ from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
 from nnunetv2_mgml.training.rebalancing import ModalityBalance
 
 WORLD = 2
-CONFIG = options(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
+CONFIG = options_with(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
 
 
 def gradients(samples: slice, distributed: bool) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_trainer, options, plans, write_dataset
+from builders import make_trainer, options_with, plans, write_dataset
 
 from nnunetv2_mgml.commands.plan import make_plans
 from nnunetv2_mgml.network.fusion import fusion_designs
@@ -77,7 +77,7 @@ def test_the_log_names_dropped_options(nnunet_folders: Path) -> None:
 
 
 def test_notes_only_where_there_is_something_to_say() -> None:
-    planned = options(fusion="mmformer", fusion_options={"depth": 2}, seed=3)
+    planned = options_with(fusion="mmformer", fusion_options={"depth": 2}, seed=3)
     assert run_notes("T", planned, {"fusion": "mmformer"}, 0) == []
     assert run_notes("T", planned, {"soft_label": "none"}, 0) == []
     (note,) = run_notes("T", planned, {}, 4)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, make_trainer, network, options, plans, write_dataset
+from builders import BRATS_JSON, make_trainer, network, options_with, plans, write_dataset
 from torch import distributed as dist
 from training_cases import run_until_epoch, synthetic_batch
 
@@ -35,7 +35,7 @@ def image() -> torch.Tensor:
 
 @pytest.mark.parametrize("fusion", ["mean", "concat", "region_aware"])
 def test_students_see_one_modality_and_the_teacher_all_that_exist(fusion: str) -> None:
-    net = network(options(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
+    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
     x = image()
     with torch.no_grad():
         out = net(x, modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True, with_single=True)
@@ -65,7 +65,7 @@ def test_without_a_teacher_pass_the_prediction_itself_teaches() -> None:
 @pytest.mark.parametrize("fusion", [*fusion_designs()])
 def test_not_asked_for_changes_nothing(fusion: str) -> None:
     """The other outputs have the same bits with and without the single passes, which come last."""
-    net = network(options(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
+    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
     arguments = dict(modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True)
     torch.manual_seed(0)
     plain = net(image(), **arguments)
@@ -110,7 +110,7 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
 def test_forward_compiles_as_one_graph_for_all_masks(fusion: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    net = network(options(fusion=fusion, width_factor=1.0), deep_supervision=True)
+    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)

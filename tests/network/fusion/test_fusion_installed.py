@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import network, options
+from builders import network, options_with
 
 from nnunetv2_mgml.network.fusion import base, find_design, fusion_designs
 from nnunetv2_mgml.network.fusion.installed import GROUP
@@ -52,7 +52,7 @@ def test_the_documented_design_as_a_package_of_its_own(fresh: Path, monkeypatch:
     install(fresh, "my-fusion", {"gated": "my_fusion:GatedFusion"}, recipe())
     monkeypatch.delitem(sys.modules, "my_fusion", raising=False)
     assert set(fusion_designs()) == OWN | {"gated"}
-    net = network(options(fusion="gated", fusion_options={"sharpness": 2.0}, width_factor=1.0), modalities=3)
+    net = network(options_with(fusion="gated", fusion_options={"sharpness": 2.0}, width_factor=1.0), modalities=3)
     x, mask = torch.randn(2, 3, 16, 16, 16), torch.tensor([[True, False, True], [False, True, False]])
     net(x, modality_mask=mask).square().mean().backward()
     assert all(gate.grad.abs().max() > 0 for gate in net.fusion.gates)

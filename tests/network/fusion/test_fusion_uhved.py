@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from builders import network, options
+from builders import network, options_with
 from fusion_cases import make_design, make_pass, make_spec, run, take_modalities
 from torch.distributions import Normal, kl_divergence
 
@@ -113,7 +113,7 @@ def test_samples_in_training_only() -> None:
 
 def test_log_variance_starts_below_the_prior() -> None:
     """Also after the network's own weight initialisation."""
-    net = network(options(fusion="uhved", width_factor=1.0))
+    net = network(options_with(fusion="uhved", width_factor=1.0))
     for head in net.fusion.scales:
         mean_bias, log_variance_bias = head.bias.unflatten(0, (4, 2, -1)).unbind(1)
         assert (mean_bias == 0).all()
@@ -159,7 +159,7 @@ def test_reconstruction_trains_and_costs_nothing_when_off(patch: tuple[int, ...]
     torch.manual_seed(0)
     on, off = (
         network(
-            options(fusion="uhved", fusion_options={"reconstruction_weight": weight}, width_factor=1.0),
+            options_with(fusion="uhved", fusion_options={"reconstruction_weight": weight}, width_factor=1.0),
             modalities=3,
             patch=patch,
             deep_supervision=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nnunetv2_mgml.plans.options import Options
+from nnunetv2_mgml.objective import Options
 
 
 class MGMLConfig(Options):
