@@ -101,7 +101,9 @@ MOVED: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, str] = {}
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
-GONE: dict[str, str] = {}
+GONE: dict[str, str] = {
+    "planning.PRESETS": "nnunetv2_mgml.plans.presets.preset(name) returns what a preset sets.",
+}
 """Module or name of 0.1.0 that has no successor of the same meaning -> what to use instead, a sentence."""
 
 

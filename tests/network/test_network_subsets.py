@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from builders import configuration, network, options_with
+from builders import configuration, network
 from network_cases import DESIGNS, LAYOUTS, batch, config
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_mgml.inference.subsets.predictor import ManySubsets
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
 from nnunetv2_mgml.network.outputs import TrainingOutput
+from nnunetv2_mgml.plans.options import NetworkOptions
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,7 +146,7 @@ def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
     """With stock widths: one of four modalities at most 0.45 of all four, 15 subsets at most 4 full predictions."""
     plan = configuration((32, 32, 32), stages=4, widths=[32, 64, 128, 256])
     plan["architecture"]["arch_kwargs"].update(n_conv_per_stage=[2] * 4, n_conv_per_stage_decoder=[2] * 3)
-    net = build_network(ConfigurationManager(plan), options_with(fusion=fusion), 4, 3, 4, False).eval()
+    net = build_network(ConfigurationManager(plan), NetworkOptions(fusion=fusion), 4, 3, 4, False, Needs()).eval()
     x = batch((32, 32, 32), size=1)
 
     def flops(function: Callable[[], object]) -> int:

@@ -254,9 +254,8 @@ def test_options_cannot_be_read_before_the_terms_are_known(monkeypatch):
 
 def test_presets():
     assert preset("paper") == PAPER
-    assert (
-        options_with(**{k: v for k, v in PAPER.items() if k in Options.names()}).updated(preset("nnunet")) == Options()
-    )
+    papers = options_with(**{name: value for name, value in PAPER.items() if name in Options.names()})
+    assert papers.updated(preset("nnunet")) == Options()
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
         preset("nnU-Net")
 
