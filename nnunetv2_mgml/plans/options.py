@@ -372,12 +372,15 @@ class Options:
         }
 
 
+def differing(before: OptionGroup, now: OptionGroup) -> list[str]:
+    """Return the names of the options in which two groups of a kind differ."""
+    return [name for name in now.names() if getattr(before, name) != getattr(now, name)]
+
+
 def differences(before: OptionGroup, now: OptionGroup) -> list[str]:
     """Return one readable entry per option in which two groups of a kind differ."""
     return [
-        f"{name} was {getattr(before, name)!r}, is now {getattr(now, name)!r}"
-        for name in now.names()
-        if getattr(before, name) != getattr(now, name)
+        f"{name} was {getattr(before, name)!r}, is now {getattr(now, name)!r}" for name in differing(before, now)
     ]
 
 

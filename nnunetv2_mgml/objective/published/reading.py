@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nnunetv2_mgml.objective.base import OURS, register_options
 from nnunetv2_mgml.plans.options import OptionGroup, Options, option
 
 _ALLOWED = {
@@ -14,21 +15,22 @@ _ALLOWED = {
 """What the published readings have of options with choices of ours."""
 
 
+@register_options
 @dataclass(frozen=True)
 class ReadingOptions(OptionGroup):
     """Which form of the terms is computed."""
 
     reading: str = option(
-        "ours",
+        OURS,
         "ours; paper: the text taken literally; reference: what the published code does. "
         "The last two are for reproduction, without soft_label=mean, teaching=better and "
         "rebalancing",
-        choices=("ours", "paper", "reference"),
+        choices=(OURS, "paper", "reference"),
     )
 
     def check(self, options: Options) -> None:
         """Refuse, in a published reading, what was not published."""
-        for name, allowed in _ALLOWED.items() if self.reading != "ours" else ():
+        for name, allowed in _ALLOWED.items() if self.reading != OURS else ():
             if options.value(name) not in allowed:
                 raise ValueError(
                     f"{name}={options.value(name)} needs reading=ours; got reading={self.reading}, which "

@@ -1,10 +1,30 @@
-"""Soft label."""
+"""Meta-AMF (section 3.2, eq. 1-8): every modality alone learns from the fusion of all, the soft label.
+
+Equations: `meta_network` (1-2), `adaptive_fusion` (3-5), `voxel_masking` (6), `distillation` (7-8).
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from nnunetv2_mgml.plans.options import OptionGroup, option
+import torch
+from torch import nn
+
+from nnunetv2_mgml.network.interface import Needs, bare
+from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
+from nnunetv2_mgml.objective.base import Progress, SharedOptions, Term, TermSpec, TermValue, register
+from nnunetv2_mgml.objective.distillation import soft_label_loss
+from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
+from nnunetv2_mgml.objective.segmentation import class_mass, segmentation_of_log_probabilities
+from nnunetv2_mgml.objective.step import Step
+from nnunetv2_mgml.objective.tensors import no_autocast
+from nnunetv2_mgml.objective.voxel_masking import keep_map
+from nnunetv2_mgml.plans.options import OptionGroup, Options, option
+
+_NO_PARAMETERS_CONFIDENCE = 0.5  # a mean has no w_f; at 0.5 the dropped share is mask_ratio itself
 
 
 @dataclass(frozen=True)
@@ -63,3 +83,139 @@ class SoftLabelOptions(OptionGroup):
     def has_meta_network(self) -> bool:
         """Whether the soft label's parameters are predicted by a MetaNetwork."""
         return self.on and self.soft_label == "meta_amf"
+
+
+class Fused(NamedTuple):
+    """A soft label before its softmax."""
+
+    scores: torch.Tensor
+    """``S``, log-scores ``(B, K, *spatial)``; ``softmax(S / tau)`` is the soft label."""
+    w_f: torch.Tensor
+    """``(B,)``, how confident the fusion is."""
+    parameters: MetaParameters | None
+    """What it was fused with; None for a mean."""
+
+
+@register
+class SoftLabel(Term):
+    """Trains the encoders and the shared decoder; beside them, and through nothing else, the MetaNetwork, its own."""
+
+    name = "soft_label"
+    order = 50
+    summary = "distillation from the fusion of all modalities' predictions (Meta-AMF, eq. 1-8)"
+    option_group = SoftLabelOptions
+
+    def __init__(self, spec: TermSpec) -> None:
+        super().__init__(spec)
+        self.options = spec.options.objective[SoftLabelOptions]
+        shared = spec.options.objective[SharedOptions]
+        self.temperature = shared.temperature
+        self.only_where_better = shared.teaching == "better"
+        self.meta_network: nn.Module | None = None
+        if self.options.has_meta_network:
+            self.meta_network = self.build_meta_network()
+            self.optimizer = torch.optim.Adam(self.meta_network.parameters(), self.options.meta_lr)
+
+    @classmethod
+    def active(cls, options: Options) -> bool:
+        """With a soft label and a weight."""
+        return options.objective[SoftLabelOptions].on
+
+    @classmethod
+    def needs(cls, options: Options) -> Needs:
+        """See `Term.needs`."""
+        return Needs(modality=True)
+
+    def build_meta_network(self) -> MetaNetwork:
+        """Return a new MetaNetwork."""
+        sharpness = (self.options.sharpness_min, self.options.sharpness_max)
+        return MetaNetwork(self.spec.num_modalities, self.spec.num_classes, self.options.meta_hidden, sharpness)
+
+    def present(self, step: Step) -> torch.Tensor:
+        """Return which (sample, modality) pairs take part, ``(B, M)`` bool."""
+        return step.available
+
+    def parameters_of(self, step: Step) -> MetaParameters:
+        """Return the fusion's parameters: the MetaNetwork's, or fixed ones."""
+        means = step.mean_probabilities
+        if self.meta_network is None:
+            return MetaParameters.fixed(
+                len(means), self.options.fixed_confidence, self.options.fixed_sharpness, means.device
+            )
+        return self.meta_network(self.meta_input(means), self.present(step))
+
+    def meta_input(self, means: torch.Tensor) -> torch.Tensor:
+        """Return what the MetaNetwork sees of the mean probabilities ``(B, M, K)``: no gradient passes."""
+        return means.detach()
+
+    def fuse(self, step: Step) -> Fused:
+        """Return the soft label of a step, which needs the shared decoder's predictions only."""
+        if self.options.soft_label == "mean":
+            scores = mean_fusion(step.log_probabilities, self.present(step), normalised=True)
+            return Fused(scores, torch.full_like(step.mean_probabilities[:, 0, 0], _NO_PARAMETERS_CONFIDENCE), None)
+        parameters = self.parameters_of(step)
+        scores = adaptive_fusion(step.log_probabilities, self.present(step), parameters, normalised=True)
+        return Fused(scores, parameters.w_f, parameters)
+
+    def forward(self, step: Step) -> TermValue:
+        """See `Term.forward`."""
+        with no_autocast(step.log_probabilities):
+            present = self.present(step)
+            fused = self.fuse(step)
+            log_soft = fused.scores.log_softmax(1)[:, None]
+            keep = keep_map(log_soft[:, 0].detach().exp(), fused.w_f, self.options.mask_ratio, self.options.mask_mode)
+            trains_meta = self.meta_network is not None and self.options.meta_objective == "soft_label"
+            loss = soft_label_loss(
+                step.log_probabilities,
+                fused.scores,
+                present,
+                keep,
+                self.temperature,
+                step.valid,
+                train_target=trains_meta,
+                labels=step.labels if self.only_where_better else None,
+            )
+            parts, total = {"soft_label": loss}, self.weighted(loss, step)
+            if self.meta_network is not None and not trains_meta:
+                parts["meta"] = self._loss_of_soft_label(log_soft, step)
+                total = total + parts["meta"]
+            return TermValue(total, parts, self.noted(fused.parameters))
+
+    def _loss_of_soft_label(self, log_soft: torch.Tensor, step: Step) -> torch.Tensor:
+        """L_meta: Dice + cross-entropy of the soft label; only the fusion's parameters get a gradient from it."""
+        return segmentation_of_log_probabilities(
+            log_soft,
+            class_mass(log_soft, step.valid),
+            step.labels,
+            step.valid,
+            torch.ones_like(step.available[:, :1]),
+            self.spec.batch_dice,
+        )
+
+    def weighted(self, loss: torch.Tensor, step: Step) -> torch.Tensor:
+        """Return the distillation loss as it enters the total."""
+        return step.ramp * self.options.soft_label_weight * loss
+
+    def noted(self, parameters: MetaParameters | None) -> dict[str, torch.Tensor]:
+        """Return the batch means of what the MetaNetwork said, for the log."""
+        if self.meta_network is None or parameters is None:
+            return {}
+        return {name: value.mean() for name, value in parameters._asdict().items()}
+
+    def begin_epoch(self, progress: Progress) -> None:
+        """Put the MetaNetwork's learning rate on the same poly schedule as the network's."""
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["lr"] = self.options.meta_lr * (1 - progress.epoch / progress.num_epochs) ** 0.9
+
+    def training_state(self) -> dict[str, Any]:
+        """See `Term.training_state`."""
+        if self.meta_network is None or self.optimizer is None:
+            return {}
+        return {"meta_network": bare(self.meta_network).state_dict(), "meta_optimizer": self.optimizer.state_dict()}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """See `Term.load_training_state`."""
+        if self.meta_network is not None and self.optimizer is not None:
+            bare(self.meta_network).load_state_dict(state["meta_network"])
+            # a copy, since on a CPU the optimiser would keep the tensors, and with them the mapped file
+            self.optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
