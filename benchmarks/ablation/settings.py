@@ -10,7 +10,8 @@ from typing import Any
 
 from nnunetv2_mgml.commands.plan import NNUNET_KEYS
 from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
-from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+from nnunetv2_mgml.training import TRAINERS
+from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -61,7 +62,7 @@ class Run:
         return json.loads(
             json.dumps(
                 {
-                    "is_mgml": issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML),
+                    "is_mgml": not issubclass(TRAINERS[self.trainer], nnUNetTrainerModalityDropout),
                     "config": self.config.as_dict(),
                     "plan": plan,
                     "dataset": self.dataset_settings,

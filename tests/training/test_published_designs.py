@@ -13,11 +13,11 @@ from builders import make_trainer, plans, write_dataset
 from nnunetv2_mgml.commands.plan import make_plans
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig, parse_assignments
-from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, published_designs
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, nnUNetTrainermmFormer
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.variants import nnUNetTrainerMGML_baseline
 
-NAMED = {name: trainer for name, trainer in TRAINERS.items() if trainer.__module__ == published_designs.__name__}
+NAMED = {name: trainer for name, trainer in TRAINERS.items() if "fusion" in trainer.config_overrides}
 PLANNED: list[dict[str, Any]] = [
     {},
     {"fusion": "sfusion", "fusion_options": {"depth": 2, "grid": 4}},
@@ -68,7 +68,7 @@ def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict
 
 def test_the_log_names_dropped_options(nnunet_folders: Path) -> None:
     options = {"fusion": "sfusion", "fusion_options": {"depth": 2, "grid": 4}}
-    trainer = make_trainer(published_designs.nnUNetTrainermmFormer, write_dataset(nnunet_folders), options)
+    trainer = make_trainer(nnUNetTrainermmFormer, write_dataset(nnunet_folders), options)
     trainer.initialize()
     log = Path(trainer.log_file).read_text()
     assert "{'depth': 2, 'grid': 4} were set for sfusion and are not used" in log
