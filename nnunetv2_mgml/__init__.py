@@ -1,6 +1,107 @@
 """nnunetv2_mgml: an nnU-Net v2 plugin for segmentation when imaging modalities are missing.
 
-Importing the package imports neither torch nor nnU-Net.
+The names in ``__all__`` are the public ones. Each is imported when it is first used, so that importing the package
+imports neither torch nor nnU-Net, and costs next to nothing.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False  # type checkers know the name; importing typing for it would cost most of our start-up
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
+    from nnunetv2_mgml.dataset_conversion.back import convert_back
+    from nnunetv2_mgml.dataset_conversion.convert import convert_brats
+    from nnunetv2_mgml.inference.predictor import MGMLPredictor
+    from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec
+    from nnunetv2_mgml.network.fusion.base import register as register_fusion
+    from nnunetv2_mgml.phantom.files import write_phantoms
+    from nnunetv2_mgml.presentation.figures.qualitative import qualitative_sheet
+    from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
+    from nnunetv2_mgml.presentation.figures.style import save as save_figure
+    from nnunetv2_mgml.scoring.evaluate import evaluate_predictions
+    from nnunetv2_mgml.scoring.metrics.base import Metric
+    from nnunetv2_mgml.scoring.metrics.base import register as register_metric
+    from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
+    from nnunetv2_mgml.scoring.statistics import compare_evaluations
+    from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "Evaluation",
+    "FusedScale",
+    "FusionDesign",
+    "FusionSpec",
+    "MGMLPredictor",
+    "Metric",
+    "compare_evaluations",
+    "convert_back",
+    "convert_brats",
+    "evaluate_predictions",
+    "load_evaluation",
+    "nnUNetTrainerMGML",
+    "qualitative_sheet",
+    "read_axial",
+    "register_fusion",
+    "register_metric",
+    "save_figure",
+    "telling_slice",
+    "write_phantoms",
+]
+
+_PLACES = {
+    "Evaluation": "scoring.results",
+    "FusedScale": "network.fusion.base",
+    "FusionDesign": "network.fusion.base",
+    "FusionSpec": "network.fusion.base",
+    "MGMLPredictor": "inference.predictor",
+    "Metric": "scoring.metrics.base",
+    "compare_evaluations": "scoring.statistics",
+    "convert_back": "dataset_conversion.back",
+    "convert_brats": "dataset_conversion.convert",
+    "evaluate_predictions": "scoring.evaluate",
+    "load_evaluation": "scoring.results",
+    "nnUNetTrainerMGML": "training.trainer",
+    "qualitative_sheet": "presentation.figures.qualitative",
+    "read_axial": "presentation.figures.slices",
+    "register_fusion": "network.fusion.base:register",
+    "register_metric": "scoring.metrics.base:register",
+    "save_figure": "presentation.figures.style:save",
+    "telling_slice": "presentation.figures.slices",
+    "write_phantoms": "phantom.files",
+}
+"""Public name -> the module that has it, and behind a colon what it is called there."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, _, attribute = _PLACES[name].partition(":")
+    value: object = getattr(import_module(f"{__name__}.{module}"), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _OldPaths:
+    """Asks `nnunetv2_mgml._moved` for modules of this package that every other finder has missed."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the spec of a module that has moved, else None; see `importlib.abc.MetaPathFinder`."""
+        if not name.startswith(f"{__name__}."):
+            return None
+        from nnunetv2_mgml import _moved
+
+        return _moved.find_spec(name)
+
+
+sys.meta_path.append(_OldPaths)

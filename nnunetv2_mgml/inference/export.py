@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import Any
 
 import numpy as np
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_mgml.io.files import scratch
 
 
 def export_case(
@@ -35,16 +36,16 @@ def export_case(
     segmentation = name + dataset_json["file_ending"]
     if folder:
         os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder or ".") as scratch:
+    with scratch(folder or os.curdir) as temporary:
         export_prediction_from_logits(
             logits,
             properties,
             configuration_manager,
             plans_manager,
             dataset_json,
-            os.path.join(scratch, name),
+            os.path.join(temporary, name),
             save_probabilities,
         )
         # The segmentation last: --continue_prediction takes it as the sign that the case is done.
-        for written in sorted(os.listdir(scratch), key=lambda entry: entry == segmentation):
-            os.replace(os.path.join(scratch, written), os.path.join(folder, written))
+        for written in sorted(os.listdir(temporary), key=lambda entry: entry == segmentation):
+            os.replace(os.path.join(temporary, written), os.path.join(folder, written))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_mgml.io.files import replacing_folder
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 from nnunetv2_mgml.phantom.case import make_case
 from nnunetv2_mgml.phantom.difficulty import Difficulty
@@ -72,16 +71,12 @@ def write_phantoms(
 def _write_case(folder: Path, volumes: dict[str, np.ndarray], spacing: Sequence[float]) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} exists. Choose another folder for the phantoms, or remove it.")
-    temporary = folder.with_name(f".{folder.name}.incomplete-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(folder) as temporary:
         for name, array in volumes.items():
             image = sitk.GetImageFromArray(array)
             image.SetSpacing([float(s) for s in reversed(spacing)])
             # BraTS puts the first voxel at the back; ITK's y axis points there.
             image.SetOrigin((0.0, -(array.shape[1] - 1) * float(spacing[1]), 0.0))
             sitk.WriteImage(image, str(temporary / f"{name}.nii.gz"), True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder

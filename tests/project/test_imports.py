@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "io": {"modalities"},
     "plans": {"modalities", "io"},
     "upstream": {"modalities", "io", "plans"},
-    "phantom": {"modalities"},
+    "phantom": {"modalities", "io"},
     "dataset_conversion": FOUNDATION,
     "dataloading": FOUNDATION,
     "network": FOUNDATION,
