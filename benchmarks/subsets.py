@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nnunetv2_mgml.commands.main import main as mgml
-from nnunetv2_mgml.inference.model_check import bare
+from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.modalities import Subset, all_subsets
 

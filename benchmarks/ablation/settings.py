@@ -11,7 +11,8 @@ from typing import Any
 from nnunetv2_mgml.commands.plan import NNUNET_KEYS
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import PLANS_KEY
-from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+from nnunetv2_mgml.training import TRAINERS
+from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -62,7 +63,7 @@ class Run:
         return json.loads(
             json.dumps(
                 {
-                    "is_mgml": issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML),
+                    "is_mgml": not issubclass(TRAINERS[self.trainer], nnUNetTrainerModalityDropout),
                     "config": self.config.as_dict(),
                     "plan": plan,
                     "dataset": self.dataset_settings,

@@ -128,6 +128,20 @@ class SubsetNetwork(Protocol):
             ValueError: wrong shape or dtype, or a sample without any modality.
         """
 
+    def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
+        """Return the features of the modalities, on which every subset is decoded.
+
+        Args:
+            x: ``(B, M + P, *spatial)``.
+            subset: the modalities whose features are wanted; None: all.
+
+        Returns:
+            Per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
+        """
+
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor) -> torch.Tensor:
+        """Return logits ``(B, S, R, *spatial)`` for every sample and subset ``(S, M)``."""
+
 
 def bare(network: nn.Module) -> nn.Module:
     """Return the network without the wrappers of ``torch.compile`` and DistributedDataParallel."""

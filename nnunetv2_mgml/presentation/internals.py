@@ -18,7 +18,7 @@ import torch
 
 from nnunetv2_mgml.inference.arguments import check_device
 from nnunetv2_mgml.inference.inputs import Case, CaseError
-from nnunetv2_mgml.inference.model_check import bare
+from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.preprocessing import Item, prepare_case
 from nnunetv2_mgml.io.complete import check_complete

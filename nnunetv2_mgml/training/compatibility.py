@@ -45,3 +45,11 @@ def refuse_other_network(model_folder: Path, own_fold: str, plans: dict[str, Any
             f"{'; '.join(differences)}. Training here would make it unusable. Give the new plans a name "
             f"of their own: mgml plan --plans_name."
         )
+
+
+def cannot_resume(option: str, stored: Any, now: Any) -> ValueError:
+    """Return the error for a checkpoint that cannot be resumed, as an option it depends on was another then."""
+    return ValueError(
+        f"The checkpoint was trained with {option}={stored}, this trainer has {option}={now}; use the same plans and "
+        f"trainer."
+    )

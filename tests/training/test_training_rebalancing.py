@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, make_trainer, network, options_with, plans, write_dataset
+from builders import BRATS_JSON, make_trainer, network, plans, write_dataset
 from torch import distributed as dist
 from training_cases import run_until_epoch, synthetic_batch
 
 from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.rebalancing import ModalityBalance, updated_beta
@@ -35,7 +36,7 @@ def image() -> torch.Tensor:
 
 @pytest.mark.parametrize("fusion", ["mean", "concat", "region_aware"])
 def test_students_see_one_modality_and_the_teacher_all_that_exist(fusion: str) -> None:
-    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
+    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
     x = image()
     with torch.no_grad():
         out = net(x, modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True, with_single=True)
@@ -65,7 +66,7 @@ def test_without_a_teacher_pass_the_prediction_itself_teaches() -> None:
 @pytest.mark.parametrize("fusion", [*fusion_designs()])
 def test_not_asked_for_changes_nothing(fusion: str) -> None:
     """The other outputs have the same bits with and without the single passes, which come last."""
-    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
+    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
     arguments = dict(modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True)
     torch.manual_seed(0)
     plain = net(image(), **arguments)
@@ -110,7 +111,7 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
 def test_forward_compiles_as_one_graph_for_all_masks(fusion: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True)
+    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
@@ -250,16 +251,16 @@ def test_a_step_moves_every_weight(name: str, nnunet_folders: Path) -> None:
     before = {key: p.clone() for key, p in trainer.network.named_parameters()}
     batch = synthetic_batch(trainer)
     batch["available"] = torch.tensor([[True, False, True, True], [True, True, True, False]])
-    batch["modality_mask"] &= batch["available"]
-    if trainer.options.sampling.mask_sampling == "fixed":
-        batch["modality_mask"] = batch["available"]
+    batch["visible"] &= batch["available"]
+    if trainer.config.mask_sampling == "fixed":
+        batch["visible"] = batch["available"]
     result = trainer.train_step(batch)
     assert {"train_distillation", "train_prototype", "train_modality"} <= set(result)
     assert all(np.isfinite(value) for value in result.values())
     stuck = {key for key, p in trainer.network.named_parameters() if p.ndim > 1 and torch.equal(p, before[key])}
     assert stuck <= {"decoder.seg_layers.0.weight"}
-    assert trainer.balance._sums[1].tolist() == [2, 1, 2, 1]
-    assert (trainer.balance._sums[0] > 0).all()
+    assert trainer.learner.balance._sums[1].tolist() == [2, 1, 2, 1]
+    assert (trainer.learner.balance._sums[0] > 0).all()
 
 
 def test_no_teacher_pass_where_it_would_see_what_the_student_sees(
@@ -270,10 +271,10 @@ def test_no_teacher_pass_where_it_would_see_what_the_student_sees(
         nnUNetTrainerMGML, write_dataset(nnunet_folders), {"rebalancing": "passion", "mask_sampling": "fixed"}
     )
     trainer.initialize()
-    assert trainer.options.value("consistency_weight") > 0
+    assert trainer.config.consistency_weight > 0
     monkeypatch.setattr(trainer.bare_network, "_teach", lambda *_: pytest.fail("a teacher pass was run"))
     batch = synthetic_batch(trainer)
-    batch["available"] = batch["modality_mask"]
+    batch["available"] = batch["visible"]
     result = trainer.train_step(batch)
     assert "train_consistency" not in result
     assert np.isfinite(result["loss"])
@@ -304,13 +305,13 @@ def test_a_run_logs_the_weights_and_resumes_exactly(nnunet_folders: Path, monkey
     options = {**PASSION, "save_every": 1, "rebalancing_rate": 0.5}
     whole = make_trainer(nnUNetTrainerMGML, plans_dict, options)
     whole.run_training()
-    assert whole.balance.count_weights.tolist() == [1, 1, 1, 2]
+    assert whole.learner.balance.count_weights.tolist() == [1, 1, 1, 2]
     rows = read_log(Path(whole.output_folder) / LOG_NAME)
     for name in CHANNELS:
-        assert rows[-1][f"balance_{name}"] == pytest.approx(float(whole.balance.beta[CHANNELS.index(name)]))
+        assert rows[-1][f"balance_{name}"] == pytest.approx(float(whole.learner.balance.beta[CHANNELS.index(name)]))
         assert rows[0][f"distance_{name}"] > 0
-    assert whole.balance.beta.square().mean().item() == pytest.approx(1)
-    assert not torch.allclose(whole.balance.beta, torch.ones(4).double())
+    assert whole.learner.balance.beta.square().mean().item() == pytest.approx(1)
+    assert not torch.allclose(whole.learner.balance.beta, torch.ones(4).double())
     assert {"train_distillation", "train_prototype"} <= set(rows[-1])
 
     monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
@@ -318,9 +319,9 @@ def test_a_run_logs_the_weights_and_resumes_exactly(nnunet_folders: Path, monkey
     run_until_epoch(first, 2, monkeypatch)
     second = make_trainer(nnUNetTrainerMGML, plans_dict, options, resume=True)
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-    assert torch.equal(second.balance.beta, first.balance.beta)
+    assert torch.equal(second.learner.balance.beta, first.learner.balance.beta)
     second.run_training()
-    assert torch.equal(second.balance.beta, whole.balance.beta)
+    assert torch.equal(second.learner.balance.beta, whole.learner.balance.beta)
     for name, value in whole.network.state_dict().items():
         assert torch.equal(second.network.state_dict()[name], value), name
 
@@ -342,10 +343,13 @@ def test_a_checkpoint_without_balance_is_refused(nnunet_folders: Path) -> None:
 
 def test_one_more_teacher_pass_only_where_modalities_are_removed(nnunet_folders: Path) -> None:
     plans_dict = write_dataset(nnunet_folders)
-    needs = {
-        name: make_trainer(nnUNetTrainerMGML, plans_dict, options()).needs_teacher for name, options in OPTIONS.items()
-    }
+
+    def needs_teacher(options: dict[str, Any]) -> bool:
+        trainer = make_trainer(nnUNetTrainerMGML, plans_dict, options)
+        trainer.initialize()
+        return trainer.learner.needs_teacher
+
+    needs = {name: needs_teacher(options()) for name, options in OPTIONS.items()}
     assert needs == {"passion": False, "with_mgml": True, "with_teacher_view": True, "random_masks": True}
-    assert make_trainer(nnUNetTrainerMGML, plans_dict).needs_teacher
-    off = {"consistency_weight": 0.0, "complete_view_weight": 0.0}
-    assert not make_trainer(nnUNetTrainerMGML, plans_dict, off).needs_teacher
+    assert needs_teacher({})
+    assert not needs_teacher({"consistency_weight": 0.0, "complete_view_weight": 0.0})

@@ -74,6 +74,12 @@ class FusionDesign(nn.Module):
     """One line with the source, shown by ``mgml info --fusions``."""
     default_options: ClassVar[dict[str, Any]] = {}
     """Options a plan may set through ``fusion_options`` and their defaults."""
+    trainer: ClassVar[str] = ""
+    """Name of the publication, ``"RFNet"``: ``nnUNetTrainerRFNet`` trains the design alone, ``nnUNetTrainerRFNet_MGML``
+    with MGML (see ``training/variants.py``). Empty: no trainers of its own. A subclass does not inherit it."""
+    published_options: ClassVar[dict[str, Any]] = {}
+    """What these trainers fix beside the design, by option name: what the publication has, where it is not a default.
+    ``fusion_options`` among them give way to those that the plans set for this design."""
     weights_depend_on_modality: ClassVar[bool] = False
     """Whether a parameter's shape depends on ``num_modalities``. Without such, hiding a modality must give what a
     network without it gives."""

@@ -65,6 +65,7 @@ class HemisFusion(FusionDesign):
 
     name = "hemis"
     summary = "mean and variance over the available modalities at every scale (HeMIS, MICCAI 2016)"
+    trainer = "HeMIS"
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -68,6 +68,7 @@ class ImFuseFusion(FusionDesign):
 
     name = "imfuse"
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
+    trainer = "IMFuse"
     default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096}
     weights_depend_on_modality = True
     hides_absent = True

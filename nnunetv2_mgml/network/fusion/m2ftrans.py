@@ -91,6 +91,7 @@ class M2FTransFusion(FusionDesign):
 
     name = "m2ftrans"
     summary = "masked fusion tokens at the bottleneck, spatially reweighted skip fusion (M2FTrans, JBHI 2024)"
+    trainer = "M2FTrans"
     default_options: ClassVar[dict[str, Any]] = {
         "depth": 3,
         "heads": 8,

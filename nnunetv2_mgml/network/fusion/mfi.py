@@ -42,6 +42,7 @@ class FeatureInteractionFusion(FusionDesign):
 
     name = "mfi"
     summary = "channel-wise attention between pairs of modalities from pooled features (UNet-MFI, MICCAI 2022)"
+    trainer = "UNetMFI"
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:

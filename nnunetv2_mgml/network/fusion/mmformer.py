@@ -73,6 +73,7 @@ class MmFormerFusion(FusionDesign):
 
     name = "mmformer"
     summary = "transformers within and across modalities at the bottleneck, skip fusion (mmFormer, MICCAI 2022)"
+    trainer = "mmFormer"
     default_options: ClassVar[dict[str, Any]] = {"depth": 1, "heads": 8, "mlp_ratio": 4, "dropout": 0.1}
     weights_depend_on_modality = True
     hides_absent = True

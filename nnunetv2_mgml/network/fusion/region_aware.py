@@ -10,7 +10,7 @@ precision, and the PRM is at least 8 channels wide inside (RFNet: C/4, which is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -101,6 +101,8 @@ class RegionAwareFusion(FusionDesign):
 
     name = "region_aware"
     summary = "class maps weigh the modalities per region, scale by scale (RFNet, ICCV 2021)"
+    trainer = "RFNet"
+    published_options: ClassVar[dict[str, Any]] = {"fusion_options": {"full_resolution_regions": True}}
     default_options = {"full_resolution_regions": False}
     weights_depend_on_modality = True
     hides_absent = True

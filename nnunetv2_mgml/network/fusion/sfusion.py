@@ -57,6 +57,7 @@ class SelfAttentionFusion(FusionDesign):
 
     name = "sfusion"
     summary = "transformer over the available modalities weighs them per voxel and channel (SFusion, MICCAI 2023)"
+    trainer = "SFusion"
     default_options: ClassVar[dict[str, Any]] = {"grid": 8, "depth": 8, "heads": 8, "mlp_ratio": 4, "dropout": 0.1}
     hides_absent = True
 

@@ -86,6 +86,7 @@ class UHvedFusion(FusionDesign):
 
     name = "uhved"
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
+    trainer = "UHVED"
     default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096, "reconstruction_weight": 0.0}
     weights_depend_on_modality = True
     hides_absent = True
