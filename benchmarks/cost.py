@@ -36,10 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.inference.subsets.predictor import ManySubsets
 from nnunetv2_mgml.io.files import write_json, write_text
-from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.objective import MGMLLoss, Options, build_meta_network, needs_of
+from nnunetv2_mgml.objective import Objective, Options, TermSpec, needs_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from builders import configuration
@@ -168,11 +168,8 @@ class Bench:
         self.device = torch.device(args.device)
         plan = plan_of(args)
         options = Options().updated({**DESIGNS[design], "width_factor": args.width_factor, **TERMS[terms]})
-        self.needs = needs_of(options)
-        self.network = build_network(plan, options.network, MODALITIES, REGIONS, CLASSES, True, self.needs).to(
-            self.device
-        )
-        self.meta = build_meta_network(options, MODALITIES, CLASSES)
+        self.network = build_network(plan, options.network, MODALITIES, REGIONS, CLASSES, True, needs_of(options))
+        self.network.to(self.device)
         stock = DC_and_BCE_loss(
             {},
             {"batch_dice": False, "do_bg": True, "smooth": 1e-5, "ddp": False},
@@ -180,13 +177,8 @@ class Bench:
         )
         strides = np.cumprod([np.ravel(s) for s in plan.network_arch_init_kwargs["strides"]], 0)[:-1]
         weights = [0.5**s for s in range(len(strides))]
-        self.loss = MGMLLoss(
-            options,
-            DeepSupervisionWrapper(stock, weights),
-            regions=True,
-            num_classes=CLASSES,
-            meta_network=None if self.meta is None else self.meta.to(self.device),
-        )
+        spec = TermSpec(options, BRATS_CHANNELS, CLASSES, True, DeepSupervisionWrapper(stock, weights))
+        self.objective = Objective(spec).to(self.device)
         self.x = torch.randn(args.batch, MODALITIES, *plan.patch_size, device=self.device)
         labels = torch.randint(0, CLASSES, (args.batch, 1, *plan.patch_size), device=self.device)
         target = torch.cat([labels >= region for region in (1, 2, 3)], 1)
@@ -202,17 +194,10 @@ class Bench:
 
     def forward(self) -> torch.Tensor:
         """Forward pass and loss of a training step."""
-        available = torch.ones_like(self.mask)
+        view = self.objective.draw_view(self.mask, torch.ones_like(self.mask))
         with self.autocast():
-            output = self.network(
-                self.x,
-                modality_mask=self.mask,
-                available=available,
-                return_aux=True,
-                with_teacher=self.needs.complete != "no",
-                teacher_learns=self.needs.complete == "learns",
-            )
-            return self.loss(output, self.targets, self.mask, available).total
+            output = self.network(self.x, view, self.objective.needs)
+            return self.objective(output, self.targets, view).total
 
     def step(self) -> None:
         """One training step."""
@@ -282,7 +267,7 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, Any]:
 
     @torch.inference_mode()
     def predict(subset: tuple[bool, ...], cpu_bfloat16: bool = False) -> None:
-        network.set_availability(subset)
+        network.set_visible(subset)
         with torch.autocast("cpu", torch.bfloat16) if cpu_bfloat16 else bench.autocast():
             network(x)
 
@@ -305,7 +290,7 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cpu":
         functions["bfloat16"] = lambda: predict(full, True)
     seconds = in_turns(functions, args.repeats, args.device)
-    network.set_availability(full)
+    network.set_visible(full)
     return {
         "seconds": seconds,
         "gflop": flops(lambda: network(x)) / 1e9,

@@ -1,11 +1,11 @@
 """What a network that knows subsets of the modalities offers: the one contract of training, inference and figures.
 
 ``network(x)`` is nnU-Net's: images in, logits out. ``network(x, view)`` says which modalities it may see.
-``network(x, view, needs)`` is a training step: one forward pass, which DDP and ``torch.compile`` wrap, computes all that
-the loss terms need and returns a `TrainingOutput`.
+``network(x, view, needs)`` is a training step: one forward pass, which DDP and ``torch.compile`` wrap, computes all
+that the loss terms need and returns a `TrainingOutput`.
 
-``B`` batch, ``M`` modalities, ``R`` fused heads (regions, or labels with background), ``K`` label classes with background.
-All masks are bool, True = present; all predictions are raw logits.
+``B`` batch, ``M`` modalities, ``R`` fused heads (regions, or labels with background), ``K`` label classes with
+background. All masks are bool, True = present; all predictions are raw logits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class View(NamedTuple):
     available: torch.Tensor | None = None
     """``(B, M)``, what each case has at all, a superset of ``visible``; None: ``visible``."""
     own_images: torch.Tensor | None = None
-    """The complete prediction's own augmented images, shaped as the input; None: it shares the features of the input."""
+    """The complete prediction's own augmented images, shaped as the input; None: it shares the input's features."""
     subsets: torch.Tensor | None = None
     """``(B, S, M)``, further subsets of ``available`` to predict from."""
 

@@ -1,7 +1,7 @@
 """The interface every loss term implements, and the registry they join.
 
-A term says what it wants of the network (`Term.needs`), gets what was computed (`Step`) and returns its part of the total
-(`TermValue`). Parameters, optimiser, state and what happens between epochs are its own.
+A term says what it wants of the network (`Term.needs`), gets what was computed (`Step`) and returns its part of the
+total (`TermValue`). Parameters, optimiser, state and what happens between epochs are its own.
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ class TermSpec:
         """``M``."""
         return len(self.channels)
 
+    @classmethod
+    def of_prediction(cls, options: Options, channels: tuple[str, ...], num_classes: int, regions: bool) -> TermSpec:
+        """Return what serves to look at predictions, without ground truth."""
+
+        def refuse(prediction: Any, target: Any) -> torch.Tensor:
+            raise ValueError("There is no ground truth to compute a loss with.")
+
+        return cls(options, channels, num_classes, regions, refuse)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -98,7 +107,7 @@ class TermValue(NamedTuple):
 
 
 class Term(nn.Module):
-    """Base class: subclass it, set ``name`` and ``summary``, implement `active` and `forward`, decorate with `register`.
+    """Base class: subclass it, set ``name`` and ``summary``, implement `active` and `forward`, decorate by `register`.
 
     Args:
         spec: what it is built from.
@@ -108,11 +117,11 @@ class Term(nn.Module):
     summary: ClassVar[str] = ""
     """One line, with the source where it has one."""
     reading: ClassVar[str] = OURS
-    """Other than `OURS`: the term takes the place of the term of this name where the option ``reading`` has this value."""
+    """Other than `OURS`: it takes the place of the term of this name where the option ``reading`` has this value."""
     option_group: ClassVar[type[OptionGroup] | None] = None
     """Its options, declared beside it; several terms may share them."""
     order: ClassVar[int] = 100
-    """Terms are computed, and shown, in this order; only those that weigh the modalities for others need an early one."""
+    """Terms are computed and shown in this order; only one that weighs the modalities for others must be early."""
 
     def __init__(self, spec: TermSpec) -> None:
         super().__init__()
@@ -247,7 +256,9 @@ def _check_options(group: type[OptionGroup] | None) -> None:
     for other in (*FIXED_GROUPS, *_own_groups()):
         doubles = sorted(set(group.names()) & set(other.names())) if other is not group else []
         if doubles:
-            raise ValueError(f"Option {', '.join(doubles)} of {group.__name__} is already declared by {other.__name__}.")
+            raise ValueError(
+                f"Option {', '.join(doubles)} of {group.__name__} is already declared by {other.__name__}."
+            )
 
 
 def _own_groups() -> tuple[type[OptionGroup], ...]:

@@ -11,7 +11,7 @@ from torch import nn
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View
 from nnunetv2_mgml.objective.base import Progress, SharedOptions, Term, TermSpec, find_term, loss_terms
-from nnunetv2_mgml.objective.published.reading import ReadingOptions
+from nnunetv2_mgml.objective.reading import ReadingOptions
 from nnunetv2_mgml.objective.step import Step, Target
 from nnunetv2_mgml.plans.options import Options, differing
 
@@ -66,9 +66,7 @@ class Objective(nn.Module):
         for term in self.terms.values():
             yield cast(Term, term)
 
-    def draw_view(
-        self, visible: torch.Tensor, available: torch.Tensor, own_images: torch.Tensor | None = None
-    ) -> View:
+    def draw_view(self, visible: torch.Tensor, available: torch.Tensor, own_images: torch.Tensor | None = None) -> View:
         """Return what the network is shown in a step, with the further subsets that terms draw.
 
         Args:
@@ -90,9 +88,7 @@ class Objective(nn.Module):
             start += count
         return places
 
-    def forward(
-        self, output: TrainingOutput, target: Target, view: View, ramp: float = 1.0
-    ) -> ObjectiveValue:
+    def forward(self, output: TrainingOutput, target: Target, view: View, ramp: float = 1.0) -> ObjectiveValue:
         """Compute all terms.
 
         Args:

@@ -58,7 +58,7 @@ class Step:
         self.available = view.visible if view.available is None else view.available
         """``(B, M)`` bool, what each case has; a superset of `visible`, never empty."""
         self.modality_weights: torch.Tensor | None = None
-        """``(M,)``, set by a term that weighs the modalities against each other for the terms after it; None: all alike."""
+        """``(M,)``, set by a term that weighs the modalities for the terms after it; None: all alike."""
         self._subsets = view.subsets
         self._places = places or {}
         self._labels: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -66,7 +66,7 @@ class Step:
         self._log_probabilities: torch.Tensor | None = None
         self._class_mass: torch.Tensor | None = None
 
-    # --- ground truth ---------------------------------------------------------------------------------------------------
+    # --- ground truth -------------------------------------------------------------------------------------------------
     @property
     def labels(self) -> torch.Tensor:
         """``(B, *spatial)`` int64 in ``[0, K)``; 0 where ignored."""
@@ -110,7 +110,7 @@ class Step:
             return self.spec.segmentation_loss(prediction[0], self._targets()[0])
         return self.spec.segmentation_loss(list(prediction), self.target)
 
-    # --- predictions ----------------------------------------------------------------------------------------------------
+    # --- predictions --------------------------------------------------------------------------------------------------
     @property
     def student(self) -> torch.Tensor:
         """Fused logits from what is visible, ``(B, R, *spatial)``."""
@@ -137,7 +137,7 @@ class Step:
         predictions = [scale[:, place] for scale in _required(self.output.subsets, "subsets")]
         return FurtherSubsets(_required(self._subsets, "subsets")[:, place], predictions)
 
-    # --- the decoder shared by all modalities: one log-softmax in float32 serves every term -------------------------------
+    # --- the decoder shared by all modalities: one log-softmax in float32 serves every term ---------------------------
     @property
     def modality_logits(self) -> torch.Tensor:
         """Its label logits from each modality alone, ``(B, M, K, *spatial)``, at least float32.

@@ -379,9 +379,7 @@ def differing(before: OptionGroup, now: OptionGroup) -> list[str]:
 
 def differences(before: OptionGroup, now: OptionGroup) -> list[str]:
     """Return one readable entry per option in which two groups of a kind differ."""
-    return [
-        f"{name} was {getattr(before, name)!r}, is now {getattr(now, name)!r}" for name in differing(before, now)
-    ]
+    return [f"{name} was {getattr(before, name)!r}, is now {getattr(now, name)!r}" for name in differing(before, now)]
 
 
 def _is_ours(group: OptionGroup) -> bool:

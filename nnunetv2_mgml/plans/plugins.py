@@ -1,6 +1,6 @@
 """What other installed packages add to ours, found by their entry points: fusion designs, loss terms.
 
-They are imported when they are first asked for. One that cannot be used is reported and left out; all others still work.
+They are imported when first asked for. One that cannot be used is reported and left out; all others still work.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from nnunetv2_mgml.dataloading.loader import visible_modalities
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
 from nnunetv2_mgml.network.interface import seeing, subset_network
+from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
 from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
 from nnunetv2_mgml.plans.options import PLANS_KEY
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.dataloading import augmentation
-from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.modalities import Subset, channel_names
+from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.presentation.figures.style import save

@@ -1,7 +1,7 @@
 """Every term, in every variant, gives the numbers it gave before the terms were files of their own.
 
-``frozen.json`` was written by version 0.1: totals, parts, norms and projections of gradients, and the random number that
-comes next. nnU-Net's own loss computes in float32, all else here in float64.
+``frozen.json`` was written by version 0.1: totals, parts, norms and projections of gradients, and the random number
+that comes next. nnU-Net's own loss computes in float32, all else here in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from builders import options_with
 from loss_cases import nnunet_loss, randn
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from objective_cases import AVAILABLE, BETA, CASES, COUNT, LAYOUTS, RAMP, VARIANTS, VISIBLE, K, M, inputs
+from objective_cases import AVAILABLE, BETA, CASES, COUNT, LAYOUTS, RAMP, VARIANTS, VISIBLE, K, inputs
 
 from nnunetv2_mgml.network.interface import SingleModalities, TrainingOutput
 from nnunetv2_mgml.objective import Objective, TermSpec
@@ -24,8 +24,9 @@ from nnunetv2_mgml.objective.terms.rebalancing import Rebalancing
 FROZEN: dict[str, Any] = json.loads((Path(__file__).parent / "frozen.json").read_text())
 
 
-def close(expected: Any) -> Any:
-    return pytest.approx(expected, rel=2e-6, abs=1e-9)
+def close(expected: Any, single: bool = False) -> Any:
+    """Equal, up to the order in which a sum is taken; ``single``: float32 has a part in it."""
+    return pytest.approx(expected, rel=2e-6 if single else 1e-10, abs=1e-9 if single else 1e-13)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -46,7 +47,7 @@ def test_numbers_of_version_0_1(case: str) -> None:
         )
     ).double()
     needs = objective.needs
-    rebalancing = objective.terms["rebalancing"] if "rebalancing" in objective.terms else None
+    rebalancing = dict(objective.terms).get("rebalancing")
     if isinstance(rebalancing, Rebalancing):
         rebalancing.balance.beta, rebalancing.balance.count_weights = BETA, COUNT
     complete = x.complete if needs.complete == "learns" else [scale.detach() for scale in x.complete]
@@ -69,17 +70,20 @@ def test_numbers_of_version_0_1(case: str) -> None:
 
     expected = FROZEN[case]
     found = {name: scalar.item() for name, scalar in (value.parts | value.noted).items()}
-    assert found == close(expected["parts"])
-    assert value.total.item() == close(expected["total"])
+    assert set(found) == set(expected["parts"])
+    for name, scalar in found.items():
+        assert scalar == close(expected["parts"][name], name in ("segmentation", "complete")), name
+    assert value.total.item() == close(expected["total"], single=True)
     assert torch.rand(1).item() == expected["rng"]
     for name, leaf in x.leaves().items():
         norm = expected["gradients"][name]
         assert (leaf.grad is None) == (norm is None), name
         if norm is not None:
-            assert leaf.grad.norm().item() == close(norm), name
+            single = name.startswith(("student", "complete"))
+            assert leaf.grad.norm().item() == close(norm, single), name
             projected = (leaf.grad.flatten() * randn(leaf.numel(), seed=99, dtype=torch.float64)).sum()
-            assert projected.item() == close(expected["projected"][name]), name
+            assert projected.item() == close(expected["projected"][name], single), name
     assert [p.grad.norm().item() for p in objective.parameters()] == close(expected.get("meta_gradients", []))
     if isinstance(rebalancing, Rebalancing):
         distance = torch.tensor(expected["distance"], dtype=torch.float64).sum(0)
-        assert rebalancing.balance._sums[0].tolist() == close(distance.tolist())
+        assert rebalancing.balance._sums[0].tolist() == close(distance.tolist(), single=True)

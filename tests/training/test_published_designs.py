@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_trainer, plans, write_dataset
+from builders import make_trainer, options_with, plans, write_dataset
 
 from nnunetv2_mgml.commands.plan import make_plans
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig, parse_assignments
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY, parse_assignments
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, nnUNetTrainermmFormer
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.variants import nnUNetTrainerMGML_baseline
@@ -60,10 +61,10 @@ def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict
         }
     other = {"num_epochs": 7, "width_factor": 0.25, **planned}
     equal = make_plans(plans(), {"num_epochs": 7, "width_factor": 0.25, **setting}, ["3d_fullres"], "P", ("t1", "t2"))
-    config = NAMED[name].resolve_config({PLANS_KEY: {"config": other}})
-    assert config == stock.resolve_config(equal)
-    fusion_designs()[config.fusion].take_options(config.fusion_options)
-    assert NAMED[name].resolve_config({PLANS_KEY: {"config": config.as_dict()}}) == config  # what inference does
+    config = NAMED[name].resolve_options({PLANS_KEY: {"config": other}})
+    assert config == stock.resolve_options(equal)
+    fusion_designs()[config.network.fusion].take_options(config.network.fusion_options)
+    assert NAMED[name].resolve_options({PLANS_KEY: {"config": config.as_dict()}}) == config  # what inference does
 
 
 def test_the_log_names_dropped_options(nnunet_folders: Path) -> None:
@@ -76,9 +77,9 @@ def test_the_log_names_dropped_options(nnunet_folders: Path) -> None:
 
 
 def test_notes_only_where_there_is_something_to_say() -> None:
-    planned = MGMLConfig(fusion="mmformer", fusion_options={"depth": 2}, seed=3)
+    planned = options_with(fusion="mmformer", fusion_options={"depth": 2}, seed=3)
     assert run_notes("T", planned, {"fusion": "mmformer"}, 0) == []
     assert run_notes("T", planned, {"soft_label": "none"}, 0) == []
     (note,) = run_notes("T", planned, {}, 4)
     assert note.startswith("seed=3: exact repetition needs nnUNet_n_proc_DA=0")
-    assert run_notes("T", MGMLConfig(), {"fusion": "mean"}, 4) == []
+    assert run_notes("T", Options(), {"fusion": "mean"}, 4) == []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import BRATS_JSON, configuration, make_trainer, plans, write_dataset
 from fusion_cases import own_designs
+from loss_cases import meta_network_of
 from training_cases import synthetic_batch
 
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
@@ -81,10 +82,10 @@ def test_variants_fix_their_options(cls: type[nnUNetTrainerMGML], nnunet_folders
         nnUNetTrainerMGML_paperTerms: (True, True, False, True),
     }[cls]
     assert (
-        trainer.config.uses_soft_label,
-        trainer.config.uses_teacher,
-        trainer.config.supervises_teacher,
-        trainer.learner.meta_network is not None,
+        "train_soft_label" in result,
+        "train_consistency" in result,
+        "train_complete" in result,
+        meta_network_of(trainer.learner.objective) is not None,
     ) == expected
 
 
@@ -92,8 +93,9 @@ def test_every_fusion_design_has_a_baseline_and_an_mgml_trainer() -> None:
     by_design: dict[str, set[bool]] = {}
     for trainer in TRAINERS.values():
         if issubclass(trainer, nnUNetTrainerMGML) and "fusion" in trainer.config_overrides:
-            config = trainer.resolve_config({})
-            by_design.setdefault(config.fusion, set()).add(config.uses_soft_label and config.uses_teacher)
+            resolved = trainer.resolve_options({})
+            with_mgml = resolved.value("soft_label") != "none" and resolved.value("consistency_weight") > 0
+            by_design.setdefault(resolved.network.fusion, set()).add(with_mgml)
     published = set(own_designs()) - {"mean", "concat"}
     assert by_design == {design: {True, False} for design in published}
 
@@ -205,10 +207,8 @@ def test_final_validation_tells_the_network_what_each_case_has(
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, absent={"case_1": 2}), {"num_epochs": 1})
     trainer.run_training()
     told: list[Any] = []
-    original = trainer.bare_network.set_availability
-    monkeypatch.setattr(
-        trainer.bare_network, "set_availability", lambda subset: (told.append(subset), original(subset))
-    )
+    original = trainer.bare_network.set_visible
+    monkeypatch.setattr(trainer.bare_network, "set_visible", lambda subset: (told.append(subset), original(subset)))
     trainer.perform_actual_validation()
     assert [subset for subset in told if subset is not None] == [(True,) * 4, (True, True, False, True)]
     assert told[-1] is None
@@ -258,7 +258,7 @@ def test_both_optimisers_under_one_gradient_scaler(nnunet_folders: Path) -> None
     def weights() -> list[torch.Tensor]:
         return [
             p.detach().clone()
-            for module in (trainer.network, trainer.learner.meta_network)
+            for module in (trainer.network, meta_network_of(trainer.learner.objective))
             for p in module.parameters()
         ]
 
@@ -319,8 +319,9 @@ def test_log_names_labels_in_the_order_of_pseudo_dice(nnunet_folders: Path, monk
 
 def test_warm_up_is_linear(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 20})
+    trainer.initialize()
     ramps = []
     for epoch, step in ((0, 0), (0, 1), (1, 0), (2, 0), (19, 1)):
         trainer.current_epoch, trainer.steps_in_epoch = epoch, step
-        ramps.append(trainer.ramp)
+        ramps.append(trainer.learner.objective.ramp(trainer.progress))
     assert ramps == [0.0, 0.25, 0.5, 1.0, 1.0]

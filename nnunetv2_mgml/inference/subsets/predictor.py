@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.interface import bare, subset_network
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.modalities import Subset
+from nnunetv2_mgml.network.interface import bare, subset_network
 
 
 class ManySubsets(nn.Module):

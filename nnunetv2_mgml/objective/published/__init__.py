@@ -3,6 +3,6 @@
 Importing this package registers them. A reading replaces the terms it has a form of; the others stay as they are.
 """
 
-from nnunetv2_mgml.objective.published import paper, reading, reference
+from nnunetv2_mgml.objective.published import paper, reference
 
-__all__ = ["paper", "reading", "reference"]
+__all__ = ["paper", "reference"]

@@ -1,9 +1,9 @@
 """L_SL and L_CR as the paper's text has them, for reproduction only (``reading=paper``).
 
-Text and code disagree with each other and neither trains well; ``docs/method.md`` lists the measured facts. Written from
-the formulas, with guards so that nothing becomes NaN. Raw logits are fused with a log-*sum*-exp, and gradients reach the
-soft label and the MetaNetwork. Weights stay those of the options; published are tau 6, L_SL 0.3 tau^2 / 10 = 1.08, L_CR
-0.01.
+Text and code disagree with each other and neither trains well; ``docs/method.md`` lists the measured facts. Written
+from the formulas, with guards so that nothing becomes NaN. Raw logits are fused with a log-*sum*-exp, and gradients
+reach the soft label and the MetaNetwork. Weights stay those of the options; published are tau 6, L_SL
+0.3 tau^2 / 10 = 1.08, L_CR 0.01.
 """
 
 from __future__ import annotations

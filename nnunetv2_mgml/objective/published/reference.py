@@ -1,8 +1,8 @@
 """L_SL and L_CR as the published code computes them, for reproduction only (``reading=reference``).
 
 Written from an analysis of worldlikerr/MGML @ 51de28e (no licence, no code taken), with guards so that nothing becomes
-NaN; ``docs/method.md`` lists how it differs from the text. Weights stay those of the options; published are tau 8, hence
-L_SL 0.3 tau^2 / 10 = 1.92, L_CR 0.01.
+NaN; ``docs/method.md`` lists how it differs from the text. Weights stay those of the options; published are tau 8,
+hence L_SL 0.3 tau^2 / 10 = 1.92, L_CR 0.01.
 """
 
 from __future__ import annotations

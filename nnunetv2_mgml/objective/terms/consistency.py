@@ -1,4 +1,4 @@
-"""L_CR (eq. 9): the prediction from what is visible learns from the one from all a case has. The loss: `consistency`."""
+"""L_CR (eq. 9): the prediction from what is visible learns from that from all a case has. The loss: `consistency`."""
 
 from __future__ import annotations
 

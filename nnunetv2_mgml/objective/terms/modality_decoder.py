@@ -1,4 +1,4 @@
-"""Dice + cross-entropy of the decoder shared by all modalities, which predicts from each alone (part of L_seg, eq. 10)."""
+"""Dice + cross-entropy of the decoder shared by all modalities, which predicts from each alone (part of eq. 10)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class ModalityDecoder(Term):
     @classmethod
     def active(cls, options: Options) -> bool:
         """With a weight; without one also where soft labels need the decoder, whose loss the log then shows."""
-        return options.objective[ModalityDecoderOptions].modality_decoder_weight > 0 or options.objective[SoftLabelOptions].on
+        return (
+            options.objective[ModalityDecoderOptions].modality_decoder_weight > 0
+            or options.objective[SoftLabelOptions].on
+        )
 
     @classmethod
     def needs(cls, options: Options) -> Needs:

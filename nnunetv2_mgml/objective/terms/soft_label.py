@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.interface import Needs, bare
+from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View, bare
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
-from nnunetv2_mgml.objective.base import Progress, SharedOptions, Term, TermSpec, TermValue, register
+from nnunetv2_mgml.objective.base import Progress, SharedOptions, Term, TermSpec, TermValue, find_term, register
 from nnunetv2_mgml.objective.distillation import soft_label_loss
 from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
+from nnunetv2_mgml.objective.reading import ReadingOptions
 from nnunetv2_mgml.objective.segmentation import class_mass, segmentation_of_log_probabilities
 from nnunetv2_mgml.objective.step import Step
 from nnunetv2_mgml.objective.tensors import no_autocast
@@ -219,3 +220,30 @@ class SoftLabel(Term):
             bare(self.meta_network).load_state_dict(state["meta_network"])
             # a copy, since on a CPU the optimiser would keep the tensors, and with them the mapped file
             self.optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
+
+
+def soft_label_of(
+    spec: TermSpec, training_state: Mapping[str, Any], logits: torch.Tensor, available: torch.Tensor
+) -> Fused | None:
+    """Return the soft label a trained model teaches its modalities, in the reading it was trained with.
+
+    Args:
+        spec: of the model's objective.
+        training_state: what the checkpoint keeps of the objective (`Objective.training_state`).
+        logits: of the decoder shared by all modalities, ``(B, M, K, *spatial)``.
+        available: ``(B, M)`` bool.
+
+    Returns:
+        None where it was trained without, or where the checkpoint does not hold the MetaNetwork.
+    """
+    kind = find_term(SoftLabel.name, spec.options.objective[ReadingOptions].reading)
+    if not issubclass(kind, SoftLabel) or not kind.active(spec.options):
+        return None
+    term = kind(spec).to(logits.device)
+    if term.meta_network is not None:
+        if training_state.get("meta_network") is None:
+            return None
+        term.meta_network.load_state_dict(training_state["meta_network"])
+    output = TrainingOutput([], [], logits.new_zeros(()), logits)
+    with no_autocast(logits):
+        return term.fuse(Step(spec, output, View(available), None))

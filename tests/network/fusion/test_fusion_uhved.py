@@ -12,6 +12,7 @@ from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import build_fusion
 from nnunetv2_mgml.network.fusion.image_decoder import reconstruction_error
 from nnunetv2_mgml.network.fusion.uhved import gaussian_kl, product_of_gaussians, subset_kl, subset_patterns
+from nnunetv2_mgml.network.interface import Needs, View
 
 
 def test_two_identical_experts() -> None:
@@ -176,7 +177,7 @@ def test_reconstruction_trains_and_costs_nothing_when_off(patch: tuple[int, ...]
     for absent in (0.0, 1e3, float("nan")):
         x[1, 2] = absent
         torch.manual_seed(1)
-        output = on(x, modality_mask=mask, available=available, return_aux=True, with_teacher=True)
+        output = on(x, View(mask, available), Needs(complete="target", modality=True))
         losses.append(output.fusion_loss)
     assert losses[0].item() == losses[1].item() == losses[2].item()
     sum(part.square().mean() for part in (*output.student, output.modality, output.fusion_loss)).backward()
