@@ -28,7 +28,7 @@ from nnunetv2_mgml.objective import MetaParameters, build_meta_network
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
 from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
-from nnunetv2_mgml.training.trainer import CHECKPOINT_KEY
+from nnunetv2_mgml.training.checkpoint import CHECKPOINT_KEY
 
 
 @dataclass(frozen=True)
