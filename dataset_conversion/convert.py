@@ -17,10 +17,12 @@ from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESE
 from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
 from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
     SPLITS_FILE,
     Split,
     check_existing_split,
     parse_ratio,
+    published_lists,
     random_split,
     split_from_files,
     write_splits,
@@ -92,7 +94,7 @@ def convert_brats(
         missing_ok: accept cases that lack sequences and write empty volumes for these.
         skip_bad: convert the good cases although others are bad.
         overwrite: replace an existing dataset of the same id and name.
-        split: ``paper2020``, ``paper2023`` or ``A:B:C``; see `splits.parse_ratio`.
+        split: ``paper2020``, ``paper2023`` or ``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`.
         split_files: lists of training, validation and test cases; see `splits.split_from_files`.
         seed: seed of a random split.
         label_convention: ``auto`` (told by the file names), ``brats2021`` or ``brats2023``.
@@ -192,6 +194,8 @@ def _choose_split(
     labelled = _labelled(found)
     if split and split_files:
         raise ValueError("Give either --split or --split_files, not both.")
+    if split in PUBLISHED:
+        split_files = published_lists(split)
     if split_files:
         # A list may name a case whose files are bad; that is said of the case, not of the list.
         chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])

@@ -10,9 +10,11 @@ from pathlib import Path
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
 from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
     Split,
     check_existing_split,
     parse_ratio,
+    published_lists,
     random_split,
     split_from_files,
     write_splits,
@@ -61,6 +63,8 @@ def split_dataset(
             f"No dataset with id {dataset_id} and labels labelsTr/*{FILE_ENDING} in "
             f"{nnunet_folder(RAW)}. Convert it first: mgml convert brats."
         )
+    if split in PUBLISHED:
+        split_files = published_lists(split)
     if split_files:
         chosen, left_out = split_from_files(cases, [Path(path) for path in split_files])
         if left_out:

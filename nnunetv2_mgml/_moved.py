@@ -93,16 +93,29 @@ MOVED: dict[str, tuple[str, ...]] = {
     "subset_report": ("scoring.subset_report",),
     "topology": ("plans.topology",),
     "training.augmentation": ("dataloading.augmentation",),
+    "training.base": ("training.final_validation",),
+    "training.determinism": ("training.repetition",),
+    "training.published_designs": ("training.variants",),
     "training.subset_validation": ("training.validation",),
     "training.training_log": ("training.epoch_log",),
 }
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "training.published_designs": "training.variants",
+    "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
+}
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
+_TRAINER_TO_SUBCLASS = (
+    "Subclass nnUNetTrainerMGML, or nnUNetTrainerModalityDropout for nnU-Net's own network, both in "
+    "nnunetv2_mgml.training."
+)
 GONE: dict[str, str] = {
     "planning.PRESETS": "nnunetv2_mgml.plans.presets.preset(name) returns what a preset sets.",
+    "training.MissingModalityTrainer": _TRAINER_TO_SUBCLASS,
+    "training.augmentation.AugmentationTrainer": _TRAINER_TO_SUBCLASS,
+    "training.base.MissingModalityTrainer": _TRAINER_TO_SUBCLASS,
 }
 """Module or name of 0.1.0 that has no successor of the same meaning -> what to use instead, a sentence."""
 

@@ -17,7 +17,7 @@ from nnunetv2_mgml.commands.info import options_text
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import channel_index, channel_names
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.plans.options import EXACT_REPETITION, PLANS_KEY, NetworkOptions, parse_assignments
+from nnunetv2_mgml.plans.options import EXACT_REPETITION, FUSION_REVISION, PLANS_KEY, NetworkOptions, parse_assignments
 from nnunetv2_mgml.plans.presets import PAPER, PRESETS, preset
 
 NNUNET_KEYS: dict[str, str] = {
@@ -136,8 +136,11 @@ def make_plans(
         raise ValueError(
             f"The plans have no configuration {', '.join(unknown)}. Allowed: {', '.join(source['configurations'])}."
         )
-    options = Options.from_plans(source).updated({k: v for k, v in changes.items() if k not in NNUNET_KEYS})
-    if "fusion" in changes or "fusion_options" in changes:
+    wanted = {key: value for key, value in changes.items() if key not in NNUNET_KEYS}
+    if "fusion" in wanted:  # a design chosen now is meant as it is now, also in plans that were written earlier
+        wanted.setdefault("fusion_revision", FUSION_REVISION)
+    options = Options.from_plans(source).updated(wanted)
+    if {"fusion", "fusion_options", "fusion_revision"} & set(changes):
         _check_fusion(options.network)
     for name in options.sampling.modality_missing_rate:
         channel_index(name, channels)
@@ -236,7 +239,7 @@ def _check_keys(changes: dict[str, Any]) -> None:
 def _check_fusion(options: NetworkOptions) -> None:
     from nnunetv2_mgml.network.fusion import find_design
 
-    find_design(options.fusion).take_options(options.fusion_options)
+    find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
 
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:

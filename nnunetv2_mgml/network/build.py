@@ -114,4 +114,5 @@ def _fusion_spec(
         nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
         conv_bias=spec.conv_bias,
         options=dict(options.fusion_options),
+        revision=options.fusion_revision,
     )

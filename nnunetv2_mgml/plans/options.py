@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 PLANS_KEY = "mgml"
+FUSION_REVISION = 2
+"""The present ``fusion_revision``."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
     "processes draw patches and masks without a seed"
@@ -152,6 +154,12 @@ class NetworkOptions(OptionGroup):
 
     fusion: str = option("region_aware", "fusion design, one of `mgml info --fusions`")
     fusion_options: dict[str, Any] = option({}, "options of the fusion design, a JSON object")
+    fusion_revision: int = option(
+        FUSION_REVISION,
+        "what a fusion design does where fusion_options say nothing: 2, as now; 1, as in plans and models written "
+        "before there were revisions (docs/fusion.md)",
+        choices=tuple(range(1, FUSION_REVISION + 1)),
+    )
     width_factor: float = option(
         0.5,
         "feature channels as a multiple of the plan's (rounded to multiples of 8); one "
@@ -299,11 +307,14 @@ class Options:
     def from_plans(cls, plans: dict[str, Any]) -> Options:
         """Return the options stored in a plans dict, or the defaults for stock plans.
 
+        Plans that this package wrote before there were revisions of fusion designs are of ``fusion_revision`` 1.
+
         Raises:
             ValueError: an unknown option or a bad value in the ``"mgml"`` block.
         """
         block = plans.get(PLANS_KEY) or {}
-        stored = block.get("config", {})
+        first = {"fusion_revision": 1} if "version" in block else {}
+        stored = {**first, **block.get("config", {})}
         unknown = _unknown(stored)
         if unknown:
             raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,8 @@ CHECKPOINT_KEY = "mgml"
 def save(filename: str, write: Callable[[str], None], training_state: dict[str, Any]) -> None:
     """Write a checkpoint in one step; a kill at any moment leaves the file that was there before.
 
+    What a killed process had begun goes with the next file written into the same folder (`io.files`).
+
     Args:
         filename: where it belongs.
         write: nnU-Net's own saving, given another name to write to.
@@ -37,16 +38,6 @@ def save(filename: str, write: Callable[[str], None], training_state: dict[str, 
         if training_state:
             content = torch.load(temporary, map_location="cpu", weights_only=False)
             torch.save({**content, CHECKPOINT_KEY: training_state}, temporary)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove from a fold's folder what a killed training was about to write.
-
-    Only one training writes there at a time, so no file is asked whose it is: the number in its name may by now be
-    that of another process.
-    """
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_mgml import __version__
+from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.dataloading import augmentation
 from nnunetv2_mgml.modalities import Subset, channel_names
 from nnunetv2_mgml.network.interface import bare
@@ -170,9 +171,12 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
         if self.options.training.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
             make_deterministic()
         if self.local_rank == 0:
-            model_folder, folder = Path(self.output_folder_base), Path(self.output_folder)
-            refuse_other_network(model_folder, folder.name, self.plans_manager.plans, self.configuration_name)
-            checkpoint.remove_unfinished(folder)
+            refuse_other_network(
+                Path(self.output_folder_base),
+                Path(self.output_folder).name,
+                self.plans_manager.plans,
+                self.configuration_name,
+            )
         super().on_train_start()
         self.training_log.resume(self.current_epoch)
         self.learner.start_training(self.training_availability.values())
@@ -261,3 +265,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
         drop_report_of_other_weights(self)
         if self.options.training.validate_subsets:
             self.print_to_log_file(validate_subsets(self, self.weights_file))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)
