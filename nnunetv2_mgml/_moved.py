@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -24,12 +25,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cli": ("commands.main",),
     "config": ("plans.options", "objective.flat"),
     "dataset_conversion.command": ("commands.convert",),
-    "demo": ("commands.demo",),
+    "demo": ("commands.demo", "workflows.demo"),
     "evaluation": ("scoring",),
-    "evaluation.command": ("commands.evaluate",),
-    "evaluation.compare_command": ("commands.compare",),
+    "evaluation.command": ("commands.evaluate", "presentation.tables"),
+    "evaluation.compare_command": ("commands.compare", "presentation.tables"),
     "evaluation.demo_figure": ("presentation.demo_figure",),
-    "evaluation.evaluate": ("scoring.evaluate",),
+    "evaluation.evaluate": ("workflows.before_0_2",),
     "evaluation.figure_files": ("presentation.figure_files",),
     "evaluation.figures": ("presentation.figures",),
     "evaluation.figures.differences": ("presentation.figures.differences",),
@@ -48,9 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.metrics.overlap": ("scoring.metrics.overlap",),
     "evaluation.metrics.surface": ("scoring.metrics.surface",),
     "evaluation.metrics.volume": ("scoring.metrics.volume",),
-    "evaluation.model_command": ("commands.evaluate_model",),
-    "evaluation.model_evaluation": ("scoring.model_evaluation",),
-    "evaluation.output": ("scoring.output",),
+    "evaluation.output": ("scoring.output", "io.files"),
     "evaluation.policy": ("scoring.policy",),
     "evaluation.progress": ("io.progress",),
     "evaluation.regions": ("scoring.regions",),
@@ -62,48 +61,53 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.report.page": ("presentation.report.page",),
     "evaluation.report.sheets": ("presentation.report.sheets",),
     "evaluation.report.sprites": ("presentation.report.sprites",),
-    "evaluation.report_command": ("commands.report",),
-    "evaluation.results": ("scoring.results",),
+    "evaluation.report_command": ("commands.report", "workflows.report"),
+    "evaluation.results": ("scoring.results", "scoring.info"),
     "evaluation.scoring": ("scoring.cases",),
     "evaluation.shapley": ("scoring.shapley",),
     "evaluation.sources": ("scoring.sources",),
     "evaluation.statistics": ("scoring.statistics",),
     "evaluation.subset_groups": ("inference.subsets.groups",),
     "evaluation.subset_predictor": ("inference.subsets.predictor",),
-    "evaluation.tables": ("presentation.tables",),
+    "evaluation.tables": ("presentation.tables", "scoring.results"),
     "files": ("io.files",),
     "inference.complete": ("io.complete",),
     "inference.grid": ("io.grid",),
     "inference.predict": ("commands.predict",),
     "inference.workers": ("io.workers",),
     "info": ("commands.info",),
-    "losses": ("objective",),
+    "losses": ("objective", "objective.meta_network"),
     "losses.adaptive_fusion": ("objective.adaptive_fusion",),
     "losses.consistency": ("objective.consistency",),
     "losses.distillation": ("objective.distillation",),
-    "losses.meta_network": ("objective.meta_network",),
-    "losses.readings": ("objective.readings",),
+    "losses.meta_network": ("objective.meta_network", "objective.published.fusion"),
+    "losses.readings": ("objective.published.fusion", "objective.published.paper", "objective.published.reference"),
     "losses.rebalancing": ("objective.rebalancing",),
     "losses.segmentation": ("objective.segmentation",),
     "losses.tensors": ("objective.tensors",),
-    "losses.total": ("objective.total",),
     "losses.voxel_masking": ("objective.voxel_masking",),
+    "network.outputs": ("network.interface",),
     "planning": ("commands.plan",),
     "registration": ("upstream.registration",),
-    "subset_report": ("scoring.subset_report",),
+    "subset_report": ("scoring.subset_report", "inference.subset_quality"),
     "topology": ("plans.topology",),
     "training.augmentation": ("dataloading.augmentation",),
     "training.base": ("training.final_validation",),
     "training.determinism": ("training.repetition",),
     "training.published_designs": ("training.variants",),
+    "training.rebalancing": ("objective.balance",),
     "training.subset_validation": ("training.validation",),
     "training.training_log": ("training.epoch_log",),
 }
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
 RENAMED: dict[str, str] = {
+    "losses.consistency.better": "objective.consistency.gives_truth_more",
     "training.published_designs": "training.variants",
     "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
+    "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
+    "evaluation.report.cases.ImageSources": "scoring.sources.EvaluationFiles",
+    "evaluation.report.cases.stored_sources": "scoring.sources.find_files",
 }
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
@@ -111,7 +115,27 @@ _TRAINER_TO_SUBCLASS = (
     "Subclass nnUNetTrainerMGML, or nnUNetTrainerModalityDropout for nnU-Net's own network, both in "
     "nnunetv2_mgml.training."
 )
+_OBJECTIVE = "Build an Objective from a TermSpec, both in nnunetv2_mgml.objective."
+_META_NETWORK = "It belongs to the term SoftLabel in nnunetv2_mgml.objective.terms.soft_label."
 GONE: dict[str, str] = {
+    "losses.LossTerms": _OBJECTIVE,
+    "losses.MGMLLoss": _OBJECTIVE,
+    "losses.build_meta_network": _META_NETWORK,
+    "losses.meta_network.build_meta_network": _META_NETWORK,
+    "losses.total": _OBJECTIVE,
+    "evaluation.command.options_from": "Make a nnunetv2_mgml.PredictionsRequest or ModelRequest.",
+    "evaluation.compare_command.named_evaluations": "Call nnunetv2_mgml.compare_folders with a ComparisonRequest.",
+    "evaluation.evaluate.finish": "Call nnunetv2_mgml.presentation.outputs.write_evaluation.",
+    "evaluation.model_command": "Call nnunetv2_mgml.evaluate_model with a ModelRequest.",
+    "evaluation.model_evaluation": "Call nnunetv2_mgml.evaluate_model with a ModelRequest.",
+    "evaluation.output.drop_outdated": "It is in nnunetv2_mgml.inference.subsets.label_maps and takes the folder of "
+    "label maps.",
+    "evaluation.report_command.LOG_NAME": "The training log is called mgml_training_log.csv.",
+    "evaluation.report_command.MEGABYTE": "It is 1000000 bytes.",
+    "evaluation.report_command.find_sources": "Call nnunetv2_mgml.scoring.sources.find_files.",
+    "evaluation.report_command.logger": "Call logging.getLogger.",
+    "evaluation.sources.logger": "Call logging.getLogger.",
+    "evaluation.sources.parse_prediction_folders": "Call nnunetv2_mgml.scoring.sources.prediction_folders.",
     "planning.PRESETS": "nnunetv2_mgml.plans.presets.preset(name) returns what a preset sets.",
     "training.MissingModalityTrainer": _TRAINER_TO_SUBCLASS,
     "training.augmentation.AugmentationTrainer": _TRAINER_TO_SUBCLASS,
@@ -129,7 +153,7 @@ def find_spec(fullname: str) -> ModuleSpec | None:
     return ModuleSpec(fullname, _Loader(), is_package=is_package)
 
 
-class _Loader:
+class _Loader(Loader):
     """Makes a module that holds nothing and forwards every name."""
 
     def create_module(self, spec: ModuleSpec) -> None:

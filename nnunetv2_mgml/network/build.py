@@ -7,8 +7,10 @@ import dataclasses
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import nn
 
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
+from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, Stem, TrunkDecoder
 from nnunetv2_mgml.network.encoders import (
     EncoderSpec,
     NarrowedEncoder,
@@ -20,6 +22,7 @@ from nnunetv2_mgml.network.encoders import (
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
 from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.plans.options import NetworkOptions
 
 
@@ -70,6 +73,19 @@ def build_network(
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
+    if options.network_form == "early_fusion":
+        network = _early_fusion(
+            narrow,
+            modalities,
+            num_input_channels,
+            num_output_channels,
+            num_classes,
+            deep_supervision,
+            configuration_manager,
+            options,
+            needs,
+        )
+        return _initialized(network, unet)
     shared = None
     if needs.modality:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
@@ -83,10 +99,42 @@ def build_network(
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
         modality_decoder=shared,
     )
+    return _initialized(network, unet)
+
+
+def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet:
     network.apply(unet.initialize)
     network.fusion.initialize()
     silence_dropout_of_the_teacher(network)
     return network
+
+
+def _early_fusion(
+    spec: EncoderSpec,
+    modalities: int,
+    num_input_channels: int,
+    num_output_channels: int,
+    num_classes: int,
+    deep_supervision: bool,
+    configuration_manager: ConfigurationManager,
+    options: NetworkOptions,
+    needs: Needs,
+) -> EarlyFusionUNet:
+    """Build the early-fusion form: stems, a fusion of one scale, and the trunk."""
+    whole = _fusion_spec(spec, modalities, num_classes, configuration_manager, options)
+    finest = dataclasses.replace(
+        whole, channels=whole.channels[:1], kernel_sizes=whole.kernel_sizes[:1], strides=whole.strides[:1]
+    )
+    fusion = build_fusion(options.fusion, finest)
+    head = None
+    if needs.modality:
+        head = pointwise(spec.conv_op)(spec.output_channels[0], num_classes, 1)
+    return EarlyFusionUNet(
+        encoders=[Stem(spec, 1 + num_input_channels - modalities) for _ in range(modalities)],
+        fusion=fusion,
+        decoder=TrunkDecoder(spec, num_output_channels, deep_supervision, fusion.options.get("gating", "published")),
+        modality_decoder=head,
+    )
 
 
 def _fusion_spec(

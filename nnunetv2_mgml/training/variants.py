@@ -67,7 +67,7 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     if not publication:
         return {}
     published = {"fusion": design.name, **design.published_options}
-    alone = {**nnUNetTrainerMGML_baseline.config_overrides, **published}
+    alone = {**nnUNetTrainerMGML_baseline.config_overrides, **published, **design.published_alone}
     name = f"nnUNetTrainer{publication}"
     return {
         name: _trainer(name, f"{design.name}: {design.summary}.", alone),

@@ -37,7 +37,7 @@ class ManySubsets(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, M + P, *spatial)`` to logits ``(B, S * heads, *spatial)``, subset by subset."""
-        used = tuple(any(present) for present in zip(*self.subsets, strict=True))
+        used = tuple(any(visible) for visible in zip(*self.subsets, strict=True))
         network = subset_network(self.network)
         if network is None:
             return torch.cat([self.network(_without(x, subset)) for subset in self.subsets], 1)
@@ -47,11 +47,11 @@ class ManySubsets(nn.Module):
 
 
 def _without(x: torch.Tensor, subset: Subset) -> torch.Tensor:
-    """Return ``(B, M + P, *spatial)`` with the absent modalities zero."""
+    """Return ``(B, M + P, *spatial)`` with the modalities outside the subset zero."""
     if all(subset):
         return x
     x = x.clone()
-    x[:, [index for index, present in enumerate(subset) if not present]] = 0
+    x[:, [index for index, visible in enumerate(subset) if not visible]] = 0
     return x
 
 

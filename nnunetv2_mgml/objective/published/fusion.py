@@ -8,16 +8,16 @@ from nnunetv2_mgml.objective.adaptive_fusion import smooth_max, smooth_min
 from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
 from nnunetv2_mgml.objective.tensors import at_least_float32, no_autocast, per_sample
 
-PUBLISHED_SHARPNESS = (1.0, 100.0)
+REFERENCE_SHARPNESS = (1.0, 100.0)
 """Range of beta and alpha in the published code."""
-PUBLISHED_START = 98.02
+REFERENCE_START = 98.02
 """Where beta and alpha start in the published code."""
 
 
 def published_meta_network(num_modalities: int, num_classes: int, hidden: int) -> MetaNetwork:
     """Return a MetaNetwork with the published layers and start values."""
     return MetaNetwork(
-        num_modalities, num_classes, hidden, PUBLISHED_SHARPNESS, PUBLISHED_START, availability_bits=False
+        num_modalities, num_classes, hidden, REFERENCE_SHARPNESS, REFERENCE_START, availability_bits=False
     )
 
 
