@@ -54,7 +54,7 @@ def subset_heatmap(
     finite = scores[np.isfinite(scores)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     mesh = heat.imshow(
-        np.ma.masked_array(scores, ~np.isfinite(scores)),
+        scores,
         cmap=colours,
         aspect="auto",
         vmin=low,
