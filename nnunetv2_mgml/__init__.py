@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nnunetv2_mgml.dataset_conversion.back import convert_back
     from nnunetv2_mgml.dataset_conversion.convert import convert_brats
+    from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
     from nnunetv2_mgml.inference.predictor import MGMLPredictor
     from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec
     from nnunetv2_mgml.network.fusion.base import register as register_fusion
@@ -63,6 +64,7 @@ __all__ = [
     "register_fusion",
     "register_metric",
     "save_figure",
+    "split_dataset",
     "telling_slice",
     "write_phantoms",
 ]
@@ -93,6 +95,7 @@ _PLACES = {
     "register_fusion": "network.fusion.base:register",
     "register_metric": "scoring.metrics.base:register",
     "save_figure": "presentation.figures.style:save",
+    "split_dataset": "dataset_conversion.resplit",
     "telling_slice": "presentation.figures.slices",
     "write_phantoms": "phantom.files",
 }

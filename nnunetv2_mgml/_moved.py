@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -97,6 +98,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
 RENAMED: dict[str, str] = {
+    "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
     "evaluation.report.cases.ImageSources": "scoring.sources.EvaluationFiles",
     "evaluation.report.cases.stored_sources": "scoring.sources.find_files",
 }
@@ -129,7 +131,7 @@ def find_spec(fullname: str) -> ModuleSpec | None:
     return ModuleSpec(fullname, _Loader(), is_package=is_package)
 
 
-class _Loader:
+class _Loader(Loader):
     """Makes a module that holds nothing and forwards every name."""
 
     def create_module(self, spec: ModuleSpec) -> None:
