@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mgml.dataloading.loader import visible_modalities
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
+from nnunetv2_mgml.inference.model_check import bare
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet, zero_absent
 from nnunetv2_mgml.objective import MetaParameters, MGMLLoss, build_meta_network
 from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
 from nnunetv2_mgml.training.compatibility import cannot_resume
@@ -58,9 +59,10 @@ class Learner:
         deep_supervision: bool,
     ) -> nn.Module:
         """Build the network; the arguments are those of nnU-Net's ``build_network_architecture`` and our options."""
-        return nnUNetTrainer.build_network_architecture(
+        network: nn.Module = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, deep_supervision
         )
+        return network
 
     def describe(self) -> list[str]:
         """Return lines for the log, once everything is built."""
@@ -140,7 +142,7 @@ class SubsetLearner(Learner):
             ModalityBalance(trainer.channels, config.rebalancing_rate, self.device) if config.uses_rebalancing else None
         )
         self._teacher_transforms = stronger_intensity_transforms() if config.teacher_augmentation else None
-        self._bare_network = trainer.bare_network
+        self._bare_network = cast("MultiEncoderUNet", trainer.bare_network)
 
     @classmethod
     def build_network(
@@ -240,7 +242,7 @@ class SubsetLearner(Learner):
         if self.meta_network is None:
             return {"meta_network": None, "meta_optimizer": None, **balance}
         return {
-            "meta_network": self._bare_meta_network().state_dict(),
+            "meta_network": bare(self.meta_network).state_dict(),
             "meta_optimizer": self.optimizers[0].state_dict(),
             **balance,
         }
@@ -254,9 +256,6 @@ class SubsetLearner(Learner):
         if self.balance is not None:
             self.balance.load_state_dict(state["balance"])
         if self.meta_network is not None:
-            self._bare_meta_network().load_state_dict(state["meta_network"])
+            bare(self.meta_network).load_state_dict(state["meta_network"])
             # a copy, since on a CPU the optimizer would keep the tensors, and with them the mapped file
             self.optimizers[0].load_state_dict(copy.deepcopy(state["meta_optimizer"]))
-
-    def _bare_meta_network(self) -> nn.Module:
-        return self.meta_network.module if isinstance(self.meta_network, DistributedDataParallel) else self.meta_network

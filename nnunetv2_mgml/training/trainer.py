@@ -44,7 +44,7 @@ _TRAINER_ATTRIBUTES = (
 )
 
 
-class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; the name is the CLI's argument
+class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships no types  # noqa: N801  nnU-Net's way
     """nnU-Net's trainer with a random subset of the modalities per sample, in training and in validation.
 
     Every method but three is a hook of nnU-Net; what a hook does lies in a file of its own beside this one. A trainer
@@ -223,7 +223,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
             self.learner.only_visible(batch) as shown,
             optimisation.autocast(self.device, self.config.cpu_bfloat16),
         ):
-            return super().validation_step(shown)
+            result: dict[str, Any] = super().validation_step(shown)
+        return result
 
     def on_epoch_end(self) -> None:
         """Write the epoch's row and figure around nnU-Net's bookkeeping (which counts the epoch up)."""

@@ -153,7 +153,8 @@ def test_a_design_of_another_package_has_its_trainers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     own = {config.fusion for config in (trainer.resolve_config({}) for trainer in TRAINERS.values())} - {"gated"}
     assert done.stdout.splitlines()[-1] == f"designs with trainers: {len(own) + 1}"
-    assert "Fusion design 'a_thief' (others) gets no trainers: there is a nnUNetTrainerRFNet already" in done.stderr
+    taken = "there is a nnUNetTrainerRFNet and a nnUNetTrainerRFNet_MGML already"
+    assert f"Fusion design 'a_thief' (others) gets no trainers: {taken}" in done.stderr
     assert "cannot be called nnUNetTrainerMy Design: its class attribute 'trainer' must consist of" in done.stderr
 
 
