@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, conver
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
+from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
 from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
 from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
@@ -80,6 +81,7 @@ def convert_brats(
     split: str | None = None,
     split_files: Sequence[str | Path] | None = None,
     seed: int = 0,
+    missing_rates: Mapping[str, float] | None = None,
     label_convention: str = "auto",
     num_processes: int | None = None,
     progress: bool = False,
@@ -96,7 +98,10 @@ def convert_brats(
         overwrite: replace an existing dataset of the same id and name.
         split: ``paper2020``, ``paper2023`` or ``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`.
         split_files: lists of training, validation and test cases; see `splits.split_from_files`.
-        seed: seed of a random split.
+        seed: seed of a random split, and of what is drawn by ``missing_rates``.
+        missing_rates: modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
+            (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases
+            stay whole.
         label_convention: ``auto`` (told by the file names), ``brats2021`` or ``brats2023``.
         num_processes: worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script
             that calls this needs the usual ``if __name__ == "__main__":``.
@@ -119,10 +124,21 @@ def convert_brats(
     chosen, left_out = _choose_split(found, split, split_files, seed)
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, overwrite)
+    missing: dict[str, tuple[str, ...]] = {}
+    if missing_rates:
+        if chosen is None:
+            raise ValueError("--missing_rate is for the training part of a split; give --split or --split_files too.")
+        missing = draw_missing(chosen.train, missing_rates, seed)
     with building(target) as folder:
         held_out = set(chosen.test) if chosen else set()
         jobs = [
-            _job(case, folder, case.name in held_out, link, missing_ok)
+            _job(
+                without_missing(case, missing),
+                folder,
+                case.name in held_out,
+                link,
+                missing_ok or case.name in missing,
+            )
             for case in found.cases
             if case.name not in left_out
         ]

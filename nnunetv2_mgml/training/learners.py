@@ -53,12 +53,11 @@ class Learner:
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
-        config: MGMLConfig,
         num_input_channels: int,
         num_output_channels: int,
         deep_supervision: bool,
     ) -> nn.Module:
-        """Build the network; the arguments are those of nnU-Net's ``build_network_architecture`` and our options."""
+        """Build the network; the arguments are those of nnU-Net's ``build_network_architecture``."""
         network: nn.Module = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, deep_supervision
         )
@@ -149,15 +148,28 @@ class SubsetLearner(Learner):
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
-        config: MGMLConfig,
         num_input_channels: int,
         num_output_channels: int,
         deep_supervision: bool,
     ) -> nn.Module:
-        """Build the multi-encoder network; see `Learner.build_network`."""
-        num_classes = plans_manager.plans[PLANS_KEY]["num_classes"]
+        """Build the multi-encoder network; see `Learner.build_network`.
+
+        Raises:
+            ValueError: plans that no trainer of ours has completed (the number of label classes is not in them).
+        """
+        plans = plans_manager.plans
+        if "num_classes" not in plans.get(PLANS_KEY, {}):
+            raise ValueError(
+                f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which the trainer wrote into its "
+                f"model folder, not those in nnUNet_preprocessed."
+            )
         return build_network(
-            configuration_manager, config, num_input_channels, num_output_channels, num_classes, deep_supervision
+            configuration_manager,
+            MGMLConfig.from_plans(plans),
+            num_input_channels,
+            num_output_channels,
+            plans[PLANS_KEY]["num_classes"],
+            deep_supervision,
         )
 
     def describe(self) -> list[str]:

@@ -93,7 +93,10 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
 
     @classmethod
     def resolve_config(cls, plans: dict[str, Any]) -> MGMLConfig:
-        """Return the plans' configuration with what this trainer fixes."""
+        """Return the configuration of plans that are to be trained with, and what this trainer fixes.
+
+        The plans beside a checkpoint hold the result, and there it counts as it is: what a trainer fixes may change.
+        """
         return MGMLConfig.from_plans(plans).overridden(cls.config_overrides)
 
     @property
@@ -118,23 +121,9 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the network; at inference nnU-Net calls this with the plans found beside the checkpoint.
-
-        Raises:
-            ValueError: plans that no trainer of ours has completed (the number of label classes is not in them).
-        """
-        if PLANS_KEY not in plans_manager.plans or "num_classes" not in plans_manager.plans[PLANS_KEY]:
-            raise ValueError(
-                f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
-                f"wrote into its model folder, not those in nnUNet_preprocessed."
-            )
+        """Build the network; at inference nnU-Net calls this with the plans found beside the checkpoint."""
         return cls.learner_class.build_network(
-            plans_manager,
-            configuration_manager,
-            cls.resolve_config(plans_manager.plans),
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
 
     def initialize(self) -> None:
@@ -260,13 +249,13 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         if isinstance(filename_or_checkpoint, str):
             stored.refuse_other_network(filename_or_checkpoint, self.plans_manager.plans, self.configuration_name)
             self.weights_file = filename_or_checkpoint
-            self.stored_optimizer = self.resolve_config(stored.plans).optimizer
+            self.stored_optimizer = stored.config.optimizer
         if not self.was_initialized:
             self.initialize()
         same = self.stored_optimizer == self.config.optimizer
         with nullcontext() if same else checkpoint.without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
-        self.learner.load_state_dict(stored.training_state, MGMLConfig.from_plans(stored.plans))
+        self.learner.load_state_dict(stored.training_state, stored.config)
 
     # --- final validation ---------------------------------------------------------------------------------------------
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
