@@ -186,7 +186,7 @@ def test_validation_sees_only_the_subset(nnunet_folders: Path) -> None:
         with torch.no_grad():
             losses.append(trainer.validation_step(batch)["loss"])
     assert losses[0] == losses[1]
-    assert trainer.bare_network._availability is None
+    assert trainer.bare_network._visible is None
 
 
 def test_modality_dropout_trains_the_stock_network_on_visible_channels(nnunet_folders: Path) -> None:
