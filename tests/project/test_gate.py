@@ -158,3 +158,11 @@ def test_workflows_pin_what_they_run_and_begin_without_rights(path: Path) -> Non
         action for action, comment in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) or "# v" not in comment
     ] == []
     assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
+
+
+def test_types_may_only_get_better() -> None:
+    judge = script("check_types").judge
+    lines = ["a.py:1: error: no [misc]", "a.py:1: note: because", "b.py:2: error: no [misc]", "d.py:3: note: fine"]
+    assert judge(lines, ["a.py", "b.py"]) == ([], [])
+    assert judge(lines, ["b.py", "c.py"]) == (["a.py"], ["c.py"])
+    assert judge(lines, []) == (["a.py", "b.py"], [])
