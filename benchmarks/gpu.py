@@ -146,6 +146,8 @@ class Worker:
             self.todo.pop(0)
         if not self.todo:
             self._process.wait()
+        elif ended is not None and self.todo[0] not in written:
+            self.give_up(f"the process ended with exit code {ended} before it began")
         elif ended is not None:
             self._lose(f"the process ended with exit code {ended}")
         else:

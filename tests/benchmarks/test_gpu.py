@@ -100,6 +100,18 @@ def test_a_section_that_breaks_hangs_or_dies_loses_nothing_else(
     assert [result[name]["before"] for name in ("raising", "dying", "hanging")] == [2, 3, 4]
 
 
+def test_a_process_that_cannot_begin_is_not_started_again(tmp_path: Path) -> None:
+    (tmp_path / "gpu_sections.py").write_text("raise ImportError('torch')\n")
+    script = tmp_path / "gpu.py"
+    script.write_text((FOLDER / "gpu.py").read_text())
+    output = tmp_path / "out" / "gpu.json"
+    command = [sys.executable, str(script), "--device", "cpu", "--output", str(output), "--skip", "compile", "counter"]
+    assert subprocess.run(command, check=False).returncode == 1
+    result = json.loads(output.read_text())
+    assert len(result) > 10
+    assert all("before it began" in section["error"] for name, section in result.items() if name != "about")
+
+
 def test_page_without_a_result(scripts: SimpleNamespace) -> None:
     page = scripts.gpu_page.page({})
     assert "no GPU yet, nothing here is measured" in page
