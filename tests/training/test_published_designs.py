@@ -53,6 +53,7 @@ def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict
     """On plans of any design; ``fusion_options`` count where those plans have the trainer's own design."""
     mgml, setting = documented()[name]
     stock = nnUNetTrainerMGML if mgml else nnUNetTrainerMGML_baseline
+    setting = {**setting, **({} if mgml else fusion_designs()[setting["fusion"]].published_alone)}
     if planned.get("fusion") == setting["fusion"]:
         setting = {
             **setting,
