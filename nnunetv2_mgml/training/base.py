@@ -90,8 +90,14 @@ class MissingModalityTrainer(AugmentationTrainer):
 
     @classmethod
     def resolve_config(cls, plans: dict[str, Any]) -> MGMLConfig:
-        """Return the plans' configuration with what this trainer fixes."""
-        return MGMLConfig.from_plans(plans).overridden(cls.config_overrides)
+        """Return the plans' configuration with what this trainer fixes.
+
+        Plans beside a model hold what was fixed when it was trained; they stay as they are, so that a trainer which
+        fixes more today still loads it.
+        """
+        config = MGMLConfig.from_plans(plans)
+        is_of_a_model = "num_classes" in (plans.get(PLANS_KEY) or {})
+        return config if is_of_a_model else config.overridden(cls.config_overrides)
 
     @property
     def num_classes(self) -> int:

@@ -83,3 +83,18 @@ def test_notes_only_where_there_is_something_to_say() -> None:
     (note,) = run_notes("T", planned, {}, 4)
     assert note.startswith("seed=3: exact repetition needs nnUNet_n_proc_DA=0")
     assert run_notes("T", MGMLConfig(), {"fusion": "mean"}, 4) == []
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_model_keeps_the_parts_it_was_trained_with(name: str) -> None:
+    """What version 0.1.0 stored beside a model of this name: no published parts, no revision, other weights."""
+    fixed = NAMED[name].config_overrides
+    before = MGMLConfig(fusion=fixed["fusion"], soft_label="none", consistency_weight=0.0).as_dict()
+    del before["fusion_revision"], before["network_form"]
+    stored = {PLANS_KEY: {"version": "0.1.0", "config": before, "channels": ["t1", "t2"], "num_classes": 4}}
+    config = NAMED[name].resolve_config(stored)
+    assert config == MGMLConfig(**before, fusion_revision=1)
+    written_by_plan = {PLANS_KEY: {key: value for key, value in stored[PLANS_KEY].items() if key != "num_classes"}}
+    resolved = NAMED[name].resolve_config(written_by_plan)
+    assert resolved.fusion_options == fixed.get("fusion_options", {})
+    assert resolved.fusion_revision == 1
