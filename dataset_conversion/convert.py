@@ -14,8 +14,6 @@ from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, conver
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
-from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
-from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
     SPLITS_FILE,
     Split,
@@ -25,6 +23,8 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     split_from_files,
     write_splits,
 )
+from nnunetv2_mgml.io.workers import run_jobs
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 
 Converted = list[tuple[Case, CaseResult]]
 
@@ -118,6 +118,7 @@ def convert_brats(
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, overwrite)
     with building(target) as folder:
+        check_target(source, target, dataset_id, overwrite)  # again: another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
         jobs = [
             _job(case, folder, case.name in held_out, link, missing_ok)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
-from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
     Split,
     check_existing_split,
@@ -17,6 +16,7 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     split_from_files,
     write_splits,
 )
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, names_in_use, nnunet_folder
 
 _log = logging.getLogger(__name__)
 

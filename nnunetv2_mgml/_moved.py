@@ -23,7 +23,10 @@ UNTIL = "0.3"
 MOVED: dict[str, tuple[str, ...]] = {
     "cli": ("commands.main",),
     "config": ("plans.options",),
+    "dataset_conversion.checks": ("dataset_conversion.case_writer",),
     "dataset_conversion.command": ("commands.convert",),
+    "dataset_conversion.parallel": ("io.workers",),
+    "dataset_conversion.paths": ("plans.folders",),
     "demo": ("commands.demo",),
     "evaluation": ("scoring",),
     "evaluation.command": ("commands.evaluate",),
@@ -40,7 +43,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.figures.style": ("presentation.figures.style",),
     "evaluation.figures.subsets": ("presentation.figures.subsets",),
     "evaluation.figures.training": ("presentation.figures.training",),
-    "evaluation.files": ("io.label_maps",),
+    "evaluation.files": ("io.volumes",),
     "evaluation.internals": ("presentation.internals",),
     "evaluation.metrics": ("scoring.metrics",),
     "evaluation.metrics.base": ("scoring.metrics.base",),
@@ -72,7 +75,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.subset_predictor": ("inference.subsets.predictor",),
     "evaluation.tables": ("presentation.tables",),
     "files": ("io.files",),
-    "inference.complete": ("io.complete",),
     "inference.grid": ("io.grid",),
     "inference.predict": ("commands.predict",),
     "inference.workers": ("io.workers",),
@@ -98,10 +100,16 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "dataset_conversion.checks.GEOMETRY_TOLERANCE": "io.grid.GRID_TOLERANCE",
+    "dataset_conversion.checks.geometry_difference": "io.grid.image_difference",
+    "dataset_conversion.checks.read_volume": "io.volumes.read_image",
+}
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
-GONE: dict[str, str] = {}
+GONE: dict[str, str] = {
+    "inference.complete": "nnunetv2_mgml.io.volumes.check_file looks at more than completeness, and raises one error.",
+}
 """Module or name of 0.1.0 that has no successor of the same meaning -> what to use instead, a sentence."""
 
 

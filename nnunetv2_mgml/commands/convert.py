@@ -8,9 +8,9 @@ from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionSummary, convert_brats
 from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
-from nnunetv2_mgml.dataset_conversion.parallel import default_processes
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, TEST_FILE
+from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 
 

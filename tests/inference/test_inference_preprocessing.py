@@ -168,7 +168,7 @@ def test_a_bad_case_yields_an_error_item_and_the_others_go_on(tmp_path: Path, mo
 
     items = list(iterate_items([job("a", good), job("b", bad), Job("c", None, broken), job("d", {0: good[0]})], 0))
     assert [item["case"] for item in items] == ["a", "b", "c", "d"]
-    assert "cannot read" in items[1]["error"]
+    assert "cannot be read" in items[1]["error"]
     assert "ZeroDivisionError: boom" in items[2]["error"]
     assert items[3]["availability"] == (True, False, False, False)
     assert [("data" in item) for item in items] == [True, False, False, True]

@@ -117,7 +117,7 @@ def test_unknown_labels_name_the_convention(tmp_path):
 def test_float_label_maps_are_read_and_probabilities_are_not(tmp_path):
     whole = random_labels(0).astype(np.float32)
     assert score_case(task(tmp_path, whole, whole), ScoringSettings(LABELS))["t1"]["whole tumor"]["dice"] == 1
-    with pytest.raises(ValueError, match="not whole numbers"):
+    with pytest.raises(ValueError, match=r"no whole numbers, such as 0\.5"):
         score_case(task(tmp_path, random_labels(0), whole / 2), ScoringSettings(LABELS))
 
 
@@ -194,9 +194,9 @@ def test_a_file_that_ends_early_is_refused(tmp_path, ending):
     cut = tmp_path / f"cut{ending}"
     cut.write_bytes(whole.read_bytes()[:-500])
     for case in (CaseTask("c1", whole, {"t1": cut}), CaseTask("c1", cut, {"t1": whole})):
-        with pytest.raises(ValueError, match=r"Case c1: .*cut\.nii.* cannot be read"):
+        with pytest.raises(ValueError, match=r"Case c1: .*cut\.nii.* (cannot be read|is cut off)"):
             score_case(case, ScoringSettings(LABELS))
-    with pytest.raises(ValueError, match=r"Cannot read .*cut"):
+    with pytest.raises(ValueError, match=r"cut\.nii.* (cannot be read|is cut off)"):
         read_axial(cut)
 
 
