@@ -66,6 +66,37 @@ class ConversionSummary:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ConversionRequest:
+    """What `convert` is asked for."""
+
+    source: str | Path
+    """Folder with the cases, at any depth."""
+    dataset_id: int
+    """nnU-Net dataset id, 1 to 999."""
+    name: str | None = None
+    """Dataset name; None takes the edition, such as ``BraTS2021``."""
+    link: bool = False
+    """Make symbolic links to ``.nii.gz`` images instead of copies."""
+    missing_ok: bool = False
+    """Accept cases that lack sequences and write empty volumes for these."""
+    skip_bad: bool = False
+    """Convert the good cases although others are bad."""
+    overwrite: bool = False
+    """Replace an existing dataset of the same id and name."""
+    split: str | None = None
+    """``paper2020``, ``paper2023`` or ``A:B:C``; see `splits.parse_ratio`."""
+    split_files: Sequence[str | Path] | None = None
+    """Lists of training, validation and test cases; see `splits.split_from_files`."""
+    seed: int = 0
+    """Seed of a random split."""
+    label_convention: str = "auto"
+    """``auto`` (told by the file names), ``brats2021`` or ``brats2023``."""
+    num_processes: int | None = None
+    """Worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script that converts
+    needs the usual ``if __name__ == "__main__":``."""
+
+
 def convert_brats(
     source: str | Path,
     dataset_id: int,
@@ -84,53 +115,60 @@ def convert_brats(
 ) -> ConversionSummary:
     """Convert a BraTS folder of any edition from 2018 to 2025 to ``nnUNet_raw/DatasetXXX_NAME``.
 
+    The arguments are the fields of `ConversionRequest`, and ``progress`` shows a bar; the rest is as in `convert`.
+    """
+    request = ConversionRequest(
+        source=source,
+        dataset_id=dataset_id,
+        name=name,
+        link=link,
+        missing_ok=missing_ok,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+        split=split,
+        split_files=split_files,
+        seed=seed,
+        label_convention=label_convention,
+        num_processes=num_processes,
+    )
+    return convert(request, progress=progress)
+
+
+def convert(request: ConversionRequest, *, progress: bool = False) -> ConversionSummary:
+    """Convert a BraTS folder of any edition from 2018 to 2025 to ``nnUNet_raw/DatasetXXX_NAME``.
+
     Args:
-        source: folder with the cases, at any depth.
-        dataset_id: nnU-Net dataset id, 1 to 999.
-        name: dataset name; None takes the edition, such as ``BraTS2021``.
-        link: make symbolic links to ``.nii.gz`` images instead of copies.
-        missing_ok: accept cases that lack sequences and write empty volumes for these.
-        skip_bad: convert the good cases although others are bad.
-        overwrite: replace an existing dataset of the same id and name.
-        split: ``paper2020``, ``paper2023`` or ``A:B:C``; see `splits.parse_ratio`.
-        split_files: lists of training, validation and test cases; see `splits.split_from_files`.
-        seed: seed of a random split.
-        label_convention: ``auto`` (told by the file names), ``brats2021`` or ``brats2023``.
-        num_processes: worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script
-            that calls this needs the usual ``if __name__ == "__main__":``.
+        request: what to convert, and how.
         progress: show a progress bar.
 
     Returns:
         Summary of what was recognised and written.
 
     Raises:
-        FileNotFoundError: ``source`` or a split list does not exist.
+        FileNotFoundError: the source or a split list does not exist.
         ValueError: anything wrong with the data (one line per bad case, all of them) or the target. Nothing has been
             written then.
+        OSError: the disk is full, or a folder cannot be written to; nothing has been put in place then.
     """
     started = time.perf_counter()
-    source = Path(source).expanduser().absolute()
-    found = _discover(source, label_convention)
-    folder_name = dataset_folder_name(dataset_id, name or _default_name(found))
+    source = Path(request.source).expanduser().absolute()
+    found = _discover(source, request.label_convention)
+    folder_name = dataset_folder_name(request.dataset_id, request.name or _default_name(found))
     target = nnunet_folder(RAW) / folder_name
-    check_target(source, target, dataset_id, overwrite)
-    chosen, left_out = _choose_split(found, split, split_files, seed)
+    check_target(source, target, request.dataset_id, request.overwrite)
+    chosen, left_out = _choose_split(found, request)
     if chosen is not None:
-        check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, overwrite)
+        check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
     with building(target) as folder:
-        check_target(source, target, dataset_id, overwrite)  # again: another conversion may just have finished
+        check_target(source, target, request.dataset_id, request.overwrite)  # another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
-        jobs = [
-            _job(case, folder, case.name in held_out, link, missing_ok)
-            for case in found.cases
-            if case.name not in left_out
-        ]
-        results = run_jobs(convert_case, jobs, num_processes, "Converting", progress)
+        jobs = [_job(case, folder, case.name in held_out, request) for case in found.cases if case.name not in left_out]
+        results = run_jobs(convert_case, jobs, request.num_processes, "Converting", progress)
         bad = {**found.problems, **{r.name: r.problems for r in results if r.problems}}
-        if bad and not skip_bad:
+        if bad and not request.skip_bad:
             raise ValueError(_bad_cases(bad, len(jobs) + len(found.problems)))
         good = [(job.case, result) for job, result in zip(jobs, results, strict=True) if not result.problems]
-        _check_meaning_of_four(good, label_convention)
+        _check_meaning_of_four(good, request.label_convention)
         summary = _summary(target, good, bad, held_out, _without(chosen, bad), left_out, found.notes)
         write_description(
             folder,
@@ -186,25 +224,24 @@ def _default_name(found: Discovery) -> str:
     return names.pop() if len(names) == 1 else "BraTS"
 
 
-def _choose_split(
-    found: Discovery, split: str | None, split_files: Sequence[str | Path] | None, seed: int
-) -> tuple[Split | None, tuple[str, ...]]:
+def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split | None, tuple[str, ...]]:
     """Return the split, and labelled cases that take no part in it."""
     labelled = _labelled(found)
-    if split and split_files:
+    if request.split and request.split_files:
         raise ValueError("Give either --split or --split_files, not both.")
-    if split_files:
+    if request.split_files:
         # A list may name a case whose files are bad; that is said of the case, not of the list.
-        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
+        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in request.split_files])
         return chosen, tuple(name for name in left_out if name in labelled)
-    return (random_split(labelled, parse_ratio(split), seed), ()) if split else (None, ())
+    if request.split:
+        return random_split(labelled, parse_ratio(request.split), request.seed), ()
+    return None, ()
 
 
-def _job(case: Case, folder: Path, held_out: bool, link: bool, missing_ok: bool) -> Job:
-    if case.segmentation is None:
-        return Job(case, folder / "imagesTs", None, link, missing_ok)
-    part = "Ts" if held_out else "Tr"
-    return Job(case, folder / f"images{part}", folder / f"labels{part}", link, missing_ok)
+def _job(case: Case, folder: Path, held_out: bool, request: ConversionRequest) -> Job:
+    part = "Ts" if held_out or case.segmentation is None else "Tr"
+    labels = None if case.segmentation is None else folder / f"labels{part}"
+    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok)
 
 
 def _bad_cases(bad: dict[str, list[str]], total: int) -> str:

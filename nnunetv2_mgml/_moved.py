@@ -75,6 +75,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.subset_predictor": ("inference.subsets.predictor",),
     "evaluation.tables": ("presentation.tables",),
     "files": ("io.files",),
+    "inference.export": ("upstream.export",),
     "inference.grid": ("io.grid",),
     "inference.predict": ("commands.predict",),
     "inference.workers": ("io.workers",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnunetv2_mgml.dataset_conversion.back import convert_back
-from nnunetv2_mgml.dataset_conversion.convert import ConversionSummary, convert_brats
+from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
 from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
@@ -118,12 +118,12 @@ def run(args: argparse.Namespace) -> int:
         written = convert_back(
             args.source, args.target, args.to, overwrite=args.overwrite, num_processes=args.num_processes, progress=True
         )
-        _say(f"Wrote {len(written)} segmentation(s) with the values of {args.to} to {args.target}")
+        print(f"Wrote {len(written)} segmentation(s) with the values of {args.to} to {args.target}")
         return 0
     split, path = split_dataset(
         args.dataset_id, split=args.split, seed=args.seed, split_files=args.split_files, overwrite=args.overwrite
     )
-    _say(
+    print(
         f"Wrote {path}: {split}. Train fold 0; the test cases are named in {path.parent / TEST_FILE} and linked into "
         f"imagesTs and labelsTs."
     )
@@ -131,22 +131,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_brats(args: argparse.Namespace) -> int:
-    summary = convert_brats(
-        args.source,
-        args.dataset_id,
-        args.name,
-        link=args.link,
-        missing_ok=args.missing_ok,
-        skip_bad=args.skip_bad,
-        overwrite=args.overwrite,
-        split=args.split,
-        split_files=args.split_files,
-        seed=args.seed,
-        label_convention=args.label_convention,
-        num_processes=args.num_processes,
-        progress=True,
-    )
-    _say("\n".join(describe(summary)))
+    request = ConversionRequest(**{name: getattr(args, name) for name in ConversionRequest.__dataclass_fields__})
+    summary = convert(request, progress=True)
+    print("\n".join(describe(summary)))
     return 1 if summary.skipped else 0
 
 
@@ -179,7 +166,3 @@ def describe(summary: ConversionSummary) -> list[str]:
         lines.append(f"Skipped {len(summary.skipped)} bad case(s):")
         lines += [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(summary.skipped.items())]
     return lines
-
-
-def _say(text: str) -> None:
-    print(text)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mgml.upstream.wrappers import bare
 
 SUPPORTING_TRAINERS = "nnUNetTrainerMGML (and its variants), nnUNetTrainerModalityDropout"
 """Named in messages; what counts is the trainer's attribute ``supports_missing_modalities``."""
@@ -66,10 +66,3 @@ def check_supported(network: nn.Module, trainer_name: str) -> None:
             f"CONFIGURATION FOLD -tr nnUNetTrainerMGML`, or predict complete cases without "
             f"--missing_modalities."
         )
-
-
-def bare(network: nn.Module) -> nn.Module:
-    """Return the network without the wrappers of torch.compile and DistributedDataParallel."""
-    while isinstance(network, (OptimizedModule, DistributedDataParallel)):
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
-    return network

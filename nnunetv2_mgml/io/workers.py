@@ -139,7 +139,7 @@ def run_jobs(
         ValueError: ``num_processes`` below 0.
         WorkerDiedError: a job ends its process.
     """
-    processes = default_processes() if num_processes is None else min(num_processes, len(jobs))
+    processes = min(default_processes() if num_processes is None else num_processes, len(jobs))
     with WorkerPool(processes if processes != 1 else 0, "-np") as pool:
         return list(tqdm(pool.map(function, jobs), desc=title, total=len(jobs), disable=not progress))
 

@@ -18,7 +18,6 @@ import torch
 
 from nnunetv2_mgml.inference.arguments import check_device
 from nnunetv2_mgml.inference.inputs import Case, CaseError
-from nnunetv2_mgml.inference.model_check import bare
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.preprocessing import Item, prepare_case
 from nnunetv2_mgml.io.volumes import VolumeError, check_file
@@ -29,6 +28,7 @@ from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
 from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
 from nnunetv2_mgml.training.trainer import CHECKPOINT_KEY
+from nnunetv2_mgml.upstream.wrappers import bare
 
 
 @dataclass(frozen=True)

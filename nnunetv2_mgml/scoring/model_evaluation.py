@@ -18,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mgml.inference.export import export_case
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.model_check import check_supported
 from nnunetv2_mgml.inference.preprocessing import Item, Job, iterate_items
@@ -31,6 +30,7 @@ from nnunetv2_mgml.scoring.cases import CasePool, CaseTask, ScoringSettings, col
 from nnunetv2_mgml.scoring.evaluate import EvaluationOptions, finish
 from nnunetv2_mgml.scoring.output import drop_outdated, open_output
 from nnunetv2_mgml.scoring.results import Evaluation
+from nnunetv2_mgml.upstream.export import export_case
 
 _log = logging.getLogger(__name__)
 _PLACES = ("images", "labels")

@@ -222,6 +222,10 @@ def test_image_formats_without_depth(tmp_path):
     assert score_case(CaseTask("case", path, {"t1": path}), settings)["t1"]["lesion"]["dice"] == 1
 
 
+def test_a_dead_worker_names_the_option_of_mgml_evaluate(tmp_path):
+    assert CasePool(ScoringSettings(LABELS), tmp_path, 1)._workers.options == "-np"
+
+
 @pytest.mark.slow
 def test_real_patients_agree_with_nnunet(real_data, tmp_path):
     """All ten BraTS 2021 references, four of them without enhancing tumour, against each other's neighbour."""
