@@ -79,7 +79,7 @@ if __name__ == "__main__":
         # dataset_conversion/ lies at the top of the repository, but no generic name may land in site-packages
         packages=[*find_packages(include=["nnunetv2_mgml*"]), "nnunetv2_mgml.dataset_conversion"],
         package_dir=PACKAGE_DIR,
-        package_data={"": ["py.typed", "*.html", "*.css", "*.js"]},
+        package_data={"": ["py.typed", "*.html", "*.css", "*.js", "case_lists/*.txt"]},
         zip_safe=False,
         install_requires=[
             # 2.8.1 is the first release whose nnUNet_extTrainer survives a module it cannot import; each minor release

@@ -15,10 +15,12 @@ from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_targ
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
 from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
     SPLITS_FILE,
     Split,
     check_existing_split,
     parse_ratio,
+    published_lists,
     random_split,
     split_from_files,
     write_splits,
@@ -85,7 +87,7 @@ class ConversionRequest:
     overwrite: bool = False
     """Replace an existing dataset of the same id and name."""
     split: str | None = None
-    """``paper2020``, ``paper2023`` or ``A:B:C``; see `splits.parse_ratio`."""
+    """``paper2020``, ``paper2023`` or ``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`."""
     split_files: Sequence[str | Path] | None = None
     """Lists of training, validation and test cases; see `splits.split_from_files`."""
     seed: int = 0
@@ -229,9 +231,10 @@ def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split |
     labelled = _labelled(found)
     if request.split and request.split_files:
         raise ValueError("Give either --split or --split_files, not both.")
-    if request.split_files:
+    split_files = published_lists(request.split) if request.split in PUBLISHED else request.split_files
+    if split_files:
         # A list may name a case whose files are bad; that is said of the case, not of the list.
-        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in request.split_files])
+        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
         return chosen, tuple(name for name in left_out if name in labelled)
     if request.split:
         return random_split(labelled, parse_ratio(request.split), request.seed), ()

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
 from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
     Split,
     check_existing_split,
     parse_ratio,
+    published_lists,
     random_split,
     split_from_files,
     write_splits,
@@ -54,6 +56,8 @@ def split_dataset(
     cases = sorted(path.name[: -len(FILE_ENDING)] for path in (raw / "labelsTr").glob(f"*{FILE_ENDING}"))
     if not cases:
         raise FileNotFoundError(f"No labels labelsTr/*{FILE_ENDING} in {raw}. Convert it first: mgml convert brats.")
+    if split in PUBLISHED:
+        split_files = published_lists(split)
     if split_files:
         chosen, left_out = split_from_files(cases, [Path(path) for path in split_files])
         if left_out:

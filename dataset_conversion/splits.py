@@ -17,6 +17,9 @@ from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUF
 PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
 
+PUBLISHED: tuple[str, ...] = ("rfnet2020", "rfnet2018-1", "rfnet2018-2", "rfnet2018-3", "imfuse2023")
+"""Splits whose very cases are known: BraTS 2020 and 2018 as RFNet and its successors split them, BraTS 2023 GLI as
+IM-Fuse does. Their lists lie in ``case_lists``, each with its source."""
 SPLITS_FILE = "splits_final.json"
 TEST_FILE = "test_cases.json"
 _TAIL = re.compile(r"(\.nii\.gz|\.nii|\.np[yz]|\.h5|\.pkl)$", re.IGNORECASE)
@@ -52,10 +55,16 @@ def parse_ratio(text: str) -> tuple[int, int, int]:
     ratio = tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if ratio[0] < 1 or ratio[1] < 1:
         raise ValueError(
-            f"Unknown split '{text}'. Allowed: {', '.join(PRESETS)}, or train:validation:test such as "
+            f"Unknown split '{text}'. Allowed: {', '.join([*PRESETS, *PUBLISHED])}, or train:validation:test such as "
             f"7:1:2, with at least 1 for training and validation."
         )
     return ratio  # type: ignore[return-value]
+
+
+def published_lists(name: str) -> list[Path]:
+    """Return the lists of training, validation and test cases of a split in `PUBLISHED`, for `split_from_files`."""
+    folder = Path(__file__).parent / "case_lists"
+    return [folder / f"{name}_{part}.txt" for part in ("train", "val", "test")]
 
 
 def _counts(total: int, ratio: Sequence[int]) -> list[int]:

@@ -21,9 +21,12 @@ OTHER_SIZE = {"3d": (5, 7, 9), "anisotropic": (7, 16, 12), "2d": (17, 9)}
 QUICK: dict[str, dict[str, Any]] = {"sfusion": {"depth": 2, "grid": 4}}
 """Options that keep the tests short; a design not named here runs with its defaults."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "m2ftrans+channel": ("m2ftrans", {"channel_attention": True}),
+    "m2ftrans+channel": ("m2ftrans", {"channel_attention": True, "pyramid_heads": True, "reweighting": "published"}),
+    "m2ftrans+added": ("m2ftrans", {"channel_attention": True, "channel_wiring": "added"}),
+    "mmformer+pyramid": ("mmformer", {"pyramid_heads": True}),
+    "sfusion+interpolated": ("sfusion", {"form": "interpolated", "depth": 2, "grid": 4}),
     "region_aware+full": ("region_aware", {"full_resolution_regions": True}),
-    "imfuse+concat": ("imfuse", {"max_voxels": 1}),
+    "imfuse+concat": ("imfuse", {"max_voxels": 1, "pyramid_heads": True}),
 }
 """Further settings to run all tests with: test name -> (design, options)."""
 

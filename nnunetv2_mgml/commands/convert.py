@@ -9,7 +9,7 @@ from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, Conversi
 from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
-from nnunetv2_mgml.dataset_conversion.splits import PRESETS, TEST_FILE
+from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
 from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 
@@ -82,8 +82,9 @@ def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
     presets = ", ".join(f"{name} ({':'.join(map(str, ratio))})" for name, ratio in PRESETS.items())
     parser.add_argument(
         "--split",
-        metavar="RATIO",
-        help=f"random train:validation:test split: {presets} or A:B:C; test cases go to imagesTs",
+        metavar="SPLIT",
+        help=f"random train:validation:test split: {presets} or A:B:C; or the very cases of a published one: "
+        f"{', '.join(PUBLISHED)}. Test cases go to imagesTs",
     )
     parser.add_argument(
         "--split_files",

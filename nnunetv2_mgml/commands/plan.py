@@ -152,8 +152,11 @@ def make_plans(
         raise ValueError(
             f"The plans have no configuration {', '.join(unknown)}. Allowed: {', '.join(source['configurations'])}."
         )
-    config = MGMLConfig.from_plans(source).updated({k: v for k, v in changes.items() if k not in NNUNET_KEYS})
-    if "fusion" in changes or "fusion_options" in changes:
+    options = {key: value for key, value in changes.items() if key not in NNUNET_KEYS}
+    if "fusion" in options:  # a design chosen now is meant as it is now, also in plans that were written earlier
+        options.setdefault("fusion_revision", MGMLConfig().fusion_revision)
+    config = MGMLConfig.from_plans(source).updated(options)
+    if {"fusion", "fusion_options", "fusion_revision"} & set(changes):
         _check_fusion(config)
     for name in config.modality_missing_rate:
         channel_index(name, channels)
@@ -252,7 +255,7 @@ def _check_keys(changes: dict[str, Any]) -> None:
 def _check_fusion(config: MGMLConfig) -> None:
     from nnunetv2_mgml.network.fusion import find_design
 
-    find_design(config.fusion).take_options(config.fusion_options)
+    find_design(config.fusion).take_options(config.fusion_options, config.fusion_revision)
 
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:

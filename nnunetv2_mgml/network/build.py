@@ -111,4 +111,5 @@ def _fusion_spec(
         nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
         conv_bias=spec.conv_bias,
         options=dict(config.fusion_options),
+        revision=config.fusion_revision,
     )

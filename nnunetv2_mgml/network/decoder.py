@@ -61,9 +61,10 @@ class FusionDecoder(StepwiseDecoder):
             mask: ``(B, M)`` bool, True = present.
             fusion: the design.
             images: ``(B, M, *spatial)`` for the design's `image_loss`; None: no such loss.
-            available: ``(B, M)`` bool, the modalities each case has; with ``images``.
+            available: ``(B, M)`` bool, the modalities each case has, in the pass a training step learns from; needed
+                with ``images``.
         """
-        state = fusion.begin()
+        state = fusion.begin() if available is None else fusion.begin_training(available)
         auxiliary: list[torch.Tensor] = []
         loss = features[0].new_zeros((), dtype=torch.float32)
         outputs: list[torch.Tensor] = []

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 PLANS_KEY = "mgml"
+FUSION_REVISION = 2
+"""The present ``fusion_revision``."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
     "processes draw patches and masks without a seed"
@@ -99,6 +101,12 @@ class MGMLConfig:
     # --- network ------------------------------------------------------------------------------------------------------
     fusion: str = _option("region_aware", "fusion design, one of `mgml info --fusions`")
     fusion_options: dict[str, Any] = _option({}, "options of the fusion design, a JSON object")
+    fusion_revision: int = _option(
+        FUSION_REVISION,
+        "what a fusion design does where fusion_options say nothing: 2, as now; 1, as in plans and models written "
+        "before there were revisions (docs/fusion.md)",
+        choices=tuple(range(1, FUSION_REVISION + 1)),
+    )
     width_factor: float = _option(
         0.5,
         "feature channels as a multiple of the plan's (rounded to multiples of 8); one "
@@ -270,10 +278,14 @@ class MGMLConfig:
     def from_plans(cls, plans: dict[str, Any]) -> MGMLConfig:
         """Return the configuration stored in a plans dict, or the defaults for stock plans.
 
+        Plans that this package wrote before there were revisions of fusion designs are of ``fusion_revision`` 1.
+
         Raises:
             ValueError: an unknown option or a bad value in the ``"mgml"`` block.
         """
-        return cls().updated((plans.get(PLANS_KEY) or {}).get("config", {}))
+        block = plans.get(PLANS_KEY) or {}
+        first = {"fusion_revision": 1} if "version" in block else {}
+        return cls().updated({**first, **block.get("config", {})})
 
     def updated(self, changes: dict[str, Any]) -> MGMLConfig:
         """Return a copy with some options changed.

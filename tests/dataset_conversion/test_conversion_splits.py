@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from nnunetv2_mgml.dataset_conversion.discovery import patient
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
-from nnunetv2_mgml.dataset_conversion.splits import Split, parse_ratio, random_split, split_from_files, write_splits
+from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
+    Split,
+    parse_ratio,
+    published_lists,
+    random_split,
+    split_from_files,
+    write_splits,
+)
 
 TRAINING_2020 = [f"BraTS20_Training_{i:03d}" for i in range(1, 370)]
 
@@ -168,3 +176,46 @@ def test_split_of_no_dataset(nnunet_folders: Path) -> None:
         split_dataset(137, split="7:1:2")
     with pytest.raises(ValueError, match="either --split or --split_files"):
         split_dataset(137)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("rfnet2020", (219, 50, 100)),
+        *((f"rfnet2018-{i}", (199, 29, 57)) for i in (1, 2, 3)),
+        ("imfuse2023", (875, 125, 251)),
+    ],
+)
+def test_published_splits(name: str, counts: tuple[int, ...]) -> None:
+    """Their lists are whole and name no case twice; data that lacks some of them is refused with their names."""
+    assert name in PUBLISHED
+    files = published_lists(name)
+    parts = [[line for line in file.read_text().splitlines() if not line.startswith("#")] for file in files]
+    assert tuple(map(len, parts)) == counts
+    cases = [case for part in parts for case in part]
+    assert len(set(cases)) == sum(counts)
+    assert all(file.read_text().startswith("# BraTS 20") for file in files), "each list says where it comes from"
+    split, left_out = split_from_files([*cases, "another"], files)
+    assert (split.train, split.val, split.test) == tuple(tuple(sorted(part)) for part in parts)
+    assert left_out == ("another",)
+    with pytest.raises(ValueError, match=rf"1 name\(s\) in the split lists are no case of this data: {cases[0]} "):
+        split_from_files(cases[1:], files)
+
+
+def test_the_published_split_of_2020_is_all_its_training_cases() -> None:
+    split, left_out = split_from_files(TRAINING_2020, published_lists("rfnet2020"))
+    assert left_out == ()
+    assert sorted(split.train + split.val + split.test) == TRAINING_2020
+
+
+def test_a_dataset_gets_a_published_split_by_name(nnunet_folders: Path) -> None:
+    labels = nnunet_folders / "raw" / "Dataset137_BraTS2020" / "labelsTr"
+    labels.mkdir(parents=True)
+    for case in TRAINING_2020:
+        (labels / f"{case}.nii.gz").touch()
+    split, path = split_dataset(137, split="rfnet2020")
+    assert split_from_files(TRAINING_2020, published_lists("rfnet2020"))[0] == split
+    assert json.loads(path.read_text())[0]["val"] == list(split.val)
+    (labels / "BraTS20_Training_005.nii.gz").unlink()
+    with pytest.raises(ValueError, match="no case of this data: BraTS20_Training_005"):
+        split_dataset(137, split="rfnet2020", overwrite=True)

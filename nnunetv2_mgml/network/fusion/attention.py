@@ -53,12 +53,12 @@ class StudentDropout(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with key padding; no bias on query, key and value, one on the output."""
+    """Multi-head self-attention with key padding; one bias on the output, on query, key and value where ``bias``."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

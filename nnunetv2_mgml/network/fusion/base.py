@@ -14,6 +14,7 @@ from torch import nn
 
 from nnunetv2_mgml.network.fusion.installed import load_installed_designs
 from nnunetv2_mgml.network.pointwise import pointwise
+from nnunetv2_mgml.plans.options import FUSION_REVISION
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class FusionSpec:
     conv_bias: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     """The plan's ``fusion_options``; a design refuses keys it does not know (`FusionDesign.take_options`)."""
+    revision: int = FUSION_REVISION
+    """The plan's ``fusion_revision``: whose defaults count where an option is not set."""
 
     @property
     def num_scales(self) -> int:
@@ -74,6 +77,24 @@ class FusionDesign(nn.Module):
     """One line with the source, shown by ``mgml info --fusions``."""
     default_options: ClassVar[dict[str, Any]] = {}
     """Options a plan may set through ``fusion_options`` and their defaults."""
+    trainer: ClassVar[str] = ""
+    """Name of the publication, ``"RFNet"``: ``nnUNetTrainerRFNet`` trains the design alone, ``nnUNetTrainerRFNet_MGML``
+    with MGML (see ``training/variants.py``). Empty: no trainers of its own. A subclass does not inherit it."""
+    published_options: ClassVar[dict[str, Any]] = {}
+    """What these trainers fix beside the design, by option name: what the publication has, where it is not a default.
+    ``fusion_options`` among them give way to those that the plans set for this design."""
+    defaults_before: ClassVar[dict[int, dict[str, Any]]] = {}
+    """Revision -> defaults that were others in it (options that are newer: what stands for the design as it was).
+    A change of a design that gives old weights another meaning is an option with an entry here, so that plans and
+    models of that revision keep theirs."""
+    publication: ClassVar[str] = ""
+    """Where the design was published, ``"RFNet, ICCV 2021"``; empty: it stands for no publication."""
+    differences: ClassVar[tuple[str, ...]] = ()
+    """What differs from the published code with the trainers named after it, a clause each; shown in the docs
+    (`nnunetv2_mgml.network.fusion.published`). Encoders, decoder, widths, optimiser and augmentation are nnU-Net's for
+    every design and are not repeated."""
+    option_choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """What an option that is a string may be."""
     weights_depend_on_modality: ClassVar[bool] = False
     """Whether a parameter's shape depends on ``num_modalities``. Without such, hiding a modality must give what a
     network without it gives."""
@@ -87,11 +108,11 @@ class FusionDesign(nn.Module):
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.options = self.take_options(spec.options)
+        self.options = self.take_options(spec.options, spec.revision)
 
     @classmethod
-    def take_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the defaults updated by ``options``.
+    def take_options(cls, options: dict[str, Any], revision: int = FUSION_REVISION) -> dict[str, Any]:
+        """Return the defaults of a revision updated by ``options``.
 
         Raises:
             ValueError: an option this design does not have, or a value of another kind than its default; integers must
@@ -102,10 +123,14 @@ class FusionDesign(nn.Module):
             allowed = ", ".join(sorted(cls.default_options)) or "none"
             raise ValueError(f"Fusion design '{cls.name}' has no option {', '.join(unknown)}. Allowed: {allowed}.")
         for name, value in options.items():
-            expected = _expected(cls.default_options[name], value)
+            expected = _expected(cls.default_options[name], value, cls.option_choices.get(name))
             if expected:
                 raise ValueError(f"Option {name} of fusion design '{cls.name}' is {value!r}; it must be {expected}.")
-        return {**cls.default_options, **options}
+        defaults = dict(cls.default_options)
+        for earlier in sorted(cls.defaults_before, reverse=True):
+            if earlier >= revision:
+                defaults.update(cls.defaults_before[earlier])
+        return {**defaults, **options}
 
     def share(self, features: list[torch.Tensor]) -> Any:
         """Return what passes over the same features can use again whatever their mask, handed to `begin`; or None.
@@ -118,6 +143,15 @@ class FusionDesign(nn.Module):
     def begin(self, shared: Any = None) -> Any:
         """Return the state handed to every `fuse_scale` of one pass: what is shared, unless a design needs another."""
         return shared
+
+    def begin_training(self, available: torch.Tensor) -> Any:
+        """Return the state of the pass a training step learns from; that of `begin`, unless a design needs more.
+
+        Args:
+            available: ``(B, M)`` bool, the modalities each case has, also those the mask hides. Their features hold
+                what the encoders made of them.
+        """
+        return self.begin()
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
@@ -152,8 +186,10 @@ class FusionDesign(nn.Module):
         """Called after Kaiming initialisation, for parameters that need other start values."""
 
 
-def _expected(default: Any, value: Any) -> str | None:
+def _expected(default: Any, value: Any, choices: tuple[str, ...] | None = None) -> str | None:
     """Return what an option with this default allows, or None where the value is fine."""
+    if choices is not None:
+        return None if value in choices else f"one of {', '.join(choices)}"
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -229,6 +265,11 @@ def build_fusion(name: str, spec: FusionSpec) -> FusionDesign:
         ValueError: no such design (`find_design`), or options it does not have.
     """
     return find_design(name)(spec)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def beside(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,20 @@ Population variance (divided by n), so one modality alone gives zero. A 1x1 conv
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register, sum_present
+from nnunetv2_mgml.network.fusion.base import (
+    FusedScale,
+    FusionDesign,
+    FusionSpec,
+    at_least_float32,
+    masked,
+    register,
+    sum_present,
+)
 from nnunetv2_mgml.network.pointwise import pointwise
 
 _MAX_VARIANCE = 1e4
@@ -25,7 +33,7 @@ def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
         features: ``(B, M, C, *spatial)``.
         mask: ``(B, M)`` bool, True = present.
     """
-    features = features.float()
+    features = at_least_float32(features)
     weight = masked(mask, features)
     count = weight.sum(1)
     mean = (features * weight).sum(1) / count
@@ -65,6 +73,12 @@ class HemisFusion(FusionDesign):
 
     name = "hemis"
     summary = "mean and variance over the available modalities at every scale (HeMIS, MICCAI 2016)"
+    publication = "HeMIS, MICCAI 2016"
+    differences: ClassVar[tuple[str, ...]] = (
+        "a 1x1 convolution maps the 2C moments to C; the original's decoder reads 2C channels",
+        "population variance, 0 for one modality, as in the U-Net form of the U-HVED code",
+        "variances are cut at 1e4, beyond which float16 overflows",
+    )
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:

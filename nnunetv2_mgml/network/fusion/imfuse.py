@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_tokens
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, at_least_float32, register
 from nnunetv2_mgml.network.fusion.mamba import MambaBlock
 from nnunetv2_mgml.network.fusion.positions import PositionCode
+from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
@@ -68,7 +69,22 @@ class ImFuseFusion(FusionDesign):
 
     name = "imfuse"
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
-    default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096}
+    publication = "IM-Fuse, MICCAI 2025"
+    differences: ClassVar[tuple[str, ...]] = (
+        (
+            "one learned read-out vector and a position code instead of a token per voxel, drawn with a spread of "
+            "0.02 instead of 1"
+        ),
+        "absent tokens leave the sequence; there zero vectors pass through the scan",
+        "state size 16 at every width, published min(C, 256)",
+        "no transformers within modalities and none after the scan",
+        "the scan at scales up to `max_voxels` voxels, skip fusion elsewhere",
+        (
+            "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that "
+            "scale's size"
+        ),
+    )
+    default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096, "pyramid_heads": False}
     weights_depend_on_modality = True
     hides_absent = True
 
@@ -85,6 +101,7 @@ class ImFuseFusion(FusionDesign):
         self.scales = nn.ModuleList(
             skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales)
         )
+        self.pyramid = PyramidHeads(spec, published_scales(spec) if self.options["pyramid_heads"] else ())
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """See `FusionDesign.share`; nothing where the scan reads the features."""
@@ -95,7 +112,8 @@ class ImFuseFusion(FusionDesign):
     ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if str(scale) not in self.mamba:
-            return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))
+            fused = self.scales[scale].fuse(features, mask, state and state[scale])
+            return self.pyramid.add(scale, FusedScale(fused), context)
         with torch.autocast(features.device.type, enabled=False):
-            fused = self.mamba[str(scale)](features.float(), mask)
-        return FusedScale(self.scales[scale](fused.to(features.dtype)))
+            scanned = self.mamba[str(scale)](at_least_float32(features), mask)
+        return self.pyramid.add(scale, FusedScale(self.scales[scale](scanned.to(features.dtype))), context)

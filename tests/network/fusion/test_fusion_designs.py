@@ -28,6 +28,7 @@ from fusion_cases import (
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import FusedScale, FusionDesign, build_fusion, fusion_designs, register
+from nnunetv2_mgml.network.fusion.published import differences_table, published_designs
 
 NAMES = design_names()
 TWO_MASKS = [[1, 0, 1], [0, 1, 0]]
@@ -192,7 +193,7 @@ def test_finite_for_every_mask_and_precision(name: str, training: bool) -> None:
                 assert result.loss is None or (result.loss.isfinite() and result.loss.dtype == torch.float32)
             # Three InstanceNorms in a row over zeros multiply a gradient by eps ** -1.5 = 3e7: too much for float16.
             if features is inputs.features or dtype is not torch.float16:
-                assert all(p.grad.isfinite().all() for p in design.parameters())
+                assert all(p.grad is None or p.grad.isfinite().all() for p in design.parameters())
 
 
 @designs
@@ -325,3 +326,22 @@ def test_a_design_that_hides_absent_modalities_does_so_at_every_scale(name: str)
     if not design_class(name).hides_absent:
         pytest.skip("the decoder zeroes them")
     assert scales_with_leaks(make_design(name, make_spec()).eval()) == []
+
+
+def test_the_docs_say_what_differs_from_the_publications() -> None:
+    """The table of docs/fusion.md is the one made from the designs."""
+    file = Path(__file__).parents[3] / "docs" / "fusion.md"
+    found = file.read_text().split("<!-- differences -->\n")[1].split("<!-- /differences -->")[0]
+    assert found == differences_table(own_designs()), "put differences_table() between the two marks of docs/fusion.md"
+    assert {row.name for row in published_designs(own_designs())} == set(own_designs()) - {"mean"}
+
+
+@designs
+def test_defaults_of_the_first_revision(name: str) -> None:
+    """Every revision names options the design has, with values it allows."""
+    cls = design_class(name)
+    for defaults in cls.defaults_before.values():
+        assert set(defaults) <= set(cls.default_options)
+        cls.take_options(defaults)
+    assert cls.take_options({}, 1) == {**cls.default_options, **cls.defaults_before.get(1, {})}
+    make_design(name, make_spec(revision=1))

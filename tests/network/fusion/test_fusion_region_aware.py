@@ -4,6 +4,7 @@ import pytest
 import torch
 from fusion_cases import Pass, make_design, make_pass, make_spec
 
+from nnunetv2_mgml.network.fusion import build_fusion
 from nnunetv2_mgml.network.fusion.region_aware import ProbabilityMap, RegionFusion
 
 
@@ -63,8 +64,8 @@ def test_equals_the_memory_hungry_form() -> None:
     maps = torch.randn(2, 4, *inputs.features[0].shape[3:], generator=torch.Generator().manual_seed(0)).softmax(1)
     per_class = inputs.features[0][:, :, None] * maps[:, None, :, None]  # (B, M, K, C, *spatial)
     share = maps.flatten(2).mean(2)
-    pooled = per_class.flatten(4).mean(4).transpose(1, 2).flatten(2) / (share[..., None] + 1e-3)
-    weights = module.weights(torch.cat((pooled, share[..., None] + 1e-3), 2))  # (B, K, M)
+    pooled = per_class.flatten(4).mean(4).transpose(1, 2).flatten(2) / (share[..., None] + 1e-7)
+    weights = module.weights(torch.cat((pooled, share[..., None] + 1e-7), 2))  # (B, K, M)
     slow = (per_class * weights.transpose(1, 2)[..., None, None, None, None]).sum(1)
     torch.testing.assert_close(region_features(module, inputs, maps), slow, atol=1e-5, rtol=1e-4)
 
@@ -90,3 +91,45 @@ def test_a_class_missing_from_the_patch_gives_finite_weights() -> None:
     for dtype in (torch.float32, torch.float16):
         with torch.autocast("cpu", dtype=torch.float16, enabled=dtype is torch.float16):
             assert module(inputs.features[0].to(dtype), inputs.mask, maps.to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6, 1e-12, 0.0])
+def test_a_small_class_is_pooled_whole_and_finite(dtype: torch.dtype, share: float) -> None:
+    """The mean of a class's feature in its region, however small: a class of 512 voxels of 128^3 is 2.4e-4 of them.
+
+    In half precision too, where large features and a nearly empty class meet; values and gradients.
+    """
+    spec = make_spec()
+    module = RegionFusion(spec, 0)
+    inputs = make_pass(spec, [[1, 1, 1]])
+    features = (200 + 20 * inputs.features[0]).to(dtype).requires_grad_()
+    maps = torch.zeros(1, 4, *features.shape[3:])
+    maps[:, 0], maps[:, 1] = 1 - share, share
+    pooled: list[torch.Tensor] = []
+    module.weights.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16 if dtype is torch.float32 else dtype, enabled=dtype != torch.float32
+    ):
+        fused = module(features, inputs.mask, maps.to(dtype))
+    fused.float().sum().backward()
+    assert pooled[0].dtype == torch.float32
+    assert pooled[0].isfinite().all()
+    assert features.grad.isfinite().all()
+    assert fused.isfinite().all()
+    if share >= 1e-3:
+        mean = features.detach().float().flatten(3).mean(3).flatten()
+        torch.testing.assert_close(pooled[0][0, 1, :-1], mean, atol=0, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_models_of_the_first_revision_keep_their_pooling() -> None:
+    """1e-3 where plans were written before; the published 1e-7 now; what plans name counts in both."""
+    for changes, epsilon in (
+        ({"revision": 1}, 1e-3),
+        ({}, 1e-7),
+        ({"revision": 1, "options": {"pooling_epsilon": 1e-5}}, 1e-5),
+    ):
+        design = build_fusion("region_aware", make_spec(**changes))
+        assert {fusion.epsilon for fusion in design.fusions.values()} == {epsilon}
+    with pytest.raises(ValueError, match="pooling_epsilon is 0"):
+        build_fusion("region_aware", make_spec(options={"pooling_epsilon": 0.0}))

@@ -36,46 +36,52 @@ def test_gaussian_kl() -> None:
     torch.testing.assert_close(gaussian_kl(m1, v1, m2, v2), reference)
 
 
-def slow_subset_kl(mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor) -> float:
+def slow_subset_kl(
+    mean: torch.Tensor, precision: torch.Tensor, visible: torch.Tensor, available: torch.Tensor
+) -> float:
     """Subset by subset with torch.distributions, sample by sample."""
     total = 0.0
-    for b, present in enumerate(mask):
-        have = [m for m, p in enumerate(present) if p]
+    for b, row in enumerate(available):
+        have = [m for m, p in enumerate(row) if p]
 
         def posterior(subset: tuple[int, ...], b: int = b) -> Normal:
             variance = 1 / (1 + sum(precision[b, m] for m in subset))
             return Normal(variance * sum(precision[b, m] * mean[b, m] for m in subset), variance.sqrt())
 
         subsets = [s for n in range(1, len(have) + 1) for s in itertools.combinations(have, n)]
-        given = posterior(tuple(have))
-        proper = [kl_divergence(given, posterior(s)).mean() for s in subsets if len(s) < len(have)]
-        prior = [kl_divergence(posterior(s), Normal(0.0, 1.0)).mean() for s in subsets]
-        total += (sum(proper) / len(proper) if proper else 0) + sum(prior) / len(prior)
-    return float(total / len(mask))
+        given = posterior(tuple(m for m, p in enumerate(visible[b]) if p))
+        between = sum(kl_divergence(given, posterior(s)).mean() for s in subsets)
+        prior = sum(kl_divergence(posterior(s), Normal(0.0, 1.0)).mean() for s in subsets)
+        total += between / max(1, len(subsets) - 1) + prior / len(subsets)
+    return float(total / len(available))
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 4])
 def test_subset_kl_against_enumeration(modalities: int) -> None:
-    """The closed form over all subsets of what each sample has; 14 and 15 of them for four complete modalities."""
-    mask = torch.tensor(list(all_subsets(modalities)))
+    """All subsets of what each sample has against what is visible, for every such pair; 1/14 and 1/15 for four."""
+    pairs = [(v, a) for a in all_subsets(modalities) for v in all_subsets(modalities) if all(map(bool.__le__, v, a))]
+    visible, available = (torch.tensor(masks) for masks in zip(*pairs, strict=True))
     generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(len(mask), modalities, 3, 6, generator=generator)
-    precision = 5 * torch.rand(mean.shape, generator=generator) * mask[:, :, None, None]
-    patterns = subset_patterns(modalities, 15, mask.device)
+    mean = torch.randn(len(pairs), modalities, 3, 6, generator=generator)
+    precision = 5 * torch.rand(mean.shape, generator=generator) * available[:, :, None, None]
+    patterns = subset_patterns(modalities, 15, visible.device)
     assert len(patterns) == 2**modalities - 1
-    assert subset_kl(mean, precision, mask, patterns).item() == pytest.approx(
-        slow_subset_kl(mean, precision, mask), rel=1e-5
+    assert subset_kl(mean, precision, visible, available, patterns).item() == pytest.approx(
+        slow_subset_kl(mean, precision, visible, available), rel=1e-5
     )
 
 
 def test_random_subsets_of_many_modalities() -> None:
     """For more than four modalities eight random subsets; on average they give the enumeration."""
     torch.manual_seed(0)
-    mask = torch.tensor([[True, True, False, True, True]])
-    mean, precision = torch.randn(1, 5, 2, 4), 3 * torch.rand(1, 5, 2, 4) * mask[:, :, None, None]
-    draws = [subset_kl(mean, precision, mask, subset_patterns(5, 15, mask.device)) for _ in range(2000)]
-    assert len(subset_patterns(5, 15, mask.device)) == 8
-    assert torch.stack(draws).mean().item() == pytest.approx(slow_subset_kl(mean, precision, mask), rel=0.03)
+    available = torch.tensor([[True, True, False, True, True]])
+    visible = torch.tensor([[True, False, False, True, False]])
+    mean, precision = torch.randn(1, 5, 2, 4), 3 * torch.rand(1, 5, 2, 4) * available[:, :, None, None]
+    patterns = [subset_patterns(5, 15, available.device) for _ in range(2000)]
+    draws = [subset_kl(mean, precision, visible, available, drawn) for drawn in patterns]
+    assert {len(drawn) for drawn in patterns} == {8}
+    expected = slow_subset_kl(mean, precision, visible, available)
+    assert torch.stack(draws).mean().item() == pytest.approx(expected, rel=0.03)
 
 
 def test_kl_on_random_voxels_is_the_mean_over_all() -> None:
@@ -84,10 +90,11 @@ def test_kl_on_random_voxels_is_the_mean_over_all() -> None:
     torch.manual_seed(0)
     mean, precision = torch.randn(2, 3, 4, 500), torch.rand(2, 3, 4, 500)
     mask = torch.ones(2, 3).bool()
-    reference = everything.divergence(mean, precision, mask)
+    reference = everything.divergence(mean, precision, mask, mask)
     patterns = subset_patterns(3, 15, mask.device)
-    assert reference.item() == pytest.approx(0.1 / spec.num_scales * subset_kl(mean, precision, mask, patterns).item())
-    draws = torch.stack([few.divergence(mean, precision, mask) for _ in range(200)])
+    expected = 0.1 / spec.num_scales * subset_kl(mean, precision, mask, mask, patterns).item()
+    assert reference.item() == pytest.approx(expected)
+    draws = torch.stack([few.divergence(mean, precision, mask, mask) for _ in range(200)])
     assert draws.std() > 0
     assert draws.mean().item() == pytest.approx(reference.item(), rel=0.02)
 
@@ -110,6 +117,35 @@ def test_samples_in_training_only() -> None:
     evaluated = design.eval().fuse_scale(scale, inputs.features[scale], inputs.mask, None, None)
     assert torch.equal(evaluated.fused, mean)
     assert evaluated.loss is None
+
+
+def test_hidden_modalities_learn_from_the_divergence() -> None:
+    """What the case has takes part in the term, also where one modality alone is visible; what it lacks does not."""
+    spec = make_spec()
+    design = make_design("uhved", spec).train()
+    inputs = make_pass(spec, [[1, 1, 0]])
+    features = [f.requires_grad_() for f in inputs.features]
+    visible = torch.tensor([[True, False, False]])
+    state = design.begin_training(inputs.mask)
+    results = [design.fuse_scale(s, features[s], visible, None, state) for s in (2, 1, 0)]
+    sum(result.loss for result in results).backward()
+    for feature in features:
+        size = feature.grad.abs().flatten(2).amax(2)[0]
+        assert (size[:2] > 0).all()
+        assert size[2] == 0
+
+
+def test_the_network_tells_what_the_case_has() -> None:
+    """The same mask, another availability: another term; and the fused prediction stays."""
+    net = network(MGMLConfig(fusion="uhved", width_factor=1.0), modalities=3).train()
+    x = torch.randn(1, 3, 16, 16, 16)
+    visible = torch.tensor([[True, False, False]])
+    outputs = []
+    for available in (visible, torch.tensor([[True, True, False]])):
+        torch.manual_seed(1)
+        outputs.append(net(x, modality_mask=visible, available=available, return_aux=True))
+    assert torch.equal(outputs[0].student[0], outputs[1].student[0])
+    assert outputs[0].fusion_loss.item() != outputs[1].fusion_loss.item()
 
 
 def test_log_variance_starts_below_the_prior() -> None:
