@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
-from nnunetv2_mgml.dataset_conversion.discovery import Case
-from nnunetv2_mgml.dataset_conversion.labels import to_nnunet
+from nnunetv2_mgml.dataset_conversion.discovery import Case, edition, may_have_cavity
+from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, to_nnunet
 from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
@@ -27,6 +28,8 @@ class Job:
     labels: Path | None
     link: bool
     missing_ok: bool
+    convention_stated: bool = False
+    """Whether the user named the label convention, rather than leaving it to the file names."""
 
 
 @dataclass
@@ -61,6 +64,7 @@ def convert_case(job: Job) -> CaseResult:
     if job.labels is not None and job.case.segmentation is not None:
         try:
             segmentation, result.labels = read_segmentation(job.case.segmentation, job.case.convention, reference)
+            result.problems += _doubts(job.case, result.labels, job.convention_stated)
         except (ValueError, FileNotFoundError) as error:
             result.problems.append(str(error))
     if result.problems:
@@ -71,6 +75,26 @@ def convert_case(job: Job) -> CaseResult:
     if segmentation is not None and job.labels is not None:
         write_image(segmentation, job.labels / f"{job.case.name}{FILE_ENDING}")
     return result
+
+
+def _doubts(case: Case, labels: Sequence[int], convention_stated: bool) -> list[str]:
+    """Return why a resection cavity (4 since 2024) is rather the enhancing tumour of 2021, or another label."""
+    if case.convention != "brats2023" or RESECTION_CAVITY not in labels:
+        return []
+    if edition(case.name) == "BraTS2023-PED":
+        return ["has the value 4, which paediatric cases have since 2024, with other meanings; they are not supported"]
+    cavity = may_have_cavity(case.name)
+    if cavity is False:
+        return [
+            f"has the value 4, the resection cavity since 2024, but a case of {edition(case.name)} has none; if 4 is "
+            f"the enhancing tumour, as up to 2021, give --label_convention brats2021"
+        ]
+    if cavity is None and not convention_stated and ENHANCING not in labels:
+        return [
+            "has the value 4 (since 2024 the resection cavity) but not 3 (enhancing tumour); if 4 is the enhancing "
+            "tumour, as up to 2021, give --label_convention brats2021, else brats2023"
+        ]
+    return []
 
 
 def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:

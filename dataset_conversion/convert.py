@@ -13,7 +13,7 @@ from pathlib import Path
 from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, convert_case
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
-from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
+from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVITY
 from nnunetv2_mgml.dataset_conversion.splits import (
     PUBLISHED,
     SPLITS_FILE,
@@ -170,7 +170,6 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
         if bad and not request.skip_bad:
             raise ValueError(_bad_cases(bad, len(jobs) + len(found.problems)))
         good = [(job.case, result) for job, result in zip(jobs, results, strict=True) if not result.problems]
-        _check_meaning_of_four(good, request.label_convention)
         summary = _summary(target, good, bad, held_out, _without(chosen, bad), left_out, found.notes)
         write_description(
             folder,
@@ -244,7 +243,8 @@ def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split |
 def _job(case: Case, folder: Path, held_out: bool, request: ConversionRequest) -> Job:
     part = "Ts" if held_out or case.segmentation is None else "Tr"
     labels = None if case.segmentation is None else folder / f"labels{part}"
-    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok)
+    stated = request.label_convention != "auto"
+    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok, stated)
 
 
 def _bad_cases(bad: dict[str, list[str]], total: int) -> str:
@@ -263,16 +263,6 @@ def _without(split: Split | None, bad: dict[str, list[str]]) -> Split | None:
             f"{_bad_cases(bad, len(bad))}"
         )
     return rest
-
-
-def _check_meaning_of_four(good: Converted, label_convention: str) -> None:
-    """Refuse 2021 label values behind 2023 file names, where 4 would be taken for the resection cavity."""
-    labels = {label for case, result in good if case.convention == "brats2023" for label in result.labels}
-    if label_convention == "auto" and RESECTION_CAVITY in labels and ENHANCING not in labels:
-        raise ValueError(
-            "The cases with names of 2023 have the value 4 (since 2024 the resection cavity) but never 3 (enhancing "
-            "tumour). If 4 is the enhancing tumour, as up to 2021, give --label_convention brats2021, else brats2023."
-        )
 
 
 def _summary(
