@@ -31,7 +31,7 @@ authors' networks on an RTX 3090.
 those of inference, the fusion's among them in brackets; training adds the shared modality decoder. GFLOP: all
 modalities, attention and scans included. Peak memory: what two training steps add to the process, {memory}.
 `region_aware_full` is `region_aware` with `full_resolution_regions`, the design of `nnUNetTrainerRFNet`. Memory at full
-size: [memory.md](memory.md).
+size: [memory.md](memory.md); the same on a GPU: [gpu.md](gpu.md).
 """
 
 
@@ -95,13 +95,13 @@ def _prediction(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _ratios(seconds: dict[str, list[float]], what: str, to: str) -> list[float]:
+def ratios(seconds: dict[str, list[float]], what: str, to: str) -> list[float]:
     """Return one ratio per turn."""
     return [a / b for a, b in zip(seconds[what], seconds[to], strict=True)]
 
 
 def _beside(seconds: dict[str, list[float]], what: str, to: str) -> str:
-    return f"{statistics.median(seconds[what]):.2f} (x {statistics.median(_ratios(seconds, what, to)):.2f})"
+    return f"{statistics.median(seconds[what]):.2f} (x {statistics.median(ratios(seconds, what, to)):.2f})"
 
 
 def _scatter(row: dict[str, Any]) -> list[float]:
@@ -111,7 +111,7 @@ def _scatter(row: dict[str, Any]) -> list[float]:
         seconds = row[part]["seconds"]
         for what in seconds:
             if what != base:
-                ratios = _ratios(seconds, what, base)
-                middle = statistics.median(ratios)
-                values += [abs(ratio / middle - 1) for ratio in ratios]
+                found = ratios(seconds, what, base)
+                middle = statistics.median(found)
+                values += [abs(ratio / middle - 1) for ratio in found]
     return values

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion.selective_scan import selective_scan
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+SIZE = {"patch": 16, "batch": 2, "stages": 3}
 SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", plan=None)
 
 
@@ -23,7 +25,7 @@ SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", 
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The scripts as modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("cost", "cost_page", "memory")
+    names = ("step", "cost", "cost_page", "memory")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
@@ -33,17 +35,17 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 @pytest.mark.parametrize("design", ["region_aware", "mmformer", "imfuse"])
 def test_memory_is_counted_on_shapes_as_on_data(benchmarks: SimpleNamespace, design: str, terms: str) -> None:
     """The two differ by no more than the 16-bit copies autocast makes of the parameters."""
-    bench = benchmarks.cost.Bench(design, terms, SMALL)
-    copies = 2 * sum(p.numel() for p in bench.network.parameters())
-    real = benchmarks.memory.saved_bytes(bench, fake=False)
-    fake = benchmarks.memory.saved_bytes(benchmarks.cost.Bench(design, terms, SMALL))
+    step = benchmarks.memory.training_step(design, terms, SIZE, 0.25)
+    copies = 2 * sum(p.numel() for p in step.learner.network.parameters())
+    real = benchmarks.memory.saved_bytes(step, fake=False)
+    fake = benchmarks.memory.saved_bytes(benchmarks.memory.training_step(design, terms, SIZE, 0.25))
     assert abs(fake - real) <= copies
     assert real > 10 * copies
 
 
 def test_memory_grows_with_the_terms(benchmarks: SimpleNamespace) -> None:
     saved = [
-        benchmarks.memory.saved_bytes(benchmarks.cost.Bench("region_aware", terms, SMALL))
+        benchmarks.memory.saved_bytes(benchmarks.memory.training_step("region_aware", terms, SIZE, 0.25))
         for terms in ("plain", "mgml", "shipped")
     ]
     assert saved[0] < saved[1] < saved[2]
@@ -83,9 +85,34 @@ def test_page_of_what_was_measured(benchmarks: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("design", ["region_aware_full", "sfusion"])
 def test_one_step_of_each_row(benchmarks: SimpleNamespace, design: str) -> None:
-    bench = benchmarks.cost.Bench(design, "shipped", SMALL)
-    before = [p.clone() for p in bench.network.parameters()]
-    bench.step()
-    assert any(not torch.equal(one, two) for one, two in zip(before, bench.network.parameters(), strict=True))
-    options = benchmarks.cost.DESIGNS[design].get("fusion_options", {})
-    assert all(bench.network.fusion.options[key] == value for key, value in options.items())
+    step = benchmarks.cost.training_step(design, "shipped", SMALL)
+    before = [p.clone() for p in step.learner.network.parameters()]
+    assert step().isfinite()
+    after = step.learner.network.parameters()
+    assert any(not torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    options = benchmarks.step.DESIGNS[design].get("fusion_options", {})
+    assert all(step.learner.network.fusion.options[key] == value for key, value in options.items())
+
+
+def test_stock_step_sees_only_what_is_visible(benchmarks: SimpleNamespace) -> None:
+    plan = benchmarks.step.make_plan((16, 16, 16), 3)
+    learner = benchmarks.step.StockLearner(plan, width_factor=0.25)
+    batch = benchmarks.step.random_batch(plan, 2)
+    hidden = torch.where(batch.visible[:, :, None, None, None], batch.x, torch.nan)
+    assert torch.equal(learner.loss(batch), learner.loss(batch._replace(x=hidden)))
+    learner.network.decoder.deep_supervision = False
+    subsets = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    together = learner.predict(batch.x, subsets)
+    assert together.shape == (2, 2, 3, 16, 16, 16)
+    alone = learner.network(torch.where(subsets[1][None, :, None, None, None], batch.x, 0))
+    assert torch.equal(together[:, 1], alone)
+
+
+def test_predictions_agree(benchmarks: SimpleNamespace) -> None:
+    plan = benchmarks.step.make_plan((16, 16, 16), 3)
+    learner = benchmarks.step.Learner(plan, {"width_factor": 0.25})
+    x = benchmarks.step.random_batch(plan, 1).x
+    with torch.inference_mode():
+        told = {name: predict() for name, predict in benchmarks.step.predictions(learner, x, all_subsets(4)).items()}
+    assert torch.allclose(told["fifteen"], told["separately"], atol=1e-4)
+    assert torch.equal(told["four"], told["separately"][:, all_subsets(4).index((True,) * 4)])

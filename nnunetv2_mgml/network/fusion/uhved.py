@@ -10,7 +10,6 @@ own shape see the fused features and modalities a case lacks do not count.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -57,8 +56,8 @@ def gaussian_kl(
 def subset_patterns(num_modalities: int, most: int, device: torch.device) -> torch.Tensor:
     """Return subsets ``(P, M)`` bool: all non-empty ones if they are at most ``most``, else 8 random ones."""
     if 2**num_modalities - 1 <= most:
-        patterns = [p for p in itertools.product((False, True), repeat=num_modalities) if any(p)]
-        return torch.tensor(patterns, device=device)
+        codes = torch.arange(1, 2**num_modalities, device=device)  # a list would be copied there, which waits
+        return (codes[:, None] >> torch.arange(num_modalities - 1, -1, -1, device=device)) & 1 > 0
     return torch.rand(8, num_modalities, device=device) < 0.5
 
 
