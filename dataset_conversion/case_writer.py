@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
 from nnunetv2_mgml.dataset_conversion.discovery import Case, edition, may_have_cavity
@@ -187,7 +189,7 @@ def read_segmentation(path: Path, convention: str, reference: sitk.Image) -> tup
     return result, tuple(np.flatnonzero(np.bincount(labels.ravel(), minlength=5)).tolist())
 
 
-def _hint(labels: np.ndarray, convention: str) -> str:
+def _hint(labels: NDArray[Any], convention: str) -> str:
     found = set(np.unique(labels).tolist())
     if convention == "brats2021" and 3 in found and found <= {0, 1, 2, 3}:
         return "; if 3 is the enhancing tumour, give --label_convention brats2023"

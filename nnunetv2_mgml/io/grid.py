@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 GRID_TOLERANCE = 0.1
 """Largest distance between the corners of two volumes, in voxels, at which they still count as one grid."""
@@ -69,7 +70,7 @@ def grid_difference(
     return f"{'; '.join(parts)} (up to {distance:.3g} mm apart)"
 
 
-def _affine(properties: Geometry) -> np.ndarray | None:
+def _affine(properties: Geometry) -> NDArray[Any] | None:
     """Return the matrix from voxel (x, y, z) to mm, or None where the reader knows none."""
     if "sitk_stuff" in properties:
         geometry = properties["sitk_stuff"]

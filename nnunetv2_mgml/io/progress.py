@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -11,7 +11,13 @@ Log = Callable[[str], None]
 """Takes one line."""
 
 
-class _Lines(tqdm):
+if TYPE_CHECKING:
+    _Bar = tqdm[Any]
+else:
+    _Bar = tqdm  # generic in its type stubs only
+
+
+class _Lines(_Bar):
     """A bar that is never drawn and says a line whenever another tenth is done."""
 
     def __init__(self, *args: Any, log: Log, **kwargs: Any) -> None:

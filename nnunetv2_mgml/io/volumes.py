@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import read_json, replacing
 from nnunetv2_mgml.io.grid import Geometry, grid_difference, sitk_geometry
@@ -71,7 +72,7 @@ def read_image(path: str | os.PathLike[str], dimensions: tuple[int, ...] = (2, 3
 class LabelImage:
     """A label map and where it lies."""
 
-    labels: np.ndarray
+    labels: NDArray[Any]
     """Integer array in SimpleITK's array order (z, y, x), or (y, x) for an image."""
     geometry: Geometry
     """As nnU-Net's SimpleITK reader puts it; ``spacing`` in mm, in array axis order."""
@@ -103,7 +104,7 @@ def read_label_image(path: str | os.PathLike[str], case: str) -> LabelImage:
     return LabelImage(labels, sitk_geometry(image), path)
 
 
-def whole_numbers(path: str | os.PathLike[str], labels: np.ndarray) -> np.ndarray:
+def whole_numbers(path: str | os.PathLike[str], labels: NDArray[Any]) -> NDArray[Any]:
     """Return labels as integers; floats become int32.
 
     Args:
@@ -165,7 +166,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise VolumeError(_several(path, reader.GetNumberOfComponents()))
 
 
-def check_finite(what: str | os.PathLike[str], values: np.ndarray) -> None:
+def check_finite(what: str | os.PathLike[str], values: NDArray[Any]) -> None:
     """Raise unless all values are finite; normalisation would spread the others over the whole case.
 
     Args:
@@ -207,7 +208,7 @@ def _check_nifti(path: Path) -> None:
     import nibabel  # only these files need it
 
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)
         dtype, offset = image.get_data_dtype(), image.dataobj.offset
         if dtype.kind == "c":
             raise VolumeError(_complex(path))
@@ -322,7 +323,7 @@ def write_image(image: sitk.Image, path: str | os.PathLike[str]) -> None:
         check_written(path, sitk.GetArrayViewFromImage(image), sitk.GetArrayViewFromImage(written))
 
 
-def check_written(path: str | os.PathLike[str], meant: np.ndarray, found: np.ndarray) -> None:
+def check_written(path: str | os.PathLike[str], meant: NDArray[Any], found: NDArray[Any]) -> None:
     """Raise an `IncompleteWriteError` unless what was read back from a file is what was to be written to it."""
     if not np.array_equal(meant, found):
         raise not_written(path)

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import scratch
-from nnunetv2_mgml.io.volumes import VolumeError, check_file, check_written, not_written
+from nnunetv2_mgml.io.volumes import check_file, check_written, not_written
 
 
 def export_case(
-    logits: np.ndarray[Any, np.dtype[Any]],
+    logits: NDArray[Any],
     properties: dict[str, Any],
     configuration_manager: ConfigurationManager,
     plans_manager: PlansManager,
@@ -80,12 +81,12 @@ class _CheckedWriter:
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
-    def write_seg(self, seg: np.ndarray[Any, np.dtype[Any]], output_fname: str, properties: dict[str, Any]) -> None:
+    def write_seg(self, seg: NDArray[Any], output_fname: str, properties: dict[str, Any]) -> None:
         """Write a label map ``(z, y, x)`` and read it back."""
+        self._writer.write_seg(seg, output_fname, properties)
         try:
-            self._writer.write_seg(seg, output_fname, properties)
             check_file(output_fname)
             found = self._writer.read_seg(output_fname)[0]
-        except (RuntimeError, VolumeError, FileNotFoundError) as error:
+        except Exception as error:  # every reader library has its own exceptions
             raise not_written(os.path.basename(output_fname)) from error
         check_written(os.path.basename(output_fname), seg, np.reshape(found, np.shape(seg)))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,7 @@ class _PredictFinder:
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _PredictLoader(spec.loader, self.entry_point)
+            spec.loader = cast("Loader", _PredictLoader(spec.loader, self.entry_point))
         return spec
 
 
@@ -113,7 +113,9 @@ class _PredictLoader:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         from importlib import import_module
 
@@ -123,5 +125,5 @@ class _PredictLoader:
             import_module(PREDICT_HANDLER).main(entry_point)
 
         # `predict_command.stock_entry_point` finds the stock function here
-        predict_with_missing_modalities.__wrapped__ = getattr(module, entry_point)
+        predict_with_missing_modalities.__wrapped__ = getattr(module, entry_point)  # type: ignore[attr-defined]  # as functools
         setattr(module, entry_point, predict_with_missing_modalities)

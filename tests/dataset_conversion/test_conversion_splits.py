@@ -172,7 +172,7 @@ def test_split_of_an_existing_dataset(nnunet_folders: Path) -> None:
 
 
 def test_split_of_no_dataset(nnunet_folders: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no dataset 137 in nnUNet_raw \\(.*datasets there: none"):
+    with pytest.raises(FileNotFoundError, match=r"There is no dataset 137 in nnUNet_raw .*datasets there: none"):
         split_dataset(137, split="7:1:2")
     with pytest.raises(ValueError, match="either --split or --split_files"):
         split_dataset(137)

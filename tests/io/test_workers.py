@@ -67,7 +67,7 @@ def test_an_exception_in_a_job_is_raised_by_result_only() -> None:
             task = pool.submit(int, "x")
             with pytest.raises(ValueError, match="invalid literal"):
                 pool.result(task)
-    with pytest.raises(ValueError, match="0 or more"):
+    with pytest.raises(ValueError, match="or more, got -1"):
         WorkerPool(-1)
 
 
