@@ -103,8 +103,23 @@ if __name__ == "__main__":
         ],
         extras_require={
             # setuptools: the packaging tests build without isolation; 70.1 brought its own wheel command
-            "test": ["pytest", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
-            "dev": ["ruff==0.17.6", "build"],
+            "test": ["pytest", "pytest-xdist", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
+            "dev": [
+                "ruff==0.17.6",
+                "mypy==2.4.1",
+                "pandas-stubs~=2.3.0",  # types of pandas 2
+                "scipy-stubs",
+                "types-tqdm",
+                "pre-commit",
+                "pre-commit-hooks",
+                "check-jsonschema",  # workflow files by GitHub's schema
+                "zizmor",  # workflow files: permissions, pinned actions, injections
+                "coverage>=7.10",  # the first with `patch = subprocess`
+                "build",
+                "twine>=6.1,<7",  # 6.1: trusted publishing; 7 asks for a rich that panoptica refuses
+                "mkdocs-material>=9.6",
+                "mkdocstrings[python]>=0.30",
+            ],
             "lesions": ["panoptica"],
             "browser": ["playwright"],  # tests/presentation/test_report_browser.py, with a Chromium on the PATH
         },

@@ -38,8 +38,9 @@ TERMS: dict[str, dict[str, Any]] = {
 DESIGNS: dict[str, dict[str, Any]] = {
     **{name: {"fusion": name} for name in fusion_designs()},
     "region_aware_full": {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}},
+    "demoseg_early": {"fusion": "demoseg", "network_form": "early_fusion"},
 }
-"""Every design with its default options, and the design of `nnUNetTrainerRFNet`."""
+"""Every design with its default options, the design of `nnUNetTrainerRFNet`, and the early-fusion form."""
 
 
 class Batch(NamedTuple):

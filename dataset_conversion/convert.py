@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, conver
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVITY
+from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
 from nnunetv2_mgml.dataset_conversion.splits import (
     PUBLISHED,
     SPLITS_FILE,
@@ -91,7 +92,11 @@ class ConversionRequest:
     split_files: Sequence[str | Path] | None = None
     """Lists of training, validation and test cases; see `splits.split_from_files`."""
     seed: int = 0
-    """Seed of a random split."""
+    """Seed of a random split, and of what is drawn by ``missing_rates``."""
+    missing_rates: Mapping[str, float] | None = None
+    """Modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
+    (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases stay
+    whole."""
     label_convention: str = "auto"
     """``auto`` (told by the file names), ``brats2021`` or ``brats2023``."""
     num_processes: int | None = None
@@ -111,6 +116,7 @@ def convert_brats(
     split: str | None = None,
     split_files: Sequence[str | Path] | None = None,
     seed: int = 0,
+    missing_rates: Mapping[str, float] | None = None,
     label_convention: str = "auto",
     num_processes: int | None = None,
     progress: bool = False,
@@ -130,6 +136,7 @@ def convert_brats(
         split=split,
         split_files=split_files,
         seed=seed,
+        missing_rates=missing_rates,
         label_convention=label_convention,
         num_processes=num_processes,
     )
@@ -161,10 +168,15 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     chosen, left_out = _choose_split(found, request)
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
+    missing = _missing_by_rate(chosen, request)
     with building(target) as folder:
         check_target(source, target, request.dataset_id, request.overwrite)  # another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
-        jobs = [_job(case, folder, case.name in held_out, request) for case in found.cases if case.name not in left_out]
+        jobs = [
+            _job(without_missing(case, missing), folder, case.name in held_out, case.name in missing, request)
+            for case in found.cases
+            if case.name not in left_out
+        ]
         results = run_jobs(convert_case, jobs, request.num_processes, "Converting", progress)
         bad = {**found.problems, **{r.name: r.problems for r in results if r.problems}}
         if bad and not request.skip_bad:
@@ -240,11 +252,20 @@ def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split |
     return None, ()
 
 
-def _job(case: Case, folder: Path, held_out: bool, request: ConversionRequest) -> Job:
+def _missing_by_rate(split: Split | None, request: ConversionRequest) -> dict[str, tuple[str, ...]]:
+    """Return case -> modalities that it is to lack, where the request has rates for it."""
+    if not request.missing_rates:
+        return {}
+    if split is None:
+        raise ValueError("--missing_rate is for the training part of a split; give --split or --split_files too.")
+    return draw_missing(split.train, request.missing_rates, request.seed)
+
+
+def _job(case: Case, folder: Path, held_out: bool, made_incomplete: bool, request: ConversionRequest) -> Job:
     part = "Ts" if held_out or case.segmentation is None else "Tr"
     labels = None if case.segmentation is None else folder / f"labels{part}"
     stated = request.label_convention != "auto"
-    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok, stated)
+    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok or made_incomplete, stated)
 
 
 def _bad_cases(bad: dict[str, list[str]], total: int) -> str:

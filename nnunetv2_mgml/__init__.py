@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nnunetv2_mgml.dataset_conversion.back import convert_back
     from nnunetv2_mgml.dataset_conversion.convert import convert_brats
+    from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
     from nnunetv2_mgml.inference.predictor import MGMLPredictor
     from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec
     from nnunetv2_mgml.network.fusion.base import register as register_fusion
@@ -21,55 +22,80 @@ if TYPE_CHECKING:
     from nnunetv2_mgml.presentation.figures.qualitative import qualitative_sheet
     from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
     from nnunetv2_mgml.presentation.figures.style import save as save_figure
-    from nnunetv2_mgml.scoring.evaluate import evaluate_predictions
     from nnunetv2_mgml.scoring.metrics.base import Metric
     from nnunetv2_mgml.scoring.metrics.base import register as register_metric
     from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
     from nnunetv2_mgml.scoring.statistics import compare_evaluations
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+    from nnunetv2_mgml.workflows.compare import ComparisonRequest, compare_folders
+    from nnunetv2_mgml.workflows.evaluate import (
+        ModelRequest,
+        PredictionsRequest,
+        evaluate_model,
+        evaluate_predictions,
+    )
+    from nnunetv2_mgml.workflows.report import InternalsRequest, ReportRequest, make_report
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "ComparisonRequest",
     "Evaluation",
     "FusedScale",
     "FusionDesign",
     "FusionSpec",
+    "InternalsRequest",
     "MGMLPredictor",
     "Metric",
+    "ModelRequest",
+    "PredictionsRequest",
+    "ReportRequest",
     "compare_evaluations",
+    "compare_folders",
     "convert_back",
     "convert_brats",
+    "evaluate_model",
     "evaluate_predictions",
     "load_evaluation",
+    "make_report",
     "nnUNetTrainerMGML",
     "qualitative_sheet",
     "read_axial",
     "register_fusion",
     "register_metric",
     "save_figure",
+    "split_dataset",
     "telling_slice",
     "write_phantoms",
 ]
 
 _PLACES = {
+    "ComparisonRequest": "workflows.compare",
     "Evaluation": "scoring.results",
     "FusedScale": "network.fusion.base",
     "FusionDesign": "network.fusion.base",
     "FusionSpec": "network.fusion.base",
+    "InternalsRequest": "workflows.report",
     "MGMLPredictor": "inference.predictor",
     "Metric": "scoring.metrics.base",
+    "ModelRequest": "workflows.evaluate",
+    "PredictionsRequest": "workflows.evaluate",
+    "ReportRequest": "workflows.report",
     "compare_evaluations": "scoring.statistics",
+    "compare_folders": "workflows.compare",
     "convert_back": "dataset_conversion.back",
     "convert_brats": "dataset_conversion.convert",
-    "evaluate_predictions": "scoring.evaluate",
+    "evaluate_model": "workflows.evaluate",
+    "evaluate_predictions": "workflows.evaluate",
     "load_evaluation": "scoring.results",
+    "make_report": "workflows.report",
     "nnUNetTrainerMGML": "training.trainer",
     "qualitative_sheet": "presentation.figures.qualitative",
     "read_axial": "presentation.figures.slices",
     "register_fusion": "network.fusion.base:register",
     "register_metric": "scoring.metrics.base:register",
     "save_figure": "presentation.figures.style:save",
+    "split_dataset": "dataset_conversion.resplit",
     "telling_slice": "presentation.figures.slices",
     "write_phantoms": "phantom.files",
 }

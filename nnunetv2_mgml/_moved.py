@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -27,12 +28,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "dataset_conversion.command": ("commands.convert",),
     "dataset_conversion.parallel": ("io.workers",),
     "dataset_conversion.paths": ("plans.folders",),
-    "demo": ("commands.demo",),
+    "demo": ("commands.demo", "workflows.demo"),
     "evaluation": ("scoring",),
-    "evaluation.command": ("commands.evaluate",),
-    "evaluation.compare_command": ("commands.compare",),
+    "evaluation.command": ("commands.evaluate", "presentation.tables"),
+    "evaluation.compare_command": ("commands.compare", "presentation.tables"),
     "evaluation.demo_figure": ("presentation.demo_figure",),
-    "evaluation.evaluate": ("scoring.evaluate",),
+    "evaluation.evaluate": ("workflows.before_0_2",),
     "evaluation.figure_files": ("presentation.figure_files",),
     "evaluation.figures": ("presentation.figures",),
     "evaluation.figures.differences": ("presentation.figures.differences",),
@@ -51,9 +52,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.metrics.overlap": ("scoring.metrics.overlap",),
     "evaluation.metrics.surface": ("scoring.metrics.surface",),
     "evaluation.metrics.volume": ("scoring.metrics.volume",),
-    "evaluation.model_command": ("commands.evaluate_model",),
-    "evaluation.model_evaluation": ("scoring.model_evaluation",),
-    "evaluation.output": ("scoring.output",),
+    "evaluation.output": ("scoring.output", "io.files"),
     "evaluation.policy": ("scoring.policy",),
     "evaluation.progress": ("io.progress",),
     "evaluation.regions": ("scoring.regions",),
@@ -65,15 +64,15 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.report.page": ("presentation.report.page",),
     "evaluation.report.sheets": ("presentation.report.sheets",),
     "evaluation.report.sprites": ("presentation.report.sprites",),
-    "evaluation.report_command": ("commands.report",),
-    "evaluation.results": ("scoring.results",),
+    "evaluation.report_command": ("commands.report", "workflows.report"),
+    "evaluation.results": ("scoring.results", "scoring.info"),
     "evaluation.scoring": ("scoring.cases",),
     "evaluation.shapley": ("scoring.shapley",),
     "evaluation.sources": ("scoring.sources",),
     "evaluation.statistics": ("scoring.statistics",),
     "evaluation.subset_groups": ("inference.subsets.groups",),
     "evaluation.subset_predictor": ("inference.subsets.predictor",),
-    "evaluation.tables": ("presentation.tables",),
+    "evaluation.tables": ("presentation.tables", "scoring.results"),
     "files": ("io.files",),
     "inference.export": ("upstream.export",),
     "inference.grid": ("io.grid",),
@@ -93,7 +92,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "losses.voxel_masking": ("objective.voxel_masking",),
     "planning": ("commands.plan",),
     "registration": ("upstream.registration",),
-    "subset_report": ("scoring.subset_report",),
+    "subset_report": ("scoring.subset_report", "inference.subset_quality"),
     "topology": ("plans.topology",),
     "training.augmentation": ("dataloading.augmentation",),
     "training.subset_validation": ("training.validation",),
@@ -105,11 +104,27 @@ RENAMED: dict[str, str] = {
     "dataset_conversion.checks.GEOMETRY_TOLERANCE": "io.grid.GRID_TOLERANCE",
     "dataset_conversion.checks.geometry_difference": "io.grid.image_difference",
     "dataset_conversion.checks.read_volume": "io.volumes.read_image",
+    "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
+    "evaluation.report.cases.ImageSources": "scoring.sources.EvaluationFiles",
+    "evaluation.report.cases.stored_sources": "scoring.sources.find_files",
 }
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
 GONE: dict[str, str] = {
     "inference.complete": "nnunetv2_mgml.io.volumes.check_file looks at more than completeness, and raises one error.",
+    "evaluation.command.options_from": "Make a nnunetv2_mgml.PredictionsRequest or ModelRequest.",
+    "evaluation.compare_command.named_evaluations": "Call nnunetv2_mgml.compare_folders with a ComparisonRequest.",
+    "evaluation.evaluate.finish": "Call nnunetv2_mgml.presentation.outputs.write_evaluation.",
+    "evaluation.model_command": "Call nnunetv2_mgml.evaluate_model with a ModelRequest.",
+    "evaluation.model_evaluation": "Call nnunetv2_mgml.evaluate_model with a ModelRequest.",
+    "evaluation.output.drop_outdated": "It is in nnunetv2_mgml.inference.subsets.label_maps and takes the folder of "
+    "label maps.",
+    "evaluation.report_command.LOG_NAME": "The training log is called mgml_training_log.csv.",
+    "evaluation.report_command.MEGABYTE": "It is 1000000 bytes.",
+    "evaluation.report_command.find_sources": "Call nnunetv2_mgml.scoring.sources.find_files.",
+    "evaluation.report_command.logger": "Call logging.getLogger.",
+    "evaluation.sources.logger": "Call logging.getLogger.",
+    "evaluation.sources.parse_prediction_folders": "Call nnunetv2_mgml.scoring.sources.prediction_folders.",
 }
 """Module or name of 0.1.0 that has no successor of the same meaning -> what to use instead, a sentence."""
 
@@ -123,7 +138,7 @@ def find_spec(fullname: str) -> ModuleSpec | None:
     return ModuleSpec(fullname, _Loader(), is_package=is_package)
 
 
-class _Loader:
+class _Loader(Loader):
     """Makes a module that holds nothing and forwards every name."""
 
     def create_module(self, spec: ModuleSpec) -> None:

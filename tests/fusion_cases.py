@@ -26,6 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mmformer+pyramid": ("mmformer", {"pyramid_heads": True}),
     "sfusion+interpolated": ("sfusion", {"form": "interpolated", "depth": 2, "grid": 4}),
     "region_aware+full": ("region_aware", {"full_resolution_regions": True}),
+    "demoseg+learned": ("demoseg", {"gating": "learned"}),
     "imfuse+concat": ("imfuse", {"max_voxels": 1, "pyramid_heads": True}),
 }
 """Further settings to run all tests with: test name -> (design, options)."""

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mgml.modalities import all_subsets, channel_names, subset_name
 from nnunetv2_mgml.scoring.cases import ScoringSettings
+from nnunetv2_mgml.scoring.info import EvaluationInfo
 from nnunetv2_mgml.scoring.regions import label_set
 from nnunetv2_mgml.scoring.results import Evaluation, build_evaluation, load_evaluation, save_evaluation
 
@@ -52,7 +53,7 @@ def write_evaluation(
         }
         for i, case in enumerate(cases)
     }
-    evaluation = build_evaluation("ours", scores, names, channels, settings, info or {})
+    evaluation = build_evaluation("ours", scores, names, channels, settings, EvaluationInfo.from_dict(info or {}))
     save_evaluation(evaluation, folder)
     return load_evaluation(folder)
 

@@ -29,7 +29,8 @@ from settings import FOLDER, Run, all_runs, read_settings
 from tqdm import tqdm
 
 from nnunetv2_mgml.io.files import write_json
-from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation, provenance
+from nnunetv2_mgml.scoring.info import provenance
+from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 
 CONFIGURATION = "3d_fullres"

@@ -8,6 +8,7 @@ from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
 from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
+from nnunetv2_mgml.dataset_conversion.missing import parse_rates
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
 from nnunetv2_mgml.io.workers import default_processes
@@ -50,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="meaning of the label values; auto: told by the file names",
     )
     _add_split_arguments(brats)
+    brats.add_argument(
+        "--missing_rate",
+        "--missing-rate",
+        nargs="+",
+        default=[],
+        metavar="NAME=RATE",
+        help="let training cases of the split lack modalities at these rates, t1=0.2 t1ce=0.4 flair=0.6 t2=0.8 say; "
+        f"drawn once per case by --seed, never all, listed in {MISSING_FILE}",
+    )
     brats.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
     _add_processes(brats)
 
@@ -132,7 +142,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_brats(args: argparse.Namespace) -> int:
-    request = ConversionRequest(**{name: getattr(args, name) for name in ConversionRequest.__dataclass_fields__})
+    given = {name: value for name, value in vars(args).items() if name in ConversionRequest.__dataclass_fields__}
+    request = ConversionRequest(missing_rates=parse_rates(args.missing_rate), **given)
     summary = convert(request, progress=True)
     print("\n".join(describe(summary)))
     return 1 if summary.skipped else 0

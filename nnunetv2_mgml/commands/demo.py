@@ -3,54 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nnunetv2_mgml.commands.info import collect
-
-DATASET_ID = 901
-DATASET = f"Dataset{DATASET_ID}_Phantom"
-PLANS = "nnUNetMGMLPlans"
-SPLIT = (24, 1, 4)
-"""Phantoms for training, validation and testing."""
-
-OPTIONS: dict[str, object] = {
-    "num_epochs": 15,
-    "num_iterations_per_epoch": 20,
-    "num_val_iterations_per_epoch": 4,
-    "patch_size": [40, 48, 40],
-    "width_factor": 0.25,
-    "decoder_width_ratio": 1.0,
-    "augmentation": "paper",
-    "optimizer": "adam",
-    "initial_lr": 0.002,
-    "weight_decay": 1e-4,
-    "seed": 0,
-    "validate_subsets": False,
-}
-"""A small network and 300 steps: Adam gets further in so few than nnU-Net's SGD."""
-
-SUBSETS: dict[str, tuple[str, ...]] = {
-    "t1+t1ce+t2+flair": (),
-    "t1+t2+flair": ("t1ce",),
-    "t1+t1ce+t2": ("flair",),
-    "t1": ("t1ce", "t2", "flair"),
-}
-"""Subset -> what ``--missing_modalities`` is told."""
-
-STEPS = 7
-MARKER = "mgml_demo.txt"
-LEARNED = {"t1+t1ce+t2+flair": 0.75, "t1": 0.4}
-"""Subset -> mean whole-tumour Dice that a working installation reaches at least."""
+from nnunetv2_mgml.workflows.demo import LEARNED, DemoRequest, run_demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,237 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; the exit code is 1 where the model has not learned what it should.
-
-    Raises:
-        ValueError: the output folder exists and ``--overwrite`` is not given, or it is not an earlier demo's.
-    """
-    root: Path = args.output.resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if not args.overwrite or not (root / MARKER).is_file():
-            raise ValueError(
-                f"{root} exists. Choose another folder with -o"
-                f"{', or replace it with --overwrite' if (root / MARKER).is_file() else ''}."
-            )
-        shutil.rmtree(root)
-    started = time.perf_counter()
-    demo = _Demo(root, args.device)
-    demo.write_phantoms()
-    demo.convert_and_plan([f"{key}={json.dumps(value)}" for key, value in _options().items()], args.set)
-    demo.train()
-    demo.predict()
-    table = demo.evaluate()
-    figure = demo.draw()
-    _say(
-        f"\n{table}\nFigure: {figure}\nCurves: {demo.model_folder / 'fold_0' / 'mgml_progress.png'}\n"
-        f"Model:  {demo.model_folder}\nEverything took {(time.perf_counter() - started) / 60:.1f} minutes."
+    """Run ``mgml demo``; the exit code is 1 where the model has not learned what it should."""
+    result = run_demo(
+        DemoRequest(
+            folder=args.output,
+            overwrite=args.overwrite,
+            device=args.device,
+            options=args.set,
+            stock_commands=collect()["start_up_line"]["active"],
+        ),
+        _say,
     )
-    return demo.judge()
-
-
-def _options() -> dict[str, object]:
-    return {**OPTIONS, "cpu_bfloat16": _cpu_has_bfloat16()}
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether Linux reports bfloat16 instructions; where it does not, autocast would be slower than float32."""
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
-
-
-class _Demo:
-    """The steps, in one working folder."""
-
-    def __init__(self, root: Path, device: str) -> None:
-        self.root = root
-        self.device = device
-        self.logs = root / "logs"
-        self.logs.mkdir(parents=True)
-        (root / MARKER).write_text("Written by mgml demo; --overwrite deletes only folders that hold this file.\n")
-        folders = {f"nnUNet_{name}": str(root / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")}
-        # nnU-Net starts 8 export workers by default; each takes seconds to import torch
-        self.environment = {**os.environ, "nnUNet_def_n_proc": "2", "PYTHONUNBUFFERED": "1", **folders}
-        self.raw = root / "nnUNet_raw" / DATASET
-        self.model_folder = root / "nnUNet_results" / DATASET / f"nnUNetTrainerMGML__{PLANS}__3d_fullres"
-        self.step = 0
-        # nnU-Net's own commands know our trainers and flags only where the start-up line runs
-        self.stock_commands = collect()["start_up_line"]["active"]
-
-    def write_phantoms(self) -> None:
-        """Step 1."""
-        from nnunetv2_mgml.phantom import write_phantoms
-
-        self._announce(f"writing {sum(SPLIT)} synthetic patients in the BraTS file layout")
-        write_phantoms(self.root / "BraTS_phantom", sum(SPLIT), seed=0)
-
-    def convert_and_plan(self, options: Sequence[str], extra: Sequence[str]) -> None:
-        """Steps 2 and 3."""
-        self._announce("converting to nnU-Net's raw format, with held-out patients")
-        self._call(
-            "convert",
-            "mgml",
-            "convert",
-            "brats",
-            str(self.root / "BraTS_phantom"),
-            "-d",
-            str(DATASET_ID),
-            "--name",
-            "Phantom",
-            "--split",
-            ":".join(map(str, SPLIT)),
-        )
-        self._announce("planning and preprocessing with stock nnU-Net, then choosing our options")
-        self._call("preprocess", "nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-c", "3d_fullres", "-np", "2")
-        keys = {assignment.partition("=")[0] for assignment in extra}
-        kept = [assignment for assignment in options if assignment.partition("=")[0] not in keys]
-        self._call("plan", "mgml", "plan", "-d", str(DATASET_ID), "-c", "3d_fullres", "--set", *kept, *extra)
-
-    def train(self) -> None:
-        """Step 4."""
-        self._announce("training one model for all 15 subsets of T1, T1ce, T2 and FLAIR")
-        plans = json.loads((self.root / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json").read_text())
-        self._call_nnunet(
-            "train",
-            "train",
-            str(DATASET_ID),
-            "3d_fullres",
-            "0",
-            "-tr",
-            "nnUNetTrainerMGML",
-            "-p",
-            PLANS,
-            "-device",
-            self.device,
-            epochs=plans["mgml"]["config"]["num_epochs"],
-        )
-
-    def predict(self) -> None:
-        """Step 5: the held-out patients with some sequences named as missing, and with files that are not there."""
-        self._announce("predicting the held-out patients with all sequences and with some missing")
-        for subset, missing in SUBSETS.items():
-            self._predict(self.raw / "imagesTs", self.root / "predictions" / subset, *missing)
-        holes = self.root / "images_without_t1ce"
-        holes.mkdir()
-        for image in (self.raw / "imagesTs").glob("*.nii.gz"):
-            if not image.name.endswith("_0001.nii.gz"):
-                shutil.copy(image, holes)
-        self._predict(holes, self.root / "predictions_auto", "auto")
-
-    def _predict(self, images: Path, output: Path, *missing: str) -> None:
-        flag = ("--missing_modalities", *missing) if missing else ()
-        self._call_nnunet(
-            f"predict_{output.name}",
-            "predict",
-            "-i",
-            str(images),
-            "-o",
-            str(output),
-            "-d",
-            str(DATASET_ID),
-            "-c",
-            "3d_fullres",
-            "-f",
-            "0",
-            "-tr",
-            "nnUNetTrainerMGML",
-            "-p",
-            PLANS,
-            "-device",
-            self.device,
-            "-npp",
-            "0",
-            "-nps",
-            "0",
-            "--disable_tta",
-            *flag,
-        )
-
-    def evaluate(self) -> str:
-        """Step 6: scores of all subsets; returns the Dice table, the first of ``table.md``."""
-        self._announce("scoring")
-        self._call(
-            "evaluate",
-            "mgml",
-            "evaluate",
-            "-l",
-            str(self.raw / "labelsTs"),
-            "--predictions",
-            str(self.root / "predictions"),
-            "-o",
-            str(self.root / "evaluation"),
-            "--dataset_json",
-            str(self.raw / "dataset.json"),
-            "--name",
-            "MGML demo",
-        )
-        return (self.root / "evaluation" / "table.md").read_text().partition("\n\n**HD95")[0]
-
-    def draw(self) -> Path:
-        """Step 7: one figure to look at."""
-        from nnunetv2_mgml.presentation.demo_figure import draw_demo_figure
-
-        self._announce("drawing")
-        path = self.root / "demo.png"
-        draw_demo_figure(self.raw, self.root / "predictions", self.root / "evaluation", list(SUBSETS), path)
-        return path
-
-    def judge(self) -> int:
-        """Return 0 where the whole-tumour Dice is what it should be, else say what is not and return 1."""
-        from nnunetv2_mgml.scoring.results import load_evaluation
-
-        reached = load_evaluation(self.root / "evaluation").summary("dice", "whole_tumor")
-        low = {subset: reached[subset]["mean"] for subset, bound in LEARNED.items() if reached[subset]["mean"] < bound}
-        for subset, dice in low.items():
-            _say(f"The model has not learned: whole-tumour Dice {dice:.2f} from {subset}, expected {LEARNED[subset]}.")
-        return 1 if low else 0
-
-    def _announce(self, what: str) -> None:
-        self.step += 1
-        _say(f"\n[{self.step}/{STEPS}] {what}")
-
-    def _call_nnunet(self, log: str, name: str, *arguments: str, epochs: int | None = None) -> None:
-        """Run nnU-Net's ``train`` or ``predict``, by way of ``mgml`` where nnU-Net's own would not know our flags."""
-        command = (f"nnUNetv2_{name}",) if self.stock_commands else ("mgml", name)
-        self._call(log, *command, *arguments, epochs=epochs)
-
-    def _call(self, log: str, command: str, *arguments: str, epochs: int | None = None) -> None:
-        """Show and run a command; its output goes to a log file, epochs to a progress bar."""
-        _say(f"  $ {command} {' '.join(arguments)}")
-        path = self.logs / f"{log}.txt"
-        with (
-            open(path, "w") as file,
-            subprocess.Popen(
-                [_script(command), *arguments],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            ) as process,
-            tqdm(total=epochs, unit="epoch", disable=epochs is None) as bar,
-        ):
-            for line in process.stdout or ():
-                file.write(line)
-                if epochs is not None and re.search(r"Epoch time:", line):
-                    bar.update()
-                if epochs is not None and (match := re.search(r"Pseudo dice \[(.*)\]", line)):
-                    bar.set_postfix_str("pseudo Dice " + " ".join(re.findall(r"0\.\d\d|nan", match.group(1))))
-        if process.returncode != 0:
-            tail = "".join(path.read_text().splitlines(keepends=True)[-25:])
-            raise ValueError(
-                f"'{command}' ended with exit code {process.returncode}. Its last lines, from {path}:\n{tail}"
-            )
-
-
-def _script(command: str) -> str:
-    """Return the command of this very environment, so that the demo tests the installation it came with."""
-    beside = shutil.which(command, path=str(Path(sys.executable).parent))
-    found = beside or shutil.which(command)
-    if found is None:
-        raise FileNotFoundError(
-            f"The command '{command}' is not installed beside {sys.executable}. Install the plugin with pip first."
-        )
-    return found
+    _say(
+        f"\n{result.table}\nFigure: {result.figure}\nCurves: {result.model_folder / 'fold_0' / 'mgml_progress.png'}\n"
+        f"Model:  {result.model_folder}\nEverything took {result.minutes:.1f} minutes."
+    )
+    for subset, dice in result.too_low.items():
+        _say(f"The model has not learned: whole-tumour Dice {dice:.2f} from {subset}, expected {LEARNED[subset]}.")
+    return 1 if result.too_low else 0
 
 
 def _say(text: str) -> None:

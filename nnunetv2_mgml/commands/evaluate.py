@@ -7,20 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.modalities import channel_names
-from nnunetv2_mgml.scoring.evaluate import EvaluationOptions, evaluate_predictions
+from nnunetv2_mgml.commands.arguments import parse_predictions
+from nnunetv2_mgml.presentation.tables import summary_text
 from nnunetv2_mgml.scoring.metrics import all_metrics, default_metrics
-from nnunetv2_mgml.scoring.metrics.lesionwise import require_panoptica
 from nnunetv2_mgml.scoring.policy import POLICIES
-from nnunetv2_mgml.scoring.regions import label_set, resolve_region
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
-from nnunetv2_mgml.scoring.sources import (
-    choose_subsets,
-    find_dataset_json,
-    load_dataset_json,
-    parse_prediction_folders,
-)
-from nnunetv2_mgml.scoring.subset_report import write_subset_report
+from nnunetv2_mgml.workflows.evaluate import ModelRequest, PredictionsRequest, evaluate_model, evaluate_predictions
 
 _MODEL_OPTIONS = (
     "-d",
@@ -166,61 +157,81 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``mgml evaluate``; returns the exit code."""
     if args.predictions:
-        _refuse_model_options(args)
-        evaluation, output = _run_predictions(args)
+        request = _predictions_request(args)
+        evaluation, output = evaluate_predictions(request), request.output
     else:
-        from nnunetv2_mgml.commands.evaluate_model import run_model
-
-        if args.dataset_json is not None:
-            raise ValueError(
-                "--dataset_json is for finished predictions (--predictions); a model brings its own. Leave it out."
-            )
-        if args.write_subset_report and args.metrics and "dice" not in args.metrics:
-            raise ValueError(
-                f"--write_subset_report stores Dice, but --metrics has only {', '.join(args.metrics)}. "
-                f"Add dice to --metrics, or leave one of the two out."
-            )
-        evaluation, output, model_folder = run_model(args)
-        if args.write_subset_report:
-            print(f"expected quality per subset: {write_subset_report(evaluation, model_folder)}")
+        model = _model_request(args)
+        evaluation, output = evaluate_model(model), model.output_folder
+        if model.write_subset_report:
+            print(f"expected quality per subset: {model.subset_report}")
     print(summary_text(evaluation))
     print(f"\nresults, tables and summary: {output}")
     return 0
 
 
-def options_from(args: argparse.Namespace, dataset_json: dict[str, Any]) -> EvaluationOptions:
-    """Translate the scoring arguments.
-
-    Raises:
-        ValueError: an unknown region, a bad number, or lesion-wise metrics without panoptica.
-    """
-    metrics = tuple(args.metrics or default_metrics())
-    optional = [name for name, metric in all_metrics().items() if metric.optional]
-    if args.lesionwise:
-        metrics += tuple(name for name in optional if name not in metrics)
-    if set(metrics) & set(optional):
-        require_panoptica()
-    return EvaluationOptions(
-        args.policy,
-        metrics,
-        _sizes(args.remove_small, dataset_json),
-        args.np,
-        args.name,
-        args.overwrite,
-        show_progress=not args.disable_progress_bar,
-        figures=not args.no_figures,
+def _predictions_request(args: argparse.Namespace) -> PredictionsRequest:
+    _refuse_model_options(args)
+    for option, value in (("-l LABELS", args.l), ("-o OUT", args.o)):
+        if value is None:
+            raise ValueError(f"--predictions needs {option}.")
+    return PredictionsRequest(
+        predictions=parse_predictions(args.predictions),
+        labels=args.l,
+        output=args.o,
+        dataset_json=args.dataset_json,
+        **_scoring(args),
     )
 
 
-def _sizes(entries: list[str], dataset_json: dict[str, Any]) -> dict[str, int]:
-    regions = list(label_set(dataset_json).regions)
-    sizes = {}
-    for entry in entries:
-        name, separator, number = entry.rpartition("=")
-        if not separator or not number.isdigit():
-            raise ValueError(f"'{entry}' is not of the form REGION=N, for example ET=500.")
-        sizes[resolve_region(name, regions)] = int(number)
-    return sizes
+def _model_request(args: argparse.Namespace) -> ModelRequest:
+    if args.dataset_json is not None:
+        raise ValueError(
+            "--dataset_json is for finished predictions (--predictions); a model brings its own. Leave it out."
+        )
+    return ModelRequest(
+        model_folder=_model_folder(args),
+        folds=args.f,
+        checkpoint=args.chk,
+        dataset=args.d,
+        images=args.i,
+        labels=args.l,
+        output=args.o,
+        device=args.device,
+        tile_step_size=args.step_size,
+        mirroring=not args.disable_tta,
+        cpu_bfloat16=args.cpu_bfloat16,
+        shared_preprocessing=args.shared_preprocessing,
+        num_processes_preprocessing=args.npp,
+        num_processes_export=args.nps,
+        write_subset_report=args.write_subset_report,
+        **_scoring(args),
+    )
+
+
+def _scoring(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that both kinds of request have."""
+    metrics = tuple(args.metrics or default_metrics())
+    if args.lesionwise:
+        metrics += tuple(name for name, metric in all_metrics().items() if metric.optional and name not in metrics)
+    return {
+        "subsets": args.subsets,
+        "allow_missing": args.allow_missing,
+        "policy": args.policy,
+        "metrics": metrics,
+        "min_region_voxels": dict(map(_size, args.remove_small)),
+        "name": args.name,
+        "num_processes": args.np,
+        "overwrite": args.overwrite,
+        "figures": not args.no_figures,
+        "show_progress": not args.disable_progress_bar,
+    }
+
+
+def _size(entry: str) -> tuple[str, int]:
+    name, separator, number = entry.rpartition("=")
+    if not separator or not number.isdigit():
+        raise ValueError(f"'{entry}' is not of the form REGION=N, for example ET=500.")
+    return name, int(number)
 
 
 def _refuse_model_options(args: argparse.Namespace) -> None:
@@ -239,53 +250,22 @@ def _refuse_model_options(args: argparse.Namespace) -> None:
         )
 
 
-def _run_predictions(args: argparse.Namespace) -> tuple[Evaluation, Path]:
-    for option, value in (("-l LABELS", args.l), ("-o OUT", args.o)):
-        if value is None:
-            raise ValueError(f"--predictions needs {option}.")
-    folders = [Path(entry.partition("=")[2] or entry) for entry in args.predictions]
-    candidates = (
-        [args.dataset_json]
-        if args.dataset_json
-        else [
-            *folders,
-            *(sub for f in folders if f.is_dir() for sub in sorted(f.iterdir()) if sub.is_dir()),
-            args.l,
-            args.l.parent,
-        ]
-    )
-    dataset_json = load_dataset_json(find_dataset_json(candidates))
-    channels = channel_names(dataset_json)
-    by_subset = parse_prediction_folders(args.predictions, channels)
-    if args.subsets:
-        wanted = choose_subsets(args.subsets, channels)
-        absent = [name for name in wanted if name not in by_subset]
-        if absent:
-            raise ValueError(
-                f"--subsets asks for {', '.join(absent)}, but --predictions has only {', '.join(by_subset)}."
-            )
-        by_subset = {name: by_subset[name] for name in wanted}
-    evaluation = evaluate_predictions(
-        args.l, by_subset, dataset_json, args.o, options_from(args, dataset_json), args.allow_missing
-    )
-    return evaluation, args.o
-
-
-def summary_text(evaluation: Evaluation) -> str:
-    """Return the mean of the first metric per region and subset, for the terminal."""
-    from nnunetv2_mgml.scoring.metrics import get_metric
-    from nnunetv2_mgml.scoring.regions import short_name
-
-    metric = get_metric(evaluation.metrics[0])
-    rows = [*evaluation.subset_names, AVERAGE]
-    width = max(map(len, rows))
-    summaries = {r: evaluation.summary(metric.name, r) for r in evaluation.region_names}
-    lines = [
-        f"{metric.title} ({metric.unit}), mean over {len(evaluation.cases)} cases, policy {evaluation.policy}",
-        " " * width + "".join(f"{short_name(r)[:10]:>12}" for r in summaries),
-    ]
-    for row in rows:
-        lines.append(
-            f"{row:<{width}}" + "".join(f"{s[row]['mean'] * metric.display_factor:>12.2f}" for s in summaries.values())
+def _model_folder(args: argparse.Namespace) -> Path:
+    if args.m is not None:
+        return Path(args.m)
+    absent = [option for option, value in (("-d", args.d), ("-c", args.c)) if value is None]
+    if absent:
+        raise ValueError(
+            f"Name the model with -d, -c and -f (missing: {', '.join(absent)}) or with -m, or give "
+            f"finished predictions with --predictions."
         )
-    return "\n".join(lines)
+    if not os.environ.get("nnUNet_results"):
+        raise ValueError(
+            "-d needs nnUNet's folders: set nnUNet_results (and nnUNet_raw, nnUNet_preprocessed), or name "
+            "the model with -m."
+        )
+    from nnunetv2.utilities.file_path_utilities import get_output_folder  # slow to import
+
+    from nnunetv2_mgml.workflows.labelled_cases import dataset_name
+
+    return Path(get_output_folder(dataset_name(args.d), args.tr, args.p, args.c))

@@ -20,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml import __version__
+from nnunetv2_mgml.inference.subset_quality import (
+    expected_quality,
+    quality_line,
+    quality_terms,
+    unreliable_regions,
+)
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import subset_name
-from nnunetv2_mgml.scoring.subset_report import expected_quality, quality_line, quality_terms, unreliable_regions
 
 REPORT_NAME = "mgml_prediction.json"
 SECONDS_BETWEEN_WRITES = 5.0

@@ -238,3 +238,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
+
+
+def file_stamp(path: Path) -> list[int] | None:
+    """Return size (bytes) and time of change (ns) of a file, by which a resumed run knows it; None if there is none."""
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -7,8 +7,10 @@ import dataclasses
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import nn
 
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
+from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, Stem, TrunkDecoder
 from nnunetv2_mgml.network.encoders import (
     EncoderSpec,
     NarrowedEncoder,
@@ -19,6 +21,7 @@ from nnunetv2_mgml.network.encoders import (
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.plans.options import MGMLConfig
 
 
@@ -67,6 +70,18 @@ def build_network(
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, config.decoder_width_ratio))
     convs = config.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
+    if config.network_form == "early_fusion":
+        network = _early_fusion(
+            narrow,
+            modalities,
+            num_input_channels,
+            num_output_channels,
+            num_classes,
+            deep_supervision,
+            configuration_manager,
+            config,
+        )
+        return _initialized(network, unet)
     shared = None
     if config.modality_decoder_weight > 0 or config.uses_soft_label:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
@@ -80,10 +95,41 @@ def build_network(
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
         modality_decoder=shared,
     )
+    return _initialized(network, unet)
+
+
+def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet:
     network.apply(unet.initialize)
     network.fusion.initialize()
     silence_dropout_of_the_teacher(network)
     return network
+
+
+def _early_fusion(
+    spec: EncoderSpec,
+    modalities: int,
+    num_input_channels: int,
+    num_output_channels: int,
+    num_classes: int,
+    deep_supervision: bool,
+    configuration_manager: ConfigurationManager,
+    config: MGMLConfig,
+) -> EarlyFusionUNet:
+    """Build the early-fusion form: stems, a fusion of one scale, and the trunk."""
+    whole = _fusion_spec(spec, modalities, num_classes, configuration_manager, config)
+    finest = dataclasses.replace(
+        whole, channels=whole.channels[:1], kernel_sizes=whole.kernel_sizes[:1], strides=whole.strides[:1]
+    )
+    fusion = build_fusion(config.fusion, finest)
+    head = None
+    if config.modality_decoder_weight > 0 or config.uses_soft_label:
+        head = pointwise(spec.conv_op)(spec.output_channels[0], num_classes, 1)
+    return EarlyFusionUNet(
+        encoders=[Stem(spec, 1 + num_input_channels - modalities) for _ in range(modalities)],
+        fusion=fusion,
+        decoder=TrunkDecoder(spec, num_output_channels, deep_supervision, fusion.options.get("gating", "published")),
+        modality_decoder=head,
+    )
 
 
 def _fusion_spec(

@@ -61,7 +61,7 @@ def plan_unet(
     kwargs["features_per_stage"] = scaled_widths(kwargs["features_per_stage"], width_factor)
     if kwargs.get("stem_channels") is not None:
         kwargs["stem_channels"] = scaled_widths(kwargs["stem_channels"], width_factor)
-    unet = get_network_from_plans(
+    unet: nn.Module = get_network_from_plans(
         class_name, kwargs, require_import, input_channels, num_classes, allow_init=False, deep_supervision=False
     )
     encoder = getattr(unet, "encoder", None)
@@ -75,20 +75,21 @@ def plan_unet(
 
 def encoder_spec(encoder: nn.Module) -> EncoderSpec:
     """Read a spec off a PlainConvEncoder or ResidualEncoder, sizes written out per stage and axis."""
-    dimension = 3 if encoder.conv_op is nn.Conv3d else 2
-    kernels = [[k] * dimension if isinstance(k, int) else list(k) for k in encoder.kernel_sizes]
+    read: Any = encoder  # attributes that nnU-Net gives it, without types
+    dimension = 3 if read.conv_op is nn.Conv3d else 2
+    kernels = [[k] * dimension if isinstance(k, int) else list(k) for k in read.kernel_sizes]
     return EncoderSpec(
-        output_channels=list(encoder.output_channels),
-        strides=[list(s) for s in encoder.strides],
+        output_channels=list(read.output_channels),
+        strides=[list(s) for s in read.strides],
         kernel_sizes=kernels,
-        conv_op=encoder.conv_op,
-        conv_bias=encoder.conv_bias,
-        norm_op=encoder.norm_op,
-        norm_op_kwargs=encoder.norm_op_kwargs,
-        dropout_op=encoder.dropout_op,
-        dropout_op_kwargs=encoder.dropout_op_kwargs,
-        nonlin=encoder.nonlin,
-        nonlin_kwargs=encoder.nonlin_kwargs,
+        conv_op=read.conv_op,
+        conv_bias=read.conv_bias,
+        norm_op=read.norm_op,
+        norm_op_kwargs=read.norm_op_kwargs,
+        dropout_op=read.dropout_op,
+        dropout_op_kwargs=read.dropout_op_kwargs,
+        nonlin=read.nonlin,
+        nonlin_kwargs=read.nonlin_kwargs,
     )
 
 
@@ -148,5 +149,9 @@ class QuietDropout3d(_Quiet, nn.Dropout3d):
     """`torch.nn.Dropout3d`, silent in the teacher's pass."""
 
 
-_QUIET = {nn.Dropout: QuietDropout, nn.Dropout2d: QuietDropout2d, nn.Dropout3d: QuietDropout3d}
+_QUIET: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Dropout: QuietDropout,
+    nn.Dropout2d: QuietDropout2d,
+    nn.Dropout3d: QuietDropout3d,
+}
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
-from nnunetv2_mgml.phantom.anatomy import Anatomy, build_anatomy, coordinates, smooth_noise
+from nnunetv2_mgml.phantom.anatomy import Anatomy, Mask, Reals, build_anatomy, coordinates, smooth_noise
 from nnunetv2_mgml.phantom.difficulty import Difficulty
 from nnunetv2_mgml.phantom.tumor import EDEMA, ENHANCING, NECROSIS, grow_tumors, plan_tumors
 
@@ -29,6 +30,8 @@ _SIGNAL = {
 _VARIATION = {"necrosis": 0.18, "enhancing": 0.14, "edema": 0.1}
 """Spread of a signal between cases, as a share of it; 0.07 for all other rows. Cores reach from cyst to solid."""
 
+Labels = npt.NDArray[np.uint8]
+
 _LABELS = {"edema": EDEMA, "necrosis": NECROSIS, "enhancing": ENHANCING}
 
 
@@ -42,14 +45,14 @@ class Phantom:
         anatomy: the healthy brain below, with what only looks like tumour.
     """
 
-    images: dict[str, np.ndarray]
-    labels: np.ndarray
+    images: dict[str, Reals]
+    labels: Labels
     anatomy: Anatomy
 
 
 def make_case(
     rng: np.random.Generator, shape: tuple[int, int, int], difficulty: Difficulty | None = None
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> tuple[dict[str, Reals], Labels]:
     """Draw one case; `make_phantom` without the anatomy.
 
     Args:
@@ -85,9 +88,7 @@ def make_phantom(
     return Phantom(images, labels, anatomy)
 
 
-def _shares(
-    rng: np.random.Generator, anatomy: Anatomy, labels: np.ndarray, difficulty: Difficulty
-) -> dict[str, np.ndarray]:
+def _shares(rng: np.random.Generator, anatomy: Anatomy, labels: Labels, difficulty: Difficulty) -> dict[str, Reals]:
     """Return how much of each row of `_SIGNAL` a voxel holds: float32 (z, y, x) each, in sum one."""
     shares = {name: anatomy.tissue[i].copy() for i, name in enumerate(("white", "grey", "fluid"))}
     layers = {"lesion": 0.85 * anatomy.lesions, "cavity": anatomy.cavities, "vessel": anatomy.vessels}
@@ -104,8 +105,8 @@ def _shares(
 
 
 def _sequence(
-    rng: np.random.Generator, channel: int, shares: dict[str, np.ndarray], brain: np.ndarray, difficulty: Difficulty
-) -> np.ndarray:
+    rng: np.random.Generator, channel: int, shares: dict[str, Reals], brain: Mask, difficulty: Difficulty
+) -> Reals:
     """Return the signal of one sequence: contrast, blur, bias field, Rician noise, scale; float32 (z, y, x)."""
     spread = difficulty.anatomy
     signal = np.zeros(brain.shape, np.float32)
@@ -121,10 +122,11 @@ def _sequence(
     return np.where(brain, np.maximum(signal * np.float32(scale), 1), 0).astype(np.float32)
 
 
-def _bias_field(rng: np.random.Generator, shape: tuple[int, int, int], strength: float) -> np.ndarray:
+def _bias_field(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> Reals:
     z, y, x = coordinates(shape)
     terms = (z, y, x, z * y, y * x, z * x, z**2 - 0.5, y**2 - 0.5, x**2 - 0.5)
     exponent = sum(
         np.float32(weight) * term for weight, term in zip(rng.normal(0, strength, len(terms)), terms, strict=True)
     )
-    return np.exp(exponent)
+    field: Reals = np.exp(exponent)
+    return field

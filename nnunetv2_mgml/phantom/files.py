@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 
 from nnunetv2_mgml.io.files import replacing_folder
@@ -59,7 +61,7 @@ def write_phantoms(
         if layout == "brats2023":
             labels = np.where(labels == ENHANCING, np.uint8(3), labels)
         name = _CASE_NAMES[layout].format(number)
-        volumes = {
+        volumes: dict[str, npt.NDArray[np.integer[Any]]] = {
             f"{name}{BRATS_FILE_SUFFIXES[layout][modality]}": np.round(image).astype(np.int16)
             for modality, image in images.items()
         }
@@ -68,7 +70,7 @@ def write_phantoms(
     return written
 
 
-def _write_case(folder: Path, volumes: dict[str, np.ndarray], spacing: Sequence[float]) -> Path:
+def _write_case(folder: Path, volumes: dict[str, npt.NDArray[np.integer[Any]]], spacing: Sequence[float]) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} exists. Choose another folder for the phantoms, or remove it.")
     folder.parent.mkdir(parents=True, exist_ok=True)

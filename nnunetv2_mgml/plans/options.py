@@ -107,6 +107,13 @@ class MGMLConfig:
         "before there were revisions (docs/fusion.md)",
         choices=tuple(range(1, FUSION_REVISION + 1)),
     )
+    network_form: str = _option(
+        "multi_encoder",
+        "multi_encoder: one encoder per modality, fused at every scale; early_fusion: one convolution per modality, "
+        "fused at full resolution, and one U-Net for all (docs/fusion.md): smaller, with memory that hardly grows "
+        "with the number of modalities",
+        choices=("multi_encoder", "early_fusion"),
+    )
     width_factor: float = _option(
         0.5,
         "feature channels as a multiple of the plan's (rounded to multiples of 8); one "

@@ -57,12 +57,12 @@ def _case(label: Path, raw: Path, predictions: Path, subsets: Sequence[str], cha
 
 
 def _title(subset: str, channels: Sequence[str]) -> str:
-    present = parse_subset(subset, channels)
-    missing = [name for name, there in zip(channels, present, strict=True) if not there]
+    visible = parse_subset(subset, channels)
+    missing = [name for name, shown in zip(channels, visible, strict=True) if not shown]
     if not missing:
         return "from all"
     if len(missing) > len(channels) / 2:
-        return "from " + " + ".join(name.upper() for name, there in zip(channels, present, strict=True) if there)
+        return "from " + " + ".join(name.upper() for name, shown in zip(channels, visible, strict=True) if shown)
     return "without " + ", ".join(canonical_name(name).upper() for name in missing)
 
 

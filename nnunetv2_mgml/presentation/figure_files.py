@@ -14,14 +14,15 @@ from nnunetv2_mgml.presentation.figures.differences import difference_intervals
 from nnunetv2_mgml.presentation.figures.qualitative import comparison_grid
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
 from nnunetv2_mgml.presentation.figures.style import save
-from nnunetv2_mgml.presentation.report.cases import ImageSources, load_case, spread_cases
+from nnunetv2_mgml.presentation.report.cases import load_case, spread_cases
 from nnunetv2_mgml.presentation.report.charts import score_figures
 from nnunetv2_mgml.presentation.report.content import headline_metric, subset_title
 from nnunetv2_mgml.presentation.report.sheets import label_names, short_title, telling_subsets
-from nnunetv2_mgml.presentation.tables import common_subsets, display_name
+from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import get_metric
 from nnunetv2_mgml.scoring.regions import short_name
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
+from nnunetv2_mgml.scoring.sources import EvaluationFiles
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def write_difference_figures(table: pd.DataFrame, evaluations: Sequence[Evaluati
     for name, rows in table.groupby("metric", sort=False):
         metric = get_metric(str(name))
         values = {}
-        for method, own in rows.groupby("method", sort=False):
-            indexed = own.set_index(["subset", "region"])[["difference", "ci_low", "ci_high"]]
+        for method, method_rows in rows.groupby("method", sort=False):
+            indexed = method_rows.set_index(["subset", "region"])[["difference", "ci_low", "ci_high"]]
             values[str(method)] = metric.display_factor * np.array(
                 [[indexed.loc[(subset, region)] for region in first.region_names] for subset in columns], dtype=float
             )
@@ -80,23 +81,24 @@ def write_difference_figures(table: pd.DataFrame, evaluations: Sequence[Evaluati
     return files
 
 
-def write_comparison_sheet(evaluations: Sequence[Evaluation], sources: Sequence[ImageSources], path: Path) -> Path:
+def write_comparison_sheet(evaluations: Sequence[Evaluation], files: Sequence[EvaluationFiles], path: Path) -> Path:
     """Write one slice predicted by every method from telling subsets (the paper's figure 10).
 
     The case is the one of median score of the baseline.
 
     Args:
         evaluations: at least two, of the same cases.
-        sources: where the files of each lie; images and labels are those of the first.
+        files: where those of each lie; images and labels are those of the first.
         path: the file.
     """
     shared = common_subsets(evaluations)
     first = shared[0]
     [case] = spread_cases(first, headline_metric(first), 1)
-    volumes = [load_case(case, e.channels, s, e.info.get("ignore_label")) for e, s in zip(shared, sources, strict=True)]
+    volumes = [load_case(case, e.channels, f, e.info.ignore_label) for e, f in zip(shared, files, strict=True)]
     reference = volumes[0].reference
-    for evaluation, own in zip(shared, volumes, strict=True):
-        if own.reference.shape != reference.shape or (own.reference != reference).any():
+    for evaluation, case_volumes in zip(shared, volumes, strict=True):
+        other = case_volumes.reference
+        if other.shape != reference.shape or (other != reference).any():
             raise ValueError(
                 f"Case {case}: '{evaluation.name}' was evaluated against another label map than '{first.name}'."
             )

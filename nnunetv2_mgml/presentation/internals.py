@@ -27,8 +27,10 @@ from nnunetv2_mgml.objective import MetaParameters, build_meta_network
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
 from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
-from nnunetv2_mgml.training.trainer import CHECKPOINT_KEY
 from nnunetv2_mgml.upstream.wrappers import bare
+
+_TRAINING_STATE = "mgml"
+"""The trainer's key for it in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def load_model(model_folder: Path, fold: int | str, checkpoint: str, device: str
     if predictor.configuration_manager.previous_stage_name is not None:
         raise ValueError("The inside of a network is not shown for the second stage of a cascade; use its first stage.")
     content = torch.load(model_folder / f"fold_{fold}" / checkpoint, map_location="cpu", weights_only=False)
-    return LoadedModel(predictor, content.get(CHECKPOINT_KEY) or {})
+    return LoadedModel(predictor, content.get(_TRAINING_STATE) or {})
 
 
 def compute_internals(

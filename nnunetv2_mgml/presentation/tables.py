@@ -7,21 +7,29 @@ method. Beyond 15 subsets (more than four modalities) the table is turned: one l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from nnunetv2_mgml.io.files import write_text
 from nnunetv2_mgml.modalities import channel_index, parse_subset, table_rows
+from nnunetv2_mgml.scoring.derived import ALL, Inversions, has_volume_bias, inversions, volume_bias
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import short_name
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets, spread
+from nnunetv2_mgml.scoring.statistics import BOOTSTRAP_DRAWS, CONFIDENCE, compare_inversions
 
 _MAX_COLUMNS = 15
 _DISPLAY_NAMES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
 _NO_VALUE = "-"
+INVERSIONS_NOTE = (
+    "Inversions: share of cases, regions and pairs of nested subsets in which the larger subset scores lower by more "
+    "than 1 Dice point."
+)
 
 Cell = str | bool
 """Text, or a tick (True) or cross (False)."""
@@ -44,42 +52,6 @@ class Grid:
 def display_name(modality: str) -> str:
     """Return a modality's name as the paper writes it, else in capitals."""
     return _DISPLAY_NAMES.get(modality, modality.upper())
-
-
-def common_subsets(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations reduced to the subsets they share.
-
-    Raises:
-        ValueError: none given, no shared subset, or different channels, regions, empty-case policies, region size
-            rules or ignore labels.
-    """
-    if not evaluations:
-        raise ValueError("At least one evaluation is needed.")
-    first = evaluations[0]
-    for other in evaluations[1:]:
-        theirs = _comparable(other)
-        for what, ours in _comparable(first).items():
-            if ours != theirs[what]:
-                raise ValueError(
-                    f"'{first.name}' and '{other.name}' differ in {what} ({ours} and {theirs[what]}) and "
-                    f"cannot be put side by side. Evaluate both with the same dataset.json, --policy and "
-                    f"--remove_small."
-                )
-    names = [n for n in first.subset_names if all(n in e.subset_names for e in evaluations[1:])]
-    if not names:
-        raise ValueError(f"{', '.join(e.name for e in evaluations)} have no modality subset in common.")
-    return [e.restricted(names) for e in evaluations]
-
-
-def _comparable(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what must agree between evaluations in one table."""
-    return {
-        "channels": evaluation.channels,
-        "regions": evaluation.regions,
-        "policy": evaluation.policy,
-        "min_region_voxels": evaluation.info.get("min_region_voxels") or {},
-        "ignore_label": evaluation.info.get("ignore_label"),
-    }
 
 
 def table_grid(evaluations: Sequence[Evaluation], metric_name: str) -> Grid:
@@ -109,18 +81,55 @@ def table_grid(evaluations: Sequence[Evaluation], metric_name: str) -> Grid:
             body.append(
                 [short_name(region), evaluation.name, *(_cell(summary[column], metric) for column in (*names, AVERAGE))]
             )
-            counts = [int(summary[name]["n"]) for name in names]
+            counts = [int(summary[column]["n"]) for column in (*names, AVERAGE)]
             if any(count != len(evaluation.cases) for count in counts):
-                body.append([short_name(region), f"{evaluation.name} (n)", *map(str, counts), ""])
+                body.append([short_name(region), f"{evaluation.name} (n)", *map(str, counts)])
     grid = Grid(_caption(evaluations, metric), head, body)
     return grid if len(names) <= _MAX_COLUMNS else grid.turned()
 
 
+def overview_grid(evaluations: Sequence[Evaluation]) -> Grid | None:
+    """Lay out what follows from the scores of all subsets together: inversions and volume bias by region.
+
+    Returns:
+        One line per quantity and evaluation that has it; None where none has any.
+    """
+    regions = evaluations[0].region_names
+    rows: list[list[Cell]] = []
+    notes = []
+    if any(_has_inversions(e) for e in evaluations):
+        notes.append(INVERSIONS_NOTE)
+        for evaluation in filter(_has_inversions, evaluations):
+            shares = inversions(evaluation)
+            cells = [_percent(shares[name]) for name in (*regions, ALL)]
+            rows.append(["inversions (%)", evaluation.name, *cells])
+    if any(has_volume_bias(e) for e in evaluations):
+        notes.append("Volume bias: prediction minus reference, mean over subsets and cases, ± over cases.")
+        for evaluation in filter(has_volume_bias, evaluations):
+            spreads = [spread(volume_bias(evaluation, region).mean(axis=1)) for region in regions]
+            rows.append(["volume bias (ml)", evaluation.name, *(_mean_and_spread(s, 1.0) for s in spreads), ""])
+    if not rows:
+        return None
+    return Grid(" ".join(notes), [["", "", *map(short_name, regions), "all regions"]], rows)
+
+
+def _has_inversions(evaluation: Evaluation) -> bool:
+    return "dice" in evaluation.metrics and inversions(evaluation)[ALL].n > 0
+
+
+def _percent(found: Inversions) -> str:
+    return f"{100 * found.share:.1f}" if found.n else _NO_VALUE
+
+
 def _cell(entry: dict[str, float], metric: Metric) -> str:
+    return _mean_and_spread(entry, metric.display_factor)
+
+
+def _mean_and_spread(entry: dict[str, float], factor: float) -> str:
     if math.isnan(entry["mean"]):
         return _NO_VALUE
-    text = f"{entry['mean'] * metric.display_factor:.2f}"
-    return text if math.isnan(entry["sd"]) else f"{text} ± {entry['sd'] * metric.display_factor:.2f}"
+    text = f"{entry['mean'] * factor:.2f}"
+    return text if math.isnan(entry["sd"]) else f"{text} ± {entry['sd'] * factor:.2f}"
 
 
 def _caption(evaluations: Sequence[Evaluation], metric: Metric) -> str:
@@ -131,7 +140,7 @@ def _caption(evaluations: Sequence[Evaluation], metric: Metric) -> str:
     average = "all" if shown == total else f"the {shown} of {total} evaluated"
     removed = "; ".join(
         f"{short_name(region)} predicted with fewer than {size} voxels counts as empty"
-        for region, size in evaluations[0].info.get("min_region_voxels", {}).items()
+        for region, size in evaluations[0].info.min_region_voxels.items()
     )
     return (
         f"{metric.title} ({metric.unit}), mean ± standard deviation over {cases} cases; {AVERAGE}: mean over "
@@ -201,12 +210,112 @@ def latex_table(grid: Grid) -> str:
 
 
 def write_tables(evaluations: Sequence[Evaluation], folder: Path, metrics: Sequence[str] | None = None) -> None:
-    """Write ``table.md`` and ``table.tex`` with one table per metric (default: those every evaluation has)."""
+    """Write ``table.md`` and ``table.tex``: one table per metric (default: those every evaluation has), an overview."""
     metrics = metrics or [m for m in evaluations[0].metrics if all(m in e.metrics for e in evaluations)]
-    grids = [table_grid(evaluations, metric) for metric in metrics]
+    overview = overview_grid(common_subsets(evaluations))
+    grids = [*(table_grid(evaluations, metric) for metric in metrics), *([overview] if overview else [])]
     _write(folder / "table.md", "", grids, markdown_table)
     _write(folder / "table.tex", "% needs the packages amssymb and graphicx\n\n", grids, latex_table)
 
 
 def _write(path: Path, preamble: str, grids: Sequence[Grid], render: Callable[[Grid], str]) -> None:
     write_text(path, preamble + "\n".join(render(grid) for grid in grids))
+
+
+def summary_text(evaluation: Evaluation) -> str:
+    """Return the mean of the first metric per region and subset, for terminals and logs."""
+    metric = get_metric(evaluation.metrics[0])
+    rows = [*evaluation.subset_names, AVERAGE]
+    width = max(map(len, rows))
+    summaries = {region: evaluation.summary(metric.name, region) for region in evaluation.region_names}
+    lines = [
+        f"{metric.title} ({metric.unit}), mean over {len(evaluation.cases)} cases, policy {evaluation.policy}",
+        " " * width + "".join(f"{short_name(region)[:10]:>12}" for region in summaries),
+    ]
+    counted = any(s[row]["n"] != len(evaluation.cases) for s in summaries.values() for row in rows)
+    for row in rows:
+        cells = [f"{s[row]['mean'] * metric.display_factor:.2f}" for s in summaries.values()]
+        counts = [f" ({s[row]['n']:.0f})" if counted else "" for s in summaries.values()]
+        lines.append(f"{row:<{width}}" + "".join(f"{c + n:>12}" for c, n in zip(cells, counts, strict=True)))
+    if counted:
+        lines.append("In brackets: cases with a value.")
+    if _has_inversions(evaluation):
+        shares = inversions(evaluation)
+        found = ", ".join(f"{short_name(r)} {_percent(shares[r])}" for r in evaluation.region_names)
+        lines.append(f"inversions: {_percent(shares[ALL])} % ({found}): a larger subset more than 1 Dice point lower")
+    return "\n".join(lines)
+
+
+def comparison_markdown(table: pd.DataFrame, evaluations: Sequence[Evaluation], seed: int = 0) -> str:
+    """Return the comparison as Markdown: a table per metric and method, a line per region and subset; inversions."""
+    policy = get_policy(evaluations[0].policy)
+    interval = f"{CONFIDENCE:.0%} interval"
+    parts = [
+        f"# Comparison with {evaluations[0].name}",
+        "",
+        f"Paired by case. Difference: method - baseline, mean over cases, with its {interval} (percentile "
+        f"bootstrap, {BOOTSTRAP_DRAWS} draws). p: Wilcoxon signed-rank test, two-sided; p (Holm): adjusted over "
+        f"all regions, subsets and methods of a metric ({AVERAGE} lines are a family of their own). * below 0.05. "
+        f"Empty-case policy '{policy.name}': {policy.summary}.",
+        "",
+    ]
+    for (metric_name, method), rows in table.groupby(["metric", "method"], sort=False):
+        metric = get_metric(str(metric_name))
+        direction = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
+        head = ["region", "subset", "n", evaluations[0].name, method, "difference", interval, "p", "p (Holm)", ""]
+        parts += [
+            f"## {metric.title} ({metric.unit}, {direction}): {method}",
+            "",
+            f"| {' | '.join(map(str, head))} |",
+            "|---" * len(head) + "|",
+        ]
+        parts += [_line(row, metric.display_factor) for row in rows.to_dict(orient="records")]
+        parts.append("")
+    if "dice" in set(table["metric"]):
+        parts.append(_inversions_markdown(compare_inversions(evaluations, seed), evaluations[0].name))
+    return "\n".join(parts)
+
+
+def _inversions_markdown(table: pd.DataFrame, baseline: str) -> str:
+    """Return a comparison of inversions (`statistics.compare_inversions`) as Markdown; empty where there are none."""
+    if table.empty:
+        return ""
+    head = ["region", "method", "n", f"{baseline} (%)", "method (%)", "difference", f"{CONFIDENCE:.0%} interval", "p"]
+    lines = ["## Inversions", "", f"{INVERSIONS_NOTE} Mean over cases of each case's share; paired by case.", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in table.to_dict(orient="records"):
+        interval = "-" if math.isnan(row["ci_low"]) else f"{100 * row['ci_low']:+.2f} to {100 * row['ci_high']:+.2f}"
+        cells = [
+            short_name(row["region"]) if row["region"] != ALL else "all regions",
+            row["method"],
+            str(row["n"]),
+            *(f"{100 * row[key]:.2f}" for key in ("baseline_mean", "method_mean")),
+            f"{100 * row['difference']:+.2f}",
+            interval,
+            "-" if math.isnan(row["p"]) else f"{row['p']:.2g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _line(row: dict[Hashable, Any], factor: float) -> str:
+    def number(key: str, sign: str = "") -> str:
+        return "-" if math.isnan(row[key]) else f"{row[key] * factor:{sign}.2f}"
+
+    def probability(key: str) -> str:
+        return "-" if math.isnan(row[key]) else f"{row[key]:.2g}"
+
+    interval = f"{number('ci_low', '+')} to {number('ci_high', '+')}" if not math.isnan(row["ci_low"]) else "-"
+    cells = [
+        short_name(row["region"]),
+        row["subset"],
+        str(row["n"]),
+        number("baseline_mean"),
+        number("method_mean"),
+        number("difference", "+"),
+        interval,
+        probability("p"),
+        probability("p_holm"),
+        "*" if row["p_holm"] < 0.05 else "",
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
 from nnunetv2_mgml.io.volumes import check_same_geometry, read_label_image
 from nnunetv2_mgml.io.workers import Task, WorkerDiedError, WorkerPool
 from nnunetv2_mgml.scoring.metrics import MaskPair, RegionMask, default_metrics, get_metric
-from nnunetv2_mgml.scoring.output import file_stamp
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import LabelSet
 
@@ -64,7 +64,7 @@ class CaseTask:
 
 
 def score_arrays(
-    reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], settings: ScoringSettings
+    reference: npt.NDArray[Any], prediction: npt.NDArray[Any], spacing: Sequence[float], settings: ScoringSettings
 ) -> dict[str, dict[str, float]]:
     """Score one label map against another.
 
@@ -82,7 +82,7 @@ def score_arrays(
 
 
 def _reference_masks(
-    reference: np.ndarray, spacing: Sequence[float], settings: ScoringSettings
+    reference: npt.NDArray[Any], spacing: Sequence[float], settings: ScoringSettings
 ) -> dict[str, RegionMask]:
     labels = settings.label_set
     return {region: RegionMask(labels.mask(reference, region), spacing) for region in labels.regions}
@@ -90,8 +90,8 @@ def _reference_masks(
 
 def _score_against(
     references: dict[str, RegionMask],
-    reference: np.ndarray,
-    prediction: np.ndarray,
+    reference: npt.NDArray[Any],
+    prediction: npt.NDArray[Any],
     spacing: Sequence[float],
     settings: ScoringSettings,
 ) -> dict[str, dict[str, float]]:
@@ -131,7 +131,7 @@ def score_case(task: CaseTask, settings: ScoringSettings) -> Scores:
     return scores
 
 
-def _check_labels(labels: np.ndarray, allowed: set[int], path: Path, case: str) -> None:
+def _check_labels(labels: npt.NDArray[Any], allowed: set[int], path: Path, case: str) -> None:
     unknown = sorted({int(v) for v in np.unique(labels)} - allowed)
     if unknown:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def open_output(
     """
     file = folder / "settings.json"
     stored = read_json(file) if file.is_file() else None
-    different = [] if stored is None else _differences(stored, fingerprint)
+    different: dict[str, str] = {} if stored is None else _differences(stored, fingerprint)
     if stored is None and "model" in fingerprint and any((folder / "predictions").glob("*/*")):
         raise ValueError(
             f"{folder / 'predictions'} holds files, but no evaluation ({file.name}) that says what made "
@@ -96,43 +96,6 @@ def _delete_earlier(folder: Path, stored: dict[str, Any], different: dict[str, s
     for part in parts:
         if part.is_dir():
             shutil.rmtree(part)
-
-
-def drop_outdated(folder: Path, case: str, ending: str, images: Mapping[int, str]) -> None:
-    """Delete a model's predictions of a case unless they were made from these images; note the images beside them.
-
-    Args:
-        folder: the evaluation folder.
-        case: its name.
-        ending: file ending of the predictions.
-        images: channel index -> path; told apart by size and time, so that a data set may be moved.
-    """
-    predictions = folder / "predictions"
-    file = predictions / f"{case}.inputs.json"
-    now = {f"{channel:04d}": file_stamp(Path(path)) for channel, path in sorted(images.items())}
-    try:
-        if read_json(file) == now:
-            return
-    except (FileNotFoundError, ValueError):  # of an older version, or damaged: nothing tells what they were made from
-        pass
-    made = [path for path in predictions.glob(f"*/*{ending}") if path.name == f"{case}{ending}"]
-    for path in made:
-        path.unlink()
-    if made:
-        _log.warning(
-            "Case %s: its images are not (known to be) those of the predictions in %s; it is predicted again.",
-            case,
-            predictions,
-        )
-    write_json(file, now)
-
-
-def file_stamp(path: Path) -> list[int] | None:
-    """Return size (bytes) and time of change (ns) of a file, by which a resumed run knows it; None if there is none."""
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _refuse_fewer_subsets(folder: Path, subsets: Sequence[str]) -> None:

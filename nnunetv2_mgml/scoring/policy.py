@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nnunetv2_mgml.scoring.metrics import MaskPair, Metric
+from nnunetv2_mgml.scoring.regions import are_brats_regions
 
 BRATS_DISTANCE_MM = 374.0
 
@@ -58,14 +59,12 @@ POLICIES: dict[str, EmptyPolicy] = {
 
 
 def get_policy(name: str, region_names: Iterable[str] = ()) -> EmptyPolicy:
-    """Return a policy by name; ``auto`` is ``brats`` when the regions are the three of BraTS, else ``nan``.
+    """Return a policy by name; ``auto`` is ``brats`` when the regions are those of BraTS, else ``nan``.
 
     Raises:
         ValueError: no such policy; the message lists all.
     """
     if name == "auto":
-        from nnunetv2_mgml.scoring.regions import are_brats_regions
-
         name = "brats" if are_brats_regions(region_names) else "nan"
     if name not in POLICIES:
         raise ValueError(f"Unknown empty-case policy '{name}'. Allowed: auto, {', '.join(POLICIES)}.")

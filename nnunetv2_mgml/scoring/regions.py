@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _SHORT_NAMES = {
     "wholetumor": "WT",
@@ -19,8 +20,12 @@ _SHORT_NAMES = {
     "enhancingtumor": "ET",
     "enhancingtumour": "ET",
     "et": "ET",
+    "resectioncavity": "RC",
+    "rc": "RC",
 }
 BRATS_ORDER = ("WT", "TC", "ET")
+CAVITY = "RC"
+"""Resection cavity, a region of its own since the post-treatment data of BraTS 2024."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class LabelSet:
         """Labels a prediction may hold: background and every label of a region."""
         return frozenset({0}.union(*self.regions.values()))
 
-    def mask(self, labels: np.ndarray, region: str) -> np.ndarray:
+    def mask(self, labels: npt.NDArray[Any], region: str) -> npt.NDArray[Any]:
         """Return the bool mask of a region in a label map (same shape)."""
         wanted = self.regions[region]
         return labels == wanted[0] if len(wanted) == 1 else np.isin(labels, wanted)
@@ -70,21 +75,21 @@ def label_set(dataset_json: dict[str, Any]) -> LabelSet:
 
 
 def short_name(region: str) -> str:
-    """Return WT, TC or ET for the spellings of the BraTS regions, else the name itself."""
+    """Return WT, TC, ET or RC for the spellings of the BraTS regions, else the name itself."""
     return _SHORT_NAMES.get(re.sub(r"[^a-z]", "", region.lower()), region)
 
 
 def are_brats_regions(regions: Iterable[str]) -> bool:
-    """Return whether the regions are exactly whole tumour, tumour core and enhancing tumour."""
-    regions = list(regions)
-    return len(regions) == 3 and {short_name(r) for r in regions} == set(BRATS_ORDER)
+    """Return whether the regions are whole tumour, tumour core and enhancing tumour, with or without the cavity."""
+    names = sorted(short_name(region) for region in regions)
+    return names in (sorted(BRATS_ORDER), sorted((*BRATS_ORDER, CAVITY)))
 
 
 def table_region_order(regions: Iterable[str]) -> list[str]:
-    """Return the regions in table order: WT, TC, ET for BraTS, else as given."""
+    """Return the regions in table order: WT, TC, ET (and the cavity) for BraTS, else as given."""
     regions = list(regions)
     if are_brats_regions(regions):
-        return sorted(regions, key=lambda r: BRATS_ORDER.index(short_name(r)))
+        return sorted(regions, key=lambda r: (*BRATS_ORDER, CAVITY).index(short_name(r)))
     return regions
 
 

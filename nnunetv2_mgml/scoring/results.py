@@ -3,7 +3,7 @@
 Folder layout::
 
     results.csv     one line per case, subset, region and metric (fractions, mm, ml; "nan" where there is no value)
-    summary.json    means, spreads, n; versions, command, model, policy
+    summary.json    means, spreads, n; inversions, volume bias; versions, command, model, policy
     table.md, table.tex    the paper's Table 3 layout
     figures/        heatmap, score by number of modalities, Shapley values (PNG)
     settings.json   fingerprint: a later run with other settings is refused
@@ -14,22 +14,19 @@ Folder layout::
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-import nnunetv2_mgml
 from nnunetv2_mgml.io.files import read_json, write_json, write_text
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
 from nnunetv2_mgml.scoring.cases import Scores, ScoringSettings
+from nnunetv2_mgml.scoring.derived import MARGIN, has_volume_bias, inversions, volume_bias
+from nnunetv2_mgml.scoring.info import EvaluationInfo, provenance
 from nnunetv2_mgml.scoring.metrics import get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import table_region_order
@@ -51,14 +48,14 @@ class Evaluation:
     """Modality names in channel order."""
     regions: dict[str, tuple[int, ...]]
     policy: str
-    info: dict[str, Any] = field(default_factory=dict)
-    """Everything else of ``summary.json``: versions, command, model, options."""
+    info: EvaluationInfo = field(default_factory=EvaluationInfo)
+    """Everything else of ``summary.json``: versions, command, source, model."""
 
     @property
     def subsets(self) -> list[Subset]:
         """Subsets that were evaluated, in table order."""
-        present = set(self.table["subset"].unique())
-        return [s for s in table_order(self.channels) if subset_name(s, self.channels) in present]
+        evaluated = set(self.table["subset"].unique())
+        return [s for s in table_order(self.channels) if subset_name(s, self.channels) in evaluated]
 
     @property
     def subset_names(self) -> list[str]:
@@ -109,13 +106,14 @@ class Evaluation:
         subsets.
         """
         values = self.values(metric, region)
-        result = {name: _spread(values[name]) for name in values.columns}
-        average = _spread(values.mean(axis=1))
+        result = {name: spread(values[name]) for name in values.columns}
+        average = spread(values.mean(axis=1))
         average["mean"] = float(pd.Series([entry["mean"] for entry in result.values()]).mean())
         return {**result, AVERAGE: average}
 
 
-def _spread(values: pd.Series) -> dict[str, float]:
+def spread(values: pd.Series) -> dict[str, float]:
+    """Return ``mean``, ``sd`` (n - 1 in the denominator) and ``n`` of the values that are no NaN."""
     values = values.dropna()
     return {
         "mean": float(values.mean()) if len(values) else math.nan,
@@ -146,37 +144,34 @@ def build_evaluation(
     subset_names: Sequence[str],
     channels: Sequence[str],
     settings: ScoringSettings,
-    info: dict[str, Any],
+    info: EvaluationInfo | None = None,
 ) -> Evaluation:
-    """Assemble an evaluation; ``info`` is what only the caller knows (model, sources, missing cases)."""
+    """Assemble an evaluation made now.
+
+    Args:
+        name: what the method is called in tables.
+        scores: case -> its scores.
+        subset_names: the subsets to keep.
+        channels: modality names in channel order.
+        settings: what was computed and how.
+        info: what only the caller knows (source, model, what was left out); the rest is filled in.
+    """
+    made = provenance()
     return Evaluation(
         name,
         tidy_table(scores, subset_names),
         tuple(channels),
         dict(settings.label_set.regions),
         settings.policy,
-        {
-            "min_region_voxels": dict(settings.min_region_voxels),
-            "ignore_label": settings.label_set.ignore_label,
-            **provenance(),
-            **info,
-        },
+        dataclasses.replace(
+            info or EvaluationInfo(),
+            min_region_voxels=dict(settings.min_region_voxels),
+            ignore_label=settings.label_set.ignore_label,
+            command=tuple(made["command"]),
+            created=made["created"],
+            versions=made["versions"],
+        ),
     )
-
-
-def provenance() -> dict[str, Any]:
-    """Return what reproduces a run: command line, time, versions (libraries without a version are left out)."""
-    versions = {"python": platform.python_version(), "nnunetv2_mgml": nnunetv2_mgml.__version__}
-    for package in ("nnunetv2", "torch", "numpy", "scipy", "pandas", "SimpleITK", "panoptica"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": sys.argv,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -204,10 +199,23 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
             "number_of_cases": len(evaluation.cases),
             "subsets": evaluation.subset_names,
             "metrics": described,
-            **evaluation.info,
+            **evaluation.info.as_dict(),
             "results": means,
+            **_derived(evaluation),
         },
     )
+
+
+def _derived(evaluation: Evaluation) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "dice" in evaluation.metrics:
+        shares = {name: entry._asdict() for name, entry in inversions(evaluation).items()}
+        found["inversions"] = {"metric": "dice", "margin": MARGIN, "regions": shares}
+    if has_volume_bias(evaluation):
+        found["volume_bias_ml"] = {
+            region: spread(volume_bias(evaluation, region).mean(axis=1)) for region in evaluation.region_names
+        }
+    return found
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -236,12 +244,45 @@ def load_evaluation(folder: Path) -> Evaluation:
     channels = tuple(summary["channels"])
     for name in table["subset"].unique():
         parse_subset(name, channels)
-    known = {"name", "channels", "regions", "policy", "number_of_cases", "subsets", "metrics", "results"}
-    return Evaluation(
-        summary["name"],
-        table,
-        channels,
-        {r: tuple(v) for r, v in summary["regions"].items()},
-        summary["policy"]["name"],
-        {k: v for k, v in summary.items() if k not in known},
-    )
+    try:
+        info = EvaluationInfo.from_dict(summary)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'summary.json'} is damaged or of another version: {error}.") from error
+    regions = {region: tuple(labels) for region, labels in summary["regions"].items()}
+    return Evaluation(summary["name"], table, channels, regions, summary["policy"]["name"], info)
+
+
+def common_subsets(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations reduced to the subsets they share.
+
+    Raises:
+        ValueError: none given, no shared subset, or different channels, regions, empty-case policies, region size
+            rules or ignore labels.
+    """
+    if not evaluations:
+        raise ValueError("At least one evaluation is needed.")
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        theirs = _comparable(other)
+        for what, ours in _comparable(first).items():
+            if ours != theirs[what]:
+                raise ValueError(
+                    f"'{first.name}' and '{other.name}' differ in {what} ({ours} and {theirs[what]}) and "
+                    f"cannot be put side by side. Evaluate both with the same dataset.json, --policy and "
+                    f"--remove_small."
+                )
+    names = [n for n in first.subset_names if all(n in e.subset_names for e in evaluations[1:])]
+    if not names:
+        raise ValueError(f"{', '.join(e.name for e in evaluations)} have no modality subset in common.")
+    return [e.restricted(names) for e in evaluations]
+
+
+def _comparable(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what must agree between evaluations in one table."""
+    return {
+        "channels": evaluation.channels,
+        "regions": evaluation.regions,
+        "policy": evaluation.policy,
+        "min_region_voxels": evaluation.info.min_region_voxels,
+        "ignore_label": evaluation.info.ignore_label,
+    }

@@ -1,9 +1,9 @@
-"""Find what to score: which cases have a reference, and which folders hold the predictions of which subset."""
+"""Where the files are: what is to be scored, and what a finished evaluation was made from."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,13 @@ from typing import Any
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
 from nnunetv2_mgml.scoring.cases import CaseTask
+from nnunetv2_mgml.scoring.results import Evaluation
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _NAMES_SHOWN = 10
+
+PredictionFolders = Path | Mapping[str, Path]
+"""One root whose folders are named by subset, or subset (in any spelling) -> folder."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,21 @@ def choose_subsets(texts: Sequence[str] | None, channels: Sequence[str]) -> list
     return [subset_name(s, channels) for s in order if s in wanted]
 
 
-def parse_prediction_folders(arguments: Sequence[str], channels: Sequence[str]) -> dict[str, Path]:
-    """Parse ``--predictions``: ``SUBSET=FOLDER`` entries, or one root whose folders are named by subset.
+def prediction_folders(given: PredictionFolders, channels: Sequence[str]) -> dict[str, Path]:
+    """Return subset name -> folder, in table order.
 
-    Returns:
-        subset name -> folder, in table order.
+    Args:
+        given: a root whose folders are named by subset, or subset -> folder.
+        channels: modality names in channel order.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: an unknown modality, a subset given twice, or a root without any subset folder.
     """
-    if len(arguments) == 1 and "=" not in arguments[0]:
-        found = _folders_of_root(Path(arguments[0]), channels)
+    if isinstance(given, Path):
+        found = _folders_of_root(given, channels)
     else:
-        found = []
-        for entry in arguments:
-            text, separator, folder = entry.partition("=")
-            if not separator or not folder:
-                raise ValueError(f"'{entry}' is not of the form SUBSET=FOLDER, for example t1+flair=/data/predictions.")
-            found.append((parse_subset_option(text, channels), Path(folder)))
+        found = [(parse_subset_option(text, channels), Path(folder)) for text, folder in given.items()]
     folders: dict[Subset, Path] = {}
     for subset, folder in found:
         if not folder.is_dir():
@@ -102,7 +102,7 @@ def _folders_of_root(root: Path, channels: Sequence[str]) -> list[tuple[Subset, 
             f"It has: {', '.join(others) or 'no folders'}. For one folder write SUBSET=FOLDER."
         )
     if others:
-        logger.warning("Ignored in %s, not named by a modality subset: %s.", root, ", ".join(others))
+        _log.warning("Ignored in %s, not named by a modality subset: %s.", root, ", ".join(others))
     return found
 
 
@@ -161,7 +161,7 @@ def pair_cases(
     for name, folder in folders.items():
         extra = sorted(p.name for p in folder.glob(f"*{file_ending}") if p.name[: -len(file_ending)] not in references)
         if extra:
-            logger.warning(
+            _log.warning(
                 "%s (%s): %d predictions have no reference and are not scored: %s.",
                 folder,
                 name,
@@ -191,3 +191,63 @@ def load_dataset_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
     return content
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """Where the files of an evaluation's cases lie."""
+
+    images: Path
+    """Folder of ``<case>_XXXX<ending>``, ``XXXX`` the channel index."""
+    labels: Path
+    """Folder of ``<case><ending>``."""
+    predictions: dict[str, Path]
+    """Subset name -> folder of ``<case><ending>``."""
+    file_ending: str
+
+
+def find_files(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    images: Path | None = None,
+    labels: Path | None = None,
+    predictions: PredictionFolders | None = None,
+    dataset_json: Path | None = None,
+) -> EvaluationFiles:
+    """Find an evaluation's images, labels and predictions: as given, else where it wrote or read them.
+
+    Args:
+        evaluation: the evaluation.
+        folder: its folder; what it predicted itself lies in ``predictions``.
+        images: folder of images.
+        labels: folder of reference label maps.
+        predictions: label maps by subset.
+        dataset_json: gives the file ending; else searched beside all of these.
+
+    Raises:
+        FileNotFoundError: a folder is not known or does not exist, or there is no dataset.json.
+        ValueError: predictions are named wrongly, or of no subset of the evaluation.
+    """
+    source, predicted = evaluation.info.source, folder / "predictions"
+    images, labels = images or source.images, labels or source.labels
+    if images is None or labels is None:
+        what = "images" if images is None else "label maps"
+        raise FileNotFoundError(f"The evaluation '{evaluation.name}' does not say where its {what} are.")
+    if predictions is None and not predicted.is_dir():
+        predictions = {name: path for name, path in (source.folders or {}).items() if path.is_dir()}
+        if not predictions:
+            gone = ", ".join(map(str, (source.folders or {}).values()))
+            raise FileNotFoundError(f"No predictions: {gone or predicted} does not exist.")
+    for found in (images, labels):
+        if not found.is_dir():
+            raise FileNotFoundError(f"The folder {found} does not exist.")
+    folders = prediction_folders(predicted if predictions is None else predictions, evaluation.channels)
+    folders = {name: path for name, path in folders.items() if name in evaluation.subset_names}
+    if not folders:
+        raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
+    candidates = [images, images.parent, labels, labels.parent, *folders.values(), predicted]
+    model = evaluation.info.model
+    candidates += [model.folder] if model is not None and model.folder is not None else []
+    file = find_dataset_json([dataset_json] if dataset_json else candidates)
+    return EvaluationFiles(images, labels, folders, file_ending(load_dataset_json(file)))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy.stats import rankdata, wilcoxon
 
-from nnunetv2_mgml.presentation.tables import common_subsets
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.derived import ALL, inversions_of_cases
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
 
 BOOTSTRAP_DRAWS = 10_000
 CONFIDENCE = 0.95
@@ -51,7 +53,7 @@ class PairedResult:
 
 
 def bootstrap_interval(
-    differences: np.ndarray, draws: int = BOOTSTRAP_DRAWS, confidence: float = CONFIDENCE, seed: int = 0
+    differences: npt.NDArray[Any], draws: int = BOOTSTRAP_DRAWS, confidence: float = CONFIDENCE, seed: int = 0
 ) -> tuple[float, float]:
     """Return the percentile bootstrap confidence interval of the mean.
 
@@ -76,7 +78,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def wilcoxon_p(differences: np.ndarray) -> float:
+def wilcoxon_p(differences: npt.NDArray[Any]) -> float:
     """Return the two-sided p value of the Wilcoxon signed-rank test.
 
     Zero differences (two perfect answers) are ranked with the others and their ranks dropped (Pratt). The null
@@ -98,7 +100,7 @@ def wilcoxon_p(differences: np.ndarray) -> float:
         return float(wilcoxon(differences, zero_method="pratt", method="approx").pvalue)
     ranks = np.rint(2 * rankdata(np.abs(differences))[different]).astype(int)  # doubled: mid-ranks are halves
     observed = ranks[differences[different] > 0].sum()
-    chance = np.ones(1)  # of each sum of positive ranks, when every sign is a coin toss
+    chance: npt.NDArray[Any] = np.ones(1)  # of each sum of positive ranks, when every sign is a coin toss
     for rank in ranks:
         chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
     centre = ranks.sum() / 2
@@ -106,7 +108,7 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     return float(min(1.0, chance[as_extreme].sum()))
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: Sequence[float] | npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return p values adjusted for multiple tests (Holm's step-down); NaN stays NaN and is not counted as a test."""
     p = np.asarray(p_values, dtype=float)
     adjusted = np.full_like(p, np.nan)
@@ -117,7 +119,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def compare_paired(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedResult:
+def compare_paired(first: npt.NDArray[Any], second: npt.NDArray[Any], seed: int = 0) -> PairedResult:
     """Compare two paired samples ``(n,)``; pairs with a NaN are dropped."""
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     differences = differences[~np.isnan(differences)]
@@ -174,7 +176,44 @@ def compare_evaluations(
                     )
     table = pd.DataFrame(rows, columns=list(COLUMNS[:-1]))
     families = [table["metric"], table["subset"] == AVERAGE]
-    return table.assign(p_holm=table.groupby(families, sort=False)["p"].transform(lambda p: holm(p.to_numpy())))
+    grouped = table.groupby(families, sort=False)["p"]
+    return table.assign(p_holm=grouped.transform(lambda p: pd.Series(holm(p.to_numpy()), p.index)))
+
+
+def compare_inversions(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.DataFrame:
+    """Compare each evaluation's inversions of Dice with the first's: the share of every case, paired by case.
+
+    Args:
+        evaluations: what `pairable` returned; without Dice in all of them, or nested subsets, there is nothing to say.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns ``baseline``, ``method``, ``region`` (`derived.ALL` for all regions), ``n``, ``baseline_mean``,
+        ``method_mean``, ``difference``, ``ci_low``, ``ci_high``, ``p`` (not adjusted); shares are fractions.
+    """
+    columns = [c for c in COLUMNS if c not in ("metric", "subset", "p_holm")]
+    if not all("dice" in e.metrics for e in evaluations):
+        return pd.DataFrame(columns=columns)
+    shares = [_shares_of_cases(evaluation) for evaluation in evaluations]
+    rows = []
+    for other, others in zip(evaluations[1:], shares[1:], strict=True):
+        for region in others.columns:
+            first, second = shares[0][region].to_numpy(), others[region].to_numpy()
+            both = ~np.isnan(first) & ~np.isnan(second)
+            if both.any():
+                result = compare_paired(first, second, seed)
+                means = (float(first[both].mean()), float(second[both].mean()))
+                interval = (result.difference, result.ci_low, result.ci_high, result.p)
+                rows.append((evaluations[0].name, other.name, region, result.n, *means, *interval))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _shares_of_cases(evaluation: Evaluation) -> pd.DataFrame:
+    """Return the share of inversions, cases in rows, regions and `ALL` in columns; NaN where there is no pair."""
+    counts = inversions_of_cases(evaluation)
+    inverted, pairs = (counts.pivot(index="case", columns="region", values=what) for what in ("inverted", "n"))
+    inverted, pairs = (c.assign(**{ALL: c.sum(axis=1)}) for c in (inverted, pairs))
+    return (inverted / pairs.where(pairs > 0))[[*evaluation.region_names, ALL]]
 
 
 def pairable(evaluations: Sequence[Evaluation], common_cases: bool = False) -> list[Evaluation]:

@@ -1,24 +1,18 @@
-"""``subset_report.json`` in a model folder: how good the model was on each subset, for predictions to quote.
+"""Write ``subset_report.json`` into a model folder: how good the model was on each subset, for predictions to quote.
 
-Written from an evaluation, read by prediction. Importing this module imports neither torch nor nnU-Net nor pandas.
+`inference.subset_quality` reads it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from nnunetv2_mgml.io.files import read_json, write_json
-from nnunetv2_mgml.modalities import channel_names, subset_name
+from nnunetv2_mgml.inference.subset_quality import REPORT_NAME
+from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
+from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.scoring.info import EvaluatedModel, as_json
+from nnunetv2_mgml.scoring.results import Evaluation
 
-if TYPE_CHECKING:
-    from nnunetv2_mgml.scoring.results import Evaluation
-
-REPORT_NAME = "subset_report.json"
-RELIABILITY_BOUND = 0.5
-"""Expected Dice below which a region is called unreliable: fewer voxels right than wrong."""
 _METRIC = "dice"
 
 
@@ -40,7 +34,7 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
     model_json = folder / "dataset.json"
     if not model_json.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no dataset.json.")
-    channels = channel_names(json.loads(model_json.read_text(encoding="utf-8")))
+    channels = channel_names(read_json(model_json))
     if channels != tuple(evaluation.channels):
         raise ValueError(
             f"The evaluation is of modalities {', '.join(evaluation.channels)}, the model of {', '.join(channels)}."
@@ -48,115 +42,29 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
     if _METRIC not in evaluation.metrics:
         raise ValueError(f"The evaluation has no {_METRIC}; evaluate with --metrics {_METRIC} (or the default).")
     summaries = {region: evaluation.summary(_METRIC, region) for region in evaluation.region_names}
-    model = evaluation.info.get("model") or {}
+    info = evaluation.info
+    model = info.model or EvaluatedModel()
     content = {
-        "folds": model.get("folds"),
-        "checkpoint": model.get("checkpoint"),
-        "mirroring": model.get("mirroring"),
-        "checkpoint_size_and_time_ns": model.get("checkpoint_size_and_time_ns"),
-        "shared_preprocessing": model.get("shared_preprocessing"),
+        "folds": model.folds,
+        "checkpoint": model.checkpoint,
+        "mirroring": model.mirroring,
+        "checkpoint_size_and_time_ns": model.checkpoint_size_and_time_ns,
+        "shared_preprocessing": model.shared_preprocessing,
         "metric": _METRIC,
         "policy": evaluation.policy,
-        "channels": list(channels),
-        "min_region_voxels": evaluation.info.get("min_region_voxels") or {},
+        "channels": channels,
+        "min_region_voxels": info.min_region_voxels,
         "number_of_cases": len(evaluation.cases),
-        "evaluated": evaluation.info.get("source"),
-        "created": evaluation.info.get("created"),
-        "versions": evaluation.info.get("versions"),
+        "evaluated": as_json(info.source) or None,
+        "created": info.created or None,
+        "versions": info.versions or None,
         "subsets": {
-            name: {region: _finite(summaries[region][name]) for region in summaries} for name in evaluation.subset_names
+            name: {region: summary[name] for region, summary in summaries.items()} for name in evaluation.subset_names
         },
     }
     path = folder / REPORT_NAME
     write_json(path, content)
     return path
-
-
-def _finite(entry: dict[str, float]) -> dict[str, float | None]:
-    return {key: None if value != value else value for key, value in entry.items()}
-
-
-def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[str, dict[str, Any]] | None:
-    """Return what the model reached on a subset in its stored evaluation.
-
-    Args:
-        model_folder: ``TRAINER__PLANS__CONFIGURATION``.
-        subset: ``M`` bools in the model's channel order.
-
-    Returns:
-        region -> ``{"mean": Dice as a fraction or None, "sd": fraction or None, "n": cases}``; None when nothing is
-        stored for this subset.
-
-    Raises:
-        ValueError: the stored report is damaged or of another number of modalities.
-    """
-    path = Path(model_folder) / REPORT_NAME
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        name = subset_name(subset, content["channels"])
-        return content["subsets"].get(name)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "
-            f"--write_subset_report', or delete it."
-        ) from error
-
-
-def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) -> dict[str, Any]:
-    """Return what `expected_quality` and `unreliable_regions` rest on, for a prediction's report.
-
-    Returns:
-        ``reliability_bound`` (Dice as a fraction) and, of the stored evaluation, ``policy`` for empty regions,
-        ``min_region_voxels`` (region -> N: fewer predicted voxels counted as empty), ``shared_preprocessing``,
-        ``folds``, ``checkpoint``, ``mirroring``.
-
-    Raises:
-        FileNotFoundError, ValueError: no stored report, or a damaged one.
-    """
-    content = read_json(Path(model_folder) / REPORT_NAME)
-    names = ("policy", "min_region_voxels", "shared_preprocessing", "folds", "checkpoint", "mirroring")
-    return {"reliability_bound": bound, **{name: content.get(name) for name in names}}
-
-
-def unreliable_regions(model_folder: Path | str, subset: Sequence[bool], bound: float = RELIABILITY_BOUND) -> list[str]:
-    """Return the regions whose expected Dice is below ``bound`` (or was never defined); none when nothing is stored."""
-    expected = expected_quality(model_folder, subset) or {}
-    return [region for region, entry in expected.items() if entry["mean"] is None or entry["mean"] < bound]
-
-
-def quality_line(model_folder: Path | str, subset: Sequence[bool], bound: float = RELIABILITY_BOUND) -> str | None:
-    """Return one line for the log: expected Dice per region, unreliable ones marked; None when nothing is stored."""
-    expected = expected_quality(model_folder, subset)
-    if expected is None:
-        return None
-    weak = set(unreliable_regions(model_folder, subset, bound))
-    parts = []
-    for region, entry in expected.items():
-        value = "unknown" if entry["mean"] is None else f"{entry['mean']:.2f}"
-        spread = "" if entry["sd"] is None else f" ± {entry['sd']:.2f}"
-        parts.append(f"{region} {value}{spread}" + (f" (unreliable, below {bound:g})" if region in weak else ""))
-    counts = {entry["n"] for entry in expected.values()}
-    return (
-        f"expected Dice: {', '.join(parts)}; over {' to '.join(map(str, sorted(counts)))} cases"
-        f"{_made_with(Path(model_folder) / REPORT_NAME)}"
-    )
-
-
-def _made_with(path: Path) -> str:
-    """Say which weights and rules the report is of: predictions may use others."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    parts = []
-    if content.get("folds"):
-        parts += [f"fold {', '.join(content['folds'])}", content["checkpoint"]]
-        parts += [] if content.get("mirroring") else ["without mirroring"]
-        parts += ["shared preprocessing"] if content.get("shared_preprocessing") else []
-    parts += [
-        f"{region} of fewer than {size} voxels counted as empty"
-        for region, size in (content.get("min_region_voxels") or {}).items()
-    ]
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 def drop_outdated_report(model_folder: Path | str, fold: int | str) -> bool:
@@ -175,9 +83,9 @@ def drop_outdated_report(model_folder: Path | str, fold: int | str) -> bool:
         if str(fold) not in folds:
             return False
         stamp = (content.get("checkpoint_size_and_time_ns") or [None] * len(folds))[folds.index(str(fold))]
-        status = (folder / f"fold_{fold}" / str(checkpoint)).stat()
-        outdated = stamp != [status.st_size, status.st_mtime_ns]
-    except (ValueError, AttributeError, OSError):  # damaged, or the checkpoint it describes is gone
+        now = file_stamp(folder / f"fold_{fold}" / str(checkpoint))
+        outdated = now is None or stamp != now
+    except (ValueError, AttributeError, TypeError, IndexError, OSError):  # damaged
         outdated = True
     if outdated:
         path.unlink()

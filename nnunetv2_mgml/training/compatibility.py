@@ -8,7 +8,15 @@ from typing import Any
 
 from nnunetv2_mgml.plans.options import MGMLConfig
 
-_OPTIONS = ("fusion", "fusion_options", "fusion_revision", "width_factor", "decoder_width_ratio", "decoder_convs")
+_OPTIONS = (
+    "fusion",
+    "fusion_options",
+    "fusion_revision",
+    "network_form",
+    "width_factor",
+    "decoder_width_ratio",
+    "decoder_convs",
+)
 
 
 def network_differences(stored: dict[str, Any], plans: dict[str, Any], configuration: str) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2_mgml.scoring.subset_report import REPORT_NAME, drop_outdated_report, write_subset_report
+from nnunetv2_mgml.inference.subset_quality import REPORT_NAME
+from nnunetv2_mgml.presentation.tables import summary_text
+from nnunetv2_mgml.scoring.subset_report import drop_outdated_report, write_subset_report
+from nnunetv2_mgml.workflows.evaluate import ModelRequest, evaluate_model
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.base import MissingModalityTrainer
@@ -19,7 +22,7 @@ FOLDER = "subset_validation"
 
 
 def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) -> str:
-    """Run ``mgml evaluate`` on the fold's validation cases, without mirroring, and store what to expect of each subset.
+    """Evaluate the fold's validation cases on every subset, without mirroring, and store what to expect of each.
 
     Mirroring would make it eight times slower; ``mgml evaluate`` by hand does mirror. The raw images are needed, as
     crop and normalisation depend on the subset. A run that was killed is resumed while the checkpoint is the same file.
@@ -31,41 +34,27 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
     Returns:
         The table over all subsets, or why there is none, for the log.
     """
-    from nnunetv2_mgml.commands import (
-        evaluate as command,
-    )  # evaluation is built on trained models, so it is imported last
-    from nnunetv2_mgml.commands.evaluate_model import run_model
-
     if weights_file is None:
         return "No table over all modality subsets: there is no checkpoint of these weights."
     if trainer.fold == "all":
         return "No table over all modality subsets: fold 'all' has no validation cases of its own."
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    target = Path(trainer.output_folder) / FOLDER
-    arguments = [
-        "-m",
-        str(trainer.output_folder_base),
-        "-d",
-        trainer.plans_manager.dataset_name,
-        "-f",
-        str(trainer.fold),
-        "-chk",
-        Path(weights_file).name,
-        "-device",
-        trainer.device.type,
-        "--disable_tta",
-        "-o",
-        str(target),
-        "--allow_missing",
-        "--disable_progress_bar",
-    ]
-    if trainer.config.cpu_bfloat16:
-        arguments.append("--cpu_bfloat16")
     try:
-        evaluation, output, model_folder = run_model(
-            parser.parse_args(arguments), restart_if_changed=True, log=trainer.print_to_log_file
+        request = ModelRequest(
+            model_folder=Path(trainer.output_folder_base),
+            folds=(trainer.fold,),
+            checkpoint=Path(weights_file).name,
+            dataset=trainer.plans_manager.dataset_name,
+            output=Path(trainer.output_folder) / FOLDER,
+            allow_missing=True,
+            device=trainer.device.type,
+            mirroring=False,
+            cpu_bfloat16=trainer.config.cpu_bfloat16,
+            restart_if_changed=True,
+            num_processes=min(4, os.cpu_count() or 1),
+            show_progress=False,
+            log=trainer.print_to_log_file,
         )
+        evaluation = evaluate_model(request)
     except Exception as error:  # the training and nnU-Net's validation are complete; this must not undo their success
         trainer.print_to_log_file(traceback.format_exc(), also_print_to_console=False)
         return (
@@ -74,11 +63,11 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
         )
     text = (
         f"Validation cases on every subset of the modalities, without mirroring\n"
-        f"{command.summary_text(evaluation)}\nTables: {output}"
+        f"{summary_text(evaluation)}\nTables: {request.output_folder}"
     )
-    if _is_others(model_folder / REPORT_NAME, trainer.fold):
+    if _is_others(request.subset_report, trainer.fold):
         return f"{text}\nThe {REPORT_NAME} of other folds is kept; mgml evaluate --write_subset_report replaces it."
-    report = write_subset_report(evaluation, model_folder)
+    report = write_subset_report(evaluation, request.model_folder)
     return f"{text}; quality to expect per subset, quoted by predictions: {report}"
 
 

@@ -23,17 +23,18 @@ from evaluation_cases import (
 
 from nnunetv2_mgml.commands import evaluate as command
 from nnunetv2_mgml.commands import main as cli
-from nnunetv2_mgml.scoring.results import load_evaluation
-from nnunetv2_mgml.scoring.sources import choose_subsets, parse_prediction_folders
-from nnunetv2_mgml.scoring.subset_report import (
+from nnunetv2_mgml.commands.arguments import parse_predictions
+from nnunetv2_mgml.inference.subset_quality import (
     REPORT_NAME,
-    drop_outdated_report,
     expected_quality,
     quality_line,
     quality_terms,
     unreliable_regions,
-    write_subset_report,
 )
+from nnunetv2_mgml.scoring.info import EvaluationInfo
+from nnunetv2_mgml.scoring.results import load_evaluation
+from nnunetv2_mgml.scoring.sources import choose_subsets, prediction_folders
+from nnunetv2_mgml.scoring.subset_report import drop_outdated_report, write_subset_report
 
 
 def evaluate(root: Path, *extra: str, predictions: tuple[str, ...] | None = None) -> int:
@@ -64,8 +65,8 @@ class TestPredictions:
         assert evaluation.cases == ["case_0", "case_1", "case_2"]
         assert len(evaluation.table) == 3 * 3 * 3 * 6
         assert evaluation.policy == "brats"
-        assert evaluation.info["source"]["folders"]["t2+flair"].endswith("predictions/t2+flair")
-        assert set(evaluation.info["versions"]) >= {"python", "nnunetv2_mgml", "nnunetv2", "numpy", "scipy"}
+        assert evaluation.info.source.folders["t2+flair"] == (tmp_path / "predictions" / "t2+flair").resolve()
+        assert set(evaluation.info.versions) >= {"python", "nnunetv2_mgml", "nnunetv2", "numpy", "scipy"}
         assert "ours" in (tmp_path / "out" / "table.md").read_text()
         assert "t2+flair" in capsys.readouterr().out
 
@@ -115,7 +116,7 @@ class TestPredictions:
         assert evaluate(tmp_path, "--allow_missing") == 0
         evaluation = load_evaluation(tmp_path / "out")
         assert evaluation.cases == ["case_0", "case_2"]
-        assert evaluation.info["missing_cases"] == ["case_1"]
+        assert evaluation.info.missing_cases == ("case_1",)
 
     @pytest.mark.parametrize(
         ("extra", "message"),
@@ -177,16 +178,18 @@ class TestPredictions:
 class TestFolders:
     def test_twice_the_same_subset(self, tmp_path):
         with pytest.raises(ValueError, match="given twice"):
-            parse_prediction_folders([f"t1+t2={tmp_path}", f"T2w+T1={tmp_path}"], CHANNELS)
+            prediction_folders({"t1+t2": tmp_path, "T2w+T1": tmp_path}, CHANNELS)
+        with pytest.raises(ValueError, match="t1 is given twice"):
+            parse_predictions(["t1=a", "t1=b"])
 
     def test_folder_that_does_not_exist(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-            parse_prediction_folders([f"t1={tmp_path / 'nowhere'}"], CHANNELS)
+            prediction_folders(parse_predictions([f"t1={tmp_path / 'nowhere'}"]), CHANNELS)
 
     def test_root_without_subset_folders(self, tmp_path):
         (tmp_path / "case_1").mkdir()
         with pytest.raises(ValueError, match="It has: case_1"):
-            parse_prediction_folders([str(tmp_path)], CHANNELS)
+            prediction_folders(parse_predictions([str(tmp_path)]), CHANNELS)
 
     def test_all_subsets_by_default_in_table_order(self):
         assert len(choose_subsets(None, CHANNELS)) == 15
@@ -230,7 +233,7 @@ class TestSubsetReport:
                 "shared_preprocessing": True,
             },
         }
-        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=info), model)
+        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=EvaluationInfo.from_dict(info)), model)
         assert quality_line(model, (True,) * 4).endswith(
             "(fold 0, checkpoint_final.pth, shared preprocessing, enhancing tumor of fewer than 500 voxels counted as "
             "empty)"
@@ -257,7 +260,7 @@ class TestSubsetReport:
                 "checkpoint_size_and_time_ns": [[status.st_size, status.st_mtime_ns]],
             }
         }
-        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=info), model)
+        write_subset_report(dataclasses.replace(synthetic_evaluation(), info=EvaluationInfo.from_dict(info)), model)
         assert not drop_outdated_report(model, 0)
         checkpoint.write_bytes(b"other weights")
         assert not drop_outdated_report(model, 1)
@@ -297,7 +300,7 @@ class TestSubsetReport:
 
     def test_prediction_side_imports_nothing_heavy(self):
         code = (
-            "import sys, nnunetv2_mgml.scoring.subset_report;"
+            "import sys, nnunetv2_mgml.inference.subset_quality;"
             "sys.exit(bool({'torch', 'pandas', 'nnunetv2', 'scipy'} & set(sys.modules)))"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,17 @@ import pandas as pd
 import pytest
 from evaluation_cases import CHANNELS, NAMES, synthetic_evaluation
 
-from nnunetv2_mgml.presentation.tables import common_subsets, latex_table, markdown_table, table_grid, write_tables
-from nnunetv2_mgml.scoring.results import AVERAGE, load_evaluation, save_evaluation, tidy_table
+from nnunetv2_mgml.presentation.tables import (
+    latex_table,
+    markdown_table,
+    overview_grid,
+    summary_text,
+    table_grid,
+    write_tables,
+)
+from nnunetv2_mgml.scoring.derived import inversions
+from nnunetv2_mgml.scoring.info import EvaluationInfo, Source
+from nnunetv2_mgml.scoring.results import AVERAGE, common_subsets, load_evaluation, save_evaluation, tidy_table
 
 PAPER_COLUMNS = {  # rows of Table 3's head, read off the paper
     "FLAIR": "✓ ✗ ✗ ✗ ✓ ✓ ✓ ✗ ✗ ✗ ✓ ✓ ✓ ✗ ✓",
@@ -116,6 +125,13 @@ class TestTableLayout:
         assert [row[1] for row in rows[5:]] == ["A", "A", "A", "A (n)"]
         assert rows[-1][4] == "7"
         assert rows[-1][3] == "12"
+        assert rows[-1][-1] == "12"  # of the average, over the subsets a case has
+        text = summary_text(dataclasses.replace(self.evaluation, table=table, policy="nan"))
+        [line] = [line for line in text.splitlines() if line.startswith("t1 ")]
+        assert line.endswith(" (7)")
+        assert line.count(" (12)") == 2
+        assert "In brackets: cases with a value." in text
+        assert "(12)" not in summary_text(self.evaluation)
 
     def test_subset_without_values_has_a_dash(self):
         table = self.evaluation.table.copy()
@@ -145,7 +161,9 @@ class TestFiles:
     def test_round_trip(self, tmp_path):
         evaluation = synthetic_evaluation()
         evaluation.table.loc[[0, 7], "value"] = math.nan
-        evaluation = dataclasses.replace(evaluation, info={"source": {"kind": "validation"}, "command": ["mgml"]})
+        evaluation = dataclasses.replace(
+            evaluation, info=EvaluationInfo(source=Source("validation"), command=("mgml",))
+        )
         save_evaluation(evaluation, tmp_path)
         again = load_evaluation(tmp_path)
         pd.testing.assert_frame_equal(again.table, evaluation.table, check_exact=True)
@@ -175,6 +193,24 @@ class TestFiles:
         assert summary["number_of_cases"] == 12
         assert summary["subsets"][0] == "flair"
 
+    def test_summary_and_tables_tell_inversions_and_volume_bias(self, tmp_path):
+        evaluation = synthetic_evaluation(metrics=["dice", "absolute_volume_error", "relative_volume_error"])
+        save_evaluation(evaluation, tmp_path)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        found = inversions(evaluation)
+        assert summary["inversions"]["regions"]["tumor core"] == {"share": found["tumor core"].share, "n": 12 * 50}
+        assert summary["inversions"]["regions"]["all"]["n"] == 3 * 12 * 50
+        per_case = evaluation.values("absolute_volume_error", "tumor core").mean(axis=1)
+        assert summary["volume_bias_ml"]["tumor core"]["mean"] == pytest.approx(per_case.mean())
+        few = dataclasses.replace(evaluation.restricted(["t1"]), name="B")
+        write_tables([evaluation], tmp_path)
+        rows = cells((tmp_path / "table.md").read_text())[-2:]
+        assert rows[0] == ["inversions (%)", "A", *(f"{100 * entry.share:.1f}" for entry in found.values())]
+        assert rows[1][:2] == ["volume bias (ml)", "A"]
+        assert f"inversions: {100 * found['all'].share:.1f} % (WT" in summary_text(evaluation)
+        assert [row[0] for row in overview_grid([few]).body] == ["volume bias (ml)"]
+        assert overview_grid([synthetic_evaluation(metrics=["hd95"])]) is None
+
     def test_damaged_folder_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"summary\.json"):
             load_evaluation(tmp_path)
@@ -186,7 +222,7 @@ class TestFiles:
     def test_both_tables_hold_every_metric(self, tmp_path):
         write_tables([synthetic_evaluation()], tmp_path)
         assert (tmp_path / "table.md").read_text().count("mean ± standard deviation") == 2
-        assert (tmp_path / "table.tex").read_text().count(r"\begin{table*}") == 2
+        assert (tmp_path / "table.tex").read_text().count(r"\begin{table*}") == 3  # the overview is the last
 
 
 class TestEvaluation:

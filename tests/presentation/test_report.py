@@ -69,6 +69,7 @@ def test_page_has_summary_tables_figures_and_viewer(page: tuple[str, Page]):
         "table-dice",
         "table-cases",
         "table-worth",
+        "table-inversions",
         "table-hd95",
     ]
     pictures = parsed.find("img")
@@ -228,8 +229,8 @@ def test_without_predictions_there_is_no_viewer_unless_it_is_asked_for(evaluated
     info = {"source": {"kind": "folder", "images": str(evaluated / "imagesTs"), "labels": str(evaluated / "labelsTs")}}
     write_evaluation(tmp_path / "e", CASES, info=info)
     advice = (
-        f"No predictions: {tmp_path / 'e' / 'predictions'} does not exist. Give their folder with --predictions, "
-        f"or ask for a page without images with --no_images."
+        f"No predictions: {tmp_path / 'e' / 'predictions'} does not exist. Name the folders with -i, -l, "
+        f"--predictions and --dataset_json, or ask for a page without images with --no_images."
     )
     assert cli.main(["report", str(tmp_path / "e")]) == 0
     assert [record.message for record in caplog.records] == [f"No slice viewer. {advice}"]
@@ -255,7 +256,7 @@ def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "B" / "predictions")
     capsys.readouterr()
     assert cli.main([*command, str(tmp_path / "none")]) == 0
-    assert "the predictions of 'theirs' are no longer there" in capsys.readouterr().out
+    assert f"side by side: No predictions: {tmp_path / 'B' / 'predictions'} does not exist." in capsys.readouterr().out
     assert not (tmp_path / "none" / "figures" / "predictions.png").exists()
 
 
@@ -294,7 +295,7 @@ def test_volumes_on_another_grid_are_refused(tmp_path: Path, capsys: pytest.Capt
     write(tmp_path / "imagesTs" / "a_0001.nii.gz", np.zeros((3, 4, 5), np.int16))
     arguments = ["report", str(tmp_path / "evaluation"), "-i", str(tmp_path / "imagesTs")]
     assert cli.main(arguments) == 2
-    assert "where its label maps are; give the folder with -l" in capsys.readouterr().err
+    assert "does not say where its label maps are. Name the folders with -i, -l" in capsys.readouterr().err
     assert cli.main([*arguments, "-l", str(tmp_path / "labelsTs")]) == 2
     assert "Case a: adc has shape (3, 4, 5)" in capsys.readouterr().err
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from nnunetv2_mgml.scoring.cases import ScoringSettings, score_arrays
 from nnunetv2_mgml.scoring.metrics import MaskPair, Metric, all_metrics, default_metrics, get_metric, register
 from nnunetv2_mgml.scoring.policy import POLICIES, get_policy
-from nnunetv2_mgml.scoring.regions import are_brats_regions, label_set, resolve_region, short_name
+from nnunetv2_mgml.scoring.regions import are_brats_regions, label_set, resolve_region, short_name, table_region_order
 
 DRAWN_REFERENCE = """
 . . . . . .
@@ -246,6 +247,18 @@ class TestPolicies:
     def test_auto_is_brats_for_brats_regions_only(self):
         assert get_policy("auto", ["whole tumor", "tumor_core", "ET"]).name == "brats"
         assert get_policy("auto", ["lesion"]).name == "nan"
+
+    def test_auto_does_not_turn_with_the_first_resection_cavity(self):
+        regions = {"whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": [3], "resection_cavity": [4]}
+        labels = label_set({"labels": {"background": 0, **regions}})
+        scoring = ScoringSettings(labels)
+        assert scoring.policy == "brats"
+        assert table_region_order(reversed(list(labels.regions))) == list(labels.regions)
+        empty, alarm = np.zeros((2, 4, 4, 4), np.uint8)
+        alarm[0, 0, 0] = 3
+        assert score_arrays(empty, alarm, (1, 1, 1), scoring)["enhancing_tumor"]["hd95"] == 374
+        assert get_policy("auto", ["wt", "tc", "et", "edema"]).name == "nan"
+        assert get_policy("auto", ["wt", "tc", "RC"]).name == "nan"
 
     def test_unknown_policy_is_named(self):
         with pytest.raises(ValueError, match=r"'zero'.*auto, brats, nan"):

@@ -17,11 +17,10 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_mgml.presentation.figures.slices import read_axial
 from nnunetv2_mgml.scoring.cases import CasePool, CaseTask, ScoringSettings, collect, score_arrays, score_case
-from nnunetv2_mgml.scoring.evaluate import EvaluationOptions, evaluate_predictions
 from nnunetv2_mgml.scoring.regions import label_set
+from nnunetv2_mgml.workflows.evaluate import PredictionsRequest, evaluate_predictions
 
 LABELS = label_set(DATASET_JSON)
-QUIET = EvaluationOptions(num_processes=0, show_progress=False)
 
 
 def task(tmp_path: Path, reference: np.ndarray, prediction: np.ndarray, **geometry) -> CaseTask:
@@ -133,7 +132,15 @@ def test_failing_cases_are_listed_and_the_others_kept(tmp_path):
     write_labels(tmp_path / "predictions" / "t1" / "case_1.nii.gz", random_labels(0, highest=7))
     folders = {"t1": tmp_path / "predictions" / "t1"}
     with pytest.raises(ValueError, match=r"1 of 3 cases could not be evaluated[\s\S]*Case case_1") as error:
-        evaluate_predictions(tmp_path / "labels", folders, DATASET_JSON, tmp_path / "out", QUIET)
+        evaluate_predictions(
+            PredictionsRequest(
+                predictions=folders,
+                labels=tmp_path / "labels",
+                output=tmp_path / "out",
+                num_processes=0,
+                show_progress=False,
+            )
+        )
     assert "case_0" not in str(error.value)
     assert sorted(p.name for p in (tmp_path / "out" / "cases").iterdir()) == ["case_0.json", "case_2.json"]
 

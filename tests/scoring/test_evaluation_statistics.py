@@ -17,8 +17,17 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, wilcoxon
 
 from nnunetv2_mgml.commands import main as cli
+from nnunetv2_mgml.scoring.derived import inversions
+from nnunetv2_mgml.scoring.info import EvaluationInfo
 from nnunetv2_mgml.scoring.results import AVERAGE, save_evaluation
-from nnunetv2_mgml.scoring.statistics import EXACT_CASES, bootstrap_interval, compare_evaluations, holm, wilcoxon_p
+from nnunetv2_mgml.scoring.statistics import (
+    EXACT_CASES,
+    bootstrap_interval,
+    compare_evaluations,
+    compare_inversions,
+    holm,
+    wilcoxon_p,
+)
 
 
 def exact_wilcoxon(differences: np.ndarray) -> float:
@@ -200,6 +209,23 @@ class TestCommand:
         assert "| WT | flair | 12 |" in markdown
         assert "+10.00" in markdown
 
+    def test_inversions_are_compared_by_case(self, tmp_path, capsys):
+        a, b = synthetic_evaluation("A"), synthetic_evaluation("B", seed=1)
+        for evaluation in (a, b):
+            save_evaluation(evaluation, tmp_path / evaluation.name)
+        assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B"), "-o", str(tmp_path / "out")]) == 0
+        rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["inversions"]
+        assert [row["region"] for row in rows] == ["whole tumor", "tumor core", "enhancing tumor", "all"]
+        for row in rows:
+            ours, theirs = (inversions(e)[row["region"]].share for e in (a, b))  # every case has all 50 pairs
+            assert (row["baseline_mean"], row["method_mean"]) == pytest.approx((ours, theirs))
+            assert row["difference"] == pytest.approx(theirs - ours)
+            assert row["ci_low"] < row["difference"] < row["ci_high"]
+        text = capsys.readouterr().out
+        assert f"| all regions | B | 12 | {100 * rows[-1]['baseline_mean']:.2f} |" in text
+        assert compare_inversions([a.restricted(["t1"]), b.restricted(["t1"])]).empty
+        assert compare_inversions([a, synthetic_evaluation("C", metrics=["hd95"])]).empty
+
     def test_without_o_it_is_only_printed(self, tmp_path, capsys, monkeypatch):
         for name in ("A", "B"):
             save_evaluation(synthetic_evaluation(name), tmp_path / name)
@@ -217,7 +243,7 @@ class TestCommand:
     )
     def test_other_scoring_rules_are_refused(self, tmp_path, capsys, info, message):
         save_evaluation(synthetic_evaluation("A"), tmp_path / "A")
-        save_evaluation(dataclasses.replace(synthetic_evaluation("B"), info=info), tmp_path / "B")
+        save_evaluation(dataclasses.replace(synthetic_evaluation("B"), info=EvaluationInfo(**info)), tmp_path / "B")
         assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B")]) == 2
         assert re.search(message, capsys.readouterr().err)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
@@ -30,12 +31,12 @@ class SubsetGroup:
     subsets: list[Subset]
     channels: list[int]
     """Channel indices of ``data``."""
-    data: np.ndarray
+    data: npt.NDArray[Any]
     """``(len(channels), z, y, x)`` float32; modalities no subset of the group uses are not kept."""
     properties: dict[str, Any]
     """nnU-Net's properties, needed to put a prediction back on the image grid."""
 
-    def full_data(self, num_modalities: int) -> np.ndarray:
+    def full_data(self, num_modalities: int) -> npt.NDArray[Any]:
         """Return ``(M, z, y, x)`` float32 with zeros for the modalities that are not kept."""
         data = np.zeros((num_modalities, *self.data.shape[1:]), dtype=np.float32)
         data[self.channels] = self.data
@@ -82,25 +83,27 @@ def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, s
 
 
 def _preprocess(
-    name: str, members: Sequence[Subset], volumes: dict[int, np.ndarray], properties: dict[str, Any], model: Model
+    name: str, members: Sequence[Subset], volumes: dict[int, npt.NDArray[Any]], properties: dict[str, Any], model: Model
 ) -> SubsetGroup | None:
     """Return the group of the members whose modalities still vary once they are normalised; None if there is none."""
     try:
         item = preprocess_volumes(name, volumes, properties, None, None, model)
     except EmptyCaseError:
         return None
-    there = {c for c in volumes if item["availability"][c]}
-    members = _possible(members, there)
-    kept = sorted(c for c in there if any(s[c] for s in members))
+    available = {c for c in volumes if item["availability"][c]}
+    members = _possible(members, available)
+    kept = sorted(c for c in available if any(s[c] for s in members))
     return SubsetGroup(members, kept, item["data"][kept], item["data_properties"]) if members else None
 
 
 def _possible(subsets: Sequence[Subset], channels: Container[int]) -> list[Subset]:
     """Return the subsets that need no other channels than these."""
-    return [s for s in subsets if all(c in channels for c, present in enumerate(s) if present)]
+    return [s for s in subsets if all(c in channels for c, visible in enumerate(s) if visible)]
 
 
-def _group(subsets: Sequence[Subset], volumes: dict[int, np.ndarray], model: Model, shared: bool) -> list[list[Subset]]:
+def _group(
+    subsets: Sequence[Subset], volumes: dict[int, npt.NDArray[Any]], model: Model, shared: bool
+) -> list[list[Subset]]:
     if shared:
         return [list(subsets)] if subsets else []
     if model.configuration_manager.preprocessor_class is not DefaultPreprocessor:
@@ -109,7 +112,7 @@ def _group(subsets: Sequence[Subset], volumes: dict[int, np.ndarray], model: Mod
     filled: dict[bytes, bytes] = {}
     groups: dict[bytes, list[Subset]] = {}
     for subset in subsets:
-        union = np.logical_or.reduce([nonzero[c] for c, present in enumerate(subset) if present])
+        union = np.logical_or.reduce([nonzero[c] for c, visible in enumerate(subset) if visible])
         key = np.packbits(union).tobytes()
         if key not in filled:
             filled[key] = np.packbits(create_nonzero_mask(union[None])).tobytes()

@@ -36,7 +36,7 @@ class ManySubsets(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, M + P, *spatial)`` to logits ``(B, S * heads, *spatial)``, subset by subset."""
-        used = tuple(any(present) for present in zip(*self.subsets, strict=True))
+        used = tuple(any(visible) for visible in zip(*self.subsets, strict=True))
         if not hasattr(self.network, "decode_subsets"):
             return torch.cat([self.network(_without(x, subset)) for subset in self.subsets], 1)
         features = self.network.encode(_without(x, used), used)
@@ -45,11 +45,11 @@ class ManySubsets(nn.Module):
 
 
 def _without(x: torch.Tensor, subset: Subset) -> torch.Tensor:
-    """Return ``(B, M + P, *spatial)`` with the absent modalities zero."""
+    """Return ``(B, M + P, *spatial)`` with the modalities outside the subset zero."""
     if all(subset):
         return x
     x = x.clone()
-    x[:, [index for index, present in enumerate(subset) if not present]] = 0
+    x[:, [index for index, visible in enumerate(subset) if not visible]] = 0
     return x
 
 

@@ -10,6 +10,7 @@ from nnunetv2_mgml.network.fusion.base import (
     register,
 )
 from nnunetv2_mgml.network.fusion.concat import ConcatFusion
+from nnunetv2_mgml.network.fusion.demoseg import DeMoSegFusion
 from nnunetv2_mgml.network.fusion.hemis import HemisFusion
 from nnunetv2_mgml.network.fusion.imfuse import ImFuseFusion
 from nnunetv2_mgml.network.fusion.m2ftrans import M2FTransFusion
@@ -22,6 +23,7 @@ from nnunetv2_mgml.network.fusion.uhved import UHvedFusion
 
 __all__ = [
     "ConcatFusion",
+    "DeMoSegFusion",
     "FeatureInteractionFusion",
     "FusedScale",
     "FusionDesign",

@@ -74,6 +74,8 @@ class HemisFusion(FusionDesign):
     name = "hemis"
     summary = "mean and variance over the available modalities at every scale (HeMIS, MICCAI 2016)"
     publication = "HeMIS, MICCAI 2016"
+    trainer = "HeMIS"
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         "a 1x1 convolution maps the 2C moments to C; the original's decoder reads 2C channels",
         "population variance, 0 for one modality, as in the U-Net form of the U-HVED code",

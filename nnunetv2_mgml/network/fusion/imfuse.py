@@ -70,6 +70,12 @@ class ImFuseFusion(FusionDesign):
     name = "imfuse"
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
     publication = "IM-Fuse, MICCAI 2025"
+    trainer = "IMFuse"
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"pyramid_heads": True},
+        "modality_decoder_weight": 4.0,
+        "auxiliary_weight": 4.0,
+    }
     differences: ClassVar[tuple[str, ...]] = (
         (
             "one learned read-out vector and a position code instead of a token per voxel, drawn with a spread of "

@@ -43,6 +43,7 @@ class FeatureInteractionFusion(FusionDesign):
     name = "mfi"
     summary = "channel-wise attention between pairs of modalities from pooled features (UNet-MFI, MICCAI 2022)"
     publication = "UNet-MFI, MICCAI 2022"
+    trainer = "UNetMFI"
     differences: ClassVar[tuple[str, ...]] = (
         (
             "the fused feature is the mean over present targets; the published network keeps one U-Net per "

@@ -75,6 +75,12 @@ class MmFormerFusion(FusionDesign):
     name = "mmformer"
     summary = "transformers within and across modalities at the bottleneck, skip fusion (mmFormer, MICCAI 2022)"
     publication = "mmFormer, MICCAI 2022"
+    trainer = "mmFormer"
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"pyramid_heads": True},
+        "modality_decoder_weight": 4.0,
+        "auxiliary_weight": 4.0,
+    }
     differences: ClassVar[tuple[str, ...]] = (
         (
             "tokens return to their own voxel; the published code reads modality-major tokens as a grid, after "

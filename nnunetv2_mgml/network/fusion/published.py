@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunetv2_mgml.network.fusion.base import FusionDesign, fusion_designs
 
@@ -15,7 +15,9 @@ class Published(NamedTuple):
     name: str
     publication: str
     parts: tuple[str, ...]
-    """Options that the trainers named after the publication set, as ``name=value`` with a JSON value."""
+    """Options that both trainers named after the publication set, as ``name=value`` with a JSON value."""
+    alone: tuple[str, ...]
+    """Those that the one without MGML sets on top."""
     differences: tuple[str, ...]
 
 
@@ -30,12 +32,17 @@ def published_designs(designs: Mapping[str, type[FusionDesign]] | None = None) -
         Published(
             name,
             design.publication,
-            tuple(f"{key}={json.dumps(value)}" for key, value in design.published_options.items()),
+            _assignments(design.published_options),
+            _assignments(design.published_alone),
             design.differences,
         )
         for name, design in sorted(found.items())
         if design.publication
     ]
+
+
+def _assignments(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in options.items())
 
 
 def differences_table(designs: Mapping[str, type[FusionDesign]] | None = None) -> str:
@@ -45,9 +52,13 @@ def differences_table(designs: Mapping[str, type[FusionDesign]] | None = None) -
         designs: by name; None: all there are.
     """
     rows = [
-        f"| `{row.name}` | {row.publication} | {'<br>'.join(f'`{part}`' for part in row.parts) or '-'} | "
-        f"{'; '.join(row.differences) or '-'} |"
+        f"| `{row.name}` | {row.publication} | {_cell(row)} | {'; '.join(row.differences) or '-'} |"
         for row in published_designs(designs)
     ]
     head = ["| design | published as | its trainers also set | what differs |", "|---|---|---|---|"]
     return "\n".join([*head, *rows, ""])
+
+
+def _cell(row: Published) -> str:
+    both = [f"`{part}`" for part in row.parts]
+    return "<br>".join([*both, *(f"`{part}` (alone)" for part in row.alone)]) or "-"

@@ -111,6 +111,12 @@ class RegionAwareFusion(FusionDesign):
     name = "region_aware"
     summary = "class maps weigh the modalities per region, scale by scale (RFNet, ICCV 2021)"
     publication = "RFNet, ICCV 2021"
+    trainer = "RFNet"
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"full_resolution_regions": True},
+        "modality_decoder_weight": 4.0,
+        "auxiliary_weight": 4.0,
+    }
     differences: ClassVar[tuple[str, ...]] = (
         "map heads are at least 8 channels wide inside, published C/4",
         (

@@ -14,12 +14,13 @@ together, tokens of absent modalities are never made, and one modality alone, wh
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, beside, register
 from nnunetv2_mgml.network.fusion.positions import PositionCode, resize_linear
@@ -67,6 +68,8 @@ class SelfAttentionFusion(FusionDesign):
     name = "sfusion"
     summary = "transformer over the available modalities weighs them per voxel and channel (SFusion, MICCAI 2023)"
     publication = "SFusion, MICCAI 2023"
+    trainer = "SFusion"
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         (
             "the token grid follows the plan's patch, at most 8 cells per axis; the published grid is 8 at every "
@@ -141,3 +144,7 @@ def _weighted_sum(features: torch.Tensor, scores: torch.Tensor, mask: torch.Tens
     with torch.autocast(features.device.type, enabled=False):  # keeps the softmax in the features' memory format
         weights = scores.masked_fill(~beside(mask, scores), -torch.inf).softmax(1)
     return (features * weights).sum(1)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)

@@ -108,6 +108,9 @@ class UHvedFusion(FusionDesign):
     name = "uhved"
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
     publication = "U-HVED, MICCAI 2019"
+    trainer = "UHVED"
+    published_options: ClassVar[dict[str, Any]] = {"fusion_options": {"reconstruction_weight": 0.1}}
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         (
             "a 1x1 convolution per modality makes the means and log-variances; the published encoders' own "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from nnunetv2_mgml.presentation.figures.style import BLACK, line_style, new_figure, styled
@@ -12,7 +14,11 @@ from nnunetv2_mgml.presentation.figures.style import BLACK, line_style, new_figu
 
 @styled
 def difference_intervals(
-    values: Mapping[str, np.ndarray], rows: Sequence[str], regions: Sequence[str], baseline: str, metric: str = "Dice"
+    values: Mapping[str, npt.NDArray[Any]],
+    rows: Sequence[str],
+    regions: Sequence[str],
+    baseline: str,
+    metric: str = "Dice",
 ) -> Figure:
     """Draw the mean difference of methods from a baseline, with confidence intervals.
 

@@ -7,8 +7,10 @@ Images are 2D arrays ``(y, x)`` in display orientation (see `slices`); label map
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -19,11 +21,11 @@ from nnunetv2_mgml.presentation.figures.style import HEAT, label_colours, new_fi
 
 @styled
 def modality_predictions(
-    images: Mapping[str, np.ndarray],
-    single: Mapping[str, np.ndarray],
-    soft_label: np.ndarray | None,
-    fused: np.ndarray,
-    reference: np.ndarray | None,
+    images: Mapping[str, npt.NDArray[Any]],
+    single: Mapping[str, npt.NDArray[Any]],
+    soft_label: npt.NDArray[Any] | None,
+    fused: npt.NDArray[Any],
+    reference: npt.NDArray[Any] | None,
     labels: Mapping[int, str],
     colours: Mapping[int, str] | None = None,
     *,
@@ -76,9 +78,9 @@ def modality_predictions(
 
 @styled
 def confidence_maps(
-    image: np.ndarray,
-    probabilities: Mapping[str, Mapping[str, np.ndarray]],
-    reference: Mapping[str, np.ndarray] | None = None,
+    image: npt.NDArray[Any],
+    probabilities: Mapping[str, Mapping[str, npt.NDArray[Any]]],
+    reference: Mapping[str, npt.NDArray[Any]] | None = None,
     *,
     title: str = "",
     pixel_aspect: float = 1.0,
@@ -122,7 +124,7 @@ def confidence_maps(
     return figure
 
 
-def telling_channels(features: np.ndarray, mask: np.ndarray, count: int) -> list[int]:
+def telling_channels(features: npt.NDArray[Any], mask: npt.NDArray[Any], count: int) -> list[int]:
     """Return the channels whose activation differs most between the labelled area and the rest.
 
     The difference of the two means is divided by the channel's standard deviation, so that scale does not matter.
@@ -148,10 +150,10 @@ def telling_channels(features: np.ndarray, mask: np.ndarray, count: int) -> list
 
 @styled
 def feature_channels(
-    features: Mapping[str, np.ndarray],
+    features: Mapping[str, npt.NDArray[Any]],
     channels: Sequence[int],
-    images: Mapping[str, np.ndarray] | None = None,
-    reference: np.ndarray | None = None,
+    images: Mapping[str, npt.NDArray[Any]] | None = None,
+    reference: npt.NDArray[Any] | None = None,
     *,
     title: str = "",
     pixel_aspect: float = 1.0,
@@ -190,7 +192,7 @@ def feature_channels(
     return figure
 
 
-def _outlined(image: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
+def _outlined(image: npt.NDArray[Any], reference: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
     coloured = np.repeat(to_grey(image)[..., None], 3, axis=2)
     if reference is not None:
         coloured[label_edges((reference > 0).astype(np.uint8))] = 255

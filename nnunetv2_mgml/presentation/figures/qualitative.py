@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -32,11 +33,11 @@ ORIENTATION_NOTE = "Axial slices in radiological convention: the patient's left 
 class Case:
     """One case of a sheet, cut at one slice."""
 
-    images: Mapping[str, np.ndarray]
+    images: Mapping[str, npt.NDArray[Any]]
     """Modality name -> image ``(y, x)``, any number type."""
-    reference: np.ndarray
+    reference: npt.NDArray[Any]
     """Ground truth label map ``(y, x)``."""
-    predictions: Mapping[str, np.ndarray]
+    predictions: Mapping[str, npt.NDArray[Any]]
     """Title -> label map ``(y, x)``; the title may have several lines and may hold the score."""
     name: str = ""
     background: str | None = None
@@ -51,7 +52,9 @@ class Case:
     """Letters at the left and right edge of the first panel: ``("R", "L")`` for arrays of `slices.read_axial`."""
 
 
-def overlay(grey: np.ndarray, labels: np.ndarray, colours: Mapping[int, str], fill: float = FILL) -> np.ndarray:
+def overlay(
+    grey: npt.NDArray[Any], labels: npt.NDArray[Any], colours: Mapping[int, str], fill: float = FILL
+) -> npt.NDArray[Any]:
     """Blend a label map over an image: filled areas half transparent, their inner edge opaque.
 
     Args:
@@ -72,7 +75,7 @@ def overlay(grey: np.ndarray, labels: np.ndarray, colours: Mapping[int, str], fi
     return result
 
 
-def label_edges(labels: np.ndarray) -> np.ndarray:
+def label_edges(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return where a labelled pixel touches (4-neighbourhood) another label or background, ``(y, x)`` bool."""
     padded = np.pad(labels, 1, mode="edge")
     centre = padded[1:-1, 1:-1]
@@ -82,9 +85,9 @@ def label_edges(labels: np.ndarray) -> np.ndarray:
 
 @styled
 def qualitative_sheet(
-    images: Mapping[str, np.ndarray],
-    reference: np.ndarray,
-    predictions: Mapping[str, np.ndarray],
+    images: Mapping[str, npt.NDArray[Any]],
+    reference: npt.NDArray[Any],
+    predictions: Mapping[str, npt.NDArray[Any]],
     labels: Mapping[int, str],
     colours: Mapping[int, str] | None = None,
     *,
@@ -158,9 +161,9 @@ def case_rows(cases: Sequence[Case], labels: Mapping[int, str], colours: Mapping
 
 @styled
 def comparison_grid(
-    image: np.ndarray,
-    reference: np.ndarray,
-    rows: Mapping[str, Mapping[str, np.ndarray]],
+    image: npt.NDArray[Any],
+    reference: npt.NDArray[Any],
+    rows: Mapping[str, Mapping[str, npt.NDArray[Any]]],
     labels: Mapping[int, str],
     colours: Mapping[int, str] | None = None,
     *,
@@ -241,7 +244,7 @@ class _Prepared:
     def draw_labels(
         self,
         axes: Axes,
-        labels: np.ndarray,
+        labels: npt.NDArray[Any],
         name: str,
         colours: Mapping[int, str],
         *,
@@ -257,7 +260,7 @@ class _Prepared:
             _dots(axes, list(self.case.images), self.case.present[name])
 
 
-def show_image(axes: Axes, image: np.ndarray, title: str = "", aspect: float = 1.0) -> None:
+def show_image(axes: Axes, image: npt.NDArray[Any], title: str = "", aspect: float = 1.0) -> None:
     """Draw a grey ``(y, x)`` uint8 or colour ``(y, x, 3)`` image without ticks or frame.
 
     Args:

@@ -8,14 +8,16 @@ convention: the nose points up and the patient's left is on the viewer's right.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 
 from nnunetv2_mgml.io.volumes import read_image
 
 
-def read_axial(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+def read_axial(path: str | Path) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
     """Read an image and turn it to LPS axes (to the nearest axes for oblique scans; nothing is resampled).
 
     Args:
@@ -35,7 +37,7 @@ def read_axial(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]
     return sitk.GetArrayFromImage(image), tuple(reversed(image.GetSpacing()))
 
 
-def telling_slice(labels: np.ndarray) -> int:
+def telling_slice(labels: npt.NDArray[Any]) -> int:
     """Return the axial slice that shows most of the tumour.
 
     The areas of the labels are added as square roots (that is, as diameters): the largest part counts most, yet a
@@ -51,7 +53,7 @@ def telling_slice(labels: np.ndarray) -> int:
     return int(np.argmax(score))
 
 
-def content_box(*arrays: np.ndarray, margin: int = 2) -> tuple[slice, ...]:
+def content_box(*arrays: npt.NDArray[Any], margin: int = 2) -> tuple[slice, ...]:
     """Return the smallest box that holds everything non-zero in any of the arrays.
 
     Args:
@@ -71,7 +73,7 @@ def content_box(*arrays: np.ndarray, margin: int = 2) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def to_grey(image: np.ndarray, low_percent: float = 0.5, high_percent: float = 99.5) -> np.ndarray:
+def to_grey(image: npt.NDArray[Any], low_percent: float = 0.5, high_percent: float = 99.5) -> npt.NDArray[Any]:
     """Return an image scaled to 0..255 between two percentiles of its non-zero voxels.
 
     Args:

@@ -10,7 +10,7 @@ import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def styled(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
     """Return an empty figure of a size in inches, laid out so that nothing overlaps or is cut off.
 
     Args:

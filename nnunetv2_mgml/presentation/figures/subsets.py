@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +17,7 @@ from nnunetv2_mgml.presentation.figures.style import BLACK, GREY, SEQUENTIAL, li
 
 @styled
 def subset_heatmap(
-    scores: np.ndarray,
+    scores: npt.NDArray[Any],
     subsets: Sequence[Subset],
     channels: Sequence[str],
     regions: Sequence[str],
@@ -104,7 +106,7 @@ def _draw_dots(axes: Axes, subsets: Sequence[Subset], channels: Sequence[str]) -
 
 @styled
 def score_by_count(
-    scores: np.ndarray, subsets: Sequence[Subset], regions: Sequence[str], metric: str = "Dice"
+    scores: npt.NDArray[Any], subsets: Sequence[Subset], regions: Sequence[str], metric: str = "Dice"
 ) -> Figure:
     """Draw the score against the number of available modalities: mean line, and one faint point per subset.
 
@@ -144,6 +146,6 @@ def score_by_count(
     return figure
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: npt.NDArray[Any]) -> float:
     values = values[np.isfinite(values)]
     return float(values.mean()) if values.size else float("nan")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -51,7 +52,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str | None = None)
     return figure
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names if isinstance(name, str)}
     return {name: column for name, column in columns.items() if np.isfinite(column).any()}
@@ -66,8 +67,8 @@ def _number(value: Any) -> float:
 
 def _panel(
     axes: Axes,
-    epochs: np.ndarray,
-    columns: Mapping[str, np.ndarray],
+    epochs: npt.NDArray[Any],
+    columns: Mapping[str, npt.NDArray[Any]],
     labels: Mapping[str, str],
     title: str,
     *,
@@ -94,5 +95,5 @@ def _panel(
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _has_negative(drawn: Sequence[tuple[str, np.ndarray]]) -> bool:
+def _has_negative(drawn: Sequence[tuple[str, npt.NDArray[Any]]]) -> bool:
     return any((values[np.isfinite(values)] < 0).any() for _, values in drawn)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nnunetv2_mgml.presentation.figures.slices import read_axial
 from nnunetv2_mgml.presentation.report.content import case_scores
 from nnunetv2_mgml.scoring.metrics import Metric
 from nnunetv2_mgml.scoring.results import Evaluation
-from nnunetv2_mgml.scoring.sources import file_ending, find_dataset_json, load_dataset_json
-
-
-@dataclass(frozen=True)
-class ImageSources:
-    """Where the files of the cases lie."""
-
-    images: Path
-    """Folder of ``<case>_XXXX<ending>``, ``XXXX`` the channel index."""
-    labels: Path
-    """Folder of ``<case><ending>``."""
-    predictions: Mapping[str, Path]
-    """Subset name -> folder of ``<case><ending>``."""
-    file_ending: str
+from nnunetv2_mgml.scoring.sources import EvaluationFiles
 
 
 @dataclass(frozen=True)
@@ -33,48 +21,14 @@ class CaseVolumes:
     """One case, all arrays ``(z, y, x)`` on one grid and in display orientation (see `figures.slices`)."""
 
     name: str
-    images: dict[str, np.ndarray]
+    images: dict[str, npt.NDArray[Any]]
     """Modality name -> image, for those whose file exists."""
-    reference: np.ndarray
+    reference: npt.NDArray[Any]
     """Integer label map."""
-    predictions: dict[str, np.ndarray]
+    predictions: dict[str, npt.NDArray[Any]]
     """Subset name -> integer label map; a subset whose modalities this case lacks may have none."""
     spacing: tuple[float, ...]
     """mm, ``(z, y, x)``."""
-
-
-def stored_sources(evaluation: Evaluation, folder: Path) -> ImageSources:
-    """Return where the files of an evaluation lie, as far as it says so itself.
-
-    Args:
-        evaluation: the evaluation.
-        folder: its folder.
-
-    Raises:
-        FileNotFoundError: images, labels or predictions are not known, or no longer there.
-    """
-    source = evaluation.info.get("source") or {}
-    found = {what: Path(source[what]) for what in ("images", "labels") if what in source}
-    own = {name: folder / "predictions" / name for name in evaluation.subset_names}
-    predictions = {name: Path(path) for name, path in source.get("folders", own).items()}
-    for what in ("images", "labels"):
-        if what not in found or not found[what].is_dir():
-            raise FileNotFoundError(f"the {what} of '{evaluation.name}' are not known or no longer there")
-    if not any(path.is_dir() for path in predictions.values()):
-        raise FileNotFoundError(f"the predictions of '{evaluation.name}' are no longer there")
-    candidates = [
-        found["images"],
-        found["images"].parent,
-        found["labels"],
-        found["labels"].parent,
-        *predictions.values(),
-        folder / "predictions",
-    ]
-    model = (evaluation.info.get("model") or {}).get("folder")
-    candidates += [Path(model)] if model else []
-    return ImageSources(
-        found["images"], found["labels"], predictions, file_ending(load_dataset_json(find_dataset_json(candidates)))
-    )
 
 
 def spread_cases(evaluation: Evaluation, metric: Metric, count: int) -> list[str]:
@@ -95,33 +49,33 @@ def spread_cases(evaluation: Evaluation, metric: Metric, count: int) -> list[str
 
 
 def load_case(
-    case: str, channels: Sequence[str], sources: ImageSources, ignore_label: int | None = None
+    case: str, channels: Sequence[str], files: EvaluationFiles, ignore_label: int | None = None
 ) -> CaseVolumes:
     """Read images, ground truth and predictions of a case.
 
     Args:
         case: case name.
         channels: modality names in channel order.
-        sources: where the files lie. An image file that does not exist is a missing modality.
+        files: where they lie. An image file that does not exist is a missing modality.
         ignore_label: becomes background in the reference.
 
     Raises:
         FileNotFoundError: no image at all, no label map, or no prediction.
         ValueError: a file cannot be read, or the files differ in shape.
     """
-    ending = sources.file_ending
+    ending = files.file_ending
     images = {}
     for channel, name in enumerate(channels):
-        path = sources.images / f"{case}_{channel:04d}{ending}"
+        path = files.images / f"{case}_{channel:04d}{ending}"
         if path.is_file():
             images[name] = read_axial(path)[0]
     if not images:
-        raise FileNotFoundError(f"Case {case}: no image {sources.images / f'{case}_0000{ending}'} or other channel.")
-    reference, spacing = read_axial(sources.labels / f"{case}{ending}")
-    files = {subset: folder / f"{case}{ending}" for subset, folder in sources.predictions.items()}
-    predictions = {subset: read_axial(path)[0] for subset, path in files.items() if path.is_file()}
+        raise FileNotFoundError(f"Case {case}: no image {files.images / f'{case}_0000{ending}'} or other channel.")
+    reference, spacing = read_axial(files.labels / f"{case}{ending}")
+    paths = {subset: folder / f"{case}{ending}" for subset, folder in files.predictions.items()}
+    predictions = {subset: read_axial(path)[0] for subset, path in paths.items() if path.is_file()}
     if not predictions:
-        raise FileNotFoundError(f"Case {case}: no prediction of any subset, such as {next(iter(files.values()))}.")
+        raise FileNotFoundError(f"Case {case}: no prediction of any subset, such as {next(iter(paths.values()))}.")
     for what, volume in (*images.items(), *predictions.items()):
         if volume.shape != reference.shape:
             raise ValueError(
@@ -136,7 +90,7 @@ def load_case(
     )
 
 
-def _labels(volume: np.ndarray) -> np.ndarray:
+def _labels(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return whole numbers in as few bytes as they need: a case has one label map per subset."""
     whole = np.rint(volume)
     return whole.astype(np.uint8 if whole.min() >= 0 and whole.max() <= 255 else np.int16)

@@ -8,14 +8,17 @@ import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from nnunetv2_mgml.modalities import Subset, channel_index, parse_subset, subset_name, table_rows
-from nnunetv2_mgml.presentation.tables import display_name
+from nnunetv2_mgml.presentation.tables import INVERSIONS_NOTE, display_name
+from nnunetv2_mgml.scoring.derived import ALL, has_volume_bias, inversions, volume_bias
+from nnunetv2_mgml.scoring.info import as_json
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import short_name
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation
+from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, spread
 from nnunetv2_mgml.scoring.shapley import ModalityWorth, modality_worth
 
 
@@ -64,7 +67,7 @@ def headline_metric(evaluation: Evaluation) -> Metric:
     )
 
 
-def mean_scores(evaluation: Evaluation, metric: Metric) -> np.ndarray:
+def mean_scores(evaluation: Evaluation, metric: Metric) -> npt.NDArray[Any]:
     """Return the mean over cases in display units (per cent, mm, ml), ``(number of subsets, number of regions)``."""
     columns = []
     for region in evaluation.region_names:
@@ -75,7 +78,7 @@ def mean_scores(evaluation: Evaluation, metric: Metric) -> np.ndarray:
 
 def has_all_subsets(evaluation: Evaluation) -> bool:
     """Return whether every non-empty subset was evaluated, so that Shapley values exist."""
-    return len(evaluation.subsets) == 2 ** len(evaluation.channels) - 1
+    return len(evaluation.subsets) == int(2 ** len(evaluation.channels)) - 1
 
 
 def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[str, ModalityWorth]]:
@@ -92,50 +95,37 @@ def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[st
 
 def subset_title(subset: Subset, channels: tuple[str, ...]) -> str:
     """Return a subset as text for people, in channel order: ``T1 + FLAIR``."""
-    return " + ".join(display_name(name) for name, present in zip(channels, subset, strict=True) if present)
+    return " + ".join(display_name(name) for name, visible in zip(channels, subset, strict=True) if visible)
 
 
 def facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Return what was evaluated and how, as (heading, text)."""
     policy = get_policy(evaluation.policy)
     info = evaluation.info
-    command = info.get("command", "")
-    listed = [
-        ("Cases", str(len(evaluation.cases))),
-        ("Modalities", ", ".join(display_name(name) for name in evaluation.channels)),
-        ("Subsets", f"{len(evaluation.subsets)} of {2 ** len(evaluation.channels) - 1}"),
-        (
-            "Regions",
-            "; ".join(
-                f"{name} (labels {', '.join(map(str, evaluation.regions[name]))})" for name in evaluation.region_names
-            ),
-        ),
-        ("Empty regions", f"policy '{policy.name}': {policy.summary}"),
-        ("Command", shlex.join(command) if isinstance(command, list) else str(command)),
-        ("Evaluated", str(info.get("created", ""))),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items())),
-    ]
-    if info.get("missing_cases"):
-        listed.insert(
-            1,
-            (
-                "Left out",
-                f"{len(info['missing_cases'])} cases without all predictions: {', '.join(info['missing_cases'])}",
-            ),
-        )
-    if info.get("not_evaluated"):
-        listed.insert(
-            1,
+    listed = [("Cases", str(len(evaluation.cases)))]
+    if info.not_evaluated:
+        listed.append(
             (
                 "Incomplete",
-                f"{len(info['not_evaluated'])} cases lack modalities and are evaluated on the "
-                f"subsets they have: {', '.join(info['not_evaluated'])}",
-            ),
+                f"{len(info.not_evaluated)} cases lack modalities and are evaluated on the subsets they have: "
+                f"{', '.join(info.not_evaluated)}",
+            )
         )
+    if info.missing_cases:
+        left_out = f"{len(info.missing_cases)} cases without all predictions: {', '.join(info.missing_cases)}"
+        listed.append(("Left out", left_out))
+    regions = [f"{name} (labels {', '.join(map(str, evaluation.regions[name]))})" for name in evaluation.region_names]
     listed += [
-        (name.replace("_", " ").capitalize(), _described(value))
-        for name, value in info.items()
-        if name in ("model", "source", "min_region_voxels") and value
+        ("Modalities", ", ".join(display_name(name) for name in evaluation.channels)),
+        ("Subsets", f"{len(evaluation.subsets)} of {2 ** len(evaluation.channels) - 1}"),
+        ("Regions", "; ".join(regions)),
+        ("Empty regions", f"policy '{policy.name}': {policy.summary}"),
+        ("Command", shlex.join(info.command)),
+        ("Evaluated", info.created),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
+        ("Min region voxels", _described(info.min_region_voxels)),
+        ("Source", _described(as_json(info.source))),
+        ("Model", _described(as_json(info.model)) if info.model else ""),
     ]
     return [(heading, text) for heading, text in listed if text]
 
@@ -196,20 +186,20 @@ def subset_table(evaluation: Evaluation, metric: Metric) -> Table:
     summaries = [evaluation.summary(metric.name, region) for region in regions]
     rows = []
     for subset, name in zip(evaluation.subsets, evaluation.subset_names, strict=True):
-        present = [subset[channel_index(modality, evaluation.channels)] for modality in order]
+        visible = [subset[channel_index(modality, evaluation.channels)] for modality in order]
         rows.append(
             [
-                *(Cell("●" if on else "○", float(on)) for on in present),
+                *(Cell("●" if on else "○", float(on)) for on in visible),
                 Cell(str(sum(subset)), sum(subset)),
-                *_score_cells([summary[name] for summary in summaries], metric),
+                *_score_cells([summary[name] for summary in summaries], metric, len(evaluation.cases)),
             ]
         )
-    foot = _score_cells([summary[AVERAGE] for summary in summaries], metric)
-    better = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
+    foot = _score_cells([summary[AVERAGE] for summary in summaries], metric, len(evaluation.cases))
+    direction = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
     heads = [display_name(name) for name in order] + ["n"] + [short_name(region) for region in regions]
     return Table(
         metric.name,
-        f"{metric.title} ({metric.unit}, {better}) by available modalities: mean ± standard deviation over cases",
+        f"{metric.title} ({metric.unit}, {direction}) by available modalities: mean ± standard deviation over cases",
         [*heads, "mean"],
         rows,
         foot,
@@ -227,13 +217,12 @@ def case_table(evaluation: Evaluation, metric: Metric) -> Table:
     for case in evaluation.cases:
         line = [Cell(case, case)]
         for region in regions:
-            line.append(_cell(values[region].loc[case, full] if full in values[region] else math.nan))
-        line.append(_cell(per_subset.loc[case].mean()))
-        scored = per_subset.loc[case].dropna()
-        worst = (
-            subset_title(parse_subset(scored.idxmin(), evaluation.channels), evaluation.channels) if len(scored) else ""
-        )
-        line.append(Cell(worst, worst, f" {_number(scored.min())}" if len(scored) else ""))
+            line.append(_cell(float(values[region].loc[case].get(full, math.nan))))
+        scored: dict[str, float] = per_subset.loc[case].dropna().to_dict()
+        line.append(_cell(_mean(np.array(list(scored.values())))))
+        lowest = min(scored, key=lambda name: scored[name]) if scored else None
+        worst = "" if lowest is None else subset_title(parse_subset(lowest, evaluation.channels), evaluation.channels)
+        line.append(Cell(worst, worst, "" if lowest is None else f" {_number(scored[lowest])}"))
         rows.append(line)
     heads = [
         "case",
@@ -270,12 +259,36 @@ def worth_table(evaluation: Evaluation, metric: Metric) -> Table | None:
     )
 
 
-def _score_cells(entries: list[dict[str, float]], metric: Metric) -> list[Cell]:
+def inversions_table(evaluation: Evaluation) -> Table | None:
+    """Return one line per region: how often more modalities made Dice worse; None without Dice or nested subsets."""
+    if "dice" not in evaluation.metrics:
+        return None
+    shares = inversions(evaluation)
+    if not shares[ALL].n:
+        return None
+    rows = []
+    for region in evaluation.region_names:
+        cells = [_cell(100 * shares[region].share), Cell(str(shares[region].n), shares[region].n)]
+        if has_volume_bias(evaluation):
+            bias = spread(volume_bias(evaluation, region).mean(axis=1))
+            cells.append(_cell(bias["mean"], "" if math.isnan(bias["sd"]) else f" ± {_number(bias['sd'])}"))
+        rows.append([Cell(short_name(region), region), *cells])
+    heads = ["region", "inversions (%)", "compared"]
+    note = "Volume bias: prediction minus reference." if has_volume_bias(evaluation) else ""
+    foot = [_cell(100 * shares[ALL].share), Cell(str(shares[ALL].n), shares[ALL].n)]
+    if note:
+        heads.append("volume bias (ml)")
+        foot.append(Cell("", ""))
+    return Table("inversions", f"{INVERSIONS_NOTE} {note}".strip(), heads, rows, foot, "all regions")
+
+
+def _score_cells(entries: list[dict[str, float]], metric: Metric, cases: int) -> list[Cell]:
     factor = metric.display_factor
-    cells = [
-        _cell(entry["mean"] * factor, "" if math.isnan(entry["sd"]) else f" ± {_number(entry['sd'] * factor)}")
-        for entry in entries
-    ]
+    cells = []
+    for entry in entries:
+        note = "" if math.isnan(entry["sd"]) else f" ± {_number(entry['sd'] * factor)}"
+        counted = "" if entry["n"] == cases else f" (n {entry['n']:.0f})"
+        cells.append(_cell(entry["mean"] * factor, note + counted))
     return [*cells, _cell(_mean(np.array([entry["mean"] for entry in entries])) * factor)]
 
 
@@ -288,7 +301,7 @@ def _number(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: npt.NDArray[Any]) -> float:
     values = values[np.isfinite(values)]
     return float(values.mean()) if values.size else math.nan
 

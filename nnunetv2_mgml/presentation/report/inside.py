@@ -58,7 +58,7 @@ def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, col
         )
     )
     maps = {display_name(name): values for name, values in internals.features.items()}
-    pooled = sum(maps.values()) / len(maps)
+    pooled = np.mean(list(maps.values()), axis=0)
     chosen = telling_channels(pooled, internals.feature_reference, _CHANNELS_SHOWN)
     pictures.append(
         picture(

@@ -81,9 +81,9 @@ def build_page(evaluation: Evaluation, title: str, pictures: Pictures, viewer: V
         HTML. Texts from outside (case names, labels, commands) are escaped by the template.
     """
     metric = content.headline_metric(evaluation)
-    worth = content.worth_table(evaluation, metric)
+    extra = [content.worth_table(evaluation, metric), content.inversions_table(evaluation)]
     others = [content.subset_table(evaluation, get_metric(name)) for name in evaluation.metrics if name != metric.name]
-    more = [content.case_table(evaluation, metric), *([worth] if worth else []), *others]
+    more = [content.case_table(evaluation, metric), *filter(None, extra), *others]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_asset("page.html")).render(
         title=title,

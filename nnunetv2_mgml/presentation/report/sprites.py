@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from nnunetv2_mgml.presentation.figures.slices import content_box, telling_slice, to_grey
@@ -29,7 +30,7 @@ _BLOCK = 8
 _QUALITY = 82
 
 
-def choose_slices(label_maps: Sequence[np.ndarray], most: int = MAX_SLICES) -> np.ndarray:
+def choose_slices(label_maps: Sequence[npt.NDArray[Any]], most: int = MAX_SLICES) -> npt.NDArray[Any]:
     """Return the axial slices to show: all that hold a label and a margin, thinned evenly to at most ``most``.
 
     Args:
@@ -66,11 +67,11 @@ def viewer_case(volumes: CaseVolumes, labels: Sequence[int]) -> dict[str, Any]:
     small = (-(-height // factor), -(-width // factor))
     layout = _Layout(len(slices), small)
 
-    def image(volume: np.ndarray) -> str:
+    def image(volume: npt.NDArray[Any]) -> str:
         grey = to_grey(volume)[slices][:, rows, columns]
         return layout.jpeg(_shrink(grey, factor))
 
-    def mask(volume: np.ndarray) -> str:
+    def mask(volume: npt.NDArray[Any]) -> str:
         cut = volume[slices][:, rows, columns][:, factor // 2 :: factor, factor // 2 :: factor]
         return layout.png(_ranks(_padded(cut, small), labels))
 
@@ -112,7 +113,7 @@ class _Layout:
         self.columns = int(np.ceil(np.sqrt(count)))
         self.rows = -(-count // self.columns)
 
-    def sheet(self, slices: np.ndarray) -> np.ndarray:
+    def sheet(self, slices: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Lay out ``(n, y, x)`` uint8 slices as one image."""
         (height, width), (tile_height, tile_width) = self.size, self.tile
         result = np.zeros((self.rows * tile_height, self.columns * tile_width), np.uint8)
@@ -121,20 +122,20 @@ class _Layout:
             result[top : top + height, left : left + width] = picture
         return result
 
-    def jpeg(self, slices: np.ndarray) -> str:
+    def jpeg(self, slices: npt.NDArray[Any]) -> str:
         return _encode(self.sheet(slices), "jpg", format="JPEG", quality=_QUALITY, optimize=True)
 
-    def png(self, slices: np.ndarray) -> str:
+    def png(self, slices: npt.NDArray[Any]) -> str:
         return _encode(self.sheet(slices), "png", format="PNG", optimize=True)
 
 
-def _encode(sheet: np.ndarray, file_format: str, **options: Any) -> str:
+def _encode(sheet: npt.NDArray[Any], file_format: str, **options: Any) -> str:
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, **options)
     return data_uri(buffer.getvalue(), file_format)
 
 
-def _shrink(slices: np.ndarray, factor: int) -> np.ndarray:
+def _shrink(slices: npt.NDArray[Any], factor: int) -> npt.NDArray[Any]:
     """Average blocks of ``factor`` x ``factor`` pixels of ``(n, y, x)`` uint8."""
     if factor == 1:
         return slices
@@ -144,12 +145,12 @@ def _shrink(slices: np.ndarray, factor: int) -> np.ndarray:
     return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
 
 
-def _padded(slices: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _padded(slices: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
     missing = [(0, 0), *((0, want - have) for want, have in zip(size, slices.shape[1:], strict=True))]
     return np.pad(slices, missing)
 
 
-def _ranks(slices: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+def _ranks(slices: npt.NDArray[Any], labels: Sequence[int]) -> npt.NDArray[Any]:
     result = np.zeros(slices.shape, np.uint8)
     step = grey_step(labels)
     for rank, value in enumerate(labels, start=1):

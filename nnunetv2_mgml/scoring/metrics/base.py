@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
 
@@ -19,7 +21,7 @@ class RegionMask:
         spacing: voxel size in mm, one number per axis, in the same axis order.
     """
 
-    def __init__(self, mask: np.ndarray, spacing: Sequence[float]) -> None:
+    def __init__(self, mask: npt.NDArray[Any], spacing: Sequence[float]) -> None:
         if mask.ndim != len(spacing):
             raise ValueError(f"A mask of {mask.ndim} axes needs {mask.ndim} spacings in mm, got {tuple(spacing)}.")
         # A single-slice volume is an image: along an axis of length 1 every voxel would count as surface.
@@ -54,7 +56,7 @@ class RegionMask:
         return tuple(box)
 
     @cached_property
-    def surface_mm(self) -> np.ndarray:
+    def surface_mm(self) -> npt.NDArray[Any]:
         """Surface voxel centres in mm, ``(N, ndim)`` float64.
 
         A surface voxel has a face neighbour outside the region; beyond the image border counts as outside.
@@ -78,7 +80,9 @@ class MaskPair:
     prediction: RegionMask
 
     @classmethod
-    def from_arrays(cls, reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> MaskPair:
+    def from_arrays(
+        cls, reference: npt.NDArray[Any], prediction: npt.NDArray[Any], spacing: Sequence[float]
+    ) -> MaskPair:
         """Build a pair from two bool arrays of one shape and the voxel size in mm (array axis order)."""
         if reference.shape != prediction.shape:
             raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape} differ in shape.")

@@ -82,17 +82,17 @@ def lesion_scores(pair: MaskPair) -> LesionScores:
     dices, distances, found, missed, matched = [], [], 0, 0, set()
     for zone in range(1, int(zones.max()) + 1):
         lesion = reference & (zones == zone)
-        own = [int(c) for c in np.unique(components[zones == zone]) if c]
-        matched.update(own)
+        touching = [int(c) for c in np.unique(components[zones == zone]) if c]
+        matched.update(touching)
         if np.count_nonzero(lesion) * float(np.prod(spacing)) <= MIN_LESION_MM3:
             continue
-        if not own:
+        if not touching:
             missed += 1
             dices.append(0.0)
             distances.append(PENALTY_MM)
             continue
         found += 1
-        answer = np.isin(components, own)
+        answer = np.isin(components, touching)
         dices.append(float(PanopticaMetric.DSC(lesion, answer)))
         distances.append(hd95(MaskPair.from_arrays(lesion, answer, spacing)))
     false_positives = int(components.max()) - len(matched)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mgml.commands import demo
 from nnunetv2_mgml.commands.main import COMMANDS
+from nnunetv2_mgml.workflows import demo
 
 
 @pytest.mark.parametrize("active", [True, False])
@@ -16,8 +16,8 @@ def test_without_the_start_up_line_our_own_commands_train_and_predict(
     tmp_path: Path, active: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where NNUNETV2_MGML_DISABLE=1 or the .pth file is gone nnU-Net's commands know neither trainer nor flag."""
-    monkeypatch.setattr(demo, "collect", lambda: {"start_up_line": {"active": active}})
-    run = demo._Demo(tmp_path / "demo", "cpu")
+    request = demo.DemoRequest(folder=tmp_path / "demo", stock_commands=active)
+    run = demo._Demo(request.folder, request, print)
     calls: list[tuple[str, ...]] = []
     monkeypatch.setattr(run, "_call", lambda log, *command, epochs=None: calls.append(command))
     plans = run.root / "nnUNet_preprocessed" / demo.DATASET / f"{demo.PLANS}.json"

@@ -11,14 +11,14 @@ import torch
 from inference_cases import CHANNELS, SHAPE, image, load, predictor, write_case, write_image, write_model
 
 from nnunetv2_mgml.commands import main as cli
-from nnunetv2_mgml.commands.report import fold_of_case
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups
+from nnunetv2_mgml.inference.subsets.label_maps import SubsetLabelMaps
 from nnunetv2_mgml.inference.subsets.predictor import ManySubsets, SubsetPredictor
 from nnunetv2_mgml.modalities import all_subsets, subset_name
 from nnunetv2_mgml.presentation.internals import load_model
-from nnunetv2_mgml.scoring.model_evaluation import _Run
 from nnunetv2_mgml.scoring.results import load_evaluation
+from nnunetv2_mgml.workflows.report import fold_of_case
 
 SUBSETS = all_subsets(4)
 ROUNDING = {"atol": 1e-3, "rtol": 2**-10}
@@ -204,13 +204,13 @@ def test_finished_cases_are_not_predicted_again(model, images, labels, tmp_path,
     (out / "predictions" / "t1" / "b.nii.gz").unlink()
     (out / "cases" / "a.json").unlink()
     predicted = []
-    original = _Run._predict_item
+    original = SubsetLabelMaps._predict_item
 
-    def spy(self, item, reference):
+    def spy(self, item, exporting):
         predicted.append((item["case"], [s for g in item["groups"] for s in g.subsets]))
-        return original(self, item, reference)
+        return original(self, item, exporting)
 
-    monkeypatch.setattr(_Run, "_predict_item", spy)
+    monkeypatch.setattr(SubsetLabelMaps, "_predict_item", spy)
     assert evaluate(model, images, labels, out, "--subsets", "t1", "t2+flair") == 0
     assert predicted == [("b", [(True, False, False, False)])]
     assert load_evaluation(out).table.equals(before)
@@ -239,7 +239,7 @@ def test_a_case_whose_images_changed_is_predicted_again(model, images, labels, t
 def test_other_scoring_rules_need_no_new_prediction(model, images, labels, tmp_path, monkeypatch, capsys):
     arguments = (model, images, labels, tmp_path / "out", "--subsets", "all")
     assert evaluate(*arguments) == 0
-    monkeypatch.setattr(_Run, "_predict_item", lambda *_: pytest.fail("predicted again"))
+    monkeypatch.setattr(SubsetLabelMaps, "_predict_item", lambda *_: pytest.fail("predicted again"))
     assert evaluate(*arguments, "--policy", "nan", "--remove_small", "WT=100000") == 2
     assert "--overwrite to score again what is predicted" in capsys.readouterr().err
     assert evaluate(*arguments, "--policy", "nan", "--remove_small", "WT=100000", "--overwrite") == 0

@@ -6,19 +6,32 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_cases import DATASET_JSON, random_labels, write_labels, write_study
 
+from nnunetv2_mgml.inference.subsets.label_maps import drop_outdated
 from nnunetv2_mgml.io.progress import progress_bar
 from nnunetv2_mgml.scoring import cases as scoring
 from nnunetv2_mgml.scoring.cases import score_case
-from nnunetv2_mgml.scoring.evaluate import EvaluationOptions, evaluate_predictions
-from nnunetv2_mgml.scoring.output import drop_outdated, open_output
-from nnunetv2_mgml.scoring.regions import label_set
+from nnunetv2_mgml.scoring.output import open_output
+from nnunetv2_mgml.scoring.results import Evaluation
+from nnunetv2_mgml.workflows.evaluate import PredictionsRequest, evaluate_predictions
 
-LABELS = label_set(DATASET_JSON)
-QUIET = EvaluationOptions(num_processes=0, show_progress=False)
+
+def evaluate(root: Path, subsets: tuple[str, ...] = ("t1", "flair"), out: str = "out", **options: Any) -> Evaluation:
+    """Score ``root/predictions/<subset>`` against ``root/labels``, without workers and bar."""
+    return evaluate_predictions(
+        PredictionsRequest(
+            predictions={name: root / "predictions" / name for name in subsets},
+            labels=root / "labels",
+            output=root / out,
+            num_processes=0,
+            show_progress=False,
+            **options,
+        )
+    )
 
 
 class TestResuming:
@@ -35,19 +48,15 @@ class TestResuming:
         monkeypatch.setattr(scoring, "score_case", spy)
         return calls
 
-    def run(self, root: Path, subsets: tuple[str, ...] = ("t1", "flair"), **kwargs):
-        folders = {name: root / "predictions" / name for name in subsets}
-        return evaluate_predictions(root / "labels", folders, DATASET_JSON, root / "out", QUIET, **kwargs)
-
     def test_only_what_is_missing_is_done(self, tmp_path, scored):
         write_study(tmp_path)
-        first = self.run(tmp_path)
+        first = evaluate(tmp_path)
         assert len(scored) == 3
         (tmp_path / "out" / "cases" / "case_1.json").unlink()
         for name in ("results.csv", "summary.json", "table.md"):
             (tmp_path / "out" / name).unlink()
         scored.clear()
-        again = self.run(tmp_path)
+        again = evaluate(tmp_path)
         assert scored == [("case_1", ["flair", "t1"])]
         assert again.table.equals(first.table)
         assert (tmp_path / "out" / "table.md").is_file()
@@ -63,36 +72,30 @@ class TestResuming:
 
         monkeypatch.setattr(scoring, "score_case", killed)
         with pytest.raises(KeyboardInterrupt):
-            self.run(tmp_path)
+            evaluate(tmp_path)
         assert [p.name for p in (tmp_path / "out" / "cases").iterdir()] == ["case_0.json"]
         monkeypatch.setattr(scoring, "score_case", whole)
         scored.clear()
-        self.run(tmp_path)
+        evaluate(tmp_path)
         assert [case for case, _ in scored] == ["case_1", "case_2"]
 
     def test_a_new_subset_is_added_and_a_changed_file_done_again(self, tmp_path, scored):
         write_study(tmp_path, subsets=("t1", "flair", "t2"))
-        self.run(tmp_path, ("t1", "flair"))
+        evaluate(tmp_path, ("t1", "flair"))
         scored.clear()
-        assert len(self.run(tmp_path, ("t1", "t2")).subset_names) == 2
+        assert len(evaluate(tmp_path, ("t1", "t2")).subset_names) == 2
         assert scored == [(f"case_{i}", ["t2"]) for i in range(3)]
         scored.clear()
         write_labels(tmp_path / "predictions" / "t1" / "case_2.nii.gz", random_labels(2))
-        changed = self.run(tmp_path, ("t1", "t2"))
+        changed = evaluate(tmp_path, ("t1", "t2"))
         assert scored == [("case_2", ["t1"])]
         assert changed.values("dice", "whole tumor").loc["case_2", "t1"] == 1
 
     def test_other_settings_are_refused(self, tmp_path):
         write_study(tmp_path)
-        self.run(tmp_path)
+        evaluate(tmp_path)
         with pytest.raises(ValueError, match=r"scoring.policy was 'brats', is now 'nan'.*--overwrite"):
-            evaluate_predictions(
-                tmp_path / "labels",
-                {"t1": tmp_path / "predictions" / "t1"},
-                DATASET_JSON,
-                tmp_path / "out",
-                EvaluationOptions(policy="nan", num_processes=0),
-            )
+            evaluate(tmp_path, ("t1",), policy="nan")
 
     def test_overwrite_deletes_only_our_files(self, tmp_path):
         (tmp_path / "cases").mkdir()
@@ -113,15 +116,8 @@ class TestResuming:
 
     def test_finished_predictions_in_the_output_folder_survive_overwrite(self, tmp_path):
         study = write_study(tmp_path)
-        folders = {"t1": study / "predictions" / "t1"}
         for policy in ("brats", "nan"):
-            evaluate_predictions(
-                study / "labels",
-                folders,
-                DATASET_JSON,
-                study,
-                EvaluationOptions(policy, num_processes=0, show_progress=False, overwrite=True),
-            )
+            evaluate(study, ("t1",), out=".", policy=policy, overwrite=True)
         assert len(list((study / "predictions").glob("*/*.nii.gz"))) == 6
 
     def test_other_scoring_keeps_the_predictions_of_the_model(self, tmp_path, caplog):
@@ -153,7 +149,7 @@ class TestResuming:
             made.parent.mkdir(parents=True, exist_ok=True)
             made.touch()
             other.touch()
-            drop_outdated(tmp_path, "a", ".nii.gz", {c: str(path) for c, path in images.items()})
+            drop_outdated(tmp_path / "predictions", "a", ".nii.gz", {c: str(path) for c, path in images.items()})
             assert other.exists()
             return made.exists()
 
@@ -168,6 +164,17 @@ class TestResuming:
         assert kept({0: moved, 1: tmp_path / "gone"})
         (tmp_path / "predictions" / "a.inputs.json").write_text("{")
         assert not kept({0: moved})
+
+    def test_the_call_of_the_first_version_still_works(self, tmp_path):
+        write_study(tmp_path)
+        with pytest.warns(DeprecationWarning, match="until 0.3"):
+            from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
+        folders = {name: tmp_path / "predictions" / name for name in ("t1", "flair")}
+        options = EvaluationOptions(num_processes=0, name="out", show_progress=False, figures=False)
+        old = evaluate_predictions(tmp_path / "labels", folders, DATASET_JSON, tmp_path / "old", options)
+        new = evaluate(tmp_path)
+        assert old.table.equals(new.table)
+        assert (tmp_path / "old" / "table.md").read_text() == (tmp_path / "out" / "table.md").read_text()
 
     def test_predictions_of_unknown_origin_are_not_taken_for_the_models(self, tmp_path):
         write_study(tmp_path)
@@ -197,17 +204,17 @@ class TestResuming:
 
     def test_a_failed_run_leaves_no_results_of_the_one_before(self, tmp_path):
         write_study(tmp_path)
-        self.run(tmp_path)
+        evaluate(tmp_path)
         write_labels(tmp_path / "predictions" / "t1" / "case_1.nii.gz", random_labels(0, highest=7))
         with pytest.raises(ValueError, match="could not be evaluated"):
-            self.run(tmp_path)
+            evaluate(tmp_path)
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cases", "settings.json"]
 
     def test_fewer_subsets_do_not_replace_the_results(self, tmp_path):
         write_study(tmp_path)
-        self.run(tmp_path)
+        evaluate(tmp_path)
         with pytest.raises(ValueError, match=r"results of 2 subsets.*without flair"):
-            self.run(tmp_path, ("t1",))
+            evaluate(tmp_path, ("t1",))
         assert (tmp_path / "out" / "results.csv").is_file()
 
     def test_a_foreign_or_unreadable_case_file_is_listed(self, tmp_path, monkeypatch):
@@ -223,6 +230,6 @@ class TestResuming:
 
         monkeypatch.setattr(scoring, "score_case", locked)
         with pytest.raises(ValueError, match="2 of 3 cases") as error:
-            self.run(tmp_path)
+            evaluate(tmp_path)
         assert "case_0.json holds no scores of an evaluation" in str(error.value)
         assert "Case case_2: [Errno 13] Permission denied" in str(error.value)
