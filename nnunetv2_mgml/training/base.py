@@ -16,7 +16,6 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.dataloading.augmentation import AugmentationTrainer
@@ -31,6 +30,7 @@ from nnunetv2_mgml.training.determinism import make_deterministic
 from nnunetv2_mgml.training.epoch_log import TrainingLog
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
+from nnunetv2_mgml.upstream.wrappers import bare
 
 _TRAINER_ATTRIBUTES = (
     "num_epochs",
@@ -230,8 +230,7 @@ class MissingModalityTrainer(AugmentationTrainer):
     @property
     def bare_network(self) -> nn.Module:
         """The network without the DDP and compile wrappers."""
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        return bare(self.network)
 
     # --- the epoch ----------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:

@@ -14,6 +14,7 @@ bends, why, and which test fails when a new release changes it:
 Subclasses that override hooks of nnU-Net stay with what they are for: `training.trainer`, `dataloading.loader`,
 `inference.predictor` and `inference.subsets.predictor`. tests/upstream/test_upstream_drift.py and
 tests/upstream/test_inference_drift.py pin their signatures, and the bodies they repeat or rely on:
-`nnUNetTrainer.get_dataloaders`, `nnUNetTrainer.train_step`, those that `inference.predictor` names, and
-`DefaultPreprocessor.run_case` and `preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps.
+`nnUNetTrainer.get_dataloaders`, `nnUNetTrainer.train_step`, those that `inference.predictor` names,
+`nnUNetPredictor.predict_logits_from_preprocessed_data`, which it calls, and `DefaultPreprocessor.run_case` and
+`preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps.
 """
