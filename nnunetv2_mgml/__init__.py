@@ -123,10 +123,12 @@ class _OldPaths:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Return the spec of a module that has moved, else None; see `importlib.abc.MetaPathFinder`."""
-        if not name.startswith(f"{__name__}."):
+        if not name.startswith(f"{__name__}.") or name == f"{__name__}._moved":
             return None
-        from nnunetv2_mgml import _moved
-
+        try:
+            from nnunetv2_mgml import _moved
+        except ImportError:  # somebody is removing the package
+            return None
         return _moved.find_spec(name)
 
 

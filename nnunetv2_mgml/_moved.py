@@ -134,7 +134,7 @@ def find_spec(fullname: str) -> ModuleSpec | None:
     old = fullname.removeprefix(f"{PACKAGE}.")
     if old not in MOVED and old not in GONE:
         return None
-    is_package = any(name.startswith(f"{old}.") for name in (*MOVED, *GONE))
+    is_package = any(name.startswith(f"{old}.") for name in MOVED)
     return ModuleSpec(fullname, _Loader(), is_package=is_package)
 
 

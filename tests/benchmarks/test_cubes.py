@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,16 @@ from nnunetv2_mgml.dataloading.masking import SubsetSampler
 from nnunetv2_mgml.modalities import all_subsets
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("step", "cubes_variants", "cubes_data", "cubes_scores", "cubes_training")
+MODULES = (
+    "step",
+    "cubes_variants",
+    "cubes_data",
+    "cubes_scores",
+    "cubes_training",
+    "cubes_table",
+    "cubes_work",
+    "cubes",
+)
 SMALL = "patch=16,stages=3"
 
 
@@ -140,6 +152,29 @@ def test_variants(cubes: SimpleNamespace) -> None:
         _ = cubes.cubes_variants.Run("basline", 0, 1).training
 
 
+def finished(cubes: SimpleNamespace, variant: str, seed: int, values: np.ndarray, **more: Any) -> dict[str, Any]:
+    """A result with Dice ``(R, S, N)`` in [0, 1] on test patients."""
+    subsets = all_subsets(4)
+    told = {"test": cubes.cubes_scores.summary(values, subsets), "dice": cubes.cubes_scores.cases_of(values, subsets)}
+    base = {"nominal_steps": 100, "steps": 100, "equal_time": None, "seconds_per_step_alone": 0.0123, "device": "CPU"}
+    return {"variant": variant, "seed": seed, **base, **told, **more}
+
+
+def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
+    rng = np.random.default_rng(0)
+    baselines = [rng.random((3, 15, 8)) * 0.9 for _ in range(3)]
+    results = [finished(cubes, "baseline", seed, values) for seed, values in enumerate(baselines)]
+    better = [values + 0.01 * (seed + 1) for seed, values in enumerate(baselines[:2])]
+    results += [finished(cubes, "mgml", seed, values) for seed, values in enumerate(better)]
+    results.append(finished(cubes, "mgml", 0, better[0], equal_time="baseline", steps=80))
+    text = cubes.cubes_table.tables(results, "test")
+    same_steps, same_time = text.split("The time of 100 steps of baseline, test patients")
+    row = next(line for line in same_steps.splitlines() if line.startswith("| `mgml`"))
+    assert row.endswith("| 2 | 100 | 12.3 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
+    assert " | 80 | 12.3 | - | - | - |" in same_time, "the baseline of another budget is none"
+    assert "No finished runs yet" in cubes.cubes_table.tables(results, "validation")
+
+
 def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace, folder: Path) -> None:
     data = cubes.cubes_data.read_cubes(folder / "brats2020_cubes" / "cubes.npz")
     run = cubes.cubes_variants.Run(f"mgml:{SMALL}", 0, 6)
@@ -150,6 +185,99 @@ def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace
     assert torch.equal(first.losses, second.losses)
     assert first.losses[-1] < first.losses[0]
     assert float(first.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.002 * (1 / 6) ** 0.9)
+
+
+class FakeGenerator:
+    """Has the interface of a GPU's generator."""
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator()
+
+    def manual_seed(self, seed: int) -> None:
+        pass
+
+    def graphsafe_get_state(self) -> FakeGenerator:
+        return self
+
+    def graphsafe_set_state(self, state: FakeGenerator) -> None:
+        pass
+
+
+class FakeStream(str):
+    """Does nothing."""
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+class FakeEvent:
+    """Of work that is done at once."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch, cubes: SimpleNamespace) -> list[Any]:
+    """CUDA's graphs and streams replaced: a replay does the step again, on the CPU. Returns what was replayed."""
+    captured: list[Any] = []
+    replayed: list[Any] = []
+
+    class FakeGraph:
+        def replay(self) -> None:
+            replayed.append(self.training)
+            self.training._step()
+
+    @contextmanager
+    def capture(graph: FakeGraph, stream: Any) -> Iterator[None]:
+        assert stream == "stream"
+        captured.append(graph)
+        yield
+
+    plain = cubes.cubes_training.Training._capture
+
+    def capture_of(training: Any) -> None:
+        plain(training)
+        captured[-1].training = training
+        training.counter.sub_(1)  # a capture does nothing
+
+    fakes = {
+        "Stream": lambda device: FakeStream("stream"),
+        "current_stream": lambda device: None,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "graph": capture,
+        "Event": FakeEvent,
+        "default_generators": [FakeGenerator()],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(cubes.cubes_training.Training, "_capture", capture_of)
+    return replayed
+
+
+def test_runs_side_by_side_as_graphs(
+    cubes: SimpleNamespace, graphs: list[Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGML_REAL_DATA", str(folder))
+    monkeypatch.setattr(
+        cubes.cubes_work, "seconds_per_step", lambda training: (training.advance(1), len(training.run.name))[1]
+    )
+    names = [f"baseline:{SMALL}", f"modality_dropout:{SMALL}", f"no_such_thing:{SMALL}"]
+    arguments = ["--steps", "12", "--points", "3", "--seconds", "1000", "--equal_time", names[0]]
+    args = cubes.cubes.parser().parse_args(["--how", "graph", "--part", str(tmp_path / "part.json"), *arguments])
+    args.deadline = time.time() + 1000
+    runs = [cubes.cubes_variants.Run(name, 0, 12) for name in names]
+    assert cubes.cubes_work.work(args, runs) == 1, "one of the runs cannot be done"
+    one, two = json.loads((tmp_path / "part.json").read_text())
+    assert (one["finished"], two["finished"]) == (True, True)
+    assert (one["how"], two["how"]) == ("graph", "graph")
+    assert (one["steps"], two["steps"]) == (12, round(12 * len(names[0]) / len(names[1])))
+    assert [point["step"] for point in one["curve"]] == [7, 8, 12], "the first point was passed before"
+    assert len(graphs) == one["steps"] + two["steps"] - 2 * 6, "six steps each come before the capture"
 
 
 def test_one_run_from_the_command_line(folder: Path, tmp_path: Path) -> None:

@@ -269,8 +269,11 @@ def test_mgml_command(installed):
 def test_half_removed_and_uninstalled(wheel, tmp_path):
     environment = Environment(tmp_path / "env")
     environment.pip("install", "--no-deps", wheel)
-    (environment.site / "nnunetv2_mgml" / "registration.py").unlink()
+    (environment.site / "nnunetv2_mgml" / "upstream" / "registration.py").unlink()
     shutil.rmtree(environment.site / "nnunetv2_mgml" / "__pycache__")
+    assert environment.run("nnUNetv2_train", REPORT)[0] == "None"
+    shutil.rmtree(environment.site / "nnunetv2_mgml" / "upstream")
+    (environment.site / "nnunetv2_mgml" / "_moved.py").unlink()
     assert environment.run("nnUNetv2_train", REPORT)[0] == "None"
     shutil.rmtree(environment.site / "nnunetv2_mgml")
     assert environment.run("nnUNetv2_train", REPORT) == ["None", "False"]
