@@ -69,6 +69,7 @@ def main() -> int:
     until = time.monotonic() + 60 * args.minutes
     files = [args.output.with_name(f"{args.output.stem}.{kind}.json") for kind in ("main", *BESIDE)]
     flag = args.output.with_name(f"{args.output.stem}.{_UNTIMED_DONE}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for file in (*files, flag):
         file.unlink(missing_ok=True)
     beside = [Worker([name], file, args) for name, file in zip(BESIDE, files[1:], strict=True) if name in args.sections]

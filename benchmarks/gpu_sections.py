@@ -553,9 +553,7 @@ def profiled(settings: Settings) -> Entries:
     _as_nnunet(settings)
     for name, size in settings.sizes.items():
         step = settings.steps(size)
-        for _ in range(3):
-            step()
-        settings.synchronise()
+        yield f"{name} parts", _parts(settings, step)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if settings.cuda else [])]
         start = time.perf_counter()
         with profile(activities=activities) as recorded:
@@ -576,9 +574,7 @@ def profiled(settings: Settings) -> Entries:
                 ],
             },
         )
-        del recorded, events
-        yield f"{name} parts", _parts(settings, step)
-        del step
+        del step, recorded, events
         _empty(settings)
 
 

@@ -24,7 +24,7 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import build_sampler
 from nnunetv2_mgml.modalities import channel_names
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import SamplingOptions
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
         "mgml": MGMLDataLoader(
             *arguments,
             **options,
-            sampler=build_sampler(MGMLConfig(), channels),
+            sampler=build_sampler(SamplingOptions(), channels),
             availability=case_availability(dataset, dataset.identifiers, len(channels)),
         ),
     }

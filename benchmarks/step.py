@@ -21,11 +21,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
-from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Objective, Options, TermSpec, needs_of
 
 MODALITIES, CLASSES, REGIONS = 4, 4, 3
 CLIP_NORM = 12.0
@@ -142,17 +142,19 @@ class Learner:
         distributed: bool = False,
         every_head: bool = False,
     ) -> None:
-        self.config = MGMLConfig().updated(dict(options))
-        self.network: nn.Module = build_network(plan, self.config, MODALITIES, REGIONS, CLASSES, True).to(device)
+        self.options = Options().updated(dict(options))
+        needs = needs_of(self.options)
+        self.network: nn.Module = build_network(
+            plan, self.options.network, MODALITIES, REGIONS, CLASSES, True, needs
+        ).to(device)
         self.called = DistributedDataParallel(self.network) if distributed else self.network
-        meta: nn.Module | None = build_meta_network(self.config, MODALITIES, CLASSES)
-        self.extra: list[tuple[nn.Module, float]] = []
-        if meta is not None:
-            self.extra = [(meta.to(device), self.config.meta_lr)]
-            meta = DistributedDataParallel(meta) if distributed else meta
-        self.objective: nn.Module = MGMLLoss(
-            self.config, nnunet_loss(plan, every_head), regions=True, num_classes=CLASSES, meta_network=meta
-        )
+        spec = TermSpec(self.options, BRATS_CHANNELS, CLASSES, True, nnunet_loss(plan, every_head))
+        self.objective = Objective(spec).to(device)
+        self.extra: list[tuple[nn.Module, float]] = [
+            (self.objective, optimizer.param_groups[0]["lr"]) for optimizer in self.objective.optimizers
+        ]
+        if distributed:
+            self.objective.distribute(DistributedDataParallel)
 
     def loss(self, batch: Batch, ramp: float | torch.Tensor = 1.0) -> torch.Tensor:
         """Return the total loss of a batch: forward pass and all terms.
@@ -161,15 +163,9 @@ class Learner:
             batch: on the network's device.
             ramp: weight of the terms that are warmed up, in [0, 1].
         """
-        output = self.called(
-            batch.x,
-            modality_mask=batch.visible,
-            available=batch.available,
-            return_aux=True,
-            with_teacher=self.config.uses_teacher or self.config.supervises_teacher,
-            teacher_learns=self.config.supervises_teacher,
-        )
-        return self.objective(output, batch.targets, batch.visible, batch.available, ramp).total
+        view = self.objective.draw_view(batch.visible, batch.available)
+        output = self.called(batch.x, view, self.objective.needs)
+        return self.objective(output, batch.targets, view, ramp).total
 
     def modules(self) -> list[nn.Module]:
         """Return everything with parameters."""
@@ -288,7 +284,7 @@ def predictions(
     table = torch.tensor(subsets, device=x.device)
 
     def one(subset: tuple[bool, ...]) -> torch.Tensor:
-        network.set_availability(subset)
+        network.set_visible(subset)
         return network(x)
 
     return {

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from nnunetv2_mgml.commands.main import main as mgml
-from nnunetv2_mgml.inference.model_check import bare
 from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.modalities import Subset, all_subsets
+from nnunetv2_mgml.network.interface import seeing
 
 
 def main() -> None:
@@ -106,10 +106,8 @@ def network(work: Path, args: argparse.Namespace) -> dict[str, Callable[[], None
     )
 
     def predict(subset: Subset) -> None:
-        told = bare(predictor.network)
-        told.set_availability(subset)
-        predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
-        told.set_availability(None)
+        with seeing(predictor.network, subset):
+            predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
 
     def separately() -> None:
         for subset in subsets:

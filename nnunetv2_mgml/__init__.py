@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from nnunetv2_mgml.inference.predictor import MGMLPredictor
     from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec
     from nnunetv2_mgml.network.fusion.base import register as register_fusion
+    from nnunetv2_mgml.network.interface import Needs
+    from nnunetv2_mgml.objective import Options
+    from nnunetv2_mgml.objective.base import Term, TermSpec, TermValue
+    from nnunetv2_mgml.objective.base import register as register_term
+    from nnunetv2_mgml.objective.step import Step
     from nnunetv2_mgml.phantom.files import write_phantoms
+    from nnunetv2_mgml.plans.options import OptionGroup, option
     from nnunetv2_mgml.presentation.figures.qualitative import qualitative_sheet
     from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
     from nnunetv2_mgml.presentation.figures.style import save as save_figure
@@ -48,8 +54,15 @@ __all__ = [
     "MGMLPredictor",
     "Metric",
     "ModelRequest",
+    "Needs",
+    "OptionGroup",
+    "Options",
     "PredictionsRequest",
     "ReportRequest",
+    "Step",
+    "Term",
+    "TermSpec",
+    "TermValue",
     "compare_evaluations",
     "compare_folders",
     "convert_back",
@@ -59,10 +72,12 @@ __all__ = [
     "load_evaluation",
     "make_report",
     "nnUNetTrainerMGML",
+    "option",
     "qualitative_sheet",
     "read_axial",
     "register_fusion",
     "register_metric",
+    "register_term",
     "save_figure",
     "split_dataset",
     "telling_slice",
@@ -79,8 +94,15 @@ _PLACES = {
     "MGMLPredictor": "inference.predictor",
     "Metric": "scoring.metrics.base",
     "ModelRequest": "workflows.evaluate",
+    "Needs": "network.interface",
+    "OptionGroup": "plans.options",
+    "Options": "objective",
     "PredictionsRequest": "workflows.evaluate",
     "ReportRequest": "workflows.report",
+    "Step": "objective.step",
+    "Term": "objective.base",
+    "TermSpec": "objective.base",
+    "TermValue": "objective.base",
     "compare_evaluations": "scoring.statistics",
     "compare_folders": "workflows.compare",
     "convert_back": "dataset_conversion.back",
@@ -90,10 +112,12 @@ _PLACES = {
     "load_evaluation": "scoring.results",
     "make_report": "workflows.report",
     "nnUNetTrainerMGML": "training.trainer",
+    "option": "plans.options",
     "qualitative_sheet": "presentation.figures.qualitative",
     "read_axial": "presentation.figures.slices",
     "register_fusion": "network.fusion.base:register",
     "register_metric": "scoring.metrics.base:register",
+    "register_term": "objective.base:register",
     "save_figure": "presentation.figures.style:save",
     "split_dataset": "dataset_conversion.resplit",
     "telling_slice": "presentation.figures.slices",

@@ -23,7 +23,7 @@ UNTIL = "0.3"
 
 MOVED: dict[str, tuple[str, ...]] = {
     "cli": ("commands.main",),
-    "config": ("plans.options",),
+    "config": ("plans.options", "objective.flat"),
     "dataset_conversion.checks": ("dataset_conversion.case_writer",),
     "dataset_conversion.command": ("commands.convert",),
     "dataset_conversion.parallel": ("io.workers",),
@@ -79,22 +79,26 @@ MOVED: dict[str, tuple[str, ...]] = {
     "inference.predict": ("commands.predict",),
     "inference.workers": ("io.workers",),
     "info": ("commands.info",),
-    "losses": ("objective",),
+    "losses": ("objective", "objective.meta_network"),
     "losses.adaptive_fusion": ("objective.adaptive_fusion",),
     "losses.consistency": ("objective.consistency",),
     "losses.distillation": ("objective.distillation",),
-    "losses.meta_network": ("objective.meta_network",),
-    "losses.readings": ("objective.readings",),
+    "losses.meta_network": ("objective.meta_network", "objective.published.fusion"),
+    "losses.readings": ("objective.published.fusion", "objective.published.paper", "objective.published.reference"),
     "losses.rebalancing": ("objective.rebalancing",),
     "losses.segmentation": ("objective.segmentation",),
     "losses.tensors": ("objective.tensors",),
-    "losses.total": ("objective.total",),
     "losses.voxel_masking": ("objective.voxel_masking",),
+    "network.outputs": ("network.interface",),
     "planning": ("commands.plan",),
     "registration": ("upstream.registration",),
     "subset_report": ("scoring.subset_report", "inference.subset_quality"),
     "topology": ("plans.topology",),
     "training.augmentation": ("dataloading.augmentation",),
+    "training.base": ("training.final_validation",),
+    "training.determinism": ("training.repetition",),
+    "training.published_designs": ("training.variants",),
+    "training.rebalancing": ("objective.balance",),
     "training.subset_validation": ("training.validation",),
     "training.training_log": ("training.epoch_log",),
 }
@@ -104,14 +108,28 @@ RENAMED: dict[str, str] = {
     "dataset_conversion.checks.GEOMETRY_TOLERANCE": "io.grid.GRID_TOLERANCE",
     "dataset_conversion.checks.geometry_difference": "io.grid.image_difference",
     "dataset_conversion.checks.read_volume": "io.volumes.read_image",
+    "losses.consistency.better": "objective.consistency.gives_truth_more",
+    "training.published_designs": "training.variants",
+    "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
     "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
     "evaluation.report.cases.ImageSources": "scoring.sources.EvaluationFiles",
     "evaluation.report.cases.stored_sources": "scoring.sources.find_files",
 }
 """Name of 0.1.0 (``module.name``) that is called otherwise now -> its new ``module.name``."""
 
+_TRAINER_TO_SUBCLASS = (
+    "Subclass nnUNetTrainerMGML, or nnUNetTrainerModalityDropout for nnU-Net's own network, both in "
+    "nnunetv2_mgml.training."
+)
+_OBJECTIVE = "Build an Objective from a TermSpec, both in nnunetv2_mgml.objective."
+_META_NETWORK = "It belongs to the term SoftLabel in nnunetv2_mgml.objective.terms.soft_label."
 GONE: dict[str, str] = {
     "inference.complete": "nnunetv2_mgml.io.volumes.check_file looks at more than completeness, and raises one error.",
+    "losses.LossTerms": _OBJECTIVE,
+    "losses.MGMLLoss": _OBJECTIVE,
+    "losses.build_meta_network": _META_NETWORK,
+    "losses.meta_network.build_meta_network": _META_NETWORK,
+    "losses.total": _OBJECTIVE,
     "evaluation.command.options_from": "Make a nnunetv2_mgml.PredictionsRequest or ModelRequest.",
     "evaluation.compare_command.named_evaluations": "Call nnunetv2_mgml.compare_folders with a ComparisonRequest.",
     "evaluation.evaluate.finish": "Call nnunetv2_mgml.presentation.outputs.write_evaluation.",
@@ -125,6 +143,10 @@ GONE: dict[str, str] = {
     "evaluation.report_command.logger": "Call logging.getLogger.",
     "evaluation.sources.logger": "Call logging.getLogger.",
     "evaluation.sources.parse_prediction_folders": "Call nnunetv2_mgml.scoring.sources.prediction_folders.",
+    "planning.PRESETS": "nnunetv2_mgml.plans.presets.preset(name) returns what a preset sets.",
+    "training.MissingModalityTrainer": _TRAINER_TO_SUBCLASS,
+    "training.augmentation.AugmentationTrainer": _TRAINER_TO_SUBCLASS,
+    "training.base.MissingModalityTrainer": _TRAINER_TO_SUBCLASS,
 }
 """Module or name of 0.1.0 that has no successor of the same meaning -> what to use instead, a sentence."""
 

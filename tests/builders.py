@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options, needs_of
 
 REGIONS = {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": [3]}
 BRATS_JSON: dict[str, Any] = {
@@ -105,8 +105,13 @@ def plans(name: str = "Dataset900_Phantom", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def options_with(**changes: Any) -> Options:
+    """The default options with some changed, by their flat names."""
+    return Options().updated(changes)
+
+
 def network(
-    config: MGMLConfig | None = None,
+    config: Options | None = None,
     heads: int = 3,
     classes: int = 4,
     extra_channels: int = 0,
@@ -116,13 +121,15 @@ def network(
     """A small network; ``kwargs`` go to `configuration`."""
     manager = ConfigurationManager(configuration(**kwargs))
     modalities = len(manager.normalization_schemes)
+    config = config or options_with(fusion="concat", width_factor=1.0)
     return build_network(
         manager,
-        config or MGMLConfig(fusion="concat", width_factor=1.0),
+        config.network,
         modalities + extra_channels,
         heads,
         classes,
         deep_supervision,
+        needs_of(config),
     )
 
 

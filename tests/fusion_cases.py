@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,9 @@ from torch import nn
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import FusedScale, FusionDesign, FusionSpec, build_fusion, fusion_designs
+from nnunetv2_mgml.network.fusion.installed import GROUP
+
+DOCS = (Path(__file__).parents[1] / "docs" / "fusion.md").read_text()
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "3d": dict(patch_size=(12, 12, 12), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernel_sizes=((3, 3, 3),) * 3),
@@ -165,3 +170,19 @@ def objective(results: list[FusedScale]) -> torch.Tensor:
 def take_modalities(tensor: torch.Tensor, keep: list[int], blocks: int, dim: int) -> torch.Tensor:
     """Keep some of ``blocks`` equal parts of ``tensor`` along ``dim``: weights after removing modalities."""
     return torch.cat([tensor.chunk(blocks, dim)[m] for m in keep], dim)
+
+
+def install(folder: Path, package: str, entry_points: dict[str, str], code: str) -> None:
+    """Write a module and the metadata of an installed package around it."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in entry_points.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
+    (folder / f"{package.replace('-', '_')}.py").write_text(code)
+
+
+def recipe() -> str:
+    """The design that docs/fusion.md tells the reader to write."""
+    (code,) = re.findall(r"```python\n(\"\"\"Gated sum.*?)```", DOCS, re.DOTALL)
+    return code

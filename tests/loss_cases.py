@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
-from nnunetv2_mgml.objective.meta_network import MetaParameters
+from nnunetv2_mgml.objective import Objective, Options, TermSpec
+from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
+from nnunetv2_mgml.objective.terms.soft_label import SoftLabel
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -49,6 +52,18 @@ def nnunet_loss(regions: bool, ignore_label: int | None = None) -> nn.Module:
             {}, dice, use_ignore_label=ignore_label is not None, dice_class=MemoryEfficientSoftDiceLoss
         )
     return DC_and_CE_loss(dice, {}, ignore_label=ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+def objective_of(options: Options, modalities: int = 4, classes: int = 4, **changes: Any) -> Objective:
+    """An objective for regions, or for what ``changes`` of `TermSpec` say."""
+    spec = {"regions": True, "segmentation_loss": nnunet_loss(True), **changes}
+    return Objective(TermSpec(options, tuple(f"m{m}" for m in range(modalities)), classes, **spec))
+
+
+def meta_network_of(objective: Objective) -> MetaNetwork | None:
+    """The MetaNetwork of an objective, None where it has none."""
+    term = dict(objective.terms).get("soft_label")
+    return term.meta_network if isinstance(term, SoftLabel) else None
 
 
 def softmax(values: np.ndarray) -> np.ndarray:

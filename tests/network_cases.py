@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from builders import options_with
 
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options
 
 DESIGNS = ("mean", "concat", "region_aware")
 LAYOUTS = {
@@ -17,8 +18,8 @@ LAYOUTS = {
 }
 
 
-def config(fusion: str, **changes: object) -> MGMLConfig:
-    return MGMLConfig(fusion=fusion, width_factor=1.0, **changes)
+def config(fusion: str, **changes: object) -> Options:
+    return options_with(fusion=fusion, width_factor=1.0, **changes)
 
 
 def batch(patch: tuple[int, ...], modalities: int = 4, size: int = 2, extra: int = 0) -> torch.Tensor:

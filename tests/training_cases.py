@@ -27,8 +27,8 @@ def synthetic_batch(trainer: Any, spatial: tuple[int, ...] | None = None) -> dic
     return {
         "data": torch.randn(2, count, *spatial, generator=gen),
         "target": targets,
-        "available": torch.ones(2, trainer.num_modalities, dtype=torch.bool),
-        "modality_mask": torch.tensor([[True, False, True, True], [False, True, False, False]]),
+        "available": torch.ones(2, len(trainer.channels), dtype=torch.bool),
+        "visible": torch.tensor([[True, False, True, True], [False, True, False, False]]),
         "keys": ["a", "b"],
     }
 

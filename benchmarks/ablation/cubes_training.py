@@ -16,7 +16,7 @@ from cubes_variants import CHANNELS, Run
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
 
 from nnunetv2_mgml.dataloading.masking import build_sampler
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import SamplingOptions
 
 _WIDTHS = (32, 64, 128, 256, 320, 320)
 _POLY = 0.9
@@ -79,7 +79,7 @@ class Training:
             settings["batch"],
             patch,
             self.cubes.images.shape[-1],
-            build_sampler(MGMLConfig() if settings["stock"] else self.learner.config, CHANNELS),
+            build_sampler(SamplingOptions() if settings["stock"] else self.learner.options.sampling, CHANNELS),
             run.seed,
         )
         if settings["only"]:
@@ -159,7 +159,7 @@ class Training:
     def _ramp(self, share: torch.Tensor) -> torch.Tensor | float:
         if self.settings["stock"]:
             return 1.0
-        fraction = self.learner.config.ramp_up_fraction
+        fraction = self.learner.options.value("ramp_up_fraction")
         return (share / fraction).clamp(max=1) if fraction > 0 else 1.0
 
     def _capture(self) -> None:

@@ -217,7 +217,7 @@ def describe(
     return {
         "group": "cubes",
         "dataset": "cubes",
-        "design": training.learner.config.fusion if not run.training["stock"] else "none",
+        "design": training.learner.options.network.fusion if not run.training["stock"] else "none",
         "variant": run.name,
         "seed": run.seed,
         "finished": progress.over,
@@ -226,7 +226,7 @@ def describe(
         "equal_time": args.equal_time,
         "training": run.training,
         "options": run.options,
-        "resolved": None if run.training["stock"] else training.learner.config.as_dict(),
+        "resolved": None if run.training["stock"] else training.learner.options.as_dict(),
         "million": sum(p.numel() for p in training.learner.network.parameters()) / 1e6,
         "split": {"seed": SPLIT_SEED, **{part: len(cases) for part, cases in parts.items()}},
         "patients": {part: [cubes.patients[case] for case in parts[part]] for part in ("validation", "test")},

@@ -248,7 +248,7 @@ def _sensitivity(results: Sequence[Result]) -> str:
 
 def _value(result: Result, option: str) -> float:
     """Return the value of an option in a run, the trainer's default where it was not set."""
-    return float(getattr(result.run.config, option))
+    return float(result.run.config.value(option))
 
 
 def _one_modality(result: Result) -> float:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.commands.plan import NNUNET_KEYS
-from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig
-from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.training import TRAINERS
+from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -48,9 +50,9 @@ class Run:
         return RESULTS / self.group / f"{self.design}__{self.variant}__fold{self.fold}__seed{self.seed}.json"
 
     @property
-    def config(self) -> MGMLConfig:
+    def config(self) -> Options:
         """Every option of the plugin as the trainer resolves it, defaults included."""
-        return TRAINERS[self.trainer].resolve_config(
+        return TRAINERS[self.trainer].resolve_options(
             {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}}
         )
 
@@ -61,7 +63,7 @@ class Run:
         return json.loads(
             json.dumps(
                 {
-                    "is_mgml": issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML),
+                    "is_mgml": not issubclass(TRAINERS[self.trainer], nnUNetTrainerModalityDropout),
                     "config": self.config.as_dict(),
                     "plan": plan,
                     "dataset": self.dataset_settings,

@@ -33,6 +33,7 @@ def pages() -> dict[str, str]:
         "commands": commands(),
         "trainers": trainers(),
         "fusion-designs": fusion_designs(),
+        "terms": terms(),
         "metrics": metrics(),
     }
 
@@ -70,9 +71,9 @@ def api() -> str:
 
 def options() -> str:
     """Return the table of all options."""
-    from nnunetv2_mgml.plans.options import MGMLConfig
+    from nnunetv2_mgml.objective import Options
 
-    rows = [(f"`{name}`", f"`{default}`", text) for name, default, text in MGMLConfig.documentation()]
+    rows = [(f"`{name}`", f"`{default}`", text) for name, default, text in Options.documentation()]
     return f"# Options\n\n{_OPTIONS_NOTE}\n\n{table(('name', 'default', 'meaning'), rows)}\n"
 
 
@@ -151,6 +152,21 @@ def fusion_designs() -> str:
     return (
         f"# Fusion designs\n\nFor `mgml plan --set fusion=NAME`; what each does and where it differs from its paper: "
         f"[Fusion designs](../fusion.md).\n\n{table(heading, rows)}\n"
+    )
+
+
+def terms() -> str:
+    """Return the table of the registered loss terms."""
+    from nnunetv2_mgml.objective import loss_terms
+
+    rows = [
+        (f"`{name}`", term.summary, ", ".join(f"`{option}`" for option in term.option_group.names()))
+        for name, term in loss_terms().items()
+        if term.option_group is not None
+    ]
+    return (
+        f"# Loss terms\n\nIn the order in which they are computed; how to add one: [Loss terms](../terms.md).\n\n"
+        f"{table(('name', 'what it is', 'options'), rows)}\n"
     )
 
 

@@ -1,4 +1,7 @@
-"""``mgml info``: versions, folders and options, for users and bug reports (imports torch for ``--fusions`` only)."""
+"""``mgml info``: versions, folders and options, for users and bug reports.
+
+Only ``--fusions`` and ``--options`` import torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.upstream.registration import DISABLE_VARIABLE, EXT_DIR, EXT_VARIABLE, PTH_NAME
 
 _NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -99,10 +101,12 @@ def summary_text(state: dict[str, Any]) -> str:
 
 
 def options_text() -> str:
-    """Return every option of `MGMLConfig`: ``name = default`` and its explanation."""
+    """Return every option: ``name = default`` and its explanation."""
+    from nnunetv2_mgml.objective import Options
+
     return "\n".join(
         f"{name} = {default}\n{textwrap.indent(textwrap.fill(text, 112), '    ')}"
-        for name, default, text in MGMLConfig.documentation()
+        for name, default, text in Options.documentation()
     )
 
 

@@ -16,7 +16,9 @@ from nnunetv2_mgml import __version__
 from nnunetv2_mgml.commands.info import options_text
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import channel_index, channel_names
-from nnunetv2_mgml.plans.options import EXACT_REPETITION, PLANS_KEY, MGMLConfig, parse_assignments
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import EXACT_REPETITION, FUSION_REVISION, PLANS_KEY, NetworkOptions, parse_assignments
+from nnunetv2_mgml.plans.presets import PAPER, PRESETS, preset
 
 NNUNET_KEYS: dict[str, str] = {
     "batch_size": "samples per training step, a whole number >= 1",
@@ -28,24 +30,6 @@ NNUNET_KEYS: dict[str, str] = {
 STOCK_KEY = "stock_plans"
 """Key beside our options in the plans: the name of nnU-Net's plans they started from."""
 _STOCK_PLANS = "nnUNetPlans"
-_PAPER: dict[str, Any] = {
-    "patch_size": [80, 80, 80],
-    "batch_size": 1,
-    "optimizer": "adam",
-    "initial_lr": 2e-4,
-    "weight_decay": 1e-4,
-    "num_epochs": 900,
-    "num_iterations_per_epoch": 150,
-    "augmentation": "paper",
-    "complete_view_weight": 0.0,
-    "seed": 1024,
-    "deterministic": True,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "nnunet": {key: getattr(MGMLConfig(), key) for key in _PAPER if key not in NNUNET_KEYS},
-    "paper": _PAPER,
-}
-"""Preset -> what it sets; ``--set`` goes over it. ``nnunet`` also brings back the stock patch and batch size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plans_name", default="nnUNetMGMLPlans", help="name of the plans to write")
     parser.add_argument(
         "--preset",
-        choices=sorted(PRESETS),
+        choices=PRESETS,
         help="nnunet: back to nnU-Net's own training settings where the plans have those of paper; "
         "paper: those of the MGML paper ("
-        + ", ".join(f"{key}={value}" for key, value in PRESETS["paper"].items())
+        + ", ".join(f"{key}={value}" for key, value in PAPER.items())
         + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips"
         ". Default: what the plans have",
     )
@@ -95,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = parse_assignments(args.set)
     if args.preset == "paper" and "patch_size" not in wanted:
         _check_paper_patch(source, configurations)
-    changes = {**PRESETS.get(args.preset, {}), **wanted}
+    changes = {**(preset(args.preset) if args.preset else {}), **wanted}
     target = folder / f"{args.plans_name}.json"
     replaced = _plans_to_replace(target)
     channels = channel_names(_read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess"))
@@ -108,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     write_json(target, plans, indent=4)
     print(f"{'Replaced' if replaced else 'Wrote'} {target}")
     for key, value in plans[PLANS_KEY]["config"].items():
-        if replaced is not None and replaced[key] != value and key not in changes:
+        if replaced is not None and replaced.value(key) != value and key not in changes:
             print(
-                f"  {key} = {json.dumps(value)}, was {json.dumps(replaced[key])}; start from the old plans with "
+                f"  {key} = {json.dumps(value)}, was {json.dumps(replaced.value(key))}; start from the old plans with "
                 f"-p {args.plans_name} to keep it"
             )
     for key, value in changes.items():
@@ -133,7 +117,7 @@ def make_plans(
 
     Args:
         source: nnU-Net's plans, or plans of ours, whose options are then the ones to start from.
-        changes: options of `MGMLConfig` and `NNUNET_KEYS`.
+        changes: options of `Options` and `NNUNET_KEYS`.
         configurations: those in which `NNUNET_KEYS` are changed.
         plans_name: name of the new plans.
         channels: the dataset's modality names in channel order.
@@ -152,13 +136,13 @@ def make_plans(
         raise ValueError(
             f"The plans have no configuration {', '.join(unknown)}. Allowed: {', '.join(source['configurations'])}."
         )
-    options = {key: value for key, value in changes.items() if key not in NNUNET_KEYS}
-    if "fusion" in options:  # a design chosen now is meant as it is now, also in plans that were written earlier
-        options.setdefault("fusion_revision", MGMLConfig().fusion_revision)
-    config = MGMLConfig.from_plans(source).updated(options)
+    wanted = {key: value for key, value in changes.items() if key not in NNUNET_KEYS}
+    if "fusion" in wanted:  # a design chosen now is meant as it is now, also in plans that were written earlier
+        wanted.setdefault("fusion_revision", FUSION_REVISION)
+    options = Options.from_plans(source).updated(wanted)
     if {"fusion", "fusion_options", "fusion_revision"} & set(changes):
-        _check_fusion(config)
-    for name in config.modality_missing_rate:
+        _check_fusion(options.network)
+    for name in options.sampling.modality_missing_rate:
         channel_index(name, channels)
     plans = copy.deepcopy(source)
     for name in configurations:
@@ -167,7 +151,7 @@ def make_plans(
         _keep_pairs(source, plans)
     stock = source[PLANS_KEY].get(STOCK_KEY, _STOCK_PLANS) if PLANS_KEY in source else source["plans_name"]
     plans["plans_name"] = plans_name
-    plans[PLANS_KEY] = {"config": config.as_dict(), "version": __version__, STOCK_KEY: stock}
+    plans[PLANS_KEY] = {"config": options.as_dict(), "version": __version__, STOCK_KEY: stock}
     return plans
 
 
@@ -219,7 +203,7 @@ def dataset_folder(dataset: str) -> Path:
     )
 
 
-def _plans_to_replace(target: Path) -> dict[str, Any] | None:
+def _plans_to_replace(target: Path) -> Options | None:
     """Return the options of our plans in a file that is to be written, None where there is no file; refuse others'."""
     if not target.is_file():
         return None
@@ -229,7 +213,7 @@ def _plans_to_replace(target: Path) -> dict[str, Any] | None:
             f"--plans_name {target.stem} would overwrite {target}, which is not from mgml plan (nnU-Net's "
             f"own plans, for instance). Choose a name that is not taken, such as {target.stem}_MGML."
         )
-    return MGMLConfig.from_plans(content).as_dict()
+    return Options.from_plans(content)
 
 
 def _check_paper_patch(source: dict[str, Any], configurations: Sequence[str]) -> None:
@@ -237,25 +221,25 @@ def _check_paper_patch(source: dict[str, Any], configurations: Sequence[str]) ->
     for name in configurations:
         if name in source["configurations"] and len(own := _resolved(source, name)["patch_size"]) != 3:
             raise ValueError(
-                f"--preset paper sets the paper's patch_size {_PAPER['patch_size']}, but configuration "
+                f"--preset paper sets the paper's patch_size {PAPER['patch_size']}, but configuration "
                 f"{name} has {len(own)} axes. Give a patch of your own, for instance the plan's: --set "
                 f"patch_size={'x'.join(map(str, own))}; or choose a 3D configuration with -c."
             )
 
 
 def _check_keys(changes: dict[str, Any]) -> None:
-    unknown = [key for key in changes if key not in NNUNET_KEYS and key not in MGMLConfig.names()]
+    unknown = [key for key in changes if key not in NNUNET_KEYS and key not in Options.names()]
     if unknown:
         raise ValueError(
-            f"Unknown option {', '.join(unknown)}. Allowed: {', '.join(MGMLConfig.names())}; and, for the "
+            f"Unknown option {', '.join(unknown)}. Allowed: {', '.join(Options.names())}; and, for the "
             f"configurations named by -c: {', '.join(NNUNET_KEYS)}."
         )
 
 
-def _check_fusion(config: MGMLConfig) -> None:
+def _check_fusion(options: NetworkOptions) -> None:
     from nnunetv2_mgml.network.fusion import find_design
 
-    find_design(config.fusion).take_options(config.fusion_options, config.fusion_revision)
+    find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
 
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:

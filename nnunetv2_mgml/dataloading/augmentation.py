@@ -1,13 +1,13 @@
-"""nnU-Net's augmentation or the paper's, through the two hooks nnU-Net has for it."""
+"""nnU-Net's augmentation or the paper's: what the two hooks nnU-Net has for it return."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_mgml.dataloading.paper_augmentation import (
     ROTATION,
@@ -15,30 +15,41 @@ from nnunetv2_mgml.dataloading.paper_augmentation import (
     initial_patch_size,
     paper_training_transforms,
 )
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import TrainingOptions
+
+SpatialChoices = tuple[Any, bool, Any, Any]
+"""What nnU-Net's hook returns: rotation, whether slices are augmented in 2D, voxels to load per axis, mirror axes."""
 
 
-class AugmentationTrainer(nnUNetTrainer):
-    """nnU-Net's trainer that reads ``augmentation`` from the ``config`` its subclass sets."""
+def spatial_choices(options: TrainingOptions, patch_size: Sequence[int], stock: SpatialChoices) -> SpatialChoices:
+    """Return nnU-Net's choices, or the paper's rotation and the patch it needs; flips of all axes in both.
 
-    config: MGMLConfig
+    Args:
+        options: ``augmentation``.
+        patch_size: the network's input, voxels, plan axis order.
+        stock: nnU-Net's.
+    """
+    if options.augmentation != "paper":
+        return stock
+    _, dummy_2d, _, mirror_axes = stock
+    return OneAxisRotation(ROTATION), dummy_2d, initial_patch_size(patch_size, dummy_2d), mirror_axes
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, Any]:  # noqa: N802
-        """nnU-Net's choices, or the paper's rotation and the patch it needs; flips of all axes in both."""
-        rotation, dummy_2d, size, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        if self.config.augmentation == "paper":
-            rotation = OneAxisRotation(ROTATION)
-            size = initial_patch_size(self.configuration_manager.patch_size, dummy_2d)
-        return rotation, dummy_2d, size, mirror_axes
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's transforms, or the paper's; with ``deterministic`` none of them decides by the clock."""
-        if self.config.augmentation == "paper":
-            return paper_training_transforms(*args, **kwargs)
-        transforms = super().get_training_transforms(*args, **kwargs)
-        if self.config.deterministic:
-            stop_timing(transforms)
-        return transforms
+def training_transforms(
+    options: TrainingOptions, stock: Callable[..., ComposeTransforms], *args: Any, **kwargs: Any
+) -> BasicTransform:
+    """Return nnU-Net's transforms, or the paper's; with ``deterministic`` none of them decides by the clock.
+
+    Args:
+        options: ``augmentation`` and ``deterministic``.
+        stock: nnU-Net's ``get_training_transforms``, of which the rest are the arguments.
+    """
+    if options.augmentation == "paper":
+        return paper_training_transforms(*args, **kwargs)
+    transforms = stock(*args, **kwargs)
+    if options.deterministic:
+        stop_timing(transforms)
+    return transforms
 
 
 def stop_timing(transforms: ComposeTransforms) -> None:

@@ -20,8 +20,8 @@ from nnunetv2_mgml.inference.preprocessing import Item, Model
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import channel_names, subset_name
+from nnunetv2_mgml.network.interface import seeing
 from nnunetv2_mgml.upstream.export import export_case
-from nnunetv2_mgml.upstream.wrappers import bare
 
 _log = logging.getLogger(__name__)
 _WAITING_EXPORTS = 2
@@ -135,16 +135,11 @@ class SubsetEngine(nnUNetPredictor):
     def _logits(self, item: Item) -> np.ndarray:
         """Run the sliding window; returns ``(heads, z, y, x)`` float16 on the preprocessed grid."""
         threads = torch.get_num_threads()
-        network = bare(self.network)
-        told = hasattr(network, "set_availability")
         try:
-            if told:
-                network.set_availability(item["availability"])
-            return self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"])).cpu().numpy()
+            with seeing(self.network, item["availability"]):
+                return self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"])).cpu().numpy()
         finally:
             torch.set_num_threads(threads)
-            if told:
-                network.set_availability(None)
 
     def _export_call(self, item: Item, logits: np.ndarray, probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
         """Return a picklable function and its arguments: write the files, or return the label map."""

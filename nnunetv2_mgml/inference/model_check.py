@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 
-from nnunetv2_mgml.upstream.wrappers import bare
+from nnunetv2_mgml.network.interface import subset_network
 
 SUPPORTING_TRAINERS = "nnUNetTrainerMGML (and its variants), nnUNetTrainerModalityDropout"
 """Named in messages; what counts is the trainer's attribute ``supports_missing_modalities``."""
@@ -56,7 +56,7 @@ def check_supported(network: nn.Module, trainer_name: str) -> None:
     Raises:
         ValueError: it was not; the message says how to train one.
     """
-    if hasattr(bare(network), "set_availability"):
+    if subset_network(network) is not None:
         return
     trainer = recursive_find_trainer_class_by_name(trainer_name)
     if not getattr(trainer, "supports_missing_modalities", False):

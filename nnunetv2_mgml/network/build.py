@@ -1,4 +1,4 @@
-"""Build the network from plans: nnU-Net's architecture arguments and our `MGMLConfig`."""
+"""Build the network from plans: nnU-Net's architecture arguments and our options."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from nnunetv2_mgml.network.encoders import (
     silence_dropout_of_the_teacher,
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
+from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import NetworkOptions
 
 
 def count_modalities(configuration_manager: ConfigurationManager) -> int:
@@ -32,21 +33,23 @@ def count_modalities(configuration_manager: ConfigurationManager) -> int:
 
 def build_network(
     configuration_manager: ConfigurationManager,
-    config: MGMLConfig,
+    options: NetworkOptions,
     num_input_channels: int,
     num_output_channels: int,
     num_classes: int,
     deep_supervision: bool,
+    needs: Needs,
 ) -> MultiEncoderUNet:
     """Build and initialise a `MultiEncoderUNet`.
 
     Args:
         configuration_manager: the plan's configuration (architecture, patch size, channels).
-        config: our options.
+        options: our options of the network.
         num_input_channels: ``M`` plus a cascade's previous-stage channels.
         num_output_channels: ``R``, fused heads.
         num_classes: ``K``, label classes with background.
         deep_supervision: start value of ``network.decoder.deep_supervision``.
+        needs: of the loss terms; heads that no term needs are left out.
 
     Raises:
         ValueError: fewer than two modalities, or an unknown fusion design.
@@ -64,13 +67,13 @@ def build_network(
         configuration_manager.network_arch_init_kwargs_req_import,
         1 + num_input_channels - modalities,
         num_classes,
-        config.width_factor,
+        options.width_factor,
     )
     spec = encoder_spec(unet.encoder)
-    narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, config.decoder_width_ratio))
-    convs = config.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
+    narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
+    convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
-    if config.network_form == "early_fusion":
+    if options.network_form == "early_fusion":
         network = _early_fusion(
             narrow,
             modalities,
@@ -79,18 +82,19 @@ def build_network(
             num_classes,
             deep_supervision,
             configuration_manager,
-            config,
+            options,
+            needs,
         )
         return _initialized(network, unet)
     shared = None
-    if config.modality_decoder_weight > 0 or config.uses_soft_label:
+    if needs.modality:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
     network = MultiEncoderUNet(
         encoders=[
             NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels) for _ in range(modalities)
         ],
         fusion=build_fusion(
-            config.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, config)
+            options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options)
         ),
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
         modality_decoder=shared,
@@ -113,16 +117,17 @@ def _early_fusion(
     num_classes: int,
     deep_supervision: bool,
     configuration_manager: ConfigurationManager,
-    config: MGMLConfig,
+    options: NetworkOptions,
+    needs: Needs,
 ) -> EarlyFusionUNet:
     """Build the early-fusion form: stems, a fusion of one scale, and the trunk."""
-    whole = _fusion_spec(spec, modalities, num_classes, configuration_manager, config)
+    whole = _fusion_spec(spec, modalities, num_classes, configuration_manager, options)
     finest = dataclasses.replace(
         whole, channels=whole.channels[:1], kernel_sizes=whole.kernel_sizes[:1], strides=whole.strides[:1]
     )
-    fusion = build_fusion(config.fusion, finest)
+    fusion = build_fusion(options.fusion, finest)
     head = None
-    if config.modality_decoder_weight > 0 or config.uses_soft_label:
+    if needs.modality:
         head = pointwise(spec.conv_op)(spec.output_channels[0], num_classes, 1)
     return EarlyFusionUNet(
         encoders=[Stem(spec, 1 + num_input_channels - modalities) for _ in range(modalities)],
@@ -137,7 +142,7 @@ def _fusion_spec(
     modalities: int,
     num_classes: int,
     configuration_manager: ConfigurationManager,
-    config: MGMLConfig,
+    options: NetworkOptions,
 ) -> FusionSpec:
     def per_axis(sizes: list[list[int]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(int(n) for n in size) for size in sizes)
@@ -156,6 +161,6 @@ def _fusion_spec(
         nonlin=spec.nonlin,
         nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
         conv_bias=spec.conv_bias,
-        options=dict(config.fusion_options),
-        revision=config.fusion_revision,
+        options=dict(options.fusion_options),
+        revision=options.fusion_revision,
     )

@@ -8,6 +8,7 @@ features are left out of the fusion, so whatever an absent channel held cannot c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -15,7 +16,7 @@ from torch import nn
 
 from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
-from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
+from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import silence
 
 
@@ -41,25 +42,26 @@ class MultiEncoderUNet(nn.Module):
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
-        self._availability: tuple[bool, ...] | torch.Tensor | None = None
-        self._stored_mask: torch.Tensor | None = None
+        self._visible: torch.Tensor | None = None
+        self._visible_subset: tuple[bool, ...] | None = None
 
     @property
     def num_modalities(self) -> int:
         """``M``."""
         return len(self.encoders)
 
-    def set_availability(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
-        """Set the mask every later `forward` uses when it is given none (a whole case, or a validation batch).
+    def set_visible(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
+        """Set what every later `forward` sees that is given no view (a whole case, or a validation batch).
 
         Args:
-            subset: ``M`` bools (absent encoders are then not run), a ``(B, M)`` bool tensor, or None to forget it.
+            subset: ``M`` bools (encoders of the others are then not run), a ``(B, M)`` bool tensor, or None to forget
+                it. Use `nnunetv2_mgml.network.interface.seeing`, which takes it back.
 
         Raises:
             ValueError: wrong shape or dtype, or a sample without any modality.
         """
         if subset is None:
-            self._availability = self._stored_mask = None
+            self._visible_subset = self._visible = None
             return
         is_batch = isinstance(subset, torch.Tensor)
         mask = subset if is_batch else torch.tensor([[bool(present) for present in subset]])
@@ -70,8 +72,8 @@ class MultiEncoderUNet(nn.Module):
                 f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
                 f"modality out."
             )
-        self._availability = subset if is_batch else tuple(mask[0].tolist())
-        self._stored_mask = mask
+        self._visible = mask
+        self._visible_subset = None if is_batch else tuple(mask[0].tolist())
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.
@@ -131,69 +133,82 @@ class MultiEncoderUNet(nn.Module):
         logits = self.modality_decoder([f.flatten(0, 1) for f in features])
         return logits.unflatten(0, (batch, modalities))
 
+    @overload
+    def forward(self, x: torch.Tensor, view: View, needs: Needs) -> TrainingOutput: ...
+
+    @overload
     def forward(
         self,
         x: torch.Tensor,
+        view: View | torch.Tensor | None = None,
+        needs: None = None,
+        *,
         modality_mask: torch.Tensor | None = None,
-        available: torch.Tensor | None = None,
-        return_aux: bool = False,
-        with_teacher: bool = False,
-        teacher_input: torch.Tensor | None = None,
-        with_single: bool = False,
-        teacher_learns: bool = False,
-    ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
+    ) -> Logits: ...
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        view: View | torch.Tensor | None = None,
+        needs: Needs | None = None,
+        *,
+        modality_mask: torch.Tensor | None = None,
+    ) -> Logits | TrainingOutput:
         """Predict.
 
         Args:
             x: ``(B, M + P, *spatial)``: the modalities in channel order, then a cascade's previous-stage one-hot.
-            modality_mask: ``(B, M)`` bool, True = present for the prediction. None: what `set_availability` was told,
-                else read in-band (see `in_band_mask`).
-            available: ``(B, M)`` bool, the modalities each case has at all; None: ``modality_mask``.
-            return_aux: return a `TrainingOutput` instead of the logits.
-            with_teacher: with ``return_aux``, also predict from all available modalities, without gradient.
-            teacher_input: the teacher's own augmented view, shaped as ``x``; None: it reuses the student's features.
-            with_single: with ``return_aux``, also run the fusion decoder on each modality alone (rebalancing); their
-                teacher is that of ``with_teacher``, without it the prediction from ``modality_mask``.
-            teacher_learns: with ``with_teacher``, keep the teacher's gradient (``TrainingOutput.complete``).
+            view: what may be seen; a tensor ``(B, M)`` is what is visible. None: what `set_visible` was told, else read
+                in-band (see `in_band_mask`).
+            needs: what a training step's loss terms need; None: the prediction alone.
+            modality_mask: ``(B, M)`` bool, another name for a view that is a tensor.
 
         Returns:
-            What nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list highest resolution first.
+            Without ``needs``, what nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list,
+            highest resolution first. With them a `TrainingOutput`.
         """
         subset = None
-        if modality_mask is None:
-            stored = self._stored_mask
-            modality_mask = (
-                in_band_mask(x, self.num_modalities) if stored is None else stored.to(x.device).expand(x.shape[0], -1)
-            )
+        view = modality_mask if view is None else view
+        if view is None:
+            view = self._default_view(x)
             # a compiled network that looked at the bools would be compiled anew for every subset
-            if not torch.compiler.is_compiling() and isinstance(self._availability, tuple):
-                subset = self._availability
-        if available is None:
-            available = modality_mask
-        if not return_aux:
-            return self.fuse_decode(self.encode(zero_absent(x, available), subset), modality_mask)
-        features = self.encode(zero_absent(x, available))
-        images = zero_absent(x, available)[:, : self.num_modalities] if self.fusion.wants_images else None
-        student = self.decoder(features, modality_mask, self.fusion, images, available)
-        modality = None if self.modality_decoder is None else self.decode_modalities(features)
-        teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
-        single = self._decode_single(features, student if teacher is None else teacher) if with_single else None
+            if needs is None and not torch.compiler.is_compiling():
+                subset = self._visible_subset
+        elif isinstance(view, torch.Tensor):
+            view = View(view)
+        available = view.visible if view.available is None else view.available
+        shown = zero_absent(x, available)
+        if needs is None:
+            return self.fuse_decode(self.encode(shown, subset), view.visible)
+        features = self.encode(shown)
+        images = shown[:, : self.num_modalities] if self.fusion.wants_images else None
+        student = self.decoder(features, view.visible, self.fusion, images, available)
+        modality = self.decode_modalities(features) if needs.modality else None
+        complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
+        single = self._decode_single(features, complete or student) if needs.single else None
         return TrainingOutput(
             student.outputs,
-            modality,
-            None if teacher is None else teacher.outputs[0].detach(),
             student.auxiliary,
             student.loss,
+            modality,
+            None if complete is None else complete.outputs,
             single,
-            teacher.outputs if teacher and teacher_learns else None,
+            None if view.subsets is None else self._decode_further(features, view.subsets),
         )
 
-    def _teach(
-        self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
+    def _default_view(self, x: torch.Tensor) -> View:
+        if self._visible is None:
+            return View(in_band_mask(x, self.num_modalities))
+        return View(self._visible.to(x.device).expand(x.shape[0], -1))
+
+    def _decode_complete(
+        self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs
     ) -> Decoded:
+        """Predict from all that a case has, without dropout: a target, also where it learns itself."""
+        learns = needs.complete == "learns"
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), silence():
-            if own_input is not None:
-                features = self.encode(zero_absent(own_input, available))
+            if view.own_images is not None:
+                features = self.encode(zero_absent(view.own_images, available))
             return self.decoder(features if learns else [f.detach() for f in features], available, self.fusion)
 
     def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
@@ -206,6 +221,13 @@ class MultiEncoderUNet(nn.Module):
             teacher=[output.detach() for output in teacher.outputs],
             teacher_features=teacher.features.detach(),
         )
+
+    def _decode_further(self, features: list[torch.Tensor], subsets: torch.Tensor) -> list[torch.Tensor]:
+        """Predict from ``(B, S, M)`` subsets as one batch; returns ``(B, S, R, *spatial_s)`` per resolution."""
+        batch, count = subsets.shape[:2]
+        repeated = [f[:, None].expand(-1, count, *f.shape[1:]).flatten(0, 1) for f in features]
+        decoded = self.decoder(repeated, subsets.flatten(0, 1), self.fusion)
+        return [output.unflatten(0, (batch, count)) for output in decoded.outputs]
 
 
 def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

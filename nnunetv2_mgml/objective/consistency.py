@@ -42,10 +42,10 @@ def divergence_map(
         divergence = (log_target.exp() * (log_target - log_student)).sum(1)
         if truth is None:
             return divergence
-        return torch.where(better(log_target[:, None], log_student[:, None], truth)[:, 0], divergence, 0)
+        return torch.where(gives_truth_more(log_target[:, None], log_student[:, None], truth)[:, 0], divergence, 0)
 
 
-def better(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def gives_truth_more(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return where the teacher gives the true class more than the student does.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from nnunetv2_mgml.objective.consistency import better
+from nnunetv2_mgml.objective.consistency import gives_truth_more
 from nnunetv2_mgml.objective.tensors import at_least_float32, no_autocast, voxel_mean, weighted_mean
 
 
@@ -47,7 +47,7 @@ def soft_label_loss(
         kept = keep[:, 0] if valid is None else keep[:, 0] & valid
         if labels is not None:
             divergence = (target.exp()[:, None] * (target[:, None] - students)).sum(2)
-            taught = better(target[:, None], students, labels).to(divergence.dtype) * share.reshape(
+            taught = gives_truth_more(target[:, None], students, labels).to(divergence.dtype) * share.reshape(
                 *share.shape, *[1] * (divergence.ndim - 2)
             )
             return temperature**2 * weighted_mean(voxel_mean((taught * divergence).sum(1), kept), count[:, 0])

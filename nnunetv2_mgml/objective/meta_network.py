@@ -14,12 +14,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.objective.tensors import no_autocast
-from nnunetv2_mgml.plans.options import MGMLConfig
 
-REFERENCE_SHARPNESS = (1.0, 100.0)
-"""Range of beta and alpha in the published code."""
-REFERENCE_START = 98.02
-"""Where beta and alpha start in the published code."""
 _START_T1, _START_T2, _START_CONFIDENCE = 0.75, 0.85, 0.5
 
 
@@ -102,25 +97,3 @@ class MetaNetwork(nn.Module):
             t1, t2, w_f, beta, alpha = self.layers(inputs.to(self.layers[0].weight.dtype)).sigmoid().unbind(1)
             low, high = self.sharpness
             return MetaParameters(t1, t2, w_f, beta * (high - low) + low, alpha * (high - low) + low)
-
-
-def build_meta_network(config: MGMLConfig, num_modalities: int, num_classes: int) -> MetaNetwork | None:
-    """Return the MetaNetwork a configuration asks for, or None where no term needs one.
-
-    Args:
-        config: `MGMLConfig`; the readings ``paper`` and ``reference`` get the published layers and start values.
-        num_modalities: ``M``.
-        num_classes: ``K``, background included.
-    """
-    if not config.uses_soft_label or config.soft_label != "meta_amf":
-        return None
-    if config.reading != "ours":
-        return MetaNetwork(
-            num_modalities,
-            num_classes,
-            config.meta_hidden,
-            REFERENCE_SHARPNESS,
-            REFERENCE_START,
-            availability_bits=False,
-        )
-    return MetaNetwork(num_modalities, num_classes, config.meta_hidden, (config.sharpness_min, config.sharpness_max))

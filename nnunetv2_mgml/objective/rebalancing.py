@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from nnunetv2_mgml.network.outputs import SingleModalities
+from nnunetv2_mgml.network.interface import SingleModalities
 from nnunetv2_mgml.objective.consistency import divergence_map
 from nnunetv2_mgml.objective.tensors import at_least_float32, no_autocast, voxel_mean
 

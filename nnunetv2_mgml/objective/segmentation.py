@@ -129,7 +129,7 @@ def auxiliary_loss(
 ) -> torch.Tensor:
     """Dice + cross-entropy of auxiliary outputs at their own resolution, averaged over the outputs.
 
-    RFNet adds its four heads up; the mean keeps `MGMLConfig.auxiliary_weight` independent of how many a design has.
+    RFNet adds its four heads up; the mean keeps ``auxiliary_weight`` independent of how many a design has.
 
     Args:
         outputs: label logits, each ``(B, K, *spatial_s)``; may be empty.

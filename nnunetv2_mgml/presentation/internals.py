@@ -22,12 +22,11 @@ from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.preprocessing import Item, prepare_case
 from nnunetv2_mgml.io.volumes import VolumeError, check_file
 from nnunetv2_mgml.modalities import Subset, subset_name
+from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
-from nnunetv2_mgml.objective import MetaParameters, build_meta_network
-from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options, TermSpec
+from nnunetv2_mgml.objective.terms.soft_label import soft_label_of
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
-from nnunetv2_mgml.upstream.wrappers import bare
 
 _TRAINING_STATE = "mgml"
 """The trainer's key for it in a checkpoint."""
@@ -201,42 +200,30 @@ class _Patch:
         """Return label maps per modality, that of the soft label (or None), and the meta-parameters."""
         if self.network.modality_decoder is None:
             return {}, None, {}
-        log_probabilities = self.network.decode_modalities(features).float().log_softmax(2)
-        values = self._label_values(log_probabilities.shape[2])
-        winners = log_probabilities[0].argmax(1).cpu().numpy()
+        logits = self.network.decode_modalities(features)
+        values = self._label_values(logits.shape[2])
+        winners = logits[0].float().argmax(1).cpu().numpy()
         single = {
             name: values[winner]
             for name, winner, here in zip(self.channels, winners, self.present, strict=True)
             if here
         }
-        config = MGMLConfig.from_plans(self.predictor.plans_manager.plans)
-        if not config.uses_soft_label:
+        spec = TermSpec.of_prediction(
+            Options.from_plans(self.predictor.plans_manager.plans),
+            self.channels,
+            logits.shape[2],
+            self.predictor.label_manager.has_regions,
+        )
+        fused = soft_label_of(spec, self.model.training_state, logits, available)
+        if fused is None:
             return single, None, {}
-        if config.soft_label == "mean":
-            fused, shown = mean_fusion(log_probabilities, available, normalised=True), {}
-        else:
-            parameters = self._meta_parameters(config, log_probabilities, available)
-            if parameters is None:
-                return single, None, {}
-            fused = adaptive_fusion(log_probabilities, available, parameters, normalised=True)
-            shown = {name: float(getattr(parameters, name)[0]) for name in ("w_f", "beta", "alpha")}
-        return single, values[fused[0].argmax(0).cpu().numpy()], shown
-
-    def _meta_parameters(
-        self, config: MGMLConfig, log_probabilities: torch.Tensor, available: torch.Tensor
-    ) -> MetaParameters | None:
-        """Return what the MetaNetwork says of this patch; None where the checkpoint does not hold its state."""
-        if config.soft_label == "fixed":
-            return MetaParameters.fixed(1, config.fixed_confidence, config.fixed_sharpness, self.x.device)
-        state = self.model.training_state.get("meta_network")
-        network = build_meta_network(config, len(self.channels), log_probabilities.shape[2])
-        if state is None or network is None:
-            return None
-        network.load_state_dict(state)
-        return network.to(self.x.device)(log_probabilities.exp().flatten(3).mean(-1), available)
+        shown = {}
+        if fused.parameters is not None:
+            shown = {name: float(getattr(fused.parameters, name)[0]) for name in ("w_f", "beta", "alpha")}
+        return single, values[fused.scores[0].argmax(0).cpu().numpy()], shown
 
     def _label_values(self, classes: int) -> np.ndarray:
-        """Return the label value of each class of the shared decoder (see `losses.segmentation.label_target`)."""
+        """Return the label value of each class of the shared decoder (see `objective.segmentation.label_target`)."""
         manager = self.predictor.label_manager
         values = [0, *manager.regions_class_order] if manager.has_regions else list(manager.all_labels)
         return np.array(values[:classes])

@@ -5,8 +5,13 @@ from __future__ import annotations
 import csv
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import distributed as dist
 
 from nnunetv2_mgml.io.files import replacing
 
@@ -69,3 +74,40 @@ def read_log(path: str | os.PathLike[str]) -> list[Row]:
             {name: float(value) for name, value in row.items() if value not in ("", None)}
             for row in csv.DictReader(file)
         ]
+
+
+def epoch_row(epoch: int, learning_rate: float, means: Row, logger: Any, regions: Sequence[str]) -> Row:
+    """Return an epoch's row, in the order of its columns.
+
+    Args:
+        epoch: from 0.
+        learning_rate: of the network.
+        means: what `TrainingLog.means` returned, over all ranks.
+        logger: nnU-Net's, which holds this epoch's losses and pseudo Dice.
+        regions: names in the order of nnU-Net's pseudo Dice, see `region_names`.
+    """
+    row = {"epoch": epoch, "lr": learning_rate, **means}
+    row["train_total"] = float(logger.get_value("train_losses", step=-1))
+    row["val_loss"] = float(logger.get_value("val_losses", step=-1))
+    for name, dice in zip(regions, logger.get_value("dice_per_class_or_region", step=-1), strict=True):
+        row[f"pseudo_dice_{name}"] = float(dice)
+    row["pseudo_dice_mean"] = float(logger.get_value("mean_fg_dice", step=-1))
+    return row
+
+
+def region_names(dataset_json: Mapping[str, Any], label_manager: LabelManager) -> list[str]:
+    """Return the names of the regions, or of the foreground labels, in the order of nnU-Net's pseudo Dice."""
+    labels = dataset_json["labels"]
+    names = [name for name in labels if name not in ("background", "ignore")]
+    if not label_manager.has_regions:  # by label value; regions keep the order of dataset.json
+        names.sort(key=lambda name: np.max(labels[name]))
+    return [name.replace(" ", "_") for name in names]
+
+
+def mean_over_ranks(values: Row, is_ddp: bool) -> Row:
+    """Return the mean of every value over the processes of a distributed training."""
+    if not is_ddp:
+        return values
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return {name: float(np.mean([rank[name] for rank in gathered])) for name in values}

@@ -14,14 +14,14 @@ from nnunetv2_mgml.scoring.subset_report import drop_outdated_report, write_subs
 from nnunetv2_mgml.workflows.evaluate import ModelRequest, evaluate_model
 
 if TYPE_CHECKING:
-    from nnunetv2_mgml.training.base import MissingModalityTrainer
+    from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
 
 FOLDER = "subset_validation"
 """In the fold's folder; a validation of other weights replaces it, so no evaluation made by hand goes there."""
 
 
-def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) -> str:
+def validate_subsets(trainer: nnUNetTrainerMGML, weights_file: str | None) -> str:
     """Evaluate the fold's validation cases on every subset, without mirroring, and store what to expect of each.
 
     Mirroring would make it eight times slower; ``mgml evaluate`` by hand does mirror. The raw images are needed, as
@@ -48,7 +48,7 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
             allow_missing=True,
             device=trainer.device.type,
             mirroring=False,
-            cpu_bfloat16=trainer.config.cpu_bfloat16,
+            cpu_bfloat16=trainer.options.training.cpu_bfloat16,
             restart_if_changed=True,
             num_processes=min(4, os.cpu_count() or 1),
             show_progress=False,
@@ -71,7 +71,7 @@ def validate_subsets(trainer: MissingModalityTrainer, weights_file: str | None) 
     return f"{text}; quality to expect per subset, quoted by predictions: {report}"
 
 
-def drop_report_of_other_weights(trainer: MissingModalityTrainer) -> None:
+def drop_report_of_other_weights(trainer: nnUNetTrainerMGML) -> None:
     """Delete the model folder's `REPORT_NAME` if it speaks of other weights of the trainer's fold, and log it."""
     if drop_outdated_report(trainer.output_folder_base, trainer.fold):
         trainer.print_to_log_file(f"Deleted {REPORT_NAME}: it was of other weights of fold {trainer.fold}.")

@@ -20,8 +20,8 @@ from nnunetv2_mgml.commands.plan import NNUNET_KEYS
 from nnunetv2_mgml.ext import mgml_trainers
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets, subset_name
 from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.phantom import Difficulty
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
 MODULES = ("settings", "data", "collect", "pages", "figure", "report", "run")
@@ -60,7 +60,7 @@ def test_settings_are_valid(ablation: SimpleNamespace) -> None:
     runs = ablation.settings.all_runs(settings)
     assert len({run.file for run in runs}) == len(runs) == len({run.name for run in runs})
     for run in runs:
-        MGMLConfig().updated({k: v for k, v in run.options.items() if k not in NNUNET_KEYS})
+        Options().updated({k: v for k, v in run.options.items() if k not in NNUNET_KEYS})
         assert hasattr(mgml_trainers, run.trainer), run.trainer
         assert run.design in fusion_designs()
     Difficulty(**settings["datasets"]["phantom"]["difficulty"])
@@ -138,7 +138,7 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
 def test_only_one_subset_is_seen(ablation: SimpleNamespace) -> None:
     from nnunetv2_mgml.dataloading.masking import build_sampler
 
-    sampler = build_sampler(MGMLConfig().updated(ablation.settings.only("t1+t2")), BRATS_CHANNELS)
+    sampler = build_sampler(Options().updated(ablation.settings.only("t1+t2")).sampling, BRATS_CHANNELS)
     rng = np.random.default_rng(0)
     drawn = sampler.sample(np.ones((200, 4), bool), rng)
     assert (drawn == [True, False, True, False]).all()

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nnunetv2_mgml.dataloading.masking import SubsetSampler
 from nnunetv2_mgml.network.fusion import fusion_designs
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -137,6 +138,27 @@ def test_prediction(step: SimpleNamespace, name: str) -> None:
             one = network(x, modality_mask=training.batch.visible)
         assert (together.shape, one.shape) == ((2, 15, 3, 16, 16, 16), (2, 3, 16, 16, 16))
         assert (together.device, together.dtype) == (one.device, one.dtype) == (CUDA, torch.float16)
+
+
+def test_patches_of_the_cubes(step: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step of `benchmarks/ablation/cubes.py` draws."""
+    monkeypatch.syspath_prepend(str(FOLDER / "ablation"))
+    data = importlib.import_module("cubes_data")
+    drawn = data.draw([0, 1, 2], 5, 2, 16, 20, SubsetSampler("uniform_subset", (0.5,) * 4), 0)
+    with FakeTensorMode():
+        images, regions = (
+            torch.empty(3, channels, 20, 20, 20, dtype=kind, device=CUDA)
+            for channels, kind in ((4, torch.float32), (3, torch.bool))
+        )
+        draws = data.Draws(*(torch.empty(t.shape, dtype=t.dtype, device=CUDA) for t in drawn))
+        number = torch.empty(1, dtype=torch.int64, device=CUDA)
+        with NoCopies():
+            patches, inside = data.cut(data.Cubes(images, regions, []), draws.at(number), 16)
+            targets = step.at_scales(inside, step.make_plan((16, 16, 16), 3))
+    assert (patches.shape, patches.device, patches.dtype) == ((2, 4, 16, 16, 16), CUDA, torch.float32)
+    assert [t.shape[2:] for t in targets] == [(16, 16, 16), (8, 8, 8)]
+    for name in ("cubes_data", "cubes_variants"):
+        del sys.modules[name]
 
 
 def stray(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import pytest
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.commands import info
 from nnunetv2_mgml.commands.main import COMMANDS, _HelpFormatter, main
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.upstream.registration import DISABLE_VARIABLE, EXT_DIR, EXT_VARIABLE, PTH_NAME
 
 
@@ -48,9 +48,7 @@ def test_unknown_command_lists_the_commands(capsys):
         ["--version"],
         ["info"],
         ["info", "--json"],
-        ["info", "--options"],
         ["info", "--ext-dir"],
-        ["plan", "--list"],
         ["nonsense"],
     ],
 )
@@ -169,7 +167,7 @@ def test_info_ext_dir_is_only_the_folder(capsys):
 def test_info_options_and_fusions(capsys):
     main(["info", "--options"])
     options = capsys.readouterr().out.splitlines()
-    assert [line.split(" = ")[0] for line in options if " = " in line and line[0] != " "] == list(MGMLConfig.names())
+    assert [line.split(" = ")[0] for line in options if " = " in line and line[0] != " "] == list(Options.names())
     main(["info", "--fusions"])
     from nnunetv2_mgml.network.fusion import fusion_designs
 

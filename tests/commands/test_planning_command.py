@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from builders import options_with
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from planning_cases import DATASET, plans_that_inherit, resolved
 
 from nnunetv2_mgml.commands import plan as planning
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -55,13 +56,13 @@ def test_command_writes_plans_nnunet_reads(folder, capsys):
     assert (manager.plans_name, configuration.patch_size) == ("nnUNetMGMLPlans", [64, 64, 48])
     assert configuration.batch_dice is True
     assert configuration.data_identifier == "nnUNetPlans_3d_fullres"
-    assert MGMLConfig.from_plans(manager.plans) == MGMLConfig(fusion="mean", num_epochs=3)
+    assert Options.from_plans(manager.plans) == options_with(fusion="mean", num_epochs=3)
 
 
 def test_paper_preset_and_set_over_it(folder):
     planning.run(parse("-d", DATASET, "--preset", "paper", "--set", "seed=7"))
     plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
-    assert MGMLConfig.from_plans(plans) == MGMLConfig(
+    assert Options.from_plans(plans) == options_with(
         optimizer="adam",
         initial_lr=2e-4,
         weight_decay=1e-4,
@@ -84,8 +85,8 @@ def test_preset_nnunet_takes_the_paper_back(folder):
         parse("-d", DATASET, "--preset", "paper", "-c", "3d_fullres", "3d_bs4", "3d_small", "--set", "fusion=mean")
     )
     planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "temperature=3"))
-    kept = MGMLConfig.from_plans(json.loads((folder / "nnUNetMGMLPlans.json").read_text()))
-    assert (kept.optimizer, kept.seed) == ("adam", 1024)  # no preset: what the plans have
+    kept = Options.from_plans(json.loads((folder / "nnUNetMGMLPlans.json").read_text()))
+    assert (kept.training.optimizer, kept.training.seed) == ("adam", 1024)  # no preset: what the plans have
     planning.run(
         parse(
             "-d",
@@ -103,7 +104,7 @@ def test_preset_nnunet_takes_the_paper_back(folder):
         )
     )
     plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
-    assert MGMLConfig.from_plans(plans) == MGMLConfig(fusion="mean", temperature=3.0)
+    assert Options.from_plans(plans) == options_with(fusion="mean", temperature=3.0)
     for name in ("3d_fullres", "3d_bs4", "3d_small"):
         assert resolved(plans, name) == {**resolved(stock, name), "batch_size": 3}
 
@@ -242,5 +243,5 @@ def test_a_failed_write_leaves_the_old_plans(folder, monkeypatch):
 def test_list_names_every_option(capsys):
     assert planning.run(parse("--list")) == 0
     out = capsys.readouterr().out
-    assert all(f"{name} = " in out for name in MGMLConfig.names())
+    assert all(f"{name} = " in out for name in Options.names())
     assert all(f"\n{key}\n" in out for key in planning.NNUNET_KEYS)

@@ -246,7 +246,7 @@ def test_default_is_nnunets_own(nnunet_folders: Path) -> None:
 
 
 def paper_kinds(trainer: Any, augmentation: str) -> list[Any]:
-    trainer.config = trainer.config.updated({"augmentation": augmentation})
+    trainer.options = trainer.options.updated({"augmentation": augmentation})
     return trainer.get_training_transforms((16, 16, 16), 0.1, None, (0, 1, 2), False).transforms
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, plans
+from builders import BRATS_JSON, options_with, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -17,11 +17,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.dataloading.availability import cache_path, case_availability, present_channels
-from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
+from nnunetv2_mgml.dataloading.loader import MGMLDataLoader, visible_modalities
 from nnunetv2_mgml.dataloading.masking import SubsetSampler, build_sampler, missing_rates
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 SCHEMES = ("uniform_subset", "uniform_count", "bernoulli", "fixed")
 
@@ -87,9 +86,9 @@ def test_empty_sample_is_refused() -> None:
 
 def test_rates_by_name_and_alias() -> None:
     assert missing_rates({"T1c": 0.2, "t2f": 0.9}, BRATS_CHANNELS) == (0.5, 0.2, 0.5, 0.9)
-    config = MGMLConfig(mask_sampling="bernoulli", modality_missing_rate={"dwi": 0.1})
+    config = options_with(mask_sampling="bernoulli", modality_missing_rate={"dwi": 0.1})
     with pytest.raises(ValueError, match="Unknown modality 'dwi'"):
-        build_sampler(config, BRATS_CHANNELS)
+        build_sampler(config.sampling, BRATS_CHANNELS)
 
 
 # --- availability -----------------------------------------------------------------------------------------------------
@@ -210,12 +209,14 @@ def test_batch_is_nnunets_with_a_mask_beside_it(tmp_path: Path) -> None:
     stock = loader(tmp_path, nnUNetDataLoader).generate_train_batch()
     np.random.seed(0)
     ours = loader(tmp_path).generate_train_batch()
-    assert set(ours) == {*stock, "available", "modality_mask"}
+    assert set(ours) == {*stock, "available", "visible", "modality_mask"}
     assert torch.equal(ours["data"], stock["data"])
     assert torch.equal(ours["target"], stock["target"])
     assert ours["available"].all()
-    assert ours["modality_mask"].dtype == torch.bool
-    assert ours["modality_mask"].shape == (2, 4)
+    assert ours["visible"].dtype == torch.bool
+    assert ours["visible"].shape == (2, 4)
+    assert visible_modalities(ours) is ours["modality_mask"] is ours["visible"]
+    assert visible_modalities({"modality_mask": ours["visible"]}) is ours["visible"], "the older name alone"
 
 
 def test_masks_follow_numpys_seed(tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_masks_follow_numpys_seed(tmp_path: Path) -> None:
     for seed in (1, 1, 2):
         np.random.seed(seed)
         generator = loader(tmp_path)
-        masks.append(torch.stack([generator.generate_train_batch()["modality_mask"] for _ in range(8)]))
+        masks.append(torch.stack([generator.generate_train_batch()["visible"] for _ in range(8)]))
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
@@ -254,7 +255,7 @@ def test_missing_channels_stay_zero_through_nnunets_augmentation(tmp_path: Path)
         assert not batch["data"][:, [1, 3]].any()
         assert batch["data"][:, 0].any()
         assert batch["available"].tolist() == [[True, False, True, False]] * 2
-        assert not batch["modality_mask"][:, [1, 3]].any()
+        assert not batch["visible"][:, [1, 3]].any()
 
 
 def test_teacher_view_changes_intensities_of_modalities_only() -> None:

@@ -78,7 +78,7 @@ def test_ratios(text: str, ratio: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["paper2021", "7", "0:1:1", "1:0:1", "a:b:c", "7:1:2:3"])
 def test_bad_ratios(text: str) -> None:
-    with pytest.raises(ValueError, match="Allowed: paper2020, paper2023, .*or train:validation:test"):
+    with pytest.raises(ValueError, match=r"Allowed: paper2020, paper2023, .*or train:validation:test"):
         parse_ratio(text)
 
 

@@ -101,18 +101,29 @@ def test_absent_encoders_do_not_run_and_the_mask_is_forgotten_afterwards(auto: M
         hook.remove()
     assert calls[2] > 0
     assert calls[:2] + calls[3:] == [0, 0, 0]
-    assert auto.network._availability is None
+    assert auto.network._visible is None
 
 
 class Thresholds(nn.Module):
     """Brightness of the present modalities against three thresholds: a network whose answer can be foreseen."""
 
-    def set_availability(self, subset: tuple[bool, ...] | None) -> None:
+    num_modalities = 4
+
+    def set_visible(self, subset: tuple[bool, ...] | None) -> None:
         self.subset = subset
+
+    def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
+        return [x]
+
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.compare(features[0], row.tolist()) for row in subsets], 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.subset is not None
-        brightness = x[:, list(self.subset)].mean(1, keepdim=True)
+        return self.compare(x, list(self.subset))
+
+    def compare(self, x: torch.Tensor, subset: list[bool]) -> torch.Tensor:
+        brightness = x[:, subset].mean(1, keepdim=True)
         return 10 * (brightness - torch.tensor([0.4, 1.6, 2.5]).reshape(1, 3, 1, 1, 1))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import network
+from builders import network, options_with
 from network_cases import LAYOUTS, batch
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.network.interface import Needs, View
 
 FUSIONS = [
     ("demoseg", {}),
@@ -21,7 +21,7 @@ FUSIONS = [
 
 
 def early(fusion: str = "demoseg", options: dict[str, object] | None = None, **kwargs: object) -> EarlyFusionUNet:
-    config = MGMLConfig(fusion=fusion, fusion_options=options or {}, network_form="early_fusion", width_factor=1.0)
+    config = options_with(fusion=fusion, fusion_options=options or {}, network_form="early_fusion", width_factor=1.0)
     torch.manual_seed(0)
     return network(config, **kwargs)
 
@@ -88,7 +88,7 @@ def test_a_training_step_reaches_every_parameter(fusion: str, options: dict[str,
         net.zero_grad()
         mask = (torch.arange(4) == m).expand(2, -1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = net(x, mask, available, return_aux=True, with_teacher=True, teacher_learns=True)
+            output = net(x, View(mask, available), Needs(complete="learns", modality=True))
         parts = (*output.student, output.modality, output.fusion_loss, *output.complete)
         sum(part.float().square().mean() for part in parts).backward()
         assert [name for name, p in net.named_parameters() if p.grad is None] == []
@@ -115,7 +115,7 @@ def test_two_forms_are_two_networks() -> None:
     from nnunetv2_mgml.training.compatibility import network_differences
 
     plans = [
-        {"configurations": {}, "mgml": {"config": MGMLConfig(fusion="mean", network_form=form).as_dict()}}
+        {"configurations": {}, "mgml": {"config": options_with(fusion="mean", network_form=form).as_dict()}}
         for form in ("multi_encoder", "early_fusion")
     ]
     assert network_differences(*plans, "3d_fullres") == ["network_form was 'multi_encoder', is now 'early_fusion'"]

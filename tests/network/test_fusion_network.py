@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import network
+from builders import network, options_with
 from fusion_cases import QUICK, VARIANTS
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.network.interface import Needs, View
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 designs = pytest.mark.parametrize("name", [*fusion_designs(), *VARIANTS])
 LAYOUTS = {
@@ -33,7 +33,7 @@ def make_network(name: str, layout: str = "3d", seed: int = 0) -> MultiEncoderUN
     fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(seed)
     net = network(
-        MGMLConfig(fusion=fusion, fusion_options=options, width_factor=1.0),
+        options_with(fusion=fusion, fusion_options=options, width_factor=1.0),
         modalities=3,
         deep_supervision=True,
         **LAYOUTS[layout],
@@ -73,9 +73,9 @@ def test_skipped_encoders_give_the_masked_result(name: str) -> None:
     for subset in all_subsets(3):
         with torch.no_grad():
             masked = net(x, modality_mask=torch.tensor([subset]))
-            net.set_availability(subset)
+            net.set_visible(subset)
             skipped = net(x)
-            net.set_availability(None)
+            net.set_visible(None)
         torch.testing.assert_close(masked[0], skipped[0], atol=1e-5, rtol=1e-5)
 
 
@@ -96,17 +96,12 @@ def test_training_step(name: str, learns: bool) -> None:
     """Student and teacher in one pass: every parameter gets a finite gradient, the teacher has no noise."""
     net = make_network(name).train()
     x, mask = image(batch=2), torch.tensor([[True, False, False], [False, True, True]])
-    arguments = {
-        "modality_mask": mask,
-        "available": torch.ones(2, 3).bool(),
-        "return_aux": True,
-        "with_teacher": True,
-        "teacher_learns": learns,
-    }
-    output, again = net(x, **arguments), net(x, **arguments)
-    assert torch.equal(output.teacher, again.teacher)
-    assert not output.teacher.requires_grad
-    parts = [*output.student, output.modality, *output.auxiliary, output.fusion_loss, *(output.complete or [])]
+    view = View(mask, torch.ones(2, 3).bool())
+    needs = Needs(complete="learns" if learns else "target", modality=True)
+    output, again = net(x, view, needs), net(x, view, needs)
+    assert all(torch.equal(a, b) for a, b in zip(output.complete, again.complete, strict=True))
+    assert all(scale.requires_grad == learns for scale in output.complete)
+    parts = [*output.student, output.modality, *output.auxiliary, output.fusion_loss, *output.complete]
     sum(part.square().mean() for part in parts).backward()
     for key, parameter in net.named_parameters():
         assert parameter.grad is not None, key
@@ -118,19 +113,15 @@ def test_a_learning_teacher_compiles_and_stays_silent(name: str) -> None:
     """Its pass is part of the one graph, and the student after it is as noisy as before."""
     net = make_network(name, "2d").train()
     x, mask = image("2d"), torch.tensor([[True, False, True]])
-    arguments = {
-        "modality_mask": mask,
-        "available": torch.ones(1, 3).bool(),
-        "return_aux": True,
-        "with_teacher": True,
-        "teacher_learns": True,
-    }
+    arguments = (View(mask, torch.ones(1, 3).bool()), Needs(complete="learns", modality=True))
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        torch.testing.assert_close(compiled(x, **arguments).teacher, net(x, **arguments).teacher, atol=1e-4, rtol=1e-4)
-    noisy = not torch.equal(net(x, **arguments).student[0], net(x, **arguments).student[0])
-    assert noisy == (not torch.equal(compiled(x, **arguments).student[0], compiled(x, **arguments).student[0]))
+        torch.testing.assert_close(
+            compiled(x, *arguments).complete[0], net(x, *arguments).complete[0], atol=1e-4, rtol=1e-4
+        )
+    noisy = not torch.equal(net(x, *arguments).student[0], net(x, *arguments).student[0])
+    assert noisy == (not torch.equal(compiled(x, *arguments).student[0], compiled(x, *arguments).student[0]))
 
 
 def discs(generator: torch.Generator, batch: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +142,7 @@ def test_learns_from_the_modality_that_shows_the_label(name: str) -> None:
     fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(0)
     net = network(
-        MGMLConfig(fusion=fusion, fusion_options=options, width_factor=1.0),
+        options_with(fusion=fusion, fusion_options=options, width_factor=1.0),
         heads=2,
         classes=2,
         modalities=2,
@@ -162,7 +153,7 @@ def test_learns_from_the_modality_that_shows_the_label(name: str) -> None:
     subsets = torch.tensor(list(all_subsets(2)))
     for _ in range(200):
         x, label = discs(generator)
-        output = net(x, modality_mask=subsets[torch.randint(3, (4,), generator=generator)], return_aux=True)
+        output = net(x, View(subsets[torch.randint(3, (4,), generator=generator)]), Needs())
         auxiliary = sum(F.cross_entropy(F.interpolate(logits, size=(16, 16)), label) for logits in output.auxiliary)
         loss = F.cross_entropy(output.student[0], label) + auxiliary + output.fusion_loss
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from builders import configuration, network
+from builders import configuration, network, options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_cases import DESIGNS, batch, config
@@ -15,8 +15,7 @@ from torch import nn
 from nnunetv2_mgml.network import encoders
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.encoders import plan_unet, scaled_widths, silence_dropout_of_the_teacher
-from nnunetv2_mgml.network.outputs import TrainingOutput
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View, seeing, subset_network
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 5])
@@ -51,14 +50,13 @@ def test_deep_supervision_is_switched_as_nnunet_does() -> None:
 def test_training_output(fusion: str) -> None:
     net = network(config(fusion), deep_supervision=True)
     mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    out = net(
-        batch((16, 16, 16)), modality_mask=mask, available=torch.ones_like(mask), return_aux=True, with_teacher=True
-    )
+    out = net(batch((16, 16, 16)), View(mask, torch.ones_like(mask)), Needs(complete="target", modality=True))
     assert isinstance(out, TrainingOutput)
     assert len(out.student) == 2
     assert out.modality.shape == (2, 4, 4, 16, 16, 16)
-    assert out.teacher.shape == out.student[0].shape
-    assert not out.teacher.requires_grad
+    assert [scale.shape for scale in out.complete] == [scale.shape for scale in out.student]
+    assert not any(scale.requires_grad for scale in out.complete)
+    assert out.single is out.subsets is None
     assert out.fusion_loss.shape == ()
     assert len(out.auxiliary) == (2 if fusion == "region_aware" else 0)  # full resolution has none
 
@@ -67,15 +65,15 @@ def test_teacher_is_the_complete_pass_and_student_the_incomplete_one() -> None:
     net = network(deep_supervision=True)
     x, mask = batch((16, 16, 16)), torch.tensor([[True, False, True, True], [False, True, False, False]])
     available = torch.tensor([[True, True, True, True], [True, True, False, True]])
-    out = net(x, modality_mask=mask, available=available, return_aux=True, with_teacher=True)
-    assert torch.allclose(out.teacher, net(x, modality_mask=available)[0], atol=1e-6)
+    out = net(x, View(mask, available), Needs(complete="target"))
+    assert torch.allclose(out.complete[0], net(x, modality_mask=available)[0], atol=1e-6)
     assert torch.allclose(out.student[0], net(x, modality_mask=mask)[0], atol=1e-6)
 
 
 def test_gradients_reach_every_parameter_and_none_comes_from_the_teacher() -> None:
     net = network(config("region_aware"), deep_supervision=True)
     mask = torch.tensor([[True, False, False, False], [False, True, True, True]])
-    out = net(batch((16, 16, 16)), modality_mask=mask, available=torch.ones_like(mask), return_aux=True)
+    out = net(batch((16, 16, 16)), View(mask, torch.ones_like(mask)), Needs(modality=True))
     total = sum(o.square().mean() for o in [*out.student, out.modality, *out.auxiliary])
     total.backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -84,9 +82,9 @@ def test_gradients_reach_every_parameter_and_none_comes_from_the_teacher() -> No
 
 
 def test_no_decoder_that_no_loss_needs() -> None:
-    net = network(MGMLConfig(fusion="mean", width_factor=1.0, modality_decoder_weight=0.0, soft_label="none"))
+    net = network(options_with(fusion="mean", width_factor=1.0, modality_decoder_weight=0.0, soft_label="none"))
     assert net.modality_decoder is None
-    out = net(batch((16, 16, 16)), return_aux=True)
+    out = net(batch((16, 16, 16)), None, Needs())
     assert out.modality is None
     with pytest.raises(RuntimeError, match="no modality decoder"):
         net.decode_modalities(net.encode(batch((16, 16, 16))))
@@ -97,11 +95,9 @@ def test_compiles_without_graph_breaks(fusion: str) -> None:
     net = network(config(fusion), deep_supervision=True)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    arguments = dict(
-        modality_mask=mask, available=torch.ones_like(mask), return_aux=True, with_teacher=True, teacher_learns=True
-    )
+    view, needs = View(mask, torch.ones_like(mask)), Needs(complete="learns", modality=True)
     x = batch((16, 16, 16))
-    assert torch.allclose(compiled(x, **arguments).student[0], net(x, **arguments).student[0], atol=1e-5)
+    assert torch.allclose(compiled(x, view, needs).student[0], net(x, view, needs).student[0], atol=1e-5)
 
 
 def test_state_dict_round_trip_is_strict_and_holds_no_training_state() -> None:
@@ -159,7 +155,7 @@ def test_one_modality_is_refused() -> None:
 
 def test_unknown_fusion_lists_the_designs() -> None:
     with pytest.raises(ValueError, match="region_aware"):
-        network(MGMLConfig(fusion="nope"))
+        network(options_with(fusion="nope"))
 
 
 def test_decoders_work_at_a_share_of_the_encoders_width() -> None:
@@ -177,7 +173,9 @@ def test_decoders_work_at_a_share_of_the_encoders_width() -> None:
 def test_decoder_convolutions_are_the_plans_or_ours(convs: int | None, expected: int) -> None:
     plan = configuration((16, 16, 16))
     plan["architecture"]["arch_kwargs"]["n_conv_per_stage_decoder"] = [2, 2]
-    net = build_network(ConfigurationManager(plan), config("concat", decoder_convs=convs), 4, 3, 4, False)
+    net = build_network(
+        ConfigurationManager(plan), config("concat", decoder_convs=convs).network, 4, 3, 4, False, Needs(modality=True)
+    )
     assert [len(stage.convs) for stage in net.decoder.stages] == [expected] * 2
     assert [len(stage.convs) for stage in net.modality_decoder.stages] == [expected] * 2
 
@@ -186,12 +184,51 @@ def test_decoder_convolutions_are_the_plans_or_ours(convs: int | None, expected:
 def test_a_learning_teacher_gives_the_same_prediction_with_gradient(fusion: str) -> None:
     net = network(config(fusion), deep_supervision=True)
     mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    arguments = {"modality_mask": mask, "available": torch.ones_like(mask), "return_aux": True, "with_teacher": True}
-    plain = net(batch((16, 16, 16)), **arguments)
-    learning = net(batch((16, 16, 16)), **arguments, teacher_learns=True)
-    assert plain.complete is None
-    assert torch.equal(plain.teacher, learning.teacher)
-    assert torch.equal(learning.complete[0].detach(), learning.teacher)
-    assert not learning.teacher.requires_grad
+    view = View(mask, torch.ones_like(mask))
+    plain, learning = (net(batch((16, 16, 16)), view, Needs(complete=kind)) for kind in ("target", "learns"))
+    for target, learns in zip(plain.complete, learning.complete, strict=True):
+        assert torch.equal(target, learns)
+        assert not target.requires_grad
     sum(output.sum() for output in learning.complete).backward()
     assert all(p.grad is not None for encoder in net.encoders for p in encoder.parameters())
+
+
+def test_further_subsets_are_decoded_as_one_batch() -> None:
+    """Each is what a view of that subset alone gives; the other outputs keep their bits."""
+    net = network(config("region_aware"), deep_supervision=True).eval()
+    x, visible = batch((16, 16, 16)), torch.tensor([[True, False, True, True], [False, True, False, False]])
+    subsets = torch.tensor(
+        [
+            [[True, False, False, False], [True, True, False, True], [False, False, True, False]],
+            [[False, True, False, False], [True, True, True, True], [False, False, False, True]],
+        ]
+    )
+    available = torch.ones_like(visible)
+    with torch.no_grad():
+        plain = net(x, View(visible, available), Needs())
+        more = net(x, View(visible, available, subsets=subsets), Needs(subsets=3))
+        assert all(torch.equal(a, b) for a, b in zip(plain.student, more.student, strict=True))
+        assert [tuple(scale.shape[:3]) for scale in more.subsets] == [(2, 3, 3)] * 2
+        for index in range(3):
+            alone = net(x, View(subsets[:, index], available))
+            for scale, expected in zip(more.subsets, alone, strict=True):
+                assert torch.allclose(scale[:, index], expected, atol=1e-5)
+
+
+def test_needs_of_several_terms_join() -> None:
+    joined = Needs(complete="target", subsets=2).union(Needs(complete="learns", modality=True, subsets=1))
+    assert joined == Needs(complete="learns", modality=True, subsets=3)
+    assert Needs(complete="target").union(Needs()) == Needs(complete="target")
+
+
+def test_a_network_sees_a_subset_for_a_while() -> None:
+    net, x = network().eval(), batch((16, 16, 16))
+    with torch.no_grad():
+        before = net(x)
+        with seeing(torch.compile(net, backend="eager"), (True, False, False, True)):
+            assert torch.equal(net(x), net(x, torch.tensor([[True, False, False, True]] * 2)))
+        assert torch.equal(net(x), before)
+    stock = torch.nn.Conv3d(4, 1, 1)
+    assert subset_network(stock) is None
+    with seeing(stock, (True, False, False, True)):
+        stock(x)

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_mgml.inference.subsets.predictor import ManySubsets
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View
 from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
-from nnunetv2_mgml.network.outputs import TrainingOutput
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.plans.options import NetworkOptions
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -48,9 +48,9 @@ def test_stored_subset_equals_mask(fusion: str) -> None:
     with torch.no_grad():
         for subset in all_subsets(4):
             by_mask = net(x, modality_mask=torch.tensor([subset]))
-            net.set_availability(subset)
+            net.set_visible(subset)
             by_subset = net(x)
-            net.set_availability(None)
+            net.set_visible(None)
             assert torch.allclose(by_mask, by_subset, atol=1e-6)
 
 
@@ -59,7 +59,7 @@ def test_absent_encoders_do_not_run_at_inference() -> None:
     calls: list[int] = []
     for m, encoder in enumerate(net.encoders):
         encoder.register_forward_hook(lambda *_, m=m: calls.append(m))
-    net.set_availability((False, True, False, True))
+    net.set_visible((False, True, False, True))
     with torch.no_grad():
         net(batch((16, 16, 16)))
     assert calls == [1, 3]
@@ -73,7 +73,7 @@ def test_compiled_once_for_all_subsets() -> None:
     x = batch((16, 16, 16), size=1)
     with torch.no_grad():
         for subset in all_subsets(4):
-            net.set_availability(subset)
+            net.set_visible(subset)
             torch.testing.assert_close(compiled(x), net(x), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
 
@@ -81,11 +81,11 @@ def test_compiled_once_for_all_subsets() -> None:
 def test_auxiliary_outputs_under_a_stored_subset() -> None:
     net = network(config("concat"))
     x = batch((16, 16, 16))
-    net.set_availability((False, True, False, True))
-    output = net(x, return_aux=True)
+    net.set_visible((False, True, False, True))
+    output = net(x, None, Needs())
     assert isinstance(output, TrainingOutput)
     mask = torch.tensor([[False, True, False, True]]).expand(2, -1)
-    assert torch.equal(output.student[0], net(x, modality_mask=mask, return_aux=True).student[0])
+    assert torch.equal(output.student[0], net(x, View(mask), Needs()).student[0])
 
 
 @pytest.mark.parametrize("fusion", DESIGNS)
@@ -135,9 +135,9 @@ def test_in_band_mask_is_used_when_nobody_passes_one() -> None:
         torch.tensor([[True] * 4, [False] * 4]),
     ],
 )
-def test_bad_availability_is_refused(bad: object) -> None:
+def test_bad_subset_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match=r"Expected 4 bools with at least one True.*Leave samples without"):
-        network().set_availability(bad)
+        network().set_visible(bad)
 
 
 @pytest.mark.parametrize("fusion", ["mean", "concat", "region_aware"])
@@ -145,7 +145,7 @@ def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
     """With stock widths: one of four modalities at most 0.45 of all four, 15 subsets at most 4 full predictions."""
     plan = configuration((32, 32, 32), stages=4, widths=[32, 64, 128, 256])
     plan["architecture"]["arch_kwargs"].update(n_conv_per_stage=[2] * 4, n_conv_per_stage_decoder=[2] * 3)
-    net = build_network(ConfigurationManager(plan), MGMLConfig(fusion=fusion), 4, 3, 4, False).eval()
+    net = build_network(ConfigurationManager(plan), NetworkOptions(fusion=fusion), 4, 3, 4, False, Needs()).eval()
     x = batch((32, 32, 32), size=1)
 
     def flops(function: Callable[[], object]) -> int:
@@ -154,7 +154,7 @@ def test_arithmetic_of_subsets_stays_low(fusion: str) -> None:
         return counter.get_total_flops()
 
     def predict(subset: tuple[bool, ...]) -> int:
-        net.set_availability(subset)
+        net.set_visible(subset)
         return flops(lambda: net(x))
 
     full = predict((True,) * 4)

@@ -5,18 +5,19 @@ The data: an ellipsoid tumour, class shares about 0.87, 0.01, 0.10, 0.02, and sm
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from loss_cases import nnunet_loss
+from loss_cases import meta_network_of, nnunet_loss, objective_of
 from torch.nn import functional as F
 
-from nnunetv2_mgml.objective import build_meta_network
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
 from nnunetv2_mgml.objective.consistency import consistency_loss
 from nnunetv2_mgml.objective.distillation import soft_label_loss
 from nnunetv2_mgml.objective.segmentation import modality_segmentation_loss
 from nnunetv2_mgml.objective.voxel_masking import keep_map
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 ALL = torch.ones(2, 4).bool()
 SEEN = torch.tensor([[True, False, True, False], [False, True, False, False]])
@@ -50,10 +51,10 @@ def pull(loss: torch.Tensor, at: torch.Tensor) -> float:
 def ratios(labels: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
     """Gradient of L_SL relative to the modality loss, and of L_CR relative to nnU-Net's loss, all weighted."""
     torch.manual_seed(0)
-    config = MGMLConfig()
+    config = SimpleNamespace(**Options().as_dict())
     target = torch.stack([labels >= k for k in (1, 2, 3)], 1)
     logits.requires_grad_()
-    meta = build_meta_network(config, 4, 4)(logits.detach().softmax(2).mean((3, 4, 5)), ALL)
+    meta = meta_network_of(objective_of(Options()))(logits.detach().softmax(2).mean((3, 4, 5)), ALL)
     fused = adaptive_fusion(logits, ALL, meta).detach()
     keep = keep_map(fused.softmax(1), meta.w_f, config.mask_ratio, config.mask_mode)
     taught = config.soft_label_weight * soft_label_loss(logits, fused, ALL, keep, config.temperature)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import bools, randn
+from builders import options_with
+from loss_cases import bools, meta_network_of, objective_of, randn
 
-from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters, build_meta_network
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
 
 
 def count(network: MetaNetwork) -> int:
@@ -14,7 +15,7 @@ def count(network: MetaNetwork) -> int:
 
 @pytest.mark.parametrize("reading", ["paper", "reference"])
 def test_published_layers_and_start_values(reading: str) -> None:
-    network = build_meta_network(MGMLConfig(reading=reading), 4, 4)
+    network = meta_network_of(objective_of(options_with(reading=reading)))
     assert count(network) == 1413
     start = network(torch.full((3, 4, 4), 0.25), torch.ones(3, 4).bool())
     for name, value, tolerance in (
@@ -28,7 +29,7 @@ def test_published_layers_and_start_values(reading: str) -> None:
 
 
 def test_our_start_is_undecided_and_inside_the_useful_range() -> None:
-    network = build_meta_network(MGMLConfig(), 4, 4)
+    network = meta_network_of(objective_of(Options()))
     assert count(network) == 20 * 64 + 64 + 64 * 5 + 5
     start = network(torch.rand(2, 4, 4).softmax(2), torch.ones(2, 4).bool())
     assert start.w_f.tolist() == pytest.approx([0.5] * 2, abs=0.01)
@@ -92,8 +93,8 @@ def test_only_one_configuration_has_a_meta_network() -> None:
         {"soft_label": "none"},
         {"soft_label_weight": 0.0},
     ):
-        assert build_meta_network(MGMLConfig().updated(changes), 4, 4) is None
-    assert build_meta_network(MGMLConfig(), 4, 4).sharpness == (0.5, 20.0)
+        assert meta_network_of(objective_of(Options().updated(changes))) is None
+    assert meta_network_of(objective_of(Options())).sharpness == (0.5, 20.0)
 
 
 def test_start_outside_the_range_is_refused() -> None:

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from loss_cases import bools, kl, log_softmax, parameters, randn, softmax
 
 from nnunetv2_mgml.objective.meta_network import MetaParameters
-from nnunetv2_mgml.objective.readings import (
-    paper_consistency_loss,
-    paper_soft_label_loss,
-    raw_fusion,
-    reference_consistency_loss,
-    reference_soft_label_loss,
-)
+from nnunetv2_mgml.objective.published.fusion import raw_fusion
+from nnunetv2_mgml.objective.published.paper import paper_consistency_loss, paper_soft_label_loss
+from nnunetv2_mgml.objective.published.reference import reference_consistency_loss, reference_soft_label_loss
 
 
 def log_sum_exp(values: np.ndarray) -> float:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loss_cases import bools, labels_of, nnunet_loss, randn, slow_divergence, slow_prototype_distances
+from loss_cases import bools, labels_of, nnunet_loss, objective_of, randn, slow_divergence, slow_prototype_distances
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 
-from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
-from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
+from nnunetv2_mgml.network.interface import SingleModalities, TrainingOutput, View
+from nnunetv2_mgml.objective import ObjectiveValue, Options
+from nnunetv2_mgml.objective.balance import ModalityBalance
 from nnunetv2_mgml.objective.rebalancing import Balance, rebalancing_terms, relative_preference
 from nnunetv2_mgml.objective.segmentation import modality_segmentation_loss
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 K, M, C, SHAPE = 4, 3, 5, (6, 4, 4)
 AVAILABLE = torch.tensor([[True, True, True], [True, False, True]])
@@ -180,9 +180,15 @@ def test_nothing_to_count_costs_nothing() -> None:
 class Step:
     """One training step with everything on, MGML's terms included."""
 
-    def __init__(self, changes: dict[str, Any] | None = None, regions: bool = True, ignore: bool = False) -> None:
+    def __init__(
+        self,
+        changes: dict[str, Any] | None = None,
+        regions: bool = True,
+        ignore: bool = False,
+        batch_dice: bool = False,
+    ) -> None:
         torch.manual_seed(0)
-        self.config = MGMLConfig().updated(
+        self.config = Options().updated(
             {"rebalancing": "passion", "mask_ratio": 0.0, "complete_view_weight": 0.0, **(changes or {})}
         )
         self.single = single(regions, scales=2)
@@ -197,25 +203,32 @@ class Step:
         heads = K - 1 if regions else K
         self.output = TrainingOutput(
             [randn(2, heads, *x.shape[1:], seed=s) for s, x in enumerate((self.labels, coarse))],
-            self.modality,
-            randn(2, heads, *SHAPE, seed=9),
             [],
             torch.zeros(()),
+            self.modality,
+            [randn(2, heads, *SHAPE, seed=9)],
             self.single,
         )
         stock = DeepSupervisionWrapper(nnunet_loss(regions, K if ignore else None), [1.0, 0.0])
-        self.loss = MGMLLoss(
+        self.loss = objective_of(
             self.config,
-            stock,
+            M,
+            K,
             regions=regions,
-            num_classes=K,
+            segmentation_loss=stock,
             ignore_label=K if ignore else None,
-            meta_network=build_meta_network(self.config, M, K),
+            batch_dice=batch_dice,
         )
 
-    def run(self, ramp: float = 1.0, balance: Balance | None = BALANCE) -> Any:
-        mask = torch.tensor([[True, False, False], [False, False, True]])
-        return self.loss(self.output, self.target, mask, AVAILABLE, ramp, balance)
+    @property
+    def balance(self) -> ModalityBalance:
+        return self.loss.terms["rebalancing"].balance
+
+    def run(self, ramp: float = 1.0, balance: Balance | None = BALANCE) -> ObjectiveValue:
+        if balance is not None and "rebalancing" in self.loss.terms:
+            self.balance.beta, self.balance.count_weights = balance.beta.double(), balance.count.double()
+        visible = torch.tensor([[True, False, False], [False, False, True]])
+        return self.loss(self.output, self.target, View(visible, AVAILABLE), ramp)
 
 
 @pytest.mark.parametrize("regions", [True, False])
@@ -223,7 +236,7 @@ class Step:
 @pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
 def test_total_is_the_published_sum(regions: bool, ignore: bool, ramp: float) -> None:
     step = Step({"modality_decoder_weight": 0.7}, regions, ignore)
-    total, parts, distance = step.run(ramp)
+    total, parts, *_ = step.run(ramp)
     expected = (
         parts["segmentation"]
         + 0.7 * parts["modality"]
@@ -245,7 +258,7 @@ def test_total_is_the_published_sum(regions: bool, ignore: bool, ramp: float) ->
         regions=regions,
         valid=None if step.valid is None else [step.valid, step.valid[:, ::2, ::2, ::2]],
     )
-    assert torch.equal(distance, own.distance)
+    assert torch.allclose(step.balance._sums[0], own.distance.sum(0))
     assert parts["distillation"].item() == pytest.approx(own.distillation.item())
     # r_m beta_m w_m sep_m; in the warm-up the switch is open for all
     weights = (1 + ramp * (own.switch - 1)) * BALANCE.beta * BALANCE.count
@@ -274,9 +287,9 @@ def test_absent_modalities_learn_nothing_and_every_input_takes_part() -> None:
 def test_off_is_what_it_was() -> None:
     """The same numbers with and without the students' output, and no new entry in the log."""
     step = Step({"rebalancing": "none"})
-    without = step.loss(step.output._replace(single=None), step.target, AVAILABLE, AVAILABLE)
+    without = step.loss(step.output._replace(single=None), step.target, View(AVAILABLE))
     found = step.run()
-    assert set(found.parts) == {
+    assert set(found.parts | found.noted) == {
         "segmentation",
         "modality",
         "fusion",
@@ -289,7 +302,6 @@ def test_off_is_what_it_was() -> None:
         "beta",
         "alpha",
     }
-    assert found.distance is None
     assert torch.equal(found.parts["modality"], without.parts["modality"])
 
 
@@ -300,13 +312,12 @@ def test_without_knowledge_all_modalities_weigh_the_same() -> None:
 
 def test_works_without_mgml_and_without_the_shared_decoder() -> None:
     step = Step({"soft_label": "none", "consistency_weight": 0.0, "modality_decoder_weight": 0.0})
-    step.output = step.output._replace(modality=None, teacher=None)
+    step.output = step.output._replace(modality=None)
     assert set(step.run().parts) == {"segmentation", "fusion", "distillation", "prototype"}
 
 
 def test_batch_dice_keeps_absent_modalities_out() -> None:
-    step = Step()
-    step.loss.batch_dice = True
+    step = Step(batch_dice=True)
     step.run().total.backward()
     assert not step.modality.grad[~AVAILABLE].any()
     assert step.modality.grad.isfinite().all()
@@ -315,10 +326,10 @@ def test_batch_dice_keeps_absent_modalities_out() -> None:
 def test_missing_output_and_readings_are_refused() -> None:
     step = Step()
     step.output = step.output._replace(single=None)
-    with pytest.raises(ValueError, match="with_single=True, or set rebalancing to none"):
+    with pytest.raises(ValueError, match=r"returned no single\. Call it with the needs"):
         step.run()
     with pytest.raises(ValueError, match=r"rebalancing=passion needs reading=ours; got reading=paper"):
-        MGMLConfig().updated({"rebalancing": "passion", "reading": "paper"})
+        Options().updated({"rebalancing": "passion", "reading": "paper"})
 
 
 def test_compiles_without_graph_breaks() -> None:

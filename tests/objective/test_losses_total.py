@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import bools, labels_of, nnunet_loss, randn
+from builders import options_with
+from loss_cases import bools, labels_of, meta_network_of, nnunet_loss, objective_of, randn
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
-from nnunetv2_mgml.network.outputs import TrainingOutput
-from nnunetv2_mgml.objective import LossTerms, MGMLLoss, build_meta_network
+from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View
+from nnunetv2_mgml.objective import ObjectiveValue
 from nnunetv2_mgml.objective.segmentation import auxiliary_loss, modality_segmentation_loss
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 K, M, SHAPE = 4, 3, (6, 5, 4)
 AVAILABLE = torch.tensor([[True, True, True], [True, False, True]])
@@ -32,9 +32,10 @@ class Step:
         modalities: int = M,
         available: torch.Tensor = AVAILABLE,
         mask: torch.Tensor = MASK,
+        stock: nn.Module | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.config = MGMLConfig(complete_view_weight=0.0).updated(changes or {})
+        self.config = options_with(complete_view_weight=0.0).updated(changes or {})
         batch, heads = len(available), K - 1 if regions else K
         self.student = [
             randn(batch, heads, *(n // 2**s for n in shape), seed=s).requires_grad_() for s in range(2 if deep else 1)
@@ -62,22 +63,26 @@ class Step:
         )
         self.labels = torch.where(labels < K, labels, 0)
         self.valid = labels < K if ignore else None
-        stock = nnunet_loss(regions, K if ignore else None)
-        self.meta = build_meta_network(self.config, modalities, K)
-        self.loss = MGMLLoss(
+        stock = stock or nnunet_loss(regions, K if ignore else None)
+        self.loss = objective_of(
             self.config,
-            DeepSupervisionWrapper(stock, [0.7, 0.3]) if deep else stock,
+            modalities,
+            K,
             regions=regions,
-            num_classes=K,
+            segmentation_loss=DeepSupervisionWrapper(stock, [0.7, 0.3]) if deep else stock,
             ignore_label=K if ignore else None,
-            meta_network=self.meta,
         )
+        self.meta = meta_network_of(self.loss)
+
+    @property
+    def view(self) -> View:
+        return View(self.mask, self.available)
 
     def output(self) -> TrainingOutput:
-        return TrainingOutput(self.student, self.modality, self.teacher, [self.auxiliary], self.fusion_loss)
+        return TrainingOutput(self.student, [self.auxiliary], self.fusion_loss, self.modality, [self.teacher])
 
-    def run(self, ramp: float = 1.0) -> LossTerms:
-        return self.loss(self.output(), self.target, self.mask, self.available, ramp)
+    def run(self, ramp: float = 1.0) -> ObjectiveValue:
+        return self.loss(self.output(), self.target, self.view, ramp)
 
     def gradients(self, ramp: float = 1.0) -> dict[str, torch.Tensor | None]:
         self.run(ramp).total.backward()
@@ -109,7 +114,8 @@ def test_total_is_the_weighted_sum_of_its_parts(regions: bool, ignore: bool, dee
         ignore,
         deep,
     )
-    total, parts, _ = step.run(ramp=0.5)
+    found = step.run(ramp=0.5)
+    total, parts = found.total, found.parts | found.noted
     expected = (
         1.5 * (parts["segmentation"] + 0.7 * parts["modality"] + 0.4 * (parts["auxiliary"] + parts["fusion"]))
         + 0.5 * (0.8 * parts["soft_label"] + 0.03 * parts["consistency"])
@@ -132,7 +138,7 @@ def test_total_is_the_weighted_sum_of_its_parts(regions: bool, ignore: bool, dee
         "beta",
         "alpha",
     }
-    stock = step.loss.segmentation_loss(step.student if deep else step.student[0], step.target)
+    stock = step.loss.spec.segmentation_loss(step.student if deep else step.student[0], step.target)
     assert torch.equal(parts["segmentation"], stock)
     assert parts["modality"].item() == pytest.approx(
         modality_segmentation_loss(step.modality, step.labels, step.valid, step.available).item(), rel=1e-6
@@ -234,9 +240,9 @@ def test_two_samples_equal_two_batches() -> None:
     for b in (0, 1):
         s = slice(b, b + 1)
         output = TrainingOutput(
-            [step.student[0][s]], step.modality[s], step.teacher[s], [step.auxiliary[s]], step.fusion_loss
+            [step.student[0][s]], [step.auxiliary[s]], step.fusion_loss, step.modality[s], [step.teacher[s]]
         )
-        single.append(step.loss(output, step.target[s], step.mask[s], step.available[s]).total)
+        single.append(step.loss(output, step.target[s], View(step.mask[s], step.available[s])).total)
     assert both.item() == pytest.approx((sum(single) / 2).item(), rel=1e-5)
 
 
@@ -254,10 +260,12 @@ def test_half_precision_under_autocast_is_finite(reading: str, dtype: torch.dtyp
     assert step.student[0].grad.isfinite().all()
 
 
-def test_meta_network_is_not_owned() -> None:
+def test_its_parameters_are_the_meta_networks_and_have_an_optimiser() -> None:
     step = Step()
-    assert not list(step.loss.parameters())
-    assert not step.loss.state_dict()
+    (optimizer,) = step.loss.optimizers
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in step.loss.parameters()} == {id(p) for p in step.meta.parameters()}
+    assert not Step({"soft_label": "fixed"}).loss.optimizers
 
 
 def test_meta_network_learns_the_ground_truth() -> None:
@@ -280,13 +288,12 @@ def test_meta_network_learns_the_ground_truth() -> None:
 
 @pytest.mark.parametrize("objective", ["ground_truth", "soft_label"])
 def test_compiles_without_graph_breaks(objective: str) -> None:
-    step = Step({"mask_ratio": 0.0, "meta_objective": objective})
-    step.loss.segmentation_loss = _MeanSquare()  # nnU-Net's own loss is nnU-Net's business
+    step = Step({"mask_ratio": 0.0, "meta_objective": objective}, stock=_MeanSquare())  # nnU-Net's is its business
     compiled = torch.compile(step.loss, backend="aot_eager", fullgraph=True)
     eager = step.run()
-    traced = compiled(step.output(), step.target, step.mask, step.available, 1.0)
-    for name, value in eager.parts.items():
-        torch.testing.assert_close(traced.parts[name], value, msg=name)
+    traced = compiled(step.output(), step.target, step.view, 1.0)
+    for name, value in eager.columns.items():
+        torch.testing.assert_close(traced.columns[name], value, msg=name)
     expected = torch.autograd.grad(eager.total, [step.modality, *step.meta.parameters()])
     found = torch.autograd.grad(traced.total, [step.modality, *step.meta.parameters()])
     for a, b in zip(found, expected, strict=True):
@@ -298,31 +305,24 @@ class _MeanSquare(nn.Module):
         return (output - target.float()).square().mean()
 
 
-def test_configuration_errors_name_the_fix() -> None:
-    meta = build_meta_network(MGMLConfig(), M, K)
-    stock = nnunet_loss(True)
-    with pytest.raises(ValueError, match="needs a MetaNetwork"):
-        MGMLLoss(MGMLConfig(), stock, regions=True, num_classes=K)
-    with pytest.raises(ValueError, match="uses no MetaNetwork"):
-        MGMLLoss(MGMLConfig(soft_label="mean"), stock, regions=True, num_classes=K, meta_network=meta)
-    with pytest.raises(ValueError, match="soft_label=mean needs reading=ours; got reading=paper"):
-        MGMLLoss(MGMLConfig(soft_label="mean", reading="paper"), stock, regions=True, num_classes=K)
+def test_an_output_that_lacks_something_is_refused() -> None:
     step = Step()
     for missing, message in (
-        ({"modality": None}, "modality logits"),
-        ({"teacher": None}, "with_teacher=True"),
+        ({"modality": None}, r"returned no modality\. Call it with the needs of the objective: .*modality=True"),
+        ({"complete": None}, r"returned no complete\. .*complete='target'"),
         ({"modality": step.modality[:, :, 1:]}, rf"3 classes, the labels {K} .*num_classes={K}"),
     ):
         with pytest.raises(ValueError, match=message):
-            step.loss(step.output()._replace(**missing), step.target, step.mask, step.available)
+            step.loss(step.output()._replace(**missing), step.target, step.view)
 
 
 def test_baseline_needs_neither_modalities_nor_teacher() -> None:
     step = Step({"soft_label": "none", "consistency_weight": 0.0, "modality_decoder_weight": 0.0})
-    output = step.output()._replace(modality=None, teacher=None, auxiliary=[])
-    terms = step.loss(output, step.target, step.mask, step.available)
+    assert step.loss.needs == Needs()
+    output = step.output()._replace(modality=None, complete=None, auxiliary=[])
+    terms = step.loss(output, step.target, step.view)
     assert terms.total.item() == pytest.approx((terms.parts["segmentation"] + 0.25).item())
-    assert set(terms.parts) == {"segmentation", "fusion"}
+    assert set(terms.columns) == {"train_segmentation", "train_fusion"}
 
 
 def test_works_with_a_meta_network_wrapped_for_ddp(tmp_path: Any) -> None:
@@ -330,8 +330,9 @@ def test_works_with_a_meta_network_wrapped_for_ddp(tmp_path: Any) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         plain, wrapped = Step({"mask_ratio": 0.0}), Step({"mask_ratio": 0.0})
-        parallel = nn.parallel.DistributedDataParallel(wrapped.meta)
-        wrapped.loss = MGMLLoss(wrapped.config, nnunet_loss(True), regions=True, num_classes=K, meta_network=parallel)
+        wrapped.loss.distribute(nn.parallel.DistributedDataParallel)
+        assert isinstance(meta_network_of(wrapped.loss), nn.parallel.DistributedDataParallel)
+        assert set(wrapped.loss.training_state()["meta_network"]) == set(wrapped.meta.state_dict())
         for _ in range(2):  # the second pass fails where the first left a parameter without gradient
             wrapped.run(ramp=0.0).total.backward()
         plain.run(ramp=0.0).total.backward()
@@ -346,12 +347,11 @@ def test_works_with_a_meta_network_wrapped_for_ddp(tmp_path: Any) -> None:
 def test_complete_view_is_supervised_by_nnunets_loss(deep: bool) -> None:
     step = Step({"complete_view_weight": 0.5, "consistency_weight": 0.0}, deep=deep)
     complete = [randn(*student.shape, seed=9).requires_grad_() for student in step.student]
-    with pytest.raises(ValueError, match="teacher_learns=True"):
-        step.run()
+    assert step.loss.needs.complete == "learns"
     output = step.output()._replace(complete=complete)
-    total, parts, _ = step.loss(output, step.target, step.mask, step.available)
-    stock = step.loss.segmentation_loss(complete if deep else complete[0], step.target)
-    assert torch.equal(parts["complete"], stock.detach())
-    total.backward()
+    found = step.loss(output, step.target, step.view)
+    stock = step.loss.spec.segmentation_loss(complete if deep else complete[0], step.target)
+    assert torch.equal(found.parts["complete"], stock.detach())
+    found.total.backward()
     (gradient,) = torch.autograd.grad(0.5 * stock, complete[:1])
     assert torch.allclose(complete[0].grad, gradient)

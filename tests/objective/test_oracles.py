@@ -6,9 +6,10 @@ import pytest
 import torch
 from oracle_cases import Oracle
 
-from nnunetv2_mgml.network.outputs import SingleModalities
-from nnunetv2_mgml.objective.meta_network import REFERENCE_SHARPNESS, REFERENCE_START, MetaNetwork, MetaParameters
-from nnunetv2_mgml.objective.readings import raw_fusion, reference_consistency_loss, reference_soft_label_loss
+from nnunetv2_mgml.network.interface import SingleModalities
+from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
+from nnunetv2_mgml.objective.published.fusion import REFERENCE_SHARPNESS, REFERENCE_START, raw_fusion
+from nnunetv2_mgml.objective.published.reference import reference_consistency_loss, reference_soft_label_loss
 from nnunetv2_mgml.objective.rebalancing import modality_divergence, prototype_distances, relative_preference
 
 EVERYONE = torch.ones(1, 4, dtype=torch.bool)

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+from builders import options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -17,8 +18,8 @@ from planning_cases import DATASET, nnunet_plans, plans_that_inherit, resolved
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.commands import plan as planning
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans import topology
-from nnunetv2_mgml.plans.options import MGMLConfig
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 
@@ -106,7 +107,7 @@ def test_options_go_into_a_block_and_nothing_else_changes(stock):
     plans = planning.make_plans(source, {"num_epochs": 5, "temperature": 2}, ["3d_fullres"], "Mine", CHANNELS)
     assert source == stock
     assert plans.pop("mgml") == {
-        "config": MGMLConfig(num_epochs=5, temperature=2.0).as_dict(),
+        "config": options_with(num_epochs=5, temperature=2.0).as_dict(),
         "version": __version__,
         "stock_plans": "nnUNetPlans",
     }
@@ -117,7 +118,7 @@ def test_options_go_into_a_block_and_nothing_else_changes(stock):
 def test_options_start_from_those_in_the_plans(stock):
     first = planning.make_plans(stock, {"num_epochs": 5}, ["3d_fullres"], "One", CHANNELS)
     second = planning.make_plans(first, {"seed": 3}, ["3d_fullres"], "Two", CHANNELS)
-    assert MGMLConfig.from_plans(second) == MGMLConfig(num_epochs=5, seed=3)
+    assert Options.from_plans(second) == options_with(num_epochs=5, seed=3)
 
 
 def test_inheritance_is_respected(stock):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from inference_cases import CHANNELS, image, write_image, write_model
+from loss_cases import meta_network_of, objective_of
 from report_cases import write_evaluation
 
 from nnunetv2_mgml.commands import main as cli
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.preprocessing import prepare_case
 from nnunetv2_mgml.modalities import all_subsets
-from nnunetv2_mgml.objective import build_meta_network
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion
-from nnunetv2_mgml.plans.options import MGMLConfig
 from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
 from nnunetv2_mgml.presentation.internals import LoadedModel, compute_internals, load_model, nearest
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
     torch.manual_seed(5)
-    meta = build_meta_network(MGMLConfig(), 4, 4)
+    meta = meta_network_of(objective_of(Options()))
     torch.nn.init.normal_(meta.layers[2].bias)
     torch.save({**checkpoint, "mgml": {"meta_network": meta.state_dict()}}, file)
     return folder
@@ -96,7 +96,7 @@ def test_soft_label_is_the_one_of_training(model: Path, case: tuple[Case, Path])
         data = preprocessed(loaded, case[0])
         features = loaded.network.encode(data)
         logits = loaded.network.decode_modalities(features)
-        meta = build_meta_network(MGMLConfig(), 4, 4)
+        meta = meta_network_of(objective_of(Options()))
         meta.load_state_dict(loaded.training_state["meta_network"])
         parameters = meta(logits.softmax(2).mean((3, 4, 5)), torch.ones(1, 4, dtype=torch.bool))
     for name in ("w_f", "beta", "alpha"):

@@ -12,6 +12,7 @@ import pytest
 import nnunetv2_mgml
 from nnunetv2_mgml.commands.main import COMMANDS
 from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.objective import loss_terms
 from nnunetv2_mgml.scoring.metrics import all_metrics
 from nnunetv2_mgml.training import TRAINERS
 
@@ -37,6 +38,7 @@ def first_column(text: str) -> list[str]:
 def test_every_registered_thing_has_its_row(tables: ModuleType) -> None:
     pages = tables.pages()
     assert first_column(pages["fusion-designs"]) == list(fusion_designs())
+    assert re.findall(r"^\| `(\w+)` \|", pages["terms"], re.MULTILINE) == list(loss_terms())
     assert first_column(pages["metrics"]) == list(all_metrics())
     assert first_column(pages["trainers"]) == sorted(TRAINERS)
     assert re.findall(r"^## mgml (\w+)$", pages["commands"], re.MULTILINE) == list(COMMANDS)

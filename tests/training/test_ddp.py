@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import network
+from builders import network, options_with
+from loss_cases import objective_of
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -14,40 +15,36 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_mgml.objective import MGMLLoss, build_meta_network
-from nnunetv2_mgml.plans.options import MGMLConfig
-from nnunetv2_mgml.training.rebalancing import ModalityBalance
+from nnunetv2_mgml.network.interface import View
+from nnunetv2_mgml.objective.balance import ModalityBalance
 
 WORLD = 2
-CONFIG = MGMLConfig(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
+CONFIG = options_with(fusion="region_aware", width_factor=1.0, mask_ratio=0.0)  # no random keep-map, so runs compare
 
 
 def gradients(samples: slice, distributed: bool) -> dict[str, torch.Tensor]:
     """Gradients of the network and the MetaNetwork on some samples of one fixed batch of two."""
     torch.manual_seed(0)
     net: nn.Module = network(CONFIG, deep_supervision=True)
-    meta: nn.Module = build_meta_network(CONFIG, 4, 4)
-    if distributed:
-        net, meta = DistributedDataParallel(net), DistributedDataParallel(meta)
     own = DC_and_BCE_loss(
         {}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5, "ddp": False}, dice_class=MemoryEfficientSoftDiceLoss
     )
     # as nnU-Net sets it under DDP: a weight of 0 would leave a head without gradient, and DDP waits for it
-    loss = MGMLLoss(CONFIG, DeepSupervisionWrapper(own, [1.0, 1e-6]), regions=True, num_classes=4, meta_network=meta)
+    objective = objective_of(CONFIG, segmentation_loss=DeepSupervisionWrapper(own, [1.0, 1e-6]))
+    if distributed:
+        net = DistributedDataParallel(net)
+        objective.distribute(DistributedDataParallel)
     gen = torch.Generator().manual_seed(1)
     x = torch.randn(WORLD, 4, 16, 16, 16, generator=gen)
     labels = torch.randint(0, 4, (WORLD, 1, 16, 16, 16), generator=gen)
     target = torch.cat([labels >= region for region in (1, 2, 3)], 1)[samples]
     mask = torch.tensor([[True, False, True, False], [False, True, False, True]])[samples]
-    available = torch.ones_like(mask)
-    output = net(
-        x[samples], modality_mask=mask, available=available, return_aux=True, with_teacher=True, teacher_learns=True
-    )
-    terms = loss(output, [target, target[..., ::2, ::2, ::2]], mask, available, 1.0)
-    terms.total.backward()
-    modules = {"network": net, "meta": meta}
+    view = View(mask, torch.ones_like(mask))
+    output = net(x[samples], view, objective.needs)
+    objective(output, [target, target[..., ::2, ::2, ::2]], view).total.backward()
+    modules = {"network": net, "meta": objective}
     return {
-        f"{kind}.{name.removeprefix('module.')}": p.grad.clone()
+        f"{kind}.{name.replace('module.', '')}": p.grad.clone()
         for kind, module in modules.items()
         for name, p in module.named_parameters()
         if p.grad is not None
@@ -56,7 +53,7 @@ def gradients(samples: slice, distributed: bool) -> dict[str, torch.Tensor]:
 
 def balance(samples: slice) -> dict[str, float]:
     """What rebalancing logs and keeps after an epoch of one step on some samples of one fixed batch of two."""
-    state = ModalityBalance(("t1", "t1ce", "t2", "flair"), 0.1, torch.device("cpu"))
+    state = ModalityBalance(("t1", "t1ce", "t2", "flair"), 0.1)
     available = torch.tensor([[True, True, False, True], [True, False, False, True]])
     distance = torch.tensor([[0.5, 1.0, 0.0, 2.0], [1.5, 0.0, 0.0, 1.0]])
     state.observe(distance[samples], available[samples])

@@ -56,7 +56,7 @@ def test_overfit_on_two_cases_reaches_dice_095(nnunet_folders: Path) -> None:
     trainer.run_training()
     network = trainer.bare_network.eval()
     network.decoder.deep_supervision = False
-    network.set_availability((True,) * 4)
+    network.set_visible((True,) * 4)
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder)
     for name in ("case_0", "case_1"):
         data, seg, _, _ = dataset.load_case(name)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from builders import BRATS_JSON, configuration, make_trainer, plans, write_dataset
 from fusion_cases import own_designs
+from loss_cases import meta_network_of
 from training_cases import synthetic_batch
 
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
-from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
+from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log, region_names
 from nnunetv2_mgml.training.validation import validate_subsets
 from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_baseline,
@@ -81,10 +82,10 @@ def test_variants_fix_their_options(cls: type[nnUNetTrainerMGML], nnunet_folders
         nnUNetTrainerMGML_paperTerms: (True, True, False, True),
     }[cls]
     assert (
-        trainer.config.uses_soft_label,
-        trainer.config.uses_teacher,
-        trainer.config.supervises_teacher,
-        trainer.meta_network is not None,
+        "train_soft_label" in result,
+        "train_consistency" in result,
+        "train_complete" in result,
+        meta_network_of(trainer.learner.objective) is not None,
     ) == expected
 
 
@@ -92,8 +93,9 @@ def test_every_fusion_design_has_a_baseline_and_an_mgml_trainer() -> None:
     by_design: dict[str, set[bool]] = {}
     for trainer in TRAINERS.values():
         if issubclass(trainer, nnUNetTrainerMGML) and "fusion" in trainer.config_overrides:
-            config = trainer.resolve_config({})
-            by_design.setdefault(config.fusion, set()).add(config.uses_soft_label and config.uses_teacher)
+            resolved = trainer.resolve_options({})
+            with_mgml = resolved.value("soft_label") != "none" and resolved.value("consistency_weight") > 0
+            by_design.setdefault(resolved.network.fusion, set()).add(with_mgml)
     published = set(own_designs()) - {"mean", "concat"}
     assert by_design == {design: {True, False} for design in published}
 
@@ -205,10 +207,8 @@ def test_final_validation_tells_the_network_what_each_case_has(
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, absent={"case_1": 2}), {"num_epochs": 1})
     trainer.run_training()
     told: list[Any] = []
-    original = trainer.bare_network.set_availability
-    monkeypatch.setattr(
-        trainer.bare_network, "set_availability", lambda subset: (told.append(subset), original(subset))
-    )
+    original = trainer.bare_network.set_visible
+    monkeypatch.setattr(trainer.bare_network, "set_visible", lambda subset: (told.append(subset), original(subset)))
     trainer.perform_actual_validation()
     assert [subset for subset in told if subset is not None] == [(True,) * 4, (True, True, False, True)]
     assert told[-1] is None
@@ -256,7 +256,11 @@ def test_both_optimisers_under_one_gradient_scaler(nnunet_folders: Path) -> None
     trainer.current_epoch = 2
 
     def weights() -> list[torch.Tensor]:
-        return [p.detach().clone() for module in (trainer.network, trainer.meta_network) for p in module.parameters()]
+        return [
+            p.detach().clone()
+            for module in (trainer.network, meta_network_of(trainer.learner.objective))
+            for p in module.parameters()
+        ]
 
     before = weights()
     trainer.train_step(synthetic_batch(trainer))
@@ -270,12 +274,16 @@ def test_both_optimisers_under_one_gradient_scaler(nnunet_folders: Path) -> None
 def test_no_table_over_subsets_without_raw_images_and_why(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1})
     trainer.run_training()
-    said = validate_subsets(trainer, trainer._weights_file)
+    said = validate_subsets(trainer, trainer.weights_file)
     assert said.startswith("No table over all modality subsets:")
     assert "nnU-Net's own validation above is complete" in said
     assert "no checkpoint" in validate_subsets(trainer, None)
     trainer.fold = "all"
     assert "fold 'all'" in validate_subsets(trainer, "checkpoint_final.pth")
+
+
+def names(trainer: nnUNetTrainerMGML) -> list[str]:
+    return region_names(trainer.dataset_json, trainer.label_manager)
 
 
 def test_log_names_labels_in_the_order_of_pseudo_dice(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +294,7 @@ def test_log_names_labels_in_the_order_of_pseudo_dice(nnunet_folders: Path, monk
         write_dataset(nnunet_folders, {**LABELS_JSON, "labels": labels}),
         dataset_json={**LABELS_JSON, "labels": labels},
     )
-    assert trainer.region_names() == ["edema", "core", "enhancing"]
+    assert names(trainer) == ["edema", "core", "enhancing"]
     trainer.initialize()
     trainer.network.eval()
     batch = synthetic_batch(trainer)
@@ -299,20 +307,21 @@ def test_log_names_labels_in_the_order_of_pseudo_dice(nnunet_folders: Path, monk
         lambda *_, **__: [only_core[..., : t.shape[2], : t.shape[3], : t.shape[4]] for t in batch["target"]],
     )
     found = trainer.validation_step(batch)["tp_hard"]
-    assert dict(zip(trainer.region_names(), found > 0, strict=True)) == {
+    assert dict(zip(names(trainer), found > 0, strict=True)) == {
         "edema": False,
         "core": True,
         "enhancing": False,
     }
     regions = {"background": 0, "tumor_core": [2, 3], "whole_tumor": [1, 2, 3], "enhancing_tumor": [3]}
     other = make_trainer(nnUNetTrainerMGML, plans(), dataset_json={**BRATS_JSON, "labels": regions})
-    assert other.region_names() == ["tumor_core", "whole_tumor", "enhancing_tumor"]
+    assert names(other) == ["tumor_core", "whole_tumor", "enhancing_tumor"]
 
 
 def test_warm_up_is_linear(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 20})
+    trainer.initialize()
     ramps = []
     for epoch, step in ((0, 0), (0, 1), (1, 0), (2, 0), (19, 1)):
-        trainer.current_epoch, trainer._steps_in_epoch = epoch, step
-        ramps.append(trainer.ramp)
+        trainer.current_epoch, trainer.steps_in_epoch = epoch, step
+        ramps.append(trainer.learner.objective.ramp(trainer.progress))
     assert ramps == [0.0, 0.25, 0.5, 1.0, 1.0]

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_mgml.training import TRAINERS
-from nnunetv2_mgml.training.base import MissingModalityTrainer
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
 MODULES = ("settings", "data", "run")
@@ -76,7 +75,7 @@ def test_every_trainer_skips_its_validation_when_asked(skip: bool, monkeypatch: 
 
     for module in (os, multiprocessing):
         monkeypatch.setattr(module, "cpu_count", module.cpu_count)  # the script sets it for good
-    for trainer in (nnUNetTrainer, MissingModalityTrainer):
+    for trainer in (nnUNetTrainer, nnUNetTrainerMGML):
         monkeypatch.setattr(trainer, "perform_actual_validation", validate)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [SimpleNamespace(load=lambda: script)])
     monkeypatch.setattr(sys, "argv", ["one_thread.py", *["--skip_validation"] * skip, "nnUNetv2_train"])

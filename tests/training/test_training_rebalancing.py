@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import BRATS_JSON, make_trainer, network, plans, write_dataset
+from builders import BRATS_JSON, make_trainer, network, options_with, plans, write_dataset
 from torch import distributed as dist
 from training_cases import run_until_epoch, synthetic_batch
 
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.network.interface import Needs, View
+from nnunetv2_mgml.objective.balance import ModalityBalance, updated_beta
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
-from nnunetv2_mgml.training.rebalancing import ModalityBalance, updated_beta
 
 CPU = torch.device("cpu")
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -36,14 +36,14 @@ def image() -> torch.Tensor:
 
 @pytest.mark.parametrize("fusion", ["mean", "concat", "region_aware"])
 def test_students_see_one_modality_and_the_teacher_all_that_exist(fusion: str) -> None:
-    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
+    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True).eval()
     x = image()
     with torch.no_grad():
-        out = net(x, modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True, with_single=True)
+        out = net(x, View(MASK, AVAILABLE), Needs(complete="target", single=True))
         assert [tuple(s.shape) for s in out.single.students] == [(2, 4, 3, 16, 16, 16), (2, 4, 3, 8, 8, 8)]
         for m in range(4):
             alone = torch.eye(4).bool()[m].expand(2, 4)
-            expected = net(x, modality_mask=alone, available=AVAILABLE)
+            expected = net(x, View(alone, AVAILABLE))
             for scale, student in zip(expected, out.single.students, strict=True):
                 torch.testing.assert_close(student[:, m], scale)
         for scale, teacher in zip(net(x, modality_mask=AVAILABLE), out.single.teacher, strict=True):
@@ -55,8 +55,8 @@ def test_students_see_one_modality_and_the_teacher_all_that_exist(fusion: str) -
 
 def test_without_a_teacher_pass_the_prediction_itself_teaches() -> None:
     net = network(deep_supervision=True)
-    out = net(image(), modality_mask=AVAILABLE, available=AVAILABLE, return_aux=True, with_single=True)
-    assert out.teacher is None
+    out = net(image(), View(AVAILABLE), Needs(single=True))
+    assert out.complete is None
     for teacher, student in zip(out.single.teacher, out.student, strict=True):
         assert torch.equal(teacher, student)
         assert not teacher.requires_grad
@@ -66,16 +66,16 @@ def test_without_a_teacher_pass_the_prediction_itself_teaches() -> None:
 @pytest.mark.parametrize("fusion", [*fusion_designs()])
 def test_not_asked_for_changes_nothing(fusion: str) -> None:
     """The other outputs have the same bits with and without the single passes, which come last."""
-    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
-    arguments = dict(modality_mask=MASK, available=AVAILABLE, return_aux=True, with_teacher=True)
+    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True).train()
+    view, needs = View(MASK, AVAILABLE), Needs(complete="target", modality=True)
     torch.manual_seed(0)
-    plain = net(image(), **arguments)
+    plain = net(image(), view, needs)
     torch.manual_seed(0)
-    more = net(image(), with_single=True, **arguments)
+    more = net(image(), view, needs._replace(single=True))
     assert plain.single is None
     for one, two in zip(
-        (*plain.student, plain.modality, plain.teacher, *plain.auxiliary, plain.fusion_loss),
-        (*more.student, more.modality, more.teacher, *more.auxiliary, more.fusion_loss),
+        (*plain.student, plain.modality, *plain.complete, *plain.auxiliary, plain.fusion_loss),
+        (*more.student, more.modality, *more.complete, *more.auxiliary, more.fusion_loss),
         strict=True,
     ):
         assert torch.equal(one, two)
@@ -88,7 +88,7 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
 
     net = network(deep_supervision=True)
     available = torch.tensor([[True, False, True, True]])
-    out = net(image()[:1], modality_mask=available, available=available, return_aux=True, with_single=True)
+    out = net(image()[:1], View(available), Needs(single=True))
     terms = rebalancing_terms(
         out.single,
         torch.randint(0, 4, (1, 16, 16, 16)),
@@ -111,13 +111,13 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
 def test_forward_compiles_as_one_graph_for_all_masks(fusion: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    net = network(MGMLConfig(fusion=fusion, width_factor=1.0), deep_supervision=True)
+    net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     for available in (AVAILABLE, AVAILABLE.flip(0)):
-        arguments = dict(modality_mask=available, available=available, return_aux=True, with_single=True)
-        found, expected = compiled(image(), **arguments).single, net(image(), **arguments).single
+        view, needs = View(available, available), Needs(single=True)
+        found, expected = compiled(image(), view, needs).single, net(image(), view, needs).single
         torch.testing.assert_close(found.students[0], expected.students[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.features, expected.features, atol=1e-4, rtol=1e-4)
     assert counter.frame_count == 1
@@ -150,7 +150,7 @@ def test_a_modality_nobody_had_keeps_its_weight() -> None:
 
 
 def observed(steps: list[tuple[list[list[float]], list[list[int]]]]) -> ModalityBalance:
-    balance = ModalityBalance(("a", "b"), 0.01, CPU)
+    balance = ModalityBalance(("a", "b"), 0.01)
     for distance, available in steps:
         balance.observe(torch.tensor(distance), torch.tensor(available).bool())
     return balance
@@ -192,7 +192,7 @@ def test_warm_up_measures_only() -> None:
 
 
 def test_count_weights() -> None:
-    balance = ModalityBalance(("a", "b", "c"), 0.01, CPU)
+    balance = ModalityBalance(("a", "b", "c"), 0.01)
     assert balance.weights().count.tolist() == [1, 1, 1]
     balance.count_cases([(True, True, False), (True, False, False), (True, False, False), (True, False, False)])
     assert balance.weights().count.tolist() == [1, 4, 0]
@@ -227,11 +227,11 @@ def test_reduction_through_a_process_group(tmp_path: Path) -> None:
 def test_state_round_trip_and_other_modalities() -> None:
     balance = observed(STEPS)
     balance.end_epoch(0, 3)
-    other = ModalityBalance(("a", "b"), 0.01, CPU)
+    other = ModalityBalance(("a", "b"), 0.01)
     other.load_state_dict(balance.state_dict())
     assert torch.equal(other.beta, balance.beta)
     with pytest.raises(ValueError, match=r"balances the modalities a, b, this training has a, c\. Use the plans"):
-        ModalityBalance(("a", "c"), 0.01, CPU).load_state_dict(balance.state_dict())
+        ModalityBalance(("a", "c"), 0.01).load_state_dict(balance.state_dict())
 
 
 # --- trainer ----------------------------------------------------------------------------------------------------------
@@ -243,6 +243,10 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def balance_of(trainer: Any) -> ModalityBalance:
+    return trainer.learner.objective.terms["rebalancing"].balance
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_moves_every_weight(name: str, nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), OPTIONS[name]())
@@ -251,16 +255,16 @@ def test_a_step_moves_every_weight(name: str, nnunet_folders: Path) -> None:
     before = {key: p.clone() for key, p in trainer.network.named_parameters()}
     batch = synthetic_batch(trainer)
     batch["available"] = torch.tensor([[True, False, True, True], [True, True, True, False]])
-    batch["modality_mask"] &= batch["available"]
-    if trainer.config.mask_sampling == "fixed":
-        batch["modality_mask"] = batch["available"]
+    batch["visible"] &= batch["available"]
+    if trainer.options.sampling.mask_sampling == "fixed":
+        batch["visible"] = batch["available"]
     result = trainer.train_step(batch)
     assert {"train_distillation", "train_prototype", "train_modality"} <= set(result)
     assert all(np.isfinite(value) for value in result.values())
     stuck = {key for key, p in trainer.network.named_parameters() if p.ndim > 1 and torch.equal(p, before[key])}
     assert stuck <= {"decoder.seg_layers.0.weight"}
-    assert trainer.balance._sums[1].tolist() == [2, 1, 2, 1]
-    assert (trainer.balance._sums[0] > 0).all()
+    assert balance_of(trainer)._sums[1].tolist() == [2, 1, 2, 1]
+    assert (balance_of(trainer)._sums[0] > 0).all()
 
 
 def test_no_teacher_pass_where_it_would_see_what_the_student_sees(
@@ -271,10 +275,10 @@ def test_no_teacher_pass_where_it_would_see_what_the_student_sees(
         nnUNetTrainerMGML, write_dataset(nnunet_folders), {"rebalancing": "passion", "mask_sampling": "fixed"}
     )
     trainer.initialize()
-    assert trainer.config.consistency_weight > 0
-    monkeypatch.setattr(trainer.bare_network, "_teach", lambda *_: pytest.fail("a teacher pass was run"))
+    assert trainer.options.value("consistency_weight") > 0
+    monkeypatch.setattr(trainer.bare_network, "_decode_complete", lambda *_: pytest.fail("a teacher pass was run"))
     batch = synthetic_batch(trainer)
-    batch["available"] = batch["modality_mask"]
+    batch["available"] = batch["visible"]
     result = trainer.train_step(batch)
     assert "train_consistency" not in result
     assert np.isfinite(result["loss"])
@@ -305,13 +309,13 @@ def test_a_run_logs_the_weights_and_resumes_exactly(nnunet_folders: Path, monkey
     options = {**PASSION, "save_every": 1, "rebalancing_rate": 0.5}
     whole = make_trainer(nnUNetTrainerMGML, plans_dict, options)
     whole.run_training()
-    assert whole.balance.count_weights.tolist() == [1, 1, 1, 2]
+    assert balance_of(whole).count_weights.tolist() == [1, 1, 1, 2]
     rows = read_log(Path(whole.output_folder) / LOG_NAME)
     for name in CHANNELS:
-        assert rows[-1][f"balance_{name}"] == pytest.approx(float(whole.balance.beta[CHANNELS.index(name)]))
+        assert rows[-1][f"balance_{name}"] == pytest.approx(float(balance_of(whole).beta[CHANNELS.index(name)]))
         assert rows[0][f"distance_{name}"] > 0
-    assert whole.balance.beta.square().mean().item() == pytest.approx(1)
-    assert not torch.allclose(whole.balance.beta, torch.ones(4).double())
+    assert balance_of(whole).beta.square().mean().item() == pytest.approx(1)
+    assert not torch.allclose(balance_of(whole).beta, torch.ones(4).double())
     assert {"train_distillation", "train_prototype"} <= set(rows[-1])
 
     monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
@@ -319,9 +323,9 @@ def test_a_run_logs_the_weights_and_resumes_exactly(nnunet_folders: Path, monkey
     run_until_epoch(first, 2, monkeypatch)
     second = make_trainer(nnUNetTrainerMGML, plans_dict, options, resume=True)
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-    assert torch.equal(second.balance.beta, first.balance.beta)
+    assert torch.equal(balance_of(second).beta, balance_of(first).beta)
     second.run_training()
-    assert torch.equal(second.balance.beta, whole.balance.beta)
+    assert torch.equal(balance_of(second).beta, balance_of(whole).beta)
     for name, value in whole.network.state_dict().items():
         assert torch.equal(second.network.state_dict()[name], value), name
 
@@ -343,10 +347,13 @@ def test_a_checkpoint_without_balance_is_refused(nnunet_folders: Path) -> None:
 
 def test_one_more_teacher_pass_only_where_modalities_are_removed(nnunet_folders: Path) -> None:
     plans_dict = write_dataset(nnunet_folders)
-    needs = {
-        name: make_trainer(nnUNetTrainerMGML, plans_dict, options()).needs_teacher for name, options in OPTIONS.items()
-    }
+
+    def needs_teacher(options: dict[str, Any]) -> bool:
+        trainer = make_trainer(nnUNetTrainerMGML, plans_dict, options)
+        trainer.initialize()
+        return trainer.learner.objective.needs.complete != "no"
+
+    needs = {name: needs_teacher(options()) for name, options in OPTIONS.items()}
     assert needs == {"passion": False, "with_mgml": True, "with_teacher_view": True, "random_masks": True}
-    assert make_trainer(nnUNetTrainerMGML, plans_dict).needs_teacher
-    off = {"consistency_weight": 0.0, "complete_view_weight": 0.0}
-    assert not make_trainer(nnUNetTrainerMGML, plans_dict, off).needs_teacher
+    assert needs_teacher({})
+    assert not needs_teacher({"consistency_weight": 0.0, "complete_view_weight": 0.0})

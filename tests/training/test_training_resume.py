@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from builders import make_trainer, write_dataset
+from loss_cases import meta_network_of
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from training_cases import run_until_epoch
 
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
 
@@ -24,7 +25,7 @@ def test_inference_rebuilds_the_network_from_the_folder_alone(
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1, "fusion": "mean"})
     trainer.run_training()
     saved = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())
-    assert MGMLConfig.from_plans(saved) == trainer.config
+    assert Options.from_plans(saved) == trainer.options
     monkeypatch.delenv("nnUNet_preprocessed")
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parents[2] / "nnunetv2_mgml" / "ext"))
     predictor = nnUNetPredictor(device=torch.device("cpu"))
@@ -42,9 +43,9 @@ def test_checkpoint_keeps_training_state_apart(nnunet_folders: Path) -> None:
     checkpoint = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert set(checkpoint["network_weights"]) == set(trainer.network.state_dict())
     assert sum(v.numel() for v in checkpoint["mgml"]["meta_network"].values()) == sum(
-        p.numel() for p in trainer.meta_network.parameters()
+        p.numel() for p in meta_network_of(trainer.learner.objective).parameters()
     )
-    assert sum(p.numel() for p in trainer.meta_network.parameters()) < 3000
+    assert sum(p.numel() for p in meta_network_of(trainer.learner.objective).parameters()) < 3000
 
 
 def test_resume_equals_an_uninterrupted_run(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +60,7 @@ def test_resume_equals_an_uninterrupted_run(nnunet_folders: Path, monkeypatch: p
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert second.current_epoch == 2
     second.run_training()
-    for ours, theirs in ((second.network, whole.network), (second.meta_network, whole.meta_network)):
+    for ours, theirs in ((second.network, whole.network), (second.learner.objective, whole.learner.objective)):
         for name, value in theirs.state_dict().items():
             assert torch.equal(ours.state_dict()[name], value), name
     names = list(read_log(Path(second.output_folder) / LOG_NAME)[0])

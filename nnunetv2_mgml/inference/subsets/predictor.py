@@ -16,15 +16,15 @@ from torch import nn
 
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.modalities import Subset
+from nnunetv2_mgml.network.interface import bare, subset_network
 from nnunetv2_mgml.upstream.sliding_window import network_with_heads
-from nnunetv2_mgml.upstream.wrappers import bare
 
 
 class ManySubsets(nn.Module):
     """Wraps a network so that it answers for several subsets at once.
 
     Args:
-        network: one with ``encode`` and ``decode_subsets`` (`MultiEncoderUNet`): its encoders then run once per input.
+        network: a `SubsetNetwork` (`MultiEncoderUNet`): its encoders then run once per input.
             Any other network is run once per subset with the absent channels set to zero.
         subsets: ``S`` subsets, ``M`` bools each.
     """
@@ -37,11 +37,12 @@ class ManySubsets(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, M + P, *spatial)`` to logits ``(B, S * heads, *spatial)``, subset by subset."""
         used = tuple(any(visible) for visible in zip(*self.subsets, strict=True))
-        if not hasattr(self.network, "decode_subsets"):
+        network = subset_network(self.network)
+        if network is None:
             return torch.cat([self.network(_without(x, subset)) for subset in self.subsets], 1)
-        features = self.network.encode(_without(x, used), used)
+        features = network.encode(_without(x, used), used)
         subsets = torch.tensor(self.subsets, device=x.device)
-        return self.network.decode_subsets(features, subsets).flatten(1, 2)
+        return network.decode_subsets(features, subsets).flatten(1, 2)
 
 
 def _without(x: torch.Tensor, subset: Subset) -> torch.Tensor:

@@ -212,10 +212,15 @@ def register(cls: type[FusionDesign]) -> type[FusionDesign]:
     """Class decorator that makes a design available as ``mgml plan --set fusion=<name>``.
 
     Raises:
-        ValueError: no name, or a name already taken by another class.
+        ValueError: no name, or a name already taken by another class; a ``trainer`` that no class can be called by.
     """
     if not cls.name:
         raise ValueError(f"{cls.__name__} needs a class attribute 'name' to be registered as a fusion design.")
+    if not f"nnUNetTrainer{cls.trainer}".isidentifier():
+        raise ValueError(
+            f"The trainers of fusion design '{cls.name}' cannot be called nnUNetTrainer{cls.trainer}: its class "
+            f"attribute 'trainer' must consist of letters, digits and underscores."
+        )
     if _REGISTRY.setdefault(cls.name, cls) is not cls:
         raise ValueError(f"Fusion design '{cls.name}' is already registered by {_REGISTRY[cls.name].__name__}.")
     return cls

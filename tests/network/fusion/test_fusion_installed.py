@@ -12,30 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import network
+from builders import network, options_with
+from fusion_cases import DOCS, install, recipe
 
 from nnunetv2_mgml.network.fusion import base, find_design, fusion_designs
 from nnunetv2_mgml.network.fusion.installed import GROUP
-from nnunetv2_mgml.plans.options import MGMLConfig
 
-DOCS = (Path(__file__).parents[3] / "docs" / "fusion.md").read_text()
 OWN = set(fusion_designs())
-
-
-def install(folder: Path, package: str, entry_points: dict[str, str], code: str) -> None:
-    """Write a module and the metadata of an installed package around it."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = [f"{name} = {value}" for name, value in entry_points.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
-    (folder / f"{package.replace('-', '_')}.py").write_text(code)
-
-
-def recipe() -> str:
-    """The design that docs/fusion.md tells the reader to write."""
-    (code,) = re.findall(r"```python\n(\"\"\"Gated sum.*?)```", DOCS, re.DOTALL)
-    return code
 
 
 @pytest.fixture
@@ -53,7 +36,7 @@ def test_the_documented_design_as_a_package_of_its_own(fresh: Path, monkeypatch:
     install(fresh, "my-fusion", {"gated": "my_fusion:GatedFusion"}, recipe())
     monkeypatch.delitem(sys.modules, "my_fusion", raising=False)
     assert set(fusion_designs()) == OWN | {"gated"}
-    net = network(MGMLConfig(fusion="gated", fusion_options={"sharpness": 2.0}, width_factor=1.0), modalities=3)
+    net = network(options_with(fusion="gated", fusion_options={"sharpness": 2.0}, width_factor=1.0), modalities=3)
     x, mask = torch.randn(2, 3, 16, 16, 16), torch.tensor([[True, False, True], [False, True, False]])
     net(x, modality_mask=mask).square().mean().backward()
     assert all(gate.grad.abs().max() > 0 for gate in net.fusion.gates)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from builders import network
+from builders import network, options_with
 from fusion_cases import make_design, make_pass, make_spec, run, take_modalities
 from torch.distributions import Normal, kl_divergence
 
@@ -12,7 +12,7 @@ from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import build_fusion
 from nnunetv2_mgml.network.fusion.image_decoder import reconstruction_error
 from nnunetv2_mgml.network.fusion.uhved import gaussian_kl, product_of_gaussians, subset_kl, subset_patterns
-from nnunetv2_mgml.plans.options import MGMLConfig
+from nnunetv2_mgml.network.interface import Needs, View
 
 
 def test_two_identical_experts() -> None:
@@ -137,20 +137,20 @@ def test_hidden_modalities_learn_from_the_divergence() -> None:
 
 def test_the_network_tells_what_the_case_has() -> None:
     """The same mask, another availability: another term; and the fused prediction stays."""
-    net = network(MGMLConfig(fusion="uhved", width_factor=1.0), modalities=3).train()
+    net = network(options_with(fusion="uhved", width_factor=1.0), modalities=3).train()
     x = torch.randn(1, 3, 16, 16, 16)
     visible = torch.tensor([[True, False, False]])
     outputs = []
     for available in (visible, torch.tensor([[True, True, False]])):
         torch.manual_seed(1)
-        outputs.append(net(x, modality_mask=visible, available=available, return_aux=True))
+        outputs.append(net(x, View(visible, available), Needs()))
     assert torch.equal(outputs[0].student[0], outputs[1].student[0])
     assert outputs[0].fusion_loss.item() != outputs[1].fusion_loss.item()
 
 
 def test_log_variance_starts_below_the_prior() -> None:
     """Also after the network's own weight initialisation."""
-    net = network(MGMLConfig(fusion="uhved", width_factor=1.0))
+    net = network(options_with(fusion="uhved", width_factor=1.0))
     for head in net.fusion.scales:
         mean_bias, log_variance_bias = head.bias.unflatten(0, (4, 2, -1)).unbind(1)
         assert (mean_bias == 0).all()
@@ -196,7 +196,7 @@ def test_reconstruction_trains_and_costs_nothing_when_off(patch: tuple[int, ...]
     torch.manual_seed(0)
     on, off = (
         network(
-            MGMLConfig(fusion="uhved", fusion_options={"reconstruction_weight": weight}, width_factor=1.0),
+            options_with(fusion="uhved", fusion_options={"reconstruction_weight": weight}, width_factor=1.0),
             modalities=3,
             patch=patch,
             deep_supervision=True,
@@ -213,7 +213,7 @@ def test_reconstruction_trains_and_costs_nothing_when_off(patch: tuple[int, ...]
     for absent in (0.0, 1e3, float("nan")):
         x[1, 2] = absent
         torch.manual_seed(1)
-        output = on(x, modality_mask=mask, available=available, return_aux=True, with_teacher=True)
+        output = on(x, View(mask, available), Needs(complete="target", modality=True))
         losses.append(output.fusion_loss)
     assert losses[0].item() == losses[1].item() == losses[2].item()
     sum(part.square().mean() for part in (*output.student, output.modality, output.fusion_loss)).backward()

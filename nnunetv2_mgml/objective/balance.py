@@ -21,16 +21,14 @@ class ModalityBalance:
     Args:
         channels: modality names, ``M`` of them.
         rate: step of ``beta`` (eta) before its growth.
-        device: of the training.
     """
 
-    def __init__(self, channels: Sequence[str], rate: float, device: torch.device) -> None:
+    def __init__(self, channels: Sequence[str], rate: float) -> None:
         self.channels = tuple(channels)
         self.rate = rate
-        self.device = device
         self.beta = torch.ones(len(self.channels), dtype=torch.float64)
         self.count_weights = torch.ones(len(self.channels), dtype=torch.float64)
-        self._sums = torch.zeros(2, len(self.channels), device=device)
+        self._sums = torch.zeros(2, len(self.channels))
 
     def count_cases(self, availability: Iterable[Subset]) -> None:
         """Set ``w_m`` = cases / cases that have the modality (0 where none has) from the training cases' subsets."""
@@ -38,12 +36,13 @@ class ModalityBalance:
         having = present.sum(0)
         self.count_weights = torch.where(having > 0, len(present) / having.clamp_min(1), 0.0)
 
-    def weights(self) -> Balance:
-        """Return what the loss needs in this epoch, float32 on the training's device."""
-        return Balance(self.beta.to(self.device, torch.float32), self.count_weights.to(self.device, torch.float32))
+    def weights(self, device: torch.device) -> Balance:
+        """Return what the loss needs in this epoch, float32."""
+        return Balance(self.beta.to(device, torch.float32), self.count_weights.to(device, torch.float32))
 
     def observe(self, distance: torch.Tensor, available: torch.Tensor) -> None:
         """Add a step's ``dist_m`` ``(B, M)``, 0 where ``available (B, M)`` is False."""
+        self._sums = self._sums.to(distance.device)
         self._sums += torch.stack((distance.sum(0), available.sum(0).to(distance.dtype)))
 
     def end_epoch(self, epoch: int, num_epochs: int, update: bool = True) -> dict[str, float]:

@@ -1,11 +1,21 @@
-"""``deterministic``: the settings under which PyTorch repeats a run on the same machine bit by bit, where it can."""
+"""What a run needs to repeat: a seed for every epoch, and PyTorch's deterministic algorithms."""
 
 from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch.backends import cudnn
+
+
+def seed_epoch(seed: int | None, epoch: int, rank: int) -> None:
+    """With a seed, make what follows depend on the seed, the epoch and the rank only."""
+    if seed is None:
+        return
+    own = (seed + 1_000_003 * epoch + 7919 * rank) % 2**32
+    np.random.seed(own)
+    torch.manual_seed(own)
 
 
 def make_deterministic() -> None:

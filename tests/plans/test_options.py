@@ -1,4 +1,4 @@
-"""`MGMLConfig`: every option documented, checked, and stored without loss."""
+"""`Options`: every option documented, checked, and stored without loss."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ import subprocess
 import sys
 
 import pytest
+from builders import options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_mgml.plans.options import PLANS_KEY, MGMLConfig, parse_assignments
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.objective.flat import MGMLConfig
+from nnunetv2_mgml.plans import options as module
+from nnunetv2_mgml.plans.options import (
+    PLANS_KEY,
+    NetworkOptions,
+    OptionGroup,
+    TrainerAttributes,
+    all_groups,
+    differences,
+    option,
+    parse_assignments,
+)
+from nnunetv2_mgml.plans.presets import PAPER, PRESETS, preset
 
-FIELDS = {field.name: field.metadata for field in dataclasses.fields(MGMLConfig)}
+FIELDS = {field.name: field.metadata for group in all_groups() for field in dataclasses.fields(group)}
 
 
 def good_values(name: str) -> st.SearchStrategy:
@@ -48,10 +62,10 @@ def test_every_option_survives_json(name, data):
     if name == "sharpness_max":
         value = max(value, 1.0)
     needed = {"mask_sampling": "bernoulli"} if name == "modality_missing_rate" and value else {}
-    config = MGMLConfig().updated({name: value, **needed})
-    assert getattr(config, name) == value
+    config = Options().updated({name: value, **needed})
+    assert config.value(name) == value
     plans = json.loads(json.dumps({PLANS_KEY: {"config": config.as_dict()}}))
-    assert MGMLConfig.from_plans(plans) == config
+    assert Options.from_plans(plans) == config
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -62,7 +76,7 @@ def test_every_option_refuses_another_type(name):
     wrong += [] if type(None) in FIELDS[name]["kinds"] else [None]
     for value in wrong:
         with pytest.raises(ValueError, match=f"option {name}"):
-            MGMLConfig().updated({name: value})
+            Options().updated({name: value})
 
 
 @pytest.mark.parametrize("name", [n for n, m in FIELDS.items() if m["low"] is not None or m["high"] is not None])
@@ -73,18 +87,18 @@ def test_limits_are_enforced_and_named(name):
     beyond += [math.nan] if float in FIELDS[name]["kinds"] else []
     for value in beyond:
         with pytest.raises(ValueError, match=r"[<>]= "):
-            MGMLConfig().updated({name: value})
+            Options().updated({name: value})
 
 
 @pytest.mark.parametrize("name", [n for n, m in FIELDS.items() if m["choices"]])
 def test_choices_are_enforced_and_listed(name):
     with pytest.raises(ValueError, match="one of " + ", ".join(map(str, FIELDS[name]["choices"]))):
-        MGMLConfig().updated({name: "no such choice"})
+        Options().updated({name: "no such choice"})
 
 
 def test_unknown_option_lists_all():
     with pytest.raises(ValueError, match=r"Unknown option tau\.") as error:
-        MGMLConfig().updated({"tau": 3})
+        Options().updated({"tau": 3})
     assert all(name in str(error.value) for name in FIELDS)
 
 
@@ -113,15 +127,15 @@ def test_unknown_option_lists_all():
 )
 def test_options_that_depend_on_each_other(changes, message):
     with pytest.raises(ValueError, match=message):
-        MGMLConfig().updated(changes)
+        Options().updated(changes)
 
 
 def test_whole_numbers_become_the_declared_type():
-    config = MGMLConfig().updated({"temperature": 3, "num_epochs": 20.0})
-    assert type(config.temperature) is float
-    assert type(config.num_epochs) is int
+    config = Options().updated({"temperature": 3, "num_epochs": 20.0})
+    assert type(config.value("temperature")) is float
+    assert type(config.training.num_epochs) is int
     with pytest.raises(ValueError, match="num_epochs"):
-        MGMLConfig().updated({"num_epochs": 2.5})
+        Options().updated({"num_epochs": 2.5})
 
 
 def test_options_of_the_fusion_design_a_trainer_fixes():
@@ -132,46 +146,36 @@ def test_options_of_the_fusion_design_a_trainer_fixes():
         ({"fusion": "sfusion", "fusion_options": {"depth": 2}}, True),
         ({"fusion_options": {"full_resolution_regions": False}}, False),
     ):
-        config = MGMLConfig().updated({**planned, "num_epochs": 7}).overridden(fixed)
-        assert config == MGMLConfig(
+        config = Options().updated({**planned, "num_epochs": 7}).overridden(fixed)
+        assert config == options_with(
             fusion="region_aware", fusion_options={"full_resolution_regions": expected}, soft_label="none", num_epochs=7
         )
         assert config.overridden(fixed) == config
-    kept = MGMLConfig(fusion="sfusion", fusion_options={"depth": 2})
-    assert kept.overridden({"soft_label": "none"}).fusion_options == {"depth": 2}
+    kept = options_with(fusion="sfusion", fusion_options={"depth": 2})
+    assert kept.overridden({"soft_label": "none"}).network.fusion_options == {"depth": 2}
     with pytest.raises(ValueError, match="Unknown option tau"):
         kept.overridden({"tau": 3})
 
 
 def test_documentation_covers_every_option_once():
-    documented = MGMLConfig.documentation()
+    documented = Options.documentation()
     assert [name for name, _, _ in documented] == list(FIELDS)
     for name, default, text in documented:
-        assert json.loads(default) == getattr(MGMLConfig(), name)
+        assert json.loads(default) == Options().value(name)
         assert len(text) > 10, name
 
 
 def test_frozen_and_mutable_defaults_are_not_shared():
-    config = MGMLConfig()
+    config = Options()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.temperature = 1.0
-    assert config.fusion_options is not MGMLConfig().fusion_options
+        config.network.width_factor = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.network = NetworkOptions()
+    assert config.network.fusion_options is not Options().network.fusion_options
 
 
 def test_stock_plans_give_the_defaults():
-    assert MGMLConfig.from_plans({"plans_name": "nnUNetPlans"}) == MGMLConfig()
-
-
-def test_terms_that_are_off():
-    assert not MGMLConfig().updated({"soft_label": "none"}).uses_soft_label
-    assert not MGMLConfig().updated({"soft_label_weight": 0}).uses_soft_label
-    assert not MGMLConfig().updated({"consistency_weight": 0}).uses_teacher
-    assert not MGMLConfig(mask_sampling="fixed").uses_teacher
-    assert MGMLConfig(mask_sampling="fixed", reading="paper").uses_teacher  # counts every sample, dropout on or off
-    assert MGMLConfig().uses_soft_label
-    assert MGMLConfig().uses_teacher
-    assert MGMLConfig().supervises_teacher
-    assert not MGMLConfig(mask_sampling="fixed").supervises_teacher  # the student sees everything there is
+    assert Options.from_plans({"plans_name": "nnUNetPlans"}) == Options()
 
 
 def test_parse_assignments():
@@ -188,3 +192,83 @@ def test_import_is_light():
         "print([m for m in ('torch', 'nnunetv2', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_names_are_unique_over_all_groups():
+    names = [name for group in all_groups() for name in group.names()]
+    assert len(set(names)) == len(names)
+    assert tuple(names) == Options.names() == tuple(Options().as_dict())
+
+
+def test_attributes_of_nnunets_trainer_are_those_that_are_set():
+    assert Options().training.trainer_attributes() == {}
+    changed = options_with(num_epochs=3, weight_decay=0.0, seed=1)
+    assert changed.training.trainer_attributes() == {"num_epochs": 3, "weight_decay": 0.0}
+    assert set(TrainerAttributes.names()) < set(type(changed.training).names())
+
+
+def test_differences_of_two_groups():
+    before, now = options_with(fusion="mean", seed=1), options_with(fusion="concat", decoder_convs=2, seed=2)
+    assert differences(before.network, now.network) == [
+        "fusion was 'mean', is now 'concat'",
+        "decoder_convs was 1, is now 2",
+    ]
+    assert options_with(seed=1).network == options_with(seed=2).network
+
+
+def test_plans_of_a_term_that_is_not_installed_say_so():
+    plans = {PLANS_KEY: {"version": "0.9.1", "config": {"num_epochs": 3, "boundary_weight": 0.5}}}
+    with pytest.raises(
+        ValueError, match=r"Unknown option boundary_weight\. Allowed: .*0\.9\.1.*loss term of another package"
+    ):
+        Options.from_plans(plans)
+
+
+def test_options_of_a_term_of_another_package_are_stored_where_they_are_used(monkeypatch):
+    """Plans must not ask for a package just because it was installed when they were written."""
+
+    @dataclasses.dataclass(frozen=True)
+    class BoundaryOptions(OptionGroup):
+        boundary_weight: float = option(0.0, "weight of the boundary term", low=0)
+
+    ours = tuple(module.objective_groups())
+    monkeypatch.setattr(module, "_objective_groups", lambda: (*ours, BoundaryOptions))
+    assert "boundary_weight" in Options.names()
+    assert "boundary_weight" not in Options().as_dict()
+    changed = Options().updated({"boundary_weight": 1})
+    assert changed.as_dict()["boundary_weight"] == 1.0
+    assert changed.objective[BoundaryOptions].boundary_weight == 1.0
+    assert Options.from_plans({PLANS_KEY: {"config": changed.as_dict()}}) == changed
+
+
+def test_a_group_of_no_term_is_named():
+    with pytest.raises(KeyError, match="NetworkOptions belongs to no registered loss term"):
+        Options().objective[NetworkOptions]
+
+
+def test_options_cannot_be_read_before_the_terms_are_known(monkeypatch):
+    monkeypatch.setattr(module, "_objective_groups", None)
+    with pytest.raises(RuntimeError, match=r"import it before options are read"):
+        Options()
+
+
+def test_presets():
+    assert preset("paper") == PAPER
+    papers = options_with(**{name: value for name, value in PAPER.items() if name in Options.names()})
+    assert papers.updated(preset("nnunet")) == Options()
+    with pytest.raises(ValueError, match=", ".join(PRESETS)):
+        preset("nnU-Net")
+
+
+def test_flat_names_of_version_0_1():
+    config = MGMLConfig(fusion="mean", temperature=3)
+    assert (config.fusion, config.temperature, config.mask_ratio) == ("mean", 3.0, 0.2)
+    assert config.updated({"seed": 4}).seed == 4
+    assert config.updated({"seed": 4}).temperature == 3.0
+    assert config.network.fusion == "mean"
+    assert MGMLConfig.from_plans({PLANS_KEY: {"config": config.as_dict()}}) == config
+    assert config.overridden({"fusion": "concat"}).fusion == "concat"
+    with pytest.raises(ValueError, match="Unknown option tau"):
+        MGMLConfig(tau=3)
+    with pytest.raises(AttributeError, match="tau"):
+        _ = config.tau
