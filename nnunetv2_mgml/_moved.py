@@ -165,13 +165,14 @@ class _Loader(Loader):
         vars(module)["__getattr__"] = forward(module.__name__)
 
 
-def forward(module: str) -> Callable[[str], object]:
+def forward(module: str, calls: int = 1) -> Callable[[str], object]:
     """Return the ``__getattr__`` of a module that gave names away.
 
     The function warns once a name and then leaves the object in the module, where the next look finds it.
 
     Args:
         module: full name of the old module.
+        calls: how many functions lie between the module's user and the returned one, itself included.
 
     Raises:
         ImportError: by the function, for a name in `GONE`; it says what to use instead.
@@ -189,7 +190,7 @@ def forward(module: str) -> Callable[[str], object]:
         warnings.warn(
             f"{module}.{name} is now {place.__name__}.{new_name}; the old path works until {UNTIL}.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=1 + calls,
         )
         value: object = getattr(place, new_name)
         setattr(sys.modules[module], name, value)
