@@ -102,6 +102,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
 RENAMED: dict[str, str] = {
+    "inference.model_check.bare": "network.interface.bare",
     "losses.consistency.better": "objective.consistency.gives_truth_more",
     "training.published_designs": "training.variants",
     "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
