@@ -108,6 +108,7 @@ RENAMED: dict[str, str] = {
     "dataset_conversion.checks.GEOMETRY_TOLERANCE": "io.grid.GRID_TOLERANCE",
     "dataset_conversion.checks.geometry_difference": "io.grid.image_difference",
     "dataset_conversion.checks.read_volume": "io.volumes.read_image",
+    "inference.model_check.bare": "network.interface.bare",
     "losses.consistency.better": "objective.consistency.gives_truth_more",
     "training.published_designs": "training.variants",
     "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
@@ -171,13 +172,14 @@ class _Loader(Loader):
         vars(module)["__getattr__"] = forward(module.__name__)
 
 
-def forward(module: str) -> Callable[[str], object]:
+def forward(module: str, calls: int = 1) -> Callable[[str], object]:
     """Return the ``__getattr__`` of a module that gave names away.
 
     The function warns once a name and then leaves the object in the module, where the next look finds it.
 
     Args:
         module: full name of the old module.
+        calls: how many functions lie between the module's user and the returned one, itself included.
 
     Raises:
         ImportError: by the function, for a name in `GONE`; it says what to use instead.
@@ -195,7 +197,7 @@ def forward(module: str) -> Callable[[str], object]:
         warnings.warn(
             f"{module}.{name} is now {place.__name__}.{new_name}; the old path works until {UNTIL}.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=1 + calls,
         )
         value: object = getattr(place, new_name)
         setattr(sys.modules[module], name, value)

@@ -101,7 +101,7 @@ def test_a_failing_network_or_export_leaves_no_partial_file(
     ]
     assert "export failed (OSError: disk full)" in auto.failures["a"]
     assert "prediction failed (RuntimeError: out of memory)" in auto.failures["b"]
-    assert auto.network._availability is None
+    assert auto.network._visible is None
 
 
 def test_an_old_prediction_is_replaced_only_by_a_complete_one(

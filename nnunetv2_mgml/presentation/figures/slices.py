@@ -91,7 +91,7 @@ def to_grey(image: npt.NDArray[Any], low_percent: float = 0.5, high_percent: flo
         return np.zeros(image.shape, np.uint8)
     has_background = background.mean() >= 0.1
     low, high = np.percentile(image[~background] if has_background else image, (low_percent, high_percent))
-    grey = np.clip((image - low) * (255.0 / max(high - low, 1e-12)), 0, 255).astype(np.uint8)
+    grey: npt.NDArray[Any] = np.clip((image - low) * (255.0 / max(high - low, 1e-12)), 0, 255).astype(np.uint8)
     if has_background:
         grey[background] = 0
     return grey
