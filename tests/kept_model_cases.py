@@ -78,29 +78,34 @@ def load_trainer(model: Path, options: dict[str, Any] | None = None) -> Any:
     return trainer
 
 
+def saved_again(trainer: Any) -> dict[str, Any]:
+    """What the trainer writes into a checkpoint."""
+    file = Path(trainer.output_folder) / "saved_again.pth"
+    trainer.save_checkpoint(str(file))
+    return torch.load(file, map_location="cpu", weights_only=False)
+
+
 def training_step(model: Path, images: Path, labels: Path) -> dict[str, float]:
     """One step of the loaded checkpoint on the kept case, of which each sample sees another subset.
 
     No random number has a part in it: ``mask_ratio`` is 0. Returned are the step's columns of the training log, and by
-    how much the step changed the network's and the MetaNetwork's parameters (sum of absolute differences).
+    how much the step changed the network's and the MetaNetwork's weights (sum of absolute differences), with the rates
+    of the last epoch.
     """
     trainer = load_trainer(model, {"mask_ratio": 0.0})
-    # the last epoch's rate is next to nothing; the optimizers' states are the checkpoint's
-    for group in [*trainer.optimizer.param_groups, *trainer.meta_optimizer.param_groups]:
-        group["lr"] = 1e-3
-    parameters = {
-        "network": list(trainer.network.parameters()),
-        "meta_network": list(trainer.meta_network.parameters()),
-    }
-    before = {name: [p.detach().clone() for p in values] for name, values in parameters.items()}
+    before = _weights(torch.load(model / CHECKPOINT, map_location="cpu", weights_only=False))
     torch.manual_seed(0)
     trainer.network.train()
     output = trainer.train_step(_batch(images, labels, trainer.configuration_manager.patch_size))
     changes = {
-        f"change_of_{name}": float(sum((p.detach() - q).abs().sum() for p, q in zip(values, before[name], strict=True)))
-        for name, values in parameters.items()
+        f"change_of_{name}": sum(float((weights[key] - before[name][key]).abs().sum()) for key in weights)
+        for name, weights in _weights(saved_again(trainer)).items()
     }
     return {**{name: float(value) for name, value in output.items()}, **changes}
+
+
+def _weights(checkpoint: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    return {"network": checkpoint["network_weights"], "meta_network": checkpoint["mgml"]["meta_network"]}
 
 
 def _batch(images: Path, labels: Path, patch: tuple[int, ...]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from kept_model_cases import (
     probabilities,
     read,
     read_expected,
+    saved_again,
     training_step,
 )
 
@@ -152,22 +153,25 @@ def test_the_checkpoint_goes_into_the_trainer(nnunet_folders: Path) -> None:
     stored = torch.load(FIXTURE / MODEL / CHECKPOINT, map_location="cpu", weights_only=False)
     trainer = load_trainer(FIXTURE / MODEL)
     assert trainer.current_epoch == trainer.num_epochs == stored["init_args"]["plans"]["mgml"]["config"]["num_epochs"]
-    for module, state in (
-        (trainer.network, stored["network_weights"]),
-        (trainer.meta_network, stored["mgml"]["meta_network"]),
-    ):
-        now = module.state_dict()
-        assert list(now) == list(state)
-        assert all(torch.equal(now[name], state[name]) for name in state)
-    for optimizer, state in (
-        (trainer.optimizer, stored["optimizer_state"]),
-        (trainer.meta_optimizer, stored["mgml"]["meta_optimizer"]),
-    ):
-        now = optimizer.state_dict()
-        assert now["param_groups"] == state["param_groups"]
-        assert now["state"].keys() == state["state"].keys()
-        for number, values in state["state"].items():
-            assert all(torch.equal(now["state"][number][name], value) for name, value in values.items())
+    again = saved_again(trainer)
+    for name in ("network_weights", "optimizer_state", "trainer_name", "inference_allowed_mirroring_axes"):
+        assert_same(again[name], stored[name], name)
+    for name in ("meta_network", "meta_optimizer"):
+        assert_same(again["mgml"][name], stored["mgml"][name], name)
+
+
+def assert_same(now: Any, kept: Any, where: str) -> None:
+    """The same values at the same places, tensors bit for bit."""
+    assert type(now) is type(kept), where
+    if isinstance(kept, dict):
+        assert list(now) == list(kept), where
+        for key, value in kept.items():
+            assert_same(now[key], value, f"{where}.{key}")
+    elif isinstance(kept, torch.Tensor):
+        assert now.dtype == kept.dtype, where
+        assert torch.equal(now, kept), where
+    else:
+        assert now == kept, where
 
 
 def test_a_training_step_from_the_checkpoint(nnunet_folders: Path) -> None:
