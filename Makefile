@@ -1,18 +1,57 @@
-# `make test` and `make lint` use the current Python, or that of VENV=folder; `make demo` makes its own .venv.
-PYTHON ?= $(if $(VENV),$(VENV)/bin/python,python3)
+# Every target makes the environment it needs in .venv, or uses that of VENV=folder as it is.
+#
+#   make test       the tests                          make demo    synthetic patients, end to end, on a CPU
+#   make lint       style, format, workflow files      make types   mypy --strict on the whole package
+#   make docs       the documentation site, in site/   make coverage
+#   make dist       wheel and sdist, checked
 
-.PHONY: test lint demo
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+ifndef VENV
+VENV := .venv
+package := .venv/with-package
+test-tools := .venv/with-test-tools
+dev-tools := .venv/with-dev-tools
+endif
+PYTHON := $(VENV)/$(BIN)/python
+PYTEST := -m pytest -ra --numprocesses 2 --dist loadfile
 
-test:
-	$(PYTHON) -m pytest -ra
+.PHONY: test lint types docs coverage dist demo
 
-lint:
+test: $(test-tools)
+	$(PYTHON) $(PYTEST)
+
+lint: $(dev-tools)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(VENV)/$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/$(BIN)/zizmor --offline --quiet .github
 
-demo: .venv/bin/mgml
-	.venv/bin/mgml demo -o demo --overwrite
+types: $(dev-tools)
+	$(PYTHON) .ci/check_types.py
 
-.venv/bin/mgml: setup.py pyproject.toml
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable .
+docs: $(dev-tools)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	$(PYTHON) .ci/check_site.py site
+
+coverage: $(dev-tools)
+	$(PYTHON) -m coverage erase
+	$(PYTHON) -m coverage run $(PYTEST)
+	$(PYTHON) -m coverage combine --quiet
+	$(PYTHON) -m coverage report
+
+dist: $(dev-tools)
+	$(PYTHON) -m build --outdir dist
+	$(PYTHON) -m twine check --strict dist/*
+
+demo: $(package)
+	$(VENV)/$(BIN)/mgml demo -o demo --overwrite
+
+.venv/with-package: extras :=
+.venv/with-test-tools: extras := [test]
+.venv/with-dev-tools: extras := [test,dev]
+
+.venv/with-%: setup.py pyproject.toml
+	test -x .venv/$(BIN)/python || python3 -m venv .venv
+	.venv/$(BIN)/python -m pip install --quiet --editable ".$(extras)"
 	touch $@

@@ -23,9 +23,11 @@ def version() -> str:
 def editable_line() -> str:
     """Return the .pth line by which an editable install finds the sources, whatever their place in the checkout."""
     files = {package: str(ROOT / folder / "__init__.py") for package, folder in PACKAGE_DIR.items()}
-    find_spec = (f"lambda name, path=None, target=None, files={files!a}: name in files"
-                 ' and __import__("os.path").path.isfile(files[name])'
-                 ' and __import__("importlib.util").util.spec_from_file_location(name, files[name]) or None')
+    find_spec = (
+        f"lambda name, path=None, target=None, files={files!a}: name in files"
+        ' and __import__("os.path").path.isfile(files[name])'
+        ' and __import__("importlib.util").util.spec_from_file_location(name, files[name]) or None'
+    )
     return f'import sys; sys.meta_path.append(type("nnunetv2_mgml", (), {{"find_spec": staticmethod({find_spec})}}))\n'
 
 
@@ -77,7 +79,7 @@ if __name__ == "__main__":
         # dataset_conversion/ lies at the top of the repository, but no generic name may land in site-packages
         packages=[*find_packages(include=["nnunetv2_mgml*"]), "nnunetv2_mgml.dataset_conversion"],
         package_dir=PACKAGE_DIR,
-        package_data={"": ["py.typed", "*.html", "*.css", "*.js"]},
+        package_data={"": ["py.typed", "*.html", "*.css", "*.js", "case_lists/*.txt"]},
         zip_safe=False,
         install_requires=[
             # 2.8.1 is the first release whose nnUNet_extTrainer survives a module it cannot import; each minor release
@@ -101,12 +103,27 @@ if __name__ == "__main__":
         ],
         extras_require={
             # setuptools: the packaging tests build without isolation; 70.1 brought its own wheel command
-            "test": ["pytest", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
-            "dev": ["ruff==0.17.6", "build"],
+            "test": ["pytest", "pytest-xdist", "hypothesis", "setuptools>=70.1", "monai"],  # monai: HD95 against it
+            "dev": [
+                "ruff==0.17.6",
+                "mypy==2.4.1",
+                "pandas-stubs~=2.3.0",  # types of pandas 2
+                "scipy-stubs",
+                "types-tqdm",
+                "pre-commit",
+                "pre-commit-hooks",
+                "check-jsonschema",  # workflow files by GitHub's schema
+                "zizmor",  # workflow files: permissions, pinned actions, injections
+                "coverage>=7.10",  # the first with `patch = subprocess`
+                "build",
+                "twine>=6.1,<7",  # 6.1: trusted publishing; 7 asks for a rich that panoptica refuses
+                "mkdocs-material>=9.6",
+                "mkdocstrings[python]>=0.30",
+            ],
             "lesions": ["panoptica"],
-            "browser": ["playwright"],  # tests/test_report_browser.py, with a Chromium on the PATH
+            "browser": ["playwright"],  # tests/presentation/test_report_browser.py, with a Chromium on the PATH
         },
-        entry_points={"console_scripts": ["mgml = nnunetv2_mgml.cli:main"]},
+        entry_points={"console_scripts": ["mgml = nnunetv2_mgml.commands.main:main"]},
         cmdclass=commands(),
         keywords=["nnU-Net", "segmentation", "missing modalities", "MRI", "brain tumour", "BraTS"],
         classifiers=[

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-PAPER = {"region_aware_full": "RFNet: 35 M, 65.96 -> 77.33 s", "mmformer": "mmFormer: 145 M, 41.35 -> 44.54 s",
-         "imfuse": "IM-Fuse: 254 M, 70.81 -> 76.59 s"}
+PAPER = {
+    "region_aware_full": "RFNet: 35 M, 65.96 -> 77.33 s",
+    "mmformer": "mmFormer: 145 M, 41.35 -> 44.54 s",
+    "imfuse": "IM-Fuse: 254 M, 70.81 -> 76.59 s",
+}
 """Parameters, and seconds per epoch without and with MGML: the paper's Table 7 (RTX 3090, the authors' networks)."""
 _HEAD = """# What the fusion designs cost
 
@@ -28,7 +31,7 @@ authors' networks on an RTX 3090.
 those of inference, the fusion's among them in brackets; training adds the shared modality decoder. GFLOP: all
 modalities, attention and scans included. Peak memory: what two training steps add to the process, {memory}.
 `region_aware_full` is `region_aware` with `full_resolution_regions`, the design of `nnUNetTrainerRFNet`. Memory at full
-size: [memory.md](memory.md).
+size: [memory.md](memory.md); the same on a GPU: [gpu.md](gpu.md).
 """
 
 
@@ -36,49 +39,69 @@ def page(rows: dict[str, dict[str, Any]], plan: ConfigurationManager, args: argp
     """Return the page for ``rows``: per design what each of ``cost.WORKERS`` returned."""
     scatter = sorted(value for row in rows.values() for value in _scatter(row))
     head = _HEAD.format(
-        command=" ".join(sys.argv), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-        device=args.device, torch=torch.__version__, patch="x".join(map(str, plan.patch_size)), width=args.width_factor,
-        stages=len(plan.network_arch_init_kwargs["strides"]), batch=args.batch, repeats=args.repeats,
+        command=" ".join(sys.argv),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        device=args.device,
+        torch=torch.__version__,
+        patch="x".join(map(str, plan.patch_size)),
+        width=args.width_factor,
+        stages=len(plan.network_arch_init_kwargs["strides"]),
+        batch=args.batch,
+        repeats=args.repeats,
         commits=", ".join(dict.fromkeys(part["commit"] for row in rows.values() for part in row.values())),
-        middle=scatter[len(scatter) // 2], most=scatter[len(scatter) * 9 // 10],
-        memory="counted by PyTorch's allocator" if args.device.startswith("cuda") else "resident set")
+        middle=scatter[len(scatter) // 2],
+        most=scatter[len(scatter) * 9 // 10],
+        memory="counted by PyTorch's allocator" if args.device.startswith("cuda") else "resident set",
+    )
     return "\n".join([head, *_training(rows), "", *_prediction(rows)]) + "\n"
 
 
 def _training(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| design | parameters (fusion), M | GFLOP a patch | step | MGML | default | peak memory, MiB | MGML | "
-             "default | paper |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| design | parameters (fusion), M | GFLOP a patch | step | MGML | default | peak memory, MiB | MGML | "
+        "default | paper |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         size, seconds = row["prediction"], row["training"]["seconds"]
         memory = {terms: row[f"memory_{terms}"]["mebibytes"] for terms in seconds}
         peaks = [f"{memory[terms]:.0f} (x {memory[terms] / memory['plain']:.2f})" for terms in ("mgml", "shipped")]
-        lines.append(f"| `{name}` | {size['million']:.2f} ({size['fusion_million']:.2f}) | {size['gflop']:.1f} | "
-                     f"{statistics.median(seconds['plain']):.2f} | {_beside(seconds, 'mgml', 'plain')} | "
-                     f"{_beside(seconds, 'shipped', 'plain')} | {memory['plain']:.0f} | {' | '.join(peaks)} | "
-                     f"{PAPER.get(name, '-')} |")
+        lines.append(
+            f"| `{name}` | {size['million']:.2f} ({size['fusion_million']:.2f}) | {size['gflop']:.1f} | "
+            f"{statistics.median(seconds['plain']):.2f} | {_beside(seconds, 'mgml', 'plain')} | "
+            f"{_beside(seconds, 'shipped', 'plain')} | {memory['plain']:.0f} | {' | '.join(peaks)} | "
+            f"{PAPER.get(name, '-')} |"
+        )
     return lines
 
 
 def _prediction(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["Prediction of one patch. *15 subsets*: as `mgml evaluate` computes them, encoders once, then every "
-             "subset's fusion and decoding.", "",
-             "| design | four modalities | one | 15 subsets | 15 one by one | four, bfloat16 |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "Prediction of one patch. *15 subsets*: as `mgml evaluate` computes them, encoders once, then every "
+        "subset's fusion and decoding.",
+        "",
+        "| design | four modalities | one | 15 subsets | 15 one by one | four, bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         seconds = row["prediction"]["seconds"]
-        cells = [_beside(seconds, key, "four") if key in seconds else "-"
-                 for key in ("one", "fifteen", "separately", "bfloat16")]
+        cells = [
+            _beside(seconds, key, "four") if key in seconds else "-"
+            for key in ("one", "fifteen", "separately", "bfloat16")
+        ]
         lines.append(f"| `{name}` | {statistics.median(seconds['four']):.2f} | {' | '.join(cells)} |")
     return lines
 
 
-def _ratios(seconds: dict[str, list[float]], what: str, to: str) -> list[float]:
+def ratios(seconds: dict[str, list[float]], what: str, to: str) -> list[float]:
     """Return one ratio per turn."""
     return [a / b for a, b in zip(seconds[what], seconds[to], strict=True)]
 
 
 def _beside(seconds: dict[str, list[float]], what: str, to: str) -> str:
-    return f"{statistics.median(seconds[what]):.2f} (x {statistics.median(_ratios(seconds, what, to)):.2f})"
+    return f"{statistics.median(seconds[what]):.2f} (x {statistics.median(ratios(seconds, what, to)):.2f})"
 
 
 def _scatter(row: dict[str, Any]) -> list[float]:
@@ -88,7 +111,7 @@ def _scatter(row: dict[str, Any]) -> list[float]:
         seconds = row[part]["seconds"]
         for what in seconds:
             if what != base:
-                ratios = _ratios(seconds, what, base)
-                middle = statistics.median(ratios)
-                values += [abs(ratio / middle - 1) for ratio in ratios]
+                found = ratios(seconds, what, base)
+                middle = statistics.median(found)
+                values += [abs(ratio / middle - 1) for ratio in found]
     return values

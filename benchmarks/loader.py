@@ -20,11 +20,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import build_sampler
 from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.plans.options import SamplingOptions
 
 
 def main() -> None:
@@ -43,14 +43,26 @@ def main() -> None:
     dataset = infer_dataset_class(folder)(folder)
     channels = channel_names(dataset_json)
     transforms = nnUNetTrainer.get_training_transforms(
-        configuration.patch_size, (-0.5, 0.5), None, (0, 1, 2), False, use_mask_for_norm=None,
-        regions=labels.foreground_regions if labels.has_regions else None, ignore_label=labels.ignore_label)
+        configuration.patch_size,
+        (-0.5, 0.5),
+        None,
+        (0, 1, 2),
+        False,
+        use_mask_for_norm=None,
+        regions=labels.foreground_regions if labels.has_regions else None,
+        ignore_label=labels.ignore_label,
+    )
     arguments = (dataset, configuration.batch_size, configuration.patch_size, configuration.patch_size, labels)
     options = {"oversample_foreground_percent": 0.33, "transforms": transforms}
     loaders = {
         "nnunet": nnUNetDataLoader(*arguments, **options),
-        "mgml": MGMLDataLoader(*arguments, **options, sampler=build_sampler(MGMLConfig(), channels),
-                               availability=case_availability(dataset, dataset.identifiers, len(channels)))}
+        "mgml": MGMLDataLoader(
+            *arguments,
+            **options,
+            sampler=build_sampler(SamplingOptions(), channels),
+            availability=case_availability(dataset, dataset.identifiers, len(channels)),
+        ),
+    }
     times: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(args.batches + 5):
         for name, loader in loaders.items():
@@ -61,8 +73,10 @@ def main() -> None:
             if turn >= 5:
                 times[name].append(time.process_time() - start)
     means = {name: statistics.fmean(values) for name, values in times.items()}
-    print(f"nnU-Net {means['nnunet'] * 1e3:.1f} ms, with masks {means['mgml'] * 1e3:.1f} ms a batch "
-          f"(x {means['mgml'] / means['nnunet']:.3f}), mean of {args.batches} batches, CPU time")
+    print(
+        f"nnU-Net {means['nnunet'] * 1e3:.1f} ms, with masks {means['mgml'] * 1e3:.1f} ms a batch "
+        f"(x {means['mgml'] / means['nnunet']:.3f}), mean of {args.batches} batches, CPU time"
+    )
 
 
 if __name__ == "__main__":

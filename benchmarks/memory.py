@@ -14,14 +14,17 @@ import sys
 from pathlib import Path
 
 import torch
-from cost import DESIGNS, TERMS, Bench
+from step import DESIGNS, TERMS, Learner, TrainingStep, make_plan, random_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from nnunetv2_mgml.files import write_text
+from nnunetv2_mgml.io.files import write_text
 
-SIZES = {"80^3, batch 1": {"patch": 80, "batch": 1, "stages": 5},
-         "128^3, batch 2": {"patch": 128, "batch": 2, "stages": 6}}
+SIZES = {
+    "80^3, batch 1": {"patch": 80, "batch": 1, "stages": 5},
+    "128^3, batch 2": {"patch": 128, "batch": 2, "stages": 6},
+}
 """The paper's training, and nnU-Net's own plan for BraTS."""
 
 
@@ -33,30 +36,35 @@ def main() -> None:
     args = parser.parse_args()
     rows = {}
     for design in tqdm(args.designs):
-        rows[design] = [[gibibytes(Bench(design, terms, sized(args, size))) for terms in TERMS]
-                        for size in SIZES.values()]
+        rows[design] = [
+            [gibibytes(training_step(design, terms, size, args.width_factor)) for terms in TERMS]
+            for size in SIZES.values()
+        ]
     write_text(args.output, page(rows, args))
     print(f"wrote {args.output}")
 
 
-def sized(args: argparse.Namespace, size: dict[str, int]) -> argparse.Namespace:
-    return argparse.Namespace(width_factor=args.width_factor, device="cpu", plan=None, **size)
+def training_step(design: str, terms: str, size: dict[str, int], width_factor: float) -> TrainingStep:
+    """Return a training step in 16 bit, built on the CPU."""
+    plan = make_plan((size["patch"],) * 3, size["stages"])
+    learner = Learner(plan, {**DESIGNS[design], **TERMS[terms], "width_factor": width_factor})
+    return TrainingStep(learner, random_batch(plan, size["batch"]), "bfloat16")
 
 
-def gibibytes(bench: Bench) -> float:
+def gibibytes(step: TrainingStep) -> float:
     """Return what a training step keeps: tensors saved for backward, parameters, gradients, momentum."""
-    parameters = sum(p.numel() for p in bench.network.parameters())
-    return (saved_bytes(bench) + 3 * 4 * parameters) / 2 ** 30
+    parameters = sum(p.numel() for p in step.learner.network.parameters())
+    return (saved_bytes(step) + 3 * 4 * parameters) / 2**30
 
 
-def saved_bytes(bench: Bench, fake: bool = True) -> int:
+def saved_bytes(step: TrainingStep, fake: bool = True) -> int:
     """Return the bytes of all tensors kept for the backward pass; parameters are not counted.
 
     Args:
-        bench: network, losses and a batch.
+        step: network, losses and a batch.
         fake: whether to run on shapes only, which needs neither the memory nor the time of the real thing.
     """
-    owned = {p.untyped_storage()._cdata for p in bench.network.parameters()}
+    owned = {p.untyped_storage()._cdata for p in step.learner.network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,10 +75,12 @@ def saved_bytes(bench: Bench, fake: bool = True) -> int:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     if fake:
-        bench.x, bench.mask, *bench.targets = map(mode.from_tensor, (bench.x, bench.mask, *bench.targets))
-    with mode if fake else torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), \
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = bench.forward()
+        step.batch = tree_map(mode.from_tensor, step.batch)
+    with (
+        mode if fake else torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss = step.forward()
     del loss
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -78,16 +88,23 @@ def saved_bytes(bench: Bench, fake: bool = True) -> int:
 def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
     head = [f"{size}: {terms}" for size in SIZES for terms in ("without MGML", "MGML", "default")]
     lines = [
-        "# Memory of full-size training", "",
+        "# Memory of full-size training",
+        "",
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
         f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors "
         "saved for the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit."
-        " **A lower bound, not measured on a GPU**: temporary tensors, allocator and cuDNN workspace come on top.", "",
+        " **A lower bound, not measured on a GPU**: temporary tensors, allocator and cuDNN workspace come on top.",
+        "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
-        "L_CR; *default*: also the loss on the complete view.", "",
-        f"| design | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    lines += [f"| `{name}` | {' | '.join(f'{value:.1f}' for row in values for value in row)} |"
-              for name, values in rows.items()]
+        "L_CR; *default*: also the loss on the complete view.",
+        "",
+        f"| design | {' | '.join(head)} |",
+        "|---" * (len(head) + 1) + "|",
+    ]
+    lines += [
+        f"| `{name}` | {' | '.join(f'{value:.1f}' for row in values for value in row)} |"
+        for name, values in rows.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -28,12 +28,29 @@ def environment(folder: Path, arguments: list[str] | None) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     if arguments is not None:
-        site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True,
-                              capture_output=True, text=True).stdout.strip()
+        site = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         borrowed = Path(site, "_borrowed.pth")
         borrowed.write_text(sysconfig.get_path("purelib"))  # setuptools for the build
-        subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps",
-                        "--no-build-isolation", *arguments], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                python,
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--no-build-isolation",
+                *arguments,
+            ],
+            check=True,
+        )
         borrowed.unlink()
     return python
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nnunetv2_mgml.cli import main as mgml
-from nnunetv2_mgml.evaluation.subset_predictor import SubsetPredictor
-from nnunetv2_mgml.inference.model_check import bare
+from nnunetv2_mgml.commands.main import main as mgml
+from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.modalities import Subset, all_subsets
+from nnunetv2_mgml.network.interface import seeing
 
 
 def main() -> None:
@@ -55,15 +55,42 @@ def files(work: Path, args: argparse.Namespace) -> dict[str, Callable[[], None]]
     def predict(subset: str) -> None:
         channels = model_channels(args)
         missing = [name for name in channels if name not in subset.split("+")]
-        run(["predict", *common, "-i", str(work / "images"), "-o", tempfile.mkdtemp(dir=work), "--missing_modalities",
-             *(missing or ["auto"])])
+        run(
+            [
+                "predict",
+                *common,
+                "-i",
+                str(work / "images"),
+                "-o",
+                tempfile.mkdtemp(dir=work),
+                "--missing_modalities",
+                *(missing or ["auto"]),
+            ]
+        )
 
     def everything() -> None:
-        run(["evaluate", *common, "-i", str(work / "images"), "-l", str(work / "labels"), "-o",
-             tempfile.mkdtemp(dir=work), "--metrics", "dice", "-np", "0", "--disable_progress_bar"])
+        run(
+            [
+                "evaluate",
+                *common,
+                "-i",
+                str(work / "images"),
+                "-l",
+                str(work / "labels"),
+                "-o",
+                tempfile.mkdtemp(dir=work),
+                "--metrics",
+                "dice",
+                "-np",
+                "0",
+                "--disable_progress_bar",
+            ]
+        )
 
-    names = ["+".join(name for name, present in zip(model_channels(args), subset, strict=True) if present)
-             for subset in all_subsets(len(model_channels(args)))]
+    names = [
+        "+".join(name for name, present in zip(model_channels(args), subset, strict=True) if present)
+        for subset in all_subsets(len(model_channels(args)))
+    ]
     full = max(names, key=lambda name: name.count("+"))
     return {"one": lambda: predict(full), "all": everything, "separately": lambda: [predict(n) for n in names] and None}
 
@@ -74,27 +101,30 @@ def network(work: Path, args: argparse.Namespace) -> dict[str, Callable[[], None
     subsets = all_subsets(len(predictor.channels))
     files = sorted(str(file) for file in (work / "images").iterdir())
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    data, _, _ = preprocessor.run_case(files, None, predictor.plans_manager, predictor.configuration_manager,
-                                       predictor.dataset_json)
+    data, _, _ = preprocessor.run_case(
+        files, None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
 
     def predict(subset: Subset) -> None:
-        told = bare(predictor.network)
-        told.set_availability(subset)
-        predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
-        told.set_availability(None)
+        with seeing(predictor.network, subset):
+            predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
 
     def separately() -> None:
         for subset in subsets:
             predict(subset)
 
-    return {"one": lambda: predict((True,) * len(predictor.channels)), "separately": separately,
-            "all": lambda: predictor.predict_subsets(np.asarray(data), subsets) is None}
+    return {
+        "one": lambda: predict((True,) * len(predictor.channels)),
+        "separately": separately,
+        "all": lambda: predictor.predict_subsets(np.asarray(data), subsets) is None,
+    }
 
 
 def load(args: argparse.Namespace) -> SubsetPredictor:
     """Return the model, without mirroring."""
-    predictor = SubsetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False,
-                                cpu_bfloat16=args.cpu_bfloat16)
+    predictor = SubsetPredictor(
+        use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False, cpu_bfloat16=args.cpu_bfloat16
+    )
     predictor.initialize_from_trained_model_folder(str(args.m), (int(args.f),), "checkpoint_final.pth")
     return predictor
 
@@ -134,8 +164,11 @@ def in_turns(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str
 
 def report(what: str, seconds: dict[str, float]) -> None:
     one = seconds["one"]
-    print(f"{what:8} one full prediction {one:.2f} s; all subsets {seconds['all']:.2f} s (x {seconds['all'] / one:.2f})"
-          f"; one by one {seconds['separately']:.2f} s (x {seconds['separately'] / one:.2f})", flush=True)
+    print(
+        f"{what:8} one full prediction {one:.2f} s; all subsets {seconds['all']:.2f} s (x {seconds['all'] / one:.2f})"
+        f"; one by one {seconds['separately']:.2f} s (x {seconds['separately'] / one:.2f})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

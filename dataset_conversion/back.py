@@ -9,10 +9,10 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from .checks import read_volume
-from .discovery import nifti_stem
-from .labels import allowed_values, from_nnunet
-from .parallel import run_jobs
+from nnunetv2_mgml.dataset_conversion.checks import read_volume
+from nnunetv2_mgml.dataset_conversion.discovery import nifti_stem
+from nnunetv2_mgml.dataset_conversion.labels import allowed_values, from_nnunet
+from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,15 @@ class _Job:
     convention: str
 
 
-def convert_back(source: str | Path, target: str | Path, convention: str, *, overwrite: bool = False,
-                 num_processes: int | None = None, progress: bool = False) -> list[Path]:
+def convert_back(
+    source: str | Path,
+    target: str | Path,
+    convention: str,
+    *,
+    overwrite: bool = False,
+    num_processes: int | None = None,
+    progress: bool = False,
+) -> list[Path]:
     """Write all segmentations of a folder with BraTS values; file names and geometry stay.
 
     Args:
@@ -52,17 +59,24 @@ def convert_back(source: str | Path, target: str | Path, convention: str, *, ove
         raise ValueError(f"Source and target are the same folder ({source}); a second run would convert twice.")
     existing = [path.name for path in files if (target / path.name).exists()]
     if existing and not overwrite:
-        raise ValueError(f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. "
-                         f"Give --overwrite to replace them.")
+        raise ValueError(
+            f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. Give --overwrite to replace them."
+        )
     building = target.absolute().with_name(f".{target.name}.incomplete-{os.getpid()}")
     building.mkdir(parents=True)
     try:
-        problems = run_jobs(_convert, [_Job(path, building / path.name, convention) for path in files], num_processes,
-                            "Converting back", progress)
+        problems = run_jobs(
+            _convert,
+            [_Job(path, building / path.name, convention) for path in files],
+            num_processes,
+            "Converting back",
+            progress,
+        )
         bad = [f"  {problem}" for problem in problems if problem]
         if bad:
-            raise ValueError("\n".join([f"{len(bad)} of {len(files)} file(s) are bad; nothing has been written.",
-                                        *bad]))
+            raise ValueError(
+                "\n".join([f"{len(bad)} of {len(files)} file(s) are bad; nothing has been written.", *bad])
+            )
         target.mkdir(parents=True, exist_ok=True)
         for path in files:
             os.replace(building / path.name, target / path.name)

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
+from nnunetv2_mgml.dataset_conversion.checks import (
+    geometry_difference,
+    is_empty,
+    read_segmentation,
+    read_volume,
+    same_header,
+)
+from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
+from nnunetv2_mgml.dataset_conversion.discovery import Case
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
-
-from .checks import geometry_difference, is_empty, read_segmentation, read_volume, same_header
-from .dataset_folder import FILE_ENDING
-from .discovery import Case
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
     return volumes
 
 
-def _write_image(volume: sitk.Image | None, source: Path | None, reference: sitk.Image, target: Path,
-                 link: bool) -> None:
+def _write_image(
+    volume: sitk.Image | None, source: Path | None, reference: sitk.Image, target: Path, link: bool
+) -> None:
     if volume is None or source is None:
         empty = sitk.Image(reference.GetSize(), sitk.sitkUInt8)
         empty.CopyInformation(reference)

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mgml.inference.complete import TruncatedError, check_complete
-
-from .labels import to_nnunet
+from nnunetv2_mgml.dataset_conversion.labels import to_nnunet
+from nnunetv2_mgml.io.complete import TruncatedError, check_complete
 
 GEOMETRY_TOLERANCE = 1e-3
 """Largest difference of spacing and origin (mm) and of direction cosines that still counts as the same grid."""
@@ -65,8 +64,10 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 def same_header(image: sitk.Image, reference: sitk.Image) -> bool:
     """Return whether nnU-Net will see one grid in two volumes (it compares spacings with a relative 1e-5)."""
-    return all(np.allclose(getattr(image, f"Get{what}")(), getattr(reference, f"Get{what}")())
-               for what in ("Spacing", "Origin", "Direction"))
+    return all(
+        np.allclose(getattr(image, f"Get{what}")(), getattr(reference, f"Get{what}")())
+        for what in ("Spacing", "Origin", "Direction")
+    )
 
 
 def is_empty(image: sitk.Image) -> bool:

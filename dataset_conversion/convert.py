@@ -6,17 +6,28 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .case_writer import CaseResult, Job, convert_case
-from .dataset_folder import building, check_target, write_description
-from .discovery import Case, Discovery, discover, edition
-from .labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
-from .parallel import run_jobs
-from .paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
-from .splits import SPLITS_FILE, Split, check_existing_split, parse_ratio, random_split, split_from_files, write_splits
+from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, convert_case
+from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
+from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
+from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
+from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
+from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
+from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
+from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
+    SPLITS_FILE,
+    Split,
+    check_existing_split,
+    parse_ratio,
+    published_lists,
+    random_split,
+    split_from_files,
+    write_splits,
+)
 
 Converted = list[tuple[Case, CaseResult]]
 
@@ -58,10 +69,23 @@ class ConversionSummary:
     seconds: float
 
 
-def convert_brats(source: str | Path, dataset_id: int, name: str | None = None, *, link: bool = False,
-                  missing_ok: bool = False, skip_bad: bool = False, overwrite: bool = False, split: str | None = None,
-                  split_files: Sequence[str | Path] | None = None, seed: int = 0, label_convention: str = "auto",
-                  num_processes: int | None = None, progress: bool = False) -> ConversionSummary:
+def convert_brats(
+    source: str | Path,
+    dataset_id: int,
+    name: str | None = None,
+    *,
+    link: bool = False,
+    missing_ok: bool = False,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    split: str | None = None,
+    split_files: Sequence[str | Path] | None = None,
+    seed: int = 0,
+    missing_rates: Mapping[str, float] | None = None,
+    label_convention: str = "auto",
+    num_processes: int | None = None,
+    progress: bool = False,
+) -> ConversionSummary:
     """Convert a BraTS folder of any edition from 2018 to 2025 to ``nnUNet_raw/DatasetXXX_NAME``.
 
     Args:
@@ -72,9 +96,12 @@ def convert_brats(source: str | Path, dataset_id: int, name: str | None = None, 
         missing_ok: accept cases that lack sequences and write empty volumes for these.
         skip_bad: convert the good cases although others are bad.
         overwrite: replace an existing dataset of the same id and name.
-        split: ``paper2020``, ``paper2023`` or ``A:B:C``; see `splits.parse_ratio`.
+        split: ``paper2020``, ``paper2023`` or ``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`.
         split_files: lists of training, validation and test cases; see `splits.split_from_files`.
-        seed: seed of a random split.
+        seed: seed of a random split, and of what is drawn by ``missing_rates``.
+        missing_rates: modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
+            (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases
+            stay whole.
         label_convention: ``auto`` (told by the file names), ``brats2021`` or ``brats2023``.
         num_processes: worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script
             that calls this needs the usual ``if __name__ == "__main__":``.
@@ -97,10 +124,24 @@ def convert_brats(source: str | Path, dataset_id: int, name: str | None = None, 
     chosen, left_out = _choose_split(found, split, split_files, seed)
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, overwrite)
+    missing: dict[str, tuple[str, ...]] = {}
+    if missing_rates:
+        if chosen is None:
+            raise ValueError("--missing_rate is for the training part of a split; give --split or --split_files too.")
+        missing = draw_missing(chosen.train, missing_rates, seed)
     with building(target) as folder:
         held_out = set(chosen.test) if chosen else set()
-        jobs = [_job(case, folder, case.name in held_out, link, missing_ok)
-                for case in found.cases if case.name not in left_out]
+        jobs = [
+            _job(
+                without_missing(case, missing),
+                folder,
+                case.name in held_out,
+                link,
+                missing_ok or case.name in missing,
+            )
+            for case in found.cases
+            if case.name not in left_out
+        ]
         results = run_jobs(convert_case, jobs, num_processes, "Converting", progress)
         bad = {**found.problems, **{r.name: r.problems for r in results if r.problems}}
         if bad and not skip_bad:
@@ -108,14 +149,27 @@ def convert_brats(source: str | Path, dataset_id: int, name: str | None = None, 
         good = [(job.case, result) for job, result in zip(jobs, results, strict=True) if not result.problems]
         _check_meaning_of_four(good, label_convention)
         summary = _summary(target, good, bad, held_out, _without(chosen, bad), left_out, found.notes)
-        write_description(folder, folder_name, ", ".join(summary.editions), summary.num_training,
-                          RESECTION_CAVITY in summary.labels, summary.missing)
+        write_description(
+            folder,
+            folder_name,
+            ", ".join(summary.editions),
+            summary.num_training,
+            RESECTION_CAVITY in summary.labels,
+            summary.missing,
+        )
         if chosen is not None:  # fails here rather than after the dataset is in place
             (nnunet_folder(PREPROCESSED) / folder_name).mkdir(parents=True, exist_ok=True)
-    splits_file = (write_splits(summary.split, nnunet_folder(PREPROCESSED) / folder_name, overwrite=True)
-                   if summary.split is not None else None)
-    return dataclasses.replace(summary, splits_file=splits_file, seconds=time.perf_counter() - started,
-                               notes=(*summary.notes, *_notes_on_preprocessed(folder_name, splits_file)))
+    splits_file = (
+        write_splits(summary.split, nnunet_folder(PREPROCESSED) / folder_name, overwrite=True)
+        if summary.split is not None
+        else None
+    )
+    return dataclasses.replace(
+        summary,
+        splits_file=splits_file,
+        seconds=time.perf_counter() - started,
+        notes=(*summary.notes, *_notes_on_preprocessed(folder_name, splits_file)),
+    )
 
 
 def _discover(source: Path, label_convention: str) -> Discovery:
@@ -128,12 +182,15 @@ def _discover(source: Path, label_convention: str) -> Discovery:
         raise ValueError(
             f"{len(paediatric)} case(s) are of the paediatric task, such as {paediatric[0]}. Names do not tell what "
             f"its labels mean: in 2023 the same as for gliomas; since 2024 1 is enhancing, 2 non-enhancing, 3 cyst, "
-            f"4 edema. For data of 2023 give --label_convention brats2023; later data are not supported.")
+            f"4 edema. For data of 2023 give --label_convention brats2023; later data are not supported."
+        )
     if not found.cases:
         raise ValueError(_bad_cases(found.problems, len(found.problems)))
     if not labelled:
-        raise ValueError(f"None of the {len(found.cases)} case(s) in {source} has a segmentation (<case>_seg.nii.gz or "
-                         f"<case>-seg.nii.gz), so nothing can be trained. Give the folder of the training data.")
+        raise ValueError(
+            f"None of the {len(found.cases)} case(s) in {source} has a segmentation (<case>_seg.nii.gz or "
+            f"<case>-seg.nii.gz), so nothing can be trained. Give the folder of the training data."
+        )
     return found
 
 
@@ -146,12 +203,15 @@ def _default_name(found: Discovery) -> str:
     return names.pop() if len(names) == 1 else "BraTS"
 
 
-def _choose_split(found: Discovery, split: str | None, split_files: Sequence[str | Path] | None,
-                  seed: int) -> tuple[Split | None, tuple[str, ...]]:
+def _choose_split(
+    found: Discovery, split: str | None, split_files: Sequence[str | Path] | None, seed: int
+) -> tuple[Split | None, tuple[str, ...]]:
     """Return the split, and labelled cases that take no part in it."""
     labelled = _labelled(found)
     if split and split_files:
         raise ValueError("Give either --split or --split_files, not both.")
+    if split in PUBLISHED:
+        split_files = published_lists(split)
     if split_files:
         # A list may name a case whose files are bad; that is said of the case, not of the list.
         chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
@@ -177,8 +237,10 @@ def _without(split: Split | None, bad: dict[str, list[str]]) -> Split | None:
         return split
     rest = Split(*(tuple(name for name in part if name not in bad) for part in (split.train, split.val, split.test)))
     if not rest.train or not rest.val:
-        raise ValueError(f"Without the bad cases the split has {rest}. Repair them, or choose another split.\n"
-                         f"{_bad_cases(bad, len(bad))}")
+        raise ValueError(
+            f"Without the bad cases the split has {rest}. Repair them, or choose another split.\n"
+            f"{_bad_cases(bad, len(bad))}"
+        )
     return rest
 
 
@@ -188,26 +250,46 @@ def _check_meaning_of_four(good: Converted, label_convention: str) -> None:
     if label_convention == "auto" and RESECTION_CAVITY in labels and ENHANCING not in labels:
         raise ValueError(
             "The cases with names of 2023 have the value 4 (since 2024 the resection cavity) but never 3 (enhancing "
-            "tumour). If 4 is the enhancing tumour, as up to 2021, give --label_convention brats2021, else brats2023.")
+            "tumour). If 4 is the enhancing tumour, as up to 2021, give --label_convention brats2021, else brats2023."
+        )
 
 
-def _summary(target: Path, good: Converted, bad: dict[str, list[str]], held_out: set[str], split: Split | None,
-             left_out: tuple[str, ...], notes: list[str]) -> ConversionSummary:
+def _summary(
+    target: Path,
+    good: Converted,
+    bad: dict[str, list[str]],
+    held_out: set[str],
+    split: Split | None,
+    left_out: tuple[str, ...],
+    notes: list[str],
+) -> ConversionSummary:
     unlabelled = sum(case.segmentation is None for case, _ in good)
     tested = sum(case.name in held_out for case, _ in good)
     if len(good) == unlabelled + tested:
         raise ValueError(f"No training case is left. {_bad_cases(bad, len(bad))}")
     conventions = Counter(case.convention for case, _ in good)
     if len(conventions) > 1:
-        notes = [*notes, "two label conventions in one folder; each case was read by its own. BraTS 2023 holds the "
-                         "patients of 2021 under new numbers: make sure that none is in twice"]
+        notes = [
+            *notes,
+            "two label conventions in one folder; each case was read by its own. BraTS 2023 holds the "
+            "patients of 2021 under new numbers: make sure that none is in twice",
+        ]
     return ConversionSummary(
-        folder=target, editions=dict(sorted(Counter(edition(case.name) for case, _ in good).items())),
+        folder=target,
+        editions=dict(sorted(Counter(edition(case.name) for case, _ in good).items())),
         conventions=dict(sorted(conventions.items())),
         labels=tuple(sorted({label for _, result in good for label in result.labels})),
-        num_training=len(good) - unlabelled - tested, num_held_out=tested, num_unlabelled=unlabelled,
-        missing={result.name: result.missing for _, result in good if result.missing}, skipped=bad, split=split,
-        splits_file=None, left_out=left_out, notes=tuple(notes), seconds=0.0)
+        num_training=len(good) - unlabelled - tested,
+        num_held_out=tested,
+        num_unlabelled=unlabelled,
+        missing={result.name: result.missing for _, result in good if result.missing},
+        skipped=bad,
+        split=split,
+        splits_file=None,
+        left_out=left_out,
+        notes=tuple(notes),
+        seconds=0.0,
+    )
 
 
 def _notes_on_preprocessed(folder_name: str, splits_file: Path | None) -> list[str]:

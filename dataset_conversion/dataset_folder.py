@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nnunetv2_mgml.files import write_json
+from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
+from nnunetv2_mgml.dataset_conversion.paths import names_in_use
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
-
-from .labels import dataset_labels
-from .paths import names_in_use
 
 FILE_ENDING = ".nii.gz"
 MISSING_FILE = "missing_modalities.json"
@@ -32,14 +31,17 @@ def check_target(source: Path, target: Path, dataset_id: int, overwrite: bool) -
     """
     for used, folder in names_in_use(dataset_id).items():
         if used != target.name:
-            raise ValueError(f"Dataset id {dataset_id} is taken by {used} in {folder}; nnU-Net wants one name per id. "
-                             f"Choose another id, or give --name {used.split('_', 1)[-1]} --overwrite to replace it.")
+            raise ValueError(
+                f"Dataset id {dataset_id} is taken by {used} in {folder}; nnU-Net wants one name per id. "
+                f"Choose another id, or give --name {used.split('_', 1)[-1]} --overwrite to replace it."
+            )
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists. Give --overwrite to replace it, or choose another id.")
     real_source, real_target = source.resolve(), target.resolve()
     if real_target == real_source or real_target in real_source.parents or real_source in real_target.parents:
-        raise ValueError(f"The source {source} and the new dataset {target} lie within each other; "
-                         f"move the source elsewhere.")
+        raise ValueError(
+            f"The source {source} and the new dataset {target} lie within each other; move the source elsewhere."
+        )
 
 
 @contextlib.contextmanager
@@ -68,8 +70,9 @@ def building(target: Path) -> Iterator[Path]:
                 shutil.rmtree(leftover)
 
 
-def write_description(folder: Path, name: str, origin: str, num_training: int, with_cavity: bool,
-                      missing: Mapping[str, Sequence[str]]) -> None:
+def write_description(
+    folder: Path, name: str, origin: str, num_training: int, with_cavity: bool, missing: Mapping[str, Sequence[str]]
+) -> None:
     """Write ``dataset.json`` and, if a case lacks a sequence, ``missing_modalities.json``.
 
     Args:
@@ -81,15 +84,18 @@ def write_description(folder: Path, name: str, origin: str, num_training: int, w
         missing: case -> absent modalities.
     """
     labels, order = dataset_labels(with_cavity)
-    write_json(folder / "dataset.json", {
-        # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
-        "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(BRATS_CHANNELS)},
-        "labels": labels,
-        "regions_class_order": order,
-        "numTraining": num_training,
-        "file_ending": FILE_ENDING,
-        "name": name,
-        "description": f"Converted by mgml convert brats from {origin}",
-    })
+    write_json(
+        folder / "dataset.json",
+        {
+            # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
+            "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(BRATS_CHANNELS)},
+            "labels": labels,
+            "regions_class_order": order,
+            "numTraining": num_training,
+            "file_ending": FILE_ENDING,
+            "name": name,
+            "description": f"Converted by mgml convert brats from {origin}",
+        },
+    )
     if missing:
         write_json(folder / MISSING_FILE, missing)

@@ -12,9 +12,11 @@ from pathlib import Path
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-_CONTENT = {suffix: (naming, modality)
-            for naming, table in BRATS_FILE_SUFFIXES.items()
-            for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()}
+_CONTENT = {
+    suffix: (naming, modality)
+    for naming, table in BRATS_FILE_SUFFIXES.items()
+    for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()
+}
 _STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, _CONTENT))})", re.IGNORECASE)
 
 
@@ -55,7 +57,7 @@ def nifti_stem(name: str) -> str | None:
     """Return a file name without ``.nii`` or ``.nii.gz``; None for any other file."""
     for suffix in NIFTI_SUFFIXES:
         if name.lower().endswith(suffix):
-            return name[:-len(suffix)]
+            return name[: -len(suffix)]
     return None
 
 
@@ -115,7 +117,8 @@ def discover(source: Path, label_convention: str = "auto") -> Discovery:
         raise ValueError(
             f"No BraTS case found in {source}. Expected files such as <case>_t1ce.nii.gz (BraTS 2018-2021) or "
             f"<case>-t1c.nii.gz (BraTS 2023-2025), at any depth; found {sum(map(len, strangers.values()))} other NIfTI "
-            f"file(s).")
+            f"file(s)."
+        )
     result = Discovery()
     for name in sorted(found):
         _add_case(result, name, found[name], strangers, label_convention)
@@ -125,16 +128,20 @@ def discover(source: Path, label_convention: str = "auto") -> Discovery:
     return result
 
 
-def _add_case(result: Discovery, name: str, files: _Files, strangers: dict[Path, list[Path]],
-              label_convention: str) -> None:
+def _add_case(
+    result: Discovery, name: str, files: _Files, strangers: dict[Path, list[Path]], label_convention: str
+) -> None:
     problems: list[str] = []
     if len(files.folders) > 1:
         problems.append(f"found in several folders: {', '.join(map(str, sorted(files.folders)))}; keep one")
     else:
         if len(files.namings) > 1:
             problems.append("has files in the naming of 2021 (_t1) and of 2023 (-t1n); keep one")
-        problems.extend(f"two files for {content}: {', '.join(p.name for p in paths)}; keep one"
-                        for content, paths in files.content.items() if len(paths) > 1)
+        problems.extend(
+            f"two files for {content}: {', '.join(p.name for p in paths)}; keep one"
+            for content, paths in files.content.items()
+            if len(paths) > 1
+        )
     images = {content: paths[0] for content, paths in files.content.items() if content != "seg"}
     if not images:
         problems.append("has a segmentation but no image sequence")

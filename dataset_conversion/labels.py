@@ -107,8 +107,11 @@ def from_nnunet(segmentation: np.ndarray, convention: str) -> np.ndarray:
             ``brats2021``).
     """
     table = {nnunet: brats for brats, nnunet in _table(convention).items()}
-    return _replace(segmentation, table, f"predictions that can be written as {convention} have "
-                                         f"{', '.join(map(str, sorted(table)))}")
+    return _replace(
+        segmentation,
+        table,
+        f"predictions that can be written as {convention} have {', '.join(map(str, sorted(table)))}",
+    )
 
 
 def dataset_labels(with_cavity: bool) -> tuple[dict[str, int | list[int]], list[int]]:

@@ -20,8 +20,9 @@ def default_processes() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int | None, title: str,
-             progress: bool) -> list[Result]:
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int | None, title: str, progress: bool
+) -> list[Result]:
     """Apply a function to every job.
 
     Args:
@@ -56,8 +57,10 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], num_process
                         results[futures[future]] = future.result()
                         bar.update()
                 except BrokenProcessPool as error:
-                    raise ValueError("A worker process died. Too little memory? Fewer processes (-np 1) need less; in "
-                                     "a script of yours, is the call under 'if __name__ == \"__main__\":'?") from error
+                    raise ValueError(
+                        "A worker process died. Too little memory? Fewer processes (-np 1) need less; in "
+                        "a script of yours, is the call under 'if __name__ == \"__main__\":'?"
+                    ) from error
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise

@@ -7,15 +7,30 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .dataset_folder import FILE_ENDING
-from .paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
-from .splits import Split, check_existing_split, parse_ratio, random_split, split_from_files, write_splits
+from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
+from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
+from nnunetv2_mgml.dataset_conversion.splits import (
+    PUBLISHED,
+    Split,
+    check_existing_split,
+    parse_ratio,
+    published_lists,
+    random_split,
+    split_from_files,
+    write_splits,
+)
 
 _log = logging.getLogger(__name__)
 
 
-def split_dataset(dataset_id: int, *, split: str | None = None, split_files: Sequence[str | Path] | None = None,
-                  seed: int = 0, overwrite: bool = False) -> tuple[Split, Path]:
+def split_dataset(
+    dataset_id: int,
+    *,
+    split: str | None = None,
+    split_files: Sequence[str | Path] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> tuple[Split, Path]:
     """Write ``splits_final.json`` for an existing dataset of nnU-Net.
 
     Test cases stay in ``imagesTr`` (nnU-Net trains on none of them, as the split does not name them) and are linked
@@ -42,10 +57,14 @@ def split_dataset(dataset_id: int, *, split: str | None = None, split_files: Seq
         raise ValueError(f"Dataset id {dataset_id} has several names: {', '.join(sorted(names))}. Remove all but one.")
     raw = nnunet_folder(RAW) / next(iter(names), "")
     labels = raw / "labelsTr"
-    cases = sorted(path.name[:-len(FILE_ENDING)] for path in labels.glob(f"*{FILE_ENDING}")) if names else []
+    cases = sorted(path.name[: -len(FILE_ENDING)] for path in labels.glob(f"*{FILE_ENDING}")) if names else []
     if not cases:
-        raise FileNotFoundError(f"No dataset with id {dataset_id} and labels labelsTr/*{FILE_ENDING} in "
-                                f"{nnunet_folder(RAW)}. Convert it first: mgml convert brats.")
+        raise FileNotFoundError(
+            f"No dataset with id {dataset_id} and labels labelsTr/*{FILE_ENDING} in "
+            f"{nnunet_folder(RAW)}. Convert it first: mgml convert brats."
+        )
+    if split in PUBLISHED:
+        split_files = published_lists(split)
     if split_files:
         chosen, left_out = split_from_files(cases, [Path(path) for path in split_files])
         if left_out:

@@ -10,19 +10,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_mgml.files import write_json
+from nnunetv2_mgml.dataset_conversion.discovery import patient
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
-
-from .discovery import patient
 
 PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
 
+PUBLISHED: tuple[str, ...] = ("rfnet2020", "rfnet2018-1", "rfnet2018-2", "rfnet2018-3", "imfuse2023")
+"""Splits whose very cases are known: BraTS 2020 and 2018 as RFNet and its successors split them, BraTS 2023 GLI as
+IM-Fuse does. Their lists lie in ``case_lists``, each with its source."""
 SPLITS_FILE = "splits_final.json"
 TEST_FILE = "test_cases.json"
 _TAIL = re.compile(r"(\.nii\.gz|\.nii|\.np[yz]|\.h5|\.pkl)$", re.IGNORECASE)
-_SUFFIXES = sorted({s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()}
-                   | {"_vol"}, key=len, reverse=True)
+_SUFFIXES = sorted(
+    {s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()} | {"_vol"},
+    key=len,
+    reverse=True,
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,17 @@ def parse_ratio(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(?:ratio[ =:]*)?(\d+):(\d+)(?::(\d+))?", text.strip())
     ratio = tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if ratio[0] < 1 or ratio[1] < 1:
-        raise ValueError(f"Unknown split '{text}'. Allowed: {', '.join(PRESETS)}, or train:validation:test such as "
-                         f"7:1:2, with at least 1 for training and validation.")
+        raise ValueError(
+            f"Unknown split '{text}'. Allowed: {', '.join([*PRESETS, *PUBLISHED])}, or train:validation:test such as "
+            f"7:1:2, with at least 1 for training and validation."
+        )
     return ratio  # type: ignore[return-value]
+
+
+def published_lists(name: str) -> list[Path]:
+    """Return the lists of training, validation and test cases of a split in `PUBLISHED`, for `split_from_files`."""
+    folder = Path(__file__).parent / "case_lists"
+    return [folder / f"{name}_{part}.txt" for part in ("train", "val", "test")]
 
 
 def _counts(total: int, ratio: Sequence[int]) -> list[int]:
@@ -59,7 +72,7 @@ def _counts(total: int, ratio: Sequence[int]) -> list[int]:
     wanted = [total * part / sum(ratio) for part in ratio]
     counts = [int(w) for w in wanted]
     by_remainder = sorted(range(len(ratio)), key=lambda i: (counts[i] - wanted[i], i))
-    for i in by_remainder[:total - sum(counts)]:
+    for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     for i, part in enumerate(ratio):
         if part and not counts[i]:
@@ -118,8 +131,10 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
         ValueError: unknown names, a name in two places, an empty training or validation list; all of them are named.
     """
     if len(files) not in (2, 3):
-        raise ValueError(f"--split_files needs the lists of training, validation and (optional) test cases, "
-                         f"got {len(files)} file(s).")
+        raise ValueError(
+            f"--split_files needs the lists of training, validation and (optional) test cases, "
+            f"got {len(files)} file(s)."
+        )
     known = set(cases)
     parts: list[list[str]] = []
     unknown: list[str] = []
@@ -143,7 +158,7 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
 
 def _resolve(entry: str, known: set[str]) -> str | None:
     name = _TAIL.sub("", re.split(r"[/\\]", entry.rstrip("/\\"))[-1])
-    without_content = next((name[:-len(s)] for s in _SUFFIXES if name.lower().endswith(s)), name)
+    without_content = next((name[: -len(s)] for s in _SUFFIXES if name.lower().endswith(s)), name)
     candidates = {stem for text in (name, without_content) for stem in (text, re.sub(r"^(HGG|LGG)[_\-]", "", text))}
     matches = candidates & known
     return matches.pop() if len(matches) == 1 else None

@@ -67,17 +67,22 @@ def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
     """
     names = dataset_json.get("channel_names", dataset_json.get("modality"))
     if not names:
-        raise ValueError("dataset.json has neither 'channel_names' nor 'modality'; add channel_names, for example "
-                         '{"0": "T1", "1": "FLAIR"}.')
+        raise ValueError(
+            "dataset.json has neither 'channel_names' nor 'modality'; add channel_names, for example "
+            '{"0": "T1", "1": "FLAIR"}.'
+        )
     wrong = [str(index) for index in names if not str(index).isdecimal()]
     if wrong:
-        raise ValueError(f"The keys of channel_names in dataset.json are channel numbers, found {', '.join(wrong)}. "
-                         f'Write, for example, {{"0": "T1", "1": "FLAIR"}}.')
+        raise ValueError(
+            f"The keys of channel_names in dataset.json are channel numbers, found {', '.join(wrong)}. "
+            f'Write, for example, {{"0": "T1", "1": "FLAIR"}}.'
+        )
     spelled = {int(index): str(name) for index, name in names.items()}
     by_index = {index: canonical_name(name) for index, name in spelled.items()}
     if sorted(by_index) != list(range(len(by_index))):
-        raise ValueError(f"channel_names of dataset.json must be numbered 0 to {len(by_index) - 1}, "
-                         f"found {sorted(by_index)}.")
+        raise ValueError(
+            f"channel_names of dataset.json must be numbered 0 to {len(by_index) - 1}, found {sorted(by_index)}."
+        )
     ordered = tuple(by_index[i] for i in range(len(by_index)))
     _check_distinct(ordered, spelled)
     return ordered
@@ -86,13 +91,19 @@ def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
 def _check_distinct(channels: Sequence[str], spelled: dict[int, str]) -> None:
     nameless = [f"{i} {spelled[i]!r}" for i, name in enumerate(channels) if not name]
     if nameless:
-        raise ValueError(f"channel_names of dataset.json need at least one letter or digit each: {', '.join(nameless)} "
-                         f"has none.")
-    doubles = [f"{name} ({', '.join(repr(spelled[i]) for i, other in enumerate(channels) if other == name)})"
-               for name in sorted(set(channels)) if channels.count(name) > 1]
+        raise ValueError(
+            f"channel_names of dataset.json need at least one letter or digit each: {', '.join(nameless)} has none."
+        )
+    doubles = [
+        f"{name} ({', '.join(repr(spelled[i]) for i, other in enumerate(channels) if other == name)})"
+        for name in sorted(set(channels))
+        if channels.count(name) > 1
+    ]
     if doubles:
-        raise ValueError(f"channel_names of dataset.json name the same modality twice: {', '.join(doubles)}. "
-                         f"Every channel needs a name of its own.")
+        raise ValueError(
+            f"channel_names of dataset.json name the same modality twice: {', '.join(doubles)}. "
+            f"Every channel needs a name of its own."
+        )
 
 
 def channel_index(name: str, channels: Sequence[str]) -> int:
@@ -135,8 +146,10 @@ def subset_from_missing(missing: Iterable[str], channels: Sequence[str]) -> Subs
     missing = list(missing)
     indices = {channel_index(name, channels) for name in missing}
     if len(indices) == len(channels):
-        raise ValueError(f"All modalities are named as missing ({', '.join(missing)}); at least one of "
-                         f"{', '.join(channels)} must be present.")
+        raise ValueError(
+            f"All modalities are named as missing ({', '.join(missing)}); at least one of "
+            f"{', '.join(channels)} must be present."
+        )
     return tuple(i not in indices for i in range(len(channels)))
 
 
@@ -156,9 +169,11 @@ def all_subsets(num_modalities: int) -> list[Subset]:
     """Return the ``2^M - 1`` non-empty subsets, by size and then in lexicographic order of the channel indices."""
     if num_modalities < 1:
         raise ValueError(f"num_modalities must be at least 1, got {num_modalities}.")
-    return [tuple(i in chosen for i in range(num_modalities))
-            for size in range(1, num_modalities + 1)
-            for chosen in itertools.combinations(range(num_modalities), size)]
+    return [
+        tuple(i in chosen for i in range(num_modalities))
+        for size in range(1, num_modalities + 1)
+        for chosen in itertools.combinations(range(num_modalities), size)
+    ]
 
 
 def table_order(channels: Sequence[str]) -> list[Subset]:

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as threads would help
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("nnUNet_def_n_proc", "1")  # read when nnunetv2 is imported
 os.environ.setdefault("nnUNet_n_proc_DA", "0")  # data augmentation in the test's own process

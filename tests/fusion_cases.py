@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,20 +11,29 @@ from torch import nn
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import FusedScale, FusionDesign, FusionSpec, build_fusion, fusion_designs
+from nnunetv2_mgml.network.fusion.installed import GROUP
+
+DOCS = (Path(__file__).parents[1] / "docs" / "fusion.md").read_text()
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "3d": dict(patch_size=(12, 12, 12), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernel_sizes=((3, 3, 3),) * 3),
-    "anisotropic": dict(patch_size=(5, 7, 9), strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),
-                        kernel_sizes=((1, 3, 3), (1, 3, 3), (3, 3, 3))),
+    "anisotropic": dict(
+        patch_size=(5, 7, 9), strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)), kernel_sizes=((1, 3, 3), (1, 3, 3), (3, 3, 3))
+    ),
     "2d": dict(patch_size=(10, 14), strides=((1, 1), (2, 2), (2, 2)), kernel_sizes=((3, 3),) * 3),
 }
 OTHER_SIZE = {"3d": (5, 7, 9), "anisotropic": (7, 16, 12), "2d": (17, 9)}
 QUICK: dict[str, dict[str, Any]] = {"sfusion": {"depth": 2, "grid": 4}}
 """Options that keep the tests short; a design not named here runs with its defaults."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "m2ftrans+channel": ("m2ftrans", {"channel_attention": True}),
+    "m2ftrans+channel": ("m2ftrans", {"channel_attention": True, "pyramid_heads": True, "reweighting": "published"}),
+    "m2ftrans+added": ("m2ftrans", {"channel_attention": True, "channel_wiring": "added"}),
+    "mmformer+pyramid": ("mmformer", {"pyramid_heads": True}),
+    "sfusion+interpolated": ("sfusion", {"form": "interpolated", "depth": 2, "grid": 4}),
     "region_aware+full": ("region_aware", {"full_resolution_regions": True}),
-    "imfuse+concat": ("imfuse", {"max_voxels": 1})}
+    "demoseg+learned": ("demoseg", {"gating": "learned"}),
+    "imfuse+concat": ("imfuse", {"max_voxels": 1, "pyramid_heads": True}),
+}
 """Further settings to run all tests with: test name -> (design, options)."""
 
 
@@ -53,9 +64,17 @@ def make_spec(layout: str = "3d", modalities: int = 3, **changes: Any) -> Fusion
     """A spec of three scales with 8, 12 and 16 channels."""
     dimension = len(LAYOUTS[layout]["patch_size"])
     norm = nn.InstanceNorm3d if dimension == 3 else nn.InstanceNorm2d
-    values = dict(num_modalities=modalities, num_classes=4, channels=(8, 12, 16), norm_op=norm,
-                  conv_op=nn.Conv3d if dimension == 3 else nn.Conv2d, norm_op_kwargs={"eps": 1e-5, "affine": True},
-                  nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, **LAYOUTS[layout])
+    values = dict(
+        num_modalities=modalities,
+        num_classes=4,
+        channels=(8, 12, 16),
+        norm_op=norm,
+        conv_op=nn.Conv3d if dimension == 3 else nn.Conv2d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        **LAYOUTS[layout],
+    )
     return FusionSpec(**{**values, **changes})
 
 
@@ -70,8 +89,9 @@ def make_design(name: str, spec: FusionSpec, seed: int = 0) -> FusionDesign:
     return design
 
 
-def make_pass(spec: FusionSpec, mask: list[list[int]] | torch.Tensor, size: tuple[int, ...] | None = None,
-              seed: int = 1) -> Pass:
+def make_pass(
+    spec: FusionSpec, mask: list[list[int]] | torch.Tensor, size: tuple[int, ...] | None = None, seed: int = 1
+) -> Pass:
     """Random features (mean not zero) of an input of ``size`` voxels, zero where absent, and decoder features."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.as_tensor(mask).bool()
@@ -95,8 +115,10 @@ def hide(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def run(design: FusionDesign, inputs: Pass, shared: Any = None) -> list[FusedScale]:
     """One pass from the bottleneck up; results full resolution first."""
     state = design.begin(shared)
-    results = [design.fuse_scale(s, inputs.features[s], inputs.mask, inputs.contexts[s], state)
-               for s in reversed(range(len(inputs.features)))]
+    results = [
+        design.fuse_scale(s, inputs.features[s], inputs.mask, inputs.contexts[s], state)
+        for s in reversed(range(len(inputs.features)))
+    ]
     return results[::-1]
 
 
@@ -113,8 +135,9 @@ def reads_mask(design: FusionDesign, scale: int) -> bool:
     """Whether the mask alone, with the features as they are, changes the result at a scale."""
     full = make_pass(design.spec, [[1] * design.spec.num_modalities])
     masks = [full.mask & (torch.arange(design.spec.num_modalities) != m) for m in range(design.spec.num_modalities)]
-    one, *others = (fused_at(design, scale, full._replace(mask=mask), full.features[scale]) for mask in
-                    (full.mask, *masks))
+    one, *others = (
+        fused_at(design, scale, full._replace(mask=mask), full.features[scale]) for mask in (full.mask, *masks)
+    )
     return any(not torch.equal(one, other) for other in others)
 
 
@@ -147,3 +170,19 @@ def objective(results: list[FusedScale]) -> torch.Tensor:
 def take_modalities(tensor: torch.Tensor, keep: list[int], blocks: int, dim: int) -> torch.Tensor:
     """Keep some of ``blocks`` equal parts of ``tensor`` along ``dim``: weights after removing modalities."""
     return torch.cat([tensor.chunk(blocks, dim)[m] for m in keep], dim)
+
+
+def install(folder: Path, package: str, entry_points: dict[str, str], code: str) -> None:
+    """Write a module and the metadata of an installed package around it."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in entry_points.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
+    (folder / f"{package.replace('-', '_')}.py").write_text(code)
+
+
+def recipe() -> str:
+    """The design that docs/fusion.md tells the reader to write."""
+    (code,) = re.findall(r"```python\n(\"\"\"Gated sum.*?)```", DOCS, re.DOTALL)
+    return code

@@ -19,15 +19,21 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.inference.arrays import prepare_named
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
-from nnunetv2_mgml.registration import add_ext_dir
+from nnunetv2_mgml.upstream.registration import add_ext_dir
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 SHAPE = (20, 18, 22)
 """Voxels, axis order z, y, x; larger than the 16^3 patch, so that the sliding window moves."""
 
 
-def write_model(folder: Path, trainer: str = "nnUNetTrainerMGML", folds: Iterable[int] = (0,), *,
-                cascade: bool = False, normalization: str = "ZScoreNormalization") -> Path:
+def write_model(
+    folder: Path,
+    trainer: str = "nnUNetTrainerMGML",
+    folds: Iterable[int] = (0,),
+    *,
+    cascade: bool = False,
+    normalization: str = "ZScoreNormalization",
+) -> Path:
     """Write what nnU-Net's predictor reads of a trained model; every region is predicted somewhere."""
     plans = builders.plans(stages=2)
     plans["mgml"] = {"config": {"width_factor": 1.0, "decoder_width_ratio": 1.0, "fusion": "concat"}, "num_classes": 4}
@@ -45,9 +51,15 @@ def write_model(folder: Path, trainer: str = "nnUNetTrainerMGML", folds: Iterabl
     (folder / "plans.json").write_text(json.dumps(plans))
     for fold in folds:
         (folder / f"fold_{fold}").mkdir()
-        torch.save({"network_weights": _weights(trainer, json.dumps(plans), json.dumps(dataset_json), fold),
-                    "trainer_name": trainer, "init_args": {"configuration": "3d_fullres"},
-                    "inference_allowed_mirroring_axes": (0, 1, 2)}, folder / f"fold_{fold}" / "checkpoint_final.pth")
+        torch.save(
+            {
+                "network_weights": _weights(trainer, json.dumps(plans), json.dumps(dataset_json), fold),
+                "trainer_name": trainer,
+                "init_args": {"configuration": "3d_fullres"},
+                "inference_allowed_mirroring_axes": (0, 1, 2),
+            },
+            folder / f"fold_{fold}" / "checkpoint_final.pth",
+        )
     return folder
 
 
@@ -58,8 +70,12 @@ def _weights(trainer: str, plans: str, dataset: str, seed: int) -> dict[str, tor
     configuration = manager.get_configuration("3d_fullres")
     torch.manual_seed(seed)
     network = recursive_find_trainer_class_by_name(trainer).build_network_architecture(
-        manager, configuration, determine_num_input_channels(manager, configuration, dataset_json),
-        manager.get_label_manager(dataset_json).num_segmentation_heads, enable_deep_supervision=False)
+        manager,
+        configuration,
+        determine_num_input_channels(manager, configuration, dataset_json),
+        manager.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
     for parameter in network.parameters():  # trained biases are not zero
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -74,8 +90,9 @@ def image(channel: int, seed: int = 0, shape: tuple[int, ...] = SHAPE, margin: i
     return volume
 
 
-def write_image(path: Path, volume: np.ndarray, spacing: float = 1.0, origin: float = 0.0,
-                direction: np.ndarray | None = None) -> Path:
+def write_image(
+    path: Path, volume: np.ndarray, spacing: float = 1.0, origin: float = 0.0, direction: np.ndarray | None = None
+) -> Path:
     """Write a volume with the given geometry (mm, the same on all axes)."""
     picture = sitk.GetImageFromArray(volume)
     picture.SetSpacing((spacing,) * 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
-from nnunetv2_mgml.losses.meta_network import MetaParameters
+from nnunetv2_mgml.objective import Objective, Options, TermSpec
+from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
+from nnunetv2_mgml.objective.terms.soft_label import SoftLabel
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,8 +31,14 @@ def labels_of(*shape: int, classes: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def parameters(batch: int, seed: int = 0, low: float = 0.5, high: float = 20.0, dtype: torch.dtype = torch.float32,
-               requires_grad: bool = False) -> MetaParameters:
+def parameters(
+    batch: int,
+    seed: int = 0,
+    low: float = 0.5,
+    high: float = 20.0,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+) -> MetaParameters:
     drawn = torch.rand(5, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     drawn[3:] = drawn[3:] * (high - low) + low
     return MetaParameters(*(row.clone().requires_grad_(requires_grad) for row in drawn))
@@ -39,9 +48,22 @@ def nnunet_loss(regions: bool, ignore_label: int | None = None) -> nn.Module:
     """The stock loss without deep supervision."""
     dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": regions, "ddp": False}
     if regions:
-        return DC_and_BCE_loss({}, dice, use_ignore_label=ignore_label is not None,
-                               dice_class=MemoryEfficientSoftDiceLoss)
+        return DC_and_BCE_loss(
+            {}, dice, use_ignore_label=ignore_label is not None, dice_class=MemoryEfficientSoftDiceLoss
+        )
     return DC_and_CE_loss(dice, {}, ignore_label=ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+def objective_of(options: Options, modalities: int = 4, classes: int = 4, **changes: Any) -> Objective:
+    """An objective for regions, or for what ``changes`` of `TermSpec` say."""
+    spec = {"regions": True, "segmentation_loss": nnunet_loss(True), **changes}
+    return Objective(TermSpec(options, tuple(f"m{m}" for m in range(modalities)), classes, **spec))
+
+
+def meta_network_of(objective: Objective) -> MetaNetwork | None:
+    """The MetaNetwork of an objective, None where it has none."""
+    term = dict(objective.terms).get("soft_label")
+    return term.meta_network if isinstance(term, SoftLabel) else None
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -81,8 +103,14 @@ def slow_fusion(logits: torch.Tensor, available: torch.Tensor, p: MetaParameters
     return result
 
 
-def slow_soft_label_loss(logits: torch.Tensor, fused: torch.Tensor, available: torch.Tensor, keep: torch.Tensor,
-                         temperature: float, labels: torch.Tensor | None = None) -> float:
+def slow_soft_label_loss(
+    logits: torch.Tensor,
+    fused: torch.Tensor,
+    available: torch.Tensor,
+    keep: torch.Tensor,
+    temperature: float,
+    labels: torch.Tensor | None = None,
+) -> float:
     """Eq. 7-8 as implemented, with loops; with labels only where the soft label is nearer to them."""
     values, scores = logits.double().flatten(3).numpy(), fused.double().flatten(2).numpy()
     kept = keep.flatten(2)[:, 0].numpy()
@@ -94,13 +122,20 @@ def slow_soft_label_loss(logits: torch.Tensor, fused: torch.Tensor, available: t
             soft, own = (log_softmax(x / temperature) for x in (scores[b, :, v], values[b, m, :, v]))
             true = None if labels is None else labels[b].flatten()[v]
             divergences.append(kl(soft, own) if true is None or soft[true] > own[true] else 0.0)
-        pairs.append(temperature ** 2 * sum(divergences) / max(len(voxels), 1))
+        pairs.append(temperature**2 * sum(divergences) / max(len(voxels), 1))
     return float(np.mean(pairs))
 
 
-def slow_consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, available: torch.Tensor,
-                          temperature: float, regions: bool, valid: torch.Tensor | None = None,
-                          truth: torch.Tensor | None = None) -> float:
+def slow_consistency_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor,
+    available: torch.Tensor,
+    temperature: float,
+    regions: bool,
+    valid: torch.Tensor | None = None,
+    truth: torch.Tensor | None = None,
+) -> float:
     """Eq. 9 as implemented, with loops; with ``truth`` only where the teacher is nearer to it."""
     students, teachers = (x.double().flatten(2).numpy() / temperature for x in (student, teacher))
     samples = []
@@ -119,11 +154,12 @@ def slow_consistency_loss(student: torch.Tensor, teacher: torch.Tensor, mask: to
                 true = None if truth is None else truth[b].flatten()[v]
                 total += kl(log_t, log_s) if true is None or log_t[true] > log_s[true] else 0.0
         samples.append(total / max(len(voxels), 1))
-    return temperature ** 2 * float(np.mean(samples)) if samples else 0.0
+    return temperature**2 * float(np.mean(samples)) if samples else 0.0
 
 
-def slow_segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, present: torch.Tensor
-                           ) -> float:
+def slow_segmentation_loss(
+    logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, present: torch.Tensor
+) -> float:
     """Dice + cross-entropy per present pair, with loops."""
     values, truth, counted = logits.double().flatten(3).numpy(), labels.flatten(1).numpy(), valid.flatten(1).numpy()
     pairs = []
@@ -140,8 +176,13 @@ def slow_segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, valid: to
     return float(np.mean(pairs))
 
 
-def slow_divergence(students: list[torch.Tensor], teacher: list[torch.Tensor], temperature: float, regions: bool,
-                    valid: list[torch.Tensor] | None = None) -> np.ndarray:
+def slow_divergence(
+    students: list[torch.Tensor],
+    teacher: list[torch.Tensor],
+    temperature: float,
+    regions: bool,
+    valid: list[torch.Tensor] | None = None,
+) -> np.ndarray:
     """PASSION's KL per sample and modality, with loops: all but the lowest resolution, halved from one to the next."""
     batch, modalities = students[0].shape[:2]
     result = np.zeros((batch, modalities))
@@ -154,16 +195,21 @@ def slow_divergence(students: list[torch.Tensor], teacher: list[torch.Tensor], t
             values = []
             for v in np.flatnonzero(counted[b]):
                 if regions:
-                    values.append(sum(kl(log_softmax(np.array([x, 0])), log_softmax(np.array([y, 0])))
-                                      for x, y in zip(t[b, :, v], s[b, m, :, v], strict=True)))
+                    values.append(
+                        sum(
+                            kl(log_softmax(np.array([x, 0])), log_softmax(np.array([y, 0])))
+                            for x, y in zip(t[b, :, v], s[b, m, :, v], strict=True)
+                        )
+                    )
                 else:
                     values.append(kl(log_softmax(t[b, :, v]), log_softmax(s[b, m, :, v])))
-            result[b, m] += temperature ** 2 / 2 ** scale * np.mean(values)
+            result[b, m] += temperature**2 / 2**scale * np.mean(values)
     return result
 
 
-def slow_prototype_distances(features: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor,
-                             valid: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+def slow_prototype_distances(
+    features: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean squared and mean absolute difference of the cosine maps, with loops."""
     students, fused = features.double().flatten(3).numpy(), teacher.double().flatten(2).numpy()
     truth = labels.flatten(1).numpy()

@@ -14,8 +14,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 DATASET = "Dataset137_Tiny"
 
 
-def nnunet_plans(root: Path, planner: type = ExperimentPlanner, spacing: tuple[float, ...] = (1.0, 1.0, 1.0),
-                 shape: tuple[int, ...] = (140, 170, 140), gpu: float = 8) -> dict:
+def nnunet_plans(
+    root: Path,
+    planner: type = ExperimentPlanner,
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0),
+    shape: tuple[int, ...] = (140, 170, 140),
+    gpu: float = 8,
+) -> dict:
     """Plans as nnU-Net's planner writes them, from a fingerprint; the images are never opened."""
     raw, preprocessed = root / "raw" / DATASET, root / "preprocessed" / DATASET
     for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
@@ -26,13 +31,20 @@ def nnunet_plans(root: Path, planner: type = ExperimentPlanner, spacing: tuple[f
             (raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz").touch()
     dataset_json = {**BRATS_JSON, "overwrite_image_reader_writer": "SimpleITKIO"}
     (raw / "dataset.json").write_text(json.dumps(dataset_json))
-    fingerprint = {"spacings": [list(spacing)] * 2, "shapes_after_crop": [list(shape)] * 2,
-                   "median_relative_size_after_cropping": 0.3, "foreground_intensity_properties_per_channel": {}}
+    fingerprint = {
+        "spacings": [list(spacing)] * 2,
+        "shapes_after_crop": [list(shape)] * 2,
+        "median_relative_size_after_cropping": 0.3,
+        "foreground_intensity_properties_per_channel": {},
+    }
     (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
     with pytest.MonkeyPatch.context() as patch:
         # memory by the number of voxels: fast, since no network is built, and what it decides is the patch size only
-        patch.setattr(planner, "static_estimate_VRAM_usage", staticmethod(
-            lambda size, *_: float(np.prod(size)) * (300 if len(size) == 3 else 20000)))
+        patch.setattr(
+            planner,
+            "static_estimate_VRAM_usage",
+            staticmethod(lambda size, *_: float(np.prod(size)) * (300 if len(size) == 3 else 20000)),
+        )
         planner(DATASET, gpu_memory_target_in_gb=gpu, plans_name="nnUNetPlans").plan_experiment()
     return json.loads((preprocessed / "nnUNetPlans.json").read_text())
 

@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mgml.evaluation.regions import label_set
-from nnunetv2_mgml.evaluation.results import Evaluation, build_evaluation, load_evaluation, save_evaluation
-from nnunetv2_mgml.evaluation.scoring import ScoringSettings
 from nnunetv2_mgml.modalities import all_subsets, channel_names, subset_name
+from nnunetv2_mgml.scoring.cases import ScoringSettings
+from nnunetv2_mgml.scoring.info import EvaluationInfo
+from nnunetv2_mgml.scoring.regions import label_set
+from nnunetv2_mgml.scoring.results import Evaluation, build_evaluation, load_evaluation, save_evaluation
 
-DATASET: dict[str, Any] = {"channel_names": {"0": "DWI", "1": "ADC", "2": "FLAIR"}, "numTraining": 1,
-                           "labels": {"background": 0, "lesion": [1, 2], "core": [2]}, "regions_class_order": [1, 2],
-                           "file_ending": ".nii.gz"}
+DATASET: dict[str, Any] = {
+    "channel_names": {"0": "DWI", "1": "ADC", "2": "FLAIR"},
+    "numTraining": 1,
+    "labels": {"background": 0, "lesion": [1, 2], "core": [2]},
+    "regions_class_order": [1, 2],
+    "file_ending": ".nii.gz",
+}
 SHAPE = (12, 20, 24)
 """Voxels, axis order z, y, x."""
 
@@ -26,17 +31,29 @@ def score(case: int, subset: tuple[bool, ...], region: str) -> float:
     return 0.3 + 0.15 * sum(subset) + 0.02 * case + 0.01 * subset[0] - 0.1 * (region == "core")
 
 
-def write_evaluation(folder: Path, cases: list[str], dataset: dict[str, Any] = DATASET,
-                     info: dict[str, Any] | None = None, subsets: list[tuple[bool, ...]] | None = None) -> Evaluation:
+def write_evaluation(
+    folder: Path,
+    cases: list[str],
+    dataset: dict[str, Any] = DATASET,
+    info: dict[str, Any] | None = None,
+    subsets: list[tuple[bool, ...]] | None = None,
+) -> Evaluation:
     """Write ``results.csv`` and ``summary.json`` with made-up scores."""
     channels = channel_names(dataset)
     settings = ScoringSettings(label_set(dataset), metrics=("dice", "hd95"))
     subsets = subsets or all_subsets(len(channels))
     names = [subset_name(s, channels) for s in subsets]
-    scores = {case: {name: {region: {"dice": score(i, s, region), "hd95": 10 * (1 - score(i, s, region))}
-                            for region in settings.label_set.regions} for s, name in zip(subsets, names, strict=True)}
-              for i, case in enumerate(cases)}
-    evaluation = build_evaluation("ours", scores, names, channels, settings, info or {})
+    scores = {
+        case: {
+            name: {
+                region: {"dice": score(i, s, region), "hd95": 10 * (1 - score(i, s, region))}
+                for region in settings.label_set.regions
+            }
+            for s, name in zip(subsets, names, strict=True)
+        }
+        for i, case in enumerate(cases)
+    }
+    evaluation = build_evaluation("ours", scores, names, channels, settings, EvaluationInfo.from_dict(info or {}))
     save_evaluation(evaluation, folder)
     return load_evaluation(folder)
 
@@ -49,8 +66,8 @@ def write_volumes(root: Path, evaluation_folder: Path, cases: list[str], dataset
     head = (z / 6) ** 2 + (y / 9) ** 2 + (x / 11) ** 2 < 1
     for number, case in enumerate(cases):
         truth = np.zeros(SHAPE, np.uint8)
-        truth[4:8, 6:12, 8 + number:15 + number] = 1
-        truth[5:7, 8:10, 10 + number:12 + number] = 2
+        truth[4:8, 6:12, 8 + number : 15 + number] = 1
+        truth[5:7, 8:10, 10 + number : 12 + number] = 2
         for channel in range(len(channels)):
             image = head * (200 + 60 * truth + channel * 5 * x)
             write(root / "imagesTs" / f"{case}_{channel:04d}.nii.gz", image.astype(np.int16))

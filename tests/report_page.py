@@ -79,5 +79,5 @@ def tiles(case: dict[str, Any], uri: str) -> np.ndarray:
     for index in range(len(case["slices"])):
         top = index // case["columns"] * case["tileHeight"]
         left = index % case["columns"] * case["tileWidth"]
-        result.append(sheet[top:top + case["height"], left:left + case["width"]])
+        result.append(sheet[top : top + case["height"], left : left + case["width"]])
     return np.array(result)

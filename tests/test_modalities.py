@@ -22,11 +22,16 @@ from nnunetv2_mgml.modalities import (
 )
 
 # the head of the paper's Table 3, one character per column: 1 = available
-PAPER_TABLE_3 = {"flair": "100011100011101", "t1ce": "010010011011011", "t1": "001001010110111",
-                 "t2": "000100101101111"}
+PAPER_TABLE_3 = {
+    "flair": "100011100011101",
+    "t1ce": "010010011011011",
+    "t1": "001001010110111",
+    "t2": "000100101101111",
+}
 
-channel_lists = st.lists(st.sampled_from([*BRATS_CHANNELS, "dwi", "adc", "swi", "ct", "pet"]), min_size=2, max_size=6,
-                         unique=True)
+channel_lists = st.lists(
+    st.sampled_from([*BRATS_CHANNELS, "dwi", "adc", "swi", "ct", "pet"]), min_size=2, max_size=6, unique=True
+)
 
 
 @st.composite
@@ -77,8 +82,8 @@ def test_table_order_holds_every_subset_once(channels):
 @pytest.mark.parametrize("number", range(1, 8))
 def test_all_subsets(number):
     subsets = all_subsets(number)
-    binary = {tuple(bool(i >> bit & 1) for bit in range(number)) for i in range(1, 2 ** number)}
-    assert len(subsets) == 2 ** number - 1
+    binary = {tuple(bool(i >> bit & 1) for bit in range(number)) for i in range(1, 2**number)}
+    assert len(subsets) == 2**number - 1
     assert set(subsets) == binary
     assert subsets[-1] == (True,) * number
 
@@ -88,10 +93,27 @@ def test_all_subsets_needs_a_modality():
         all_subsets(0)
 
 
-@pytest.mark.parametrize(("spelling", "name"), [
-    ("T1", "t1"), ("t1n", "t1"), ("T1w", "t1"), ("T1Gd", "t1ce"), ("t1-post", "t1ce"), ("T1c", "t1ce"),
-    ("T1CE", "t1ce"), ("T2w", "t2"), ("T2-FLAIR", "flair"), ("t2f", "flair"), ("T2_Flair", "flair"), ("FLAIR", "flair"),
-    ("DWI", "dwi"), ("b-1000", "b1000"), ("T1加权", "t1加权"), ("Диффузия", "диффузия")])
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("T1", "t1"),
+        ("t1n", "t1"),
+        ("T1w", "t1"),
+        ("T1Gd", "t1ce"),
+        ("t1-post", "t1ce"),
+        ("T1c", "t1ce"),
+        ("T1CE", "t1ce"),
+        ("T2w", "t2"),
+        ("T2-FLAIR", "flair"),
+        ("t2f", "flair"),
+        ("T2_Flair", "flair"),
+        ("FLAIR", "flair"),
+        ("DWI", "dwi"),
+        ("b-1000", "b1000"),
+        ("T1加权", "t1加权"),
+        ("Диффузия", "диффузия"),
+    ],
+)
 def test_canonical_name(spelling, name):
     assert canonical_name(spelling) == name
     assert canonical_name(name) == name
@@ -110,14 +132,17 @@ def test_channel_names_go_by_index_not_by_position():
     assert channel_names({"channel_names": {"0": "平扫", "1": "增强"}}) == ("平扫", "增强")
 
 
-@pytest.mark.parametrize(("dataset_json", "message"), [
-    ({}, "neither 'channel_names' nor 'modality'"),
-    ({"channel_names": {"0": "T1", "2": "T2"}}, r"numbered 0 to 1, found \[0, 2\]"),
-    ({"channel_names": {"0": "T1c", "1": "T1Gd"}}, "same modality twice: t1ce"),
-    ({"channel_names": {"0": "T1c", "1": "T2", "2": "T1Gd"}}, r"twice: t1ce \('T1c', 'T1Gd'\). Every"),
-    ({"channel_names": {"0": "T1", "1": "?"}}, "at least one letter or digit each: 1 '\\?' has none."),
-    ({"channel_names": {"T1": "0", "1": "T2"}}, r'are channel numbers, found T1. Write, for example, {"0": "T1"'),
-])
+@pytest.mark.parametrize(
+    ("dataset_json", "message"),
+    [
+        ({}, "neither 'channel_names' nor 'modality'"),
+        ({"channel_names": {"0": "T1", "2": "T2"}}, r"numbered 0 to 1, found \[0, 2\]"),
+        ({"channel_names": {"0": "T1c", "1": "T1Gd"}}, "same modality twice: t1ce"),
+        ({"channel_names": {"0": "T1c", "1": "T2", "2": "T1Gd"}}, r"twice: t1ce \('T1c', 'T1Gd'\). Every"),
+        ({"channel_names": {"0": "T1", "1": "?"}}, "at least one letter or digit each: 1 '\\?' has none."),
+        ({"channel_names": {"T1": "0", "1": "T2"}}, r'are channel numbers, found T1. Write, for example, {"0": "T1"'),
+    ],
+)
 def test_channel_names_errors(dataset_json, message):
     with pytest.raises(ValueError, match=message):
         channel_names(dataset_json)
@@ -128,13 +153,16 @@ def test_unknown_modality_names_what_the_model_has():
         channel_index("pet", ("t1", "dwi"))
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: subset_from_present([], ("t1", "t2")), "At least one of t1, t2"),
-    (lambda: parse_subset(" + ", ("t1", "t2")), "At least one of t1, t2"),
-    (lambda: subset_from_missing(["T1n", "T2w"], ("t1", "t2")), "All modalities are named as missing"),
-    (lambda: subset_from_missing(["ct"], ("t1", "t2")), "Unknown modality 'ct'"),
-    (lambda: parse_subset("t1+ct", ("t1", "t2")), "Unknown modality 'ct'"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: subset_from_present([], ("t1", "t2")), "At least one of t1, t2"),
+        (lambda: parse_subset(" + ", ("t1", "t2")), "At least one of t1, t2"),
+        (lambda: subset_from_missing(["T1n", "T2w"], ("t1", "t2")), "All modalities are named as missing"),
+        (lambda: subset_from_missing(["ct"], ("t1", "t2")), "Unknown modality 'ct'"),
+        (lambda: parse_subset("t1+ct", ("t1", "t2")), "Unknown modality 'ct'"),
+    ],
+)
 def test_subset_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -24,10 +24,13 @@ def synthetic_batch(trainer: Any, spatial: tuple[int, ...] | None = None) -> dic
     scales = trainer._get_deep_supervision_scales()
     targets = [target[(..., *[slice(None, None, round(1 / f)) for f in scale])] for scale in scales]
     count = trainer.num_input_channels
-    return {"data": torch.randn(2, count, *spatial, generator=gen), "target": targets,
-            "available": torch.ones(2, trainer.num_modalities, dtype=torch.bool),
-            "modality_mask": torch.tensor([[True, False, True, True], [False, True, False, False]]),
-            "keys": ["a", "b"]}
+    return {
+        "data": torch.randn(2, count, *spatial, generator=gen),
+        "target": targets,
+        "available": torch.ones(2, len(trainer.channels), dtype=torch.bool),
+        "visible": torch.tensor([[True, False, True, True], [False, True, False, False]]),
+        "keys": ["a", "b"],
+    }
 
 
 class InterruptedRunError(RuntimeError):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from settings import Run, all_runs
 
-from nnunetv2_mgml.evaluation.regions import short_name
-from nnunetv2_mgml.evaluation.statistics import bootstrap_interval
+from nnunetv2_mgml.scoring.regions import short_name
+from nnunetv2_mgml.scoring.statistics import bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,15 @@ def finished(settings: dict[str, Any]) -> list[Result]:
     return [Result(run, json.loads(run.file.read_text())) for run in all_runs(settings) if run.finished()]
 
 
-def select(results: Sequence[Result], group: str | None = None, design: str | None = None,
-           variant: str | None = None) -> list[Result]:
+def select(
+    results: Sequence[Result], group: str | None = None, design: str | None = None, variant: str | None = None
+) -> list[Result]:
     """Return the results of a group, design and variant; None: any."""
-    return [r for r in results if group in (None, r.run.group) and design in (None, r.run.design)
-            and variant in (None, r.run.variant)]
+    return [
+        r
+        for r in results
+        if group in (None, r.run.group) and design in (None, r.run.design) and variant in (None, r.run.variant)
+    ]
 
 
 def statistics(results: Sequence[Result]) -> dict[str, float]:
@@ -54,12 +58,18 @@ def statistics(results: Sequence[Result]) -> dict[str, float]:
 
     Folds of a cross-validation are pooled before: every case counts once per seed.
     """
-    per_seed = [np.concatenate([r.dice for r in results if r.run.seed == seed], axis=2)
-                for seed in sorted({r.run.seed for r in results})]
+    per_seed = [
+        np.concatenate([r.dice for r in results if r.run.seed == seed], axis=2)
+        for seed in sorted({r.run.seed for r in results})
+    ]
     means = [float(dice.mean()) for dice in per_seed]
     regions = np.mean([dice.mean((1, 2)) for dice in per_seed], axis=0)
-    return {"mean": float(np.mean(means)), "sd": float(np.std(means, ddof=1)) if len(means) > 1 else float("nan"),
-            "seeds": len(means), **dict(zip(results[0].regions, map(float, regions), strict=True))}
+    return {
+        "mean": float(np.mean(means)),
+        "sd": float(np.std(means, ddof=1)) if len(means) > 1 else float("nan"),
+        "seeds": len(means),
+        **dict(zip(results[0].regions, map(float, regions), strict=True)),
+    }
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,11 @@ def difference(baseline: Sequence[Result], variant: Sequence[Result]) -> Differe
     mean = np.mean(per_seed, axis=0)
     low, high = bootstrap_interval(mean.mean((0, 1)))
     example = pairs[0][1]
-    return Difference(float(mean.mean()), low, high, tuple(float(d.mean()) for d in per_seed),
-                      dict(zip(example.regions, map(float, mean.mean((1, 2))), strict=True)),
-                      dict(zip(example.subsets, map(float, mean.mean((0, 2))), strict=True)))
+    return Difference(
+        float(mean.mean()),
+        low,
+        high,
+        tuple(float(d.mean()) for d in per_seed),
+        dict(zip(example.regions, map(float, mean.mean((1, 2))), strict=True)),
+        dict(zip(example.subsets, map(float, mean.mean((0, 2))), strict=True)),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from collect import Result, difference, select
 from matplotlib.axes import Axes
 
-from nnunetv2_mgml.evaluation.figures.style import BLACK, CYCLE, GREY, new_figure, save, styled
+from nnunetv2_mgml.presentation.figures.style import BLACK, CYCLE, GREY, new_figure, save, styled
 
 
 @styled
@@ -42,8 +42,9 @@ def _designs(axes: Axes, results: Sequence[Result]) -> None:
     found = [r for r in results if r.run.group in ("main", "designs")]
     labels = []
     for design in sorted({r.run.design for r in found}):
-        change = difference(select(found, design=design, variant="baseline"),
-                            select(found, design=design, variant="mgml"))
+        change = difference(
+            select(found, design=design, variant="baseline"), select(found, design=design, variant="mgml")
+        )
         if change is None:
             continue
         row = len(labels)

@@ -16,10 +16,10 @@ if __name__ == "__main__":  # not in the worker processes a script may start
     if sys.argv[0] == "--skip_validation":
         from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-        from nnunetv2_mgml.training.base import MissingModalityTrainer
+        from nnunetv2_mgml.training import nnUNetTrainerMGML
 
         sys.argv = sys.argv[1:]
-        for trainer in (nnUNetTrainer, MissingModalityTrainer):  # whoever defines it; other trainers inherit
+        for trainer in (nnUNetTrainer, nnUNetTrainerMGML):  # whoever defines it; other trainers inherit
             trainer.perform_actual_validation = lambda *_, **__: None
     (script,) = importlib.metadata.entry_points(group="console_scripts", name=sys.argv[0])
     sys.exit(script.load()())

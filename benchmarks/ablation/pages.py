@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 from collect import Difference, Result, difference, select, statistics
 
-PAPER = {"baseline": (83.90, 73.97, 57.07), "consistency": (84.70, 75.79, 58.24), "meta_amf": (85.35, 76.67, 59.82),
-         "fixed_soft_labels": (85.15, 76.28, 59.43), "mgml_paper_terms": (86.31, 77.08, 60.38)}
+PAPER = {
+    "baseline": (83.90, 73.97, 57.07),
+    "consistency": (84.70, 75.79, 58.24),
+    "meta_amf": (85.35, 76.67, 59.82),
+    "fixed_soft_labels": (85.15, 76.28, 59.43),
+    "mgml_paper_terms": (86.31, 77.08, 60.38),
+}
 """WT, TC, ET of the paper's Tables 1 and 2 (mmFormer, BraTS2020)."""
 PAPER_TEMPERATURE = {"2": 76.16, "4": 76.14, "6": 76.21, "8": 76.19, "10": 76.15}
 PAPER_LAMBDA3 = {"0.001": 76.14, "0.01": 76.21, "0.1": 76.19}
@@ -19,9 +24,17 @@ REGIONS = ("WT", "TC", "ET")
 
 def page(settings: dict[str, Any], results: Sequence[Result]) -> str:
     """Return the page; sections without results say so."""
-    sections = [_head(settings, results), _main(results), _subsets(results), _designs(settings, results),
-                _headroom(results), _readings(settings, results), _sensitivity(results), _real(settings, results),
-                FULL_SIZE]
+    sections = [
+        _head(settings, results),
+        _main(results),
+        _subsets(results),
+        _designs(settings, results),
+        _headroom(results),
+        _readings(settings, results),
+        _sensitivity(results),
+        _real(settings, results),
+        FULL_SIZE,
+    ]
     return "\n".join(sections)
 
 
@@ -37,8 +50,11 @@ def change_cells(change: Difference | None) -> list[str]:
     """Return difference, interval and values per seed."""
     if change is None:
         return ["-", "-", "-"]
-    return [f"{change.mean:+.2f}", f"{change.low:+.2f} to {change.high:+.2f}",
-            " ".join(f"{value:+.2f}" for value in change.per_seed)]
+    return [
+        f"{change.mean:+.2f}",
+        f"{change.low:+.2f} to {change.high:+.2f}",
+        " ".join(f"{value:+.2f}" for value in change.per_seed),
+    ]
 
 
 def mean_cells(results: Sequence[Result]) -> list[str]:
@@ -53,8 +69,10 @@ def _head(settings: dict[str, Any], results: Sequence[Result]) -> str:
     training_part, validation, test = data["split"].split(":")
     steps = training["num_epochs"] * training["num_iterations_per_epoch"]
     hours = sum(sum(r.content["hours"].values()) for r in results)
-    commits = ", ".join(sorted({r.content["commit"][:9] + ("*" if r.content["code_changed"] else "")
-                                for r in results})) or "-"
+    commits = (
+        ", ".join(sorted({r.content["commit"][:9] + ("*" if r.content["code_changed"] else "") for r in results}))
+        or "-"
+    )
     versions = results[0].content["versions"] if results else {}
     shape, patch = ("x".join(map(str, sizes)) for sizes in (data["shape"], training["patch_size"]))
     difficulty = ", ".join(f"{key} {value:g}" for key, value in data["difficulty"].items())
@@ -79,8 +97,9 @@ core-hours; commits {commits} (* with uncommitted changes); {used}.
 """
 
 
-def _rows(results: Sequence[Result], baseline: Sequence[Result], variants: Iterable[str], paper: bool = False
-          ) -> Iterable[list[str]]:
+def _rows(
+    results: Sequence[Result], baseline: Sequence[Result], variants: Iterable[str], paper: bool = False
+) -> Iterable[list[str]]:
     for variant in variants:
         chosen = [r for r in results if r.run.variant == variant]
         if chosen:
@@ -96,11 +115,13 @@ def _main(results: Sequence[Result]) -> str:
     chosen = select(results, "main")
     order = dict.fromkeys(r.run.variant for r in chosen)
     rows = _rows(chosen, select(chosen, variant="baseline"), order, paper=True)
-    return ("## The ablation (fusion `region_aware`)\n\n*Paper*: mean of WT, TC and ET in Tables 1 and 2 of Zou et al. "
-            "(mmFormer on BraTS2020), figures of the paper. `mgml_paper_terms`: the paper's method, Meta-AMF and L_CR;"
-            " `complete_view`: the baseline with nnU-Net's loss on the prediction from all modalities; `mgml`, our "
-            "default (`nnUNetTrainerMGML`), has all three.\n\n"
-            + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE, "paper"], rows))
+    return (
+        "## The ablation (fusion `region_aware`)\n\n*Paper*: mean of WT, TC and ET in Tables 1 and 2 of Zou et al. "
+        "(mmFormer on BraTS2020), figures of the paper. `mgml_paper_terms`: the paper's method, Meta-AMF and L_CR;"
+        " `complete_view`: the baseline with nnU-Net's loss on the prediction from all modalities; `mgml`, our "
+        "default (`nnUNetTrainerMGML`), has all three.\n\n"
+        + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE, "paper"], rows)
+    )
 
 
 def _subsets(results: Sequence[Result]) -> str:
@@ -112,22 +133,34 @@ def _subsets(results: Sequence[Result]) -> str:
         for index, subset in enumerate(found["baseline"][0].subsets):
             rows.append([subset, *(" / ".join(f"{x:.1f}" for x in mean[v][:, index]) for v in variants)])
     return "## Per subset\n\nWT / TC / ET, mean over seeds.\n\n" + table(
-        ["present", *(f"`{v}`" for v in variants)], rows)
+        ["present", *(f"`{v}`" for v in variants)], rows
+    )
 
 
 def _designs(settings: dict[str, Any], results: Sequence[Result]) -> str:
     chosen = select(results, "designs")
-    special = "; ".join(f"`{design}` with " + ", ".join(f"`{key}={value}`" for key, value in options.items())
-                        for design, options in settings["design_options"].items())
+    special = "; ".join(
+        f"`{design}` with " + ", ".join(f"`{key}={value}`" for key, value in options.items())
+        for design, options in settings["design_options"].items()
+    )
     rows = []
     for design in dict.fromkeys(r.run.design for r in chosen):
         baseline, mgml = (select(chosen, design=design, variant=v) for v in ("baseline", "mgml"))
         if baseline and mgml:
             change = difference(baseline, mgml)
-            rows.append([f"`{design}`", mean_cells(baseline)[0], mean_cells(mgml)[0], *change_cells(change)[:2],
-                         " / ".join(f"{change.regions[r]:+.2f}" for r in REGIONS), mean_cells(mgml)[-1]])
+            rows.append(
+                [
+                    f"`{design}`",
+                    mean_cells(baseline)[0],
+                    mean_cells(mgml)[0],
+                    *change_cells(change)[:2],
+                    " / ".join(f"{change.regions[r]:+.2f}" for r in REGIONS),
+                    mean_cells(mgml)[-1],
+                ]
+            )
     return f"## MGML on the other fusion designs\n\nDefault options, but {special} to spare time.\n\n" + table(
-        ["design", "baseline", "MGML", *_CHANGE[:2], "WT / TC / ET", "seeds"], rows)
+        ["design", "baseline", "MGML", *_CHANGE[:2], "WT / TC / ET", "seeds"], rows
+    )
 
 
 def _headroom(results: Sequence[Result]) -> str:
@@ -138,22 +171,34 @@ def _headroom(results: Sequence[Result]) -> str:
         if shared:
             of_all = shared[0].dice[:, shared[0].subsets.index(subset)].mean(1)
             alone = result.dice[:, 0].mean(1)
-            rows.append([subset, " / ".join(f"{x:.1f}" for x in alone), " / ".join(f"{x:.1f}" for x in of_all),
-                         f"{alone.mean() - of_all.mean():+.2f}"])
-    return ("## Headroom\n\nA network trained on one subset only, for the same number of steps, against the baseline "
-            "for all subsets: what a better training could gain at most. WT / TC / ET.\n\n"
-            + table(["subset", "trained on it alone", "baseline", "headroom"], rows))
+            rows.append(
+                [
+                    subset,
+                    " / ".join(f"{x:.1f}" for x in alone),
+                    " / ".join(f"{x:.1f}" for x in of_all),
+                    f"{alone.mean() - of_all.mean():+.2f}",
+                ]
+            )
+    return (
+        "## Headroom\n\nA network trained on one subset only, for the same number of steps, against the baseline "
+        "for all subsets: what a better training could gain at most. WT / TC / ET.\n\n"
+        + table(["subset", "trained on it alone", "baseline", "headroom"], rows)
+    )
 
 
 def _readings(settings: dict[str, Any], results: Sequence[Result]) -> str:
     chosen = [r for group in ("readings", "teaching") for r in select(results, group)]
     baseline = select(results, "main", variant="baseline")
-    rows = [[*row[:9], f"`{_set(settings, chosen, row[0])}`"]
-            for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))]
-    return ("## Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
-            "seeds, without the complete view. One seed tells harmful from harmless, not good from better. `teaching` "
-            "is not in the paper ([method.md](method.md)).\n\n"
-            + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows))
+    rows = [
+        [*row[:9], f"`{_set(settings, chosen, row[0])}`"]
+        for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))
+    ]
+    return (
+        "## Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
+        "seeds, without the complete view. One seed tells harmful from harmless, not good from better. `teaching` "
+        "is not in the paper ([method.md](method.md)).\n\n"
+        + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows)
+    )
 
 
 def _set(settings: dict[str, Any], results: Sequence[Result], cell: str) -> str:
@@ -166,14 +211,17 @@ def _set(settings: dict[str, Any], results: Sequence[Result], cell: str) -> str:
 _SENSITIVITY: tuple[tuple[str, str, dict[str, float], str], ...] = (
     ("tau", "mgml_paper_terms", PAPER_TEMPERATURE, "temperature"),
     ("lambda3", "mgml_paper_terms", PAPER_LAMBDA3, "consistency_weight"),
-    ("complete_view_weight", "mgml", {}, "complete_view_weight"))
+    ("complete_view_weight", "mgml", {}, "complete_view_weight"),
+)
 """Title and group, the variant of the main table with the default, the paper's figures, and the option."""
 
 
 def _sensitivity(results: Sequence[Result]) -> str:
-    parts = ["## Sensitivity\n\nThe rows of a table have the same seeds. *One modality*: mean over the four subsets of "
-             "one modality. *Paper*: mean of WT, TC and ET in Tables 5 and 6. The weight of the loss on the complete "
-             "view is not the paper's; at 0 it is `mgml_paper_terms`.\n"]
+    parts = [
+        "## Sensitivity\n\nThe rows of a table have the same seeds. *One modality*: mean over the four subsets of "
+        "one modality. *Paper*: mean of WT, TC and ET in Tables 5 and 6. The weight of the loss on the complete "
+        "view is not the paper's; at 0 it is `mgml_paper_terms`.\n"
+    ]
     for title, variant, known, option in _SENSITIVITY:
         found = defaultdict(dict)
         defaults = [r for r in select(results, "main") if r.run.variant in (variant, "mgml_paper_terms")]
@@ -181,16 +229,26 @@ def _sensitivity(results: Sequence[Result]) -> str:
             found[_value(result, option)][result.run.seed] = result
         seeds = set.intersection(*(set(by_seed) for by_seed in found.values())) if found else set()
         rows = {value: [by_seed[seed] for seed in sorted(seeds)] for value, by_seed in found.items()} if seeds else {}
-        parts.append(table([title, "mean", *REGIONS, "seeds", "one modality", "paper"],
-                           ([f"{value:g}", *mean_cells(chosen), f"{np.mean([_one_modality(r) for r in chosen]):.2f}",
-                             f"{known[f'{value:g}']:.2f}" if f"{value:g}" in known else "-"]
-                            for value, chosen in sorted(rows.items()))))
+        parts.append(
+            table(
+                [title, "mean", *REGIONS, "seeds", "one modality", "paper"],
+                (
+                    [
+                        f"{value:g}",
+                        *mean_cells(chosen),
+                        f"{np.mean([_one_modality(r) for r in chosen]):.2f}",
+                        f"{known[f'{value:g}']:.2f}" if f"{value:g}" in known else "-",
+                    ]
+                    for value, chosen in sorted(rows.items())
+                ),
+            )
+        )
     return "\n".join(parts)
 
 
 def _value(result: Result, option: str) -> float:
     """Return the value of an option in a run, the trainer's default where it was not set."""
-    return float(getattr(result.run.config, option))
+    return float(result.run.config.value(option))
 
 
 def _one_modality(result: Result) -> float:
@@ -203,12 +261,13 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
     chosen = select(results, "real")
     folds = len({r.run.fold for r in chosen})
     rows = _rows(chosen, select(chosen, variant="baseline"), dict.fromkeys(r.run.variant for r in chosen))
-    return (f"## Real cases\n\nThe eleven BraTS cases of `MGML_REAL_DATA` at {data['spacing_mm'][0]:g} mm, {folds} of "
-            f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
-            f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
-            f"{training['batch_size']}. Far too few cases and steps to judge the method; published models were "
-            f"trained on these cases too.\n\n"
-            + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE], rows))
+    return (
+        f"## Real cases\n\nThe eleven BraTS cases of `MGML_REAL_DATA` at {data['spacing_mm'][0]:g} mm, {folds} of "
+        f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
+        f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
+        f"{training['batch_size']}. Far too few cases and steps to judge the method; published models were "
+        f"trained on these cases too.\n\n" + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE], rows)
+    )
 
 
 FULL_SIZE = """## At full size

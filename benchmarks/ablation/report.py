@@ -1,6 +1,6 @@
 """Writes results/summary.json, docs/results.md and its figure from the result files.
 
-    python benchmarks/ablation/report.py
+python benchmarks/ablation/report.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pages
 from collect import Result, finished, select, statistics
 from settings import FOLDER, RESULTS, read_settings
 
-from nnunetv2_mgml.files import write_json, write_text
+from nnunetv2_mgml.io.files import write_json, write_text
 
 DOCS = FOLDER.parents[1] / "docs"
 
@@ -41,7 +41,8 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
             if chosen:
                 entries.setdefault(design, {})[variant] = {
                     key: value if key == "seeds" else None if value != value else round(value, 2)
-                    for key, value in statistics(chosen).items()}
+                    for key, value in statistics(chosen).items()
+                }
     return entries
 
 

@@ -28,9 +28,10 @@ from data import call, folder_name, prepare
 from settings import FOLDER, Run, all_runs, read_settings
 from tqdm import tqdm
 
-from nnunetv2_mgml.evaluation.results import Evaluation, load_evaluation, provenance
-from nnunetv2_mgml.files import write_json
-from nnunetv2_mgml.training.training_log import LOG_NAME, read_log
+from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.scoring.info import provenance
+from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
+from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 
 CONFIGURATION = "3d_fullres"
 
@@ -77,17 +78,47 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     plans = f"nnUNetMGMLPlans_{run.name.replace('+', '.')}"
     model = work / "results" / folder_name(data) / f"{run.trainer}__{plans}__{CONFIGURATION}"
     shutil.rmtree(model, ignore_errors=True)
-    call(work, log, ["mgml", "plan", "-d", str(data["id"]), "--plans_name", plans, "--set",
-                     *(f"{key}={json.dumps(value)}" for key, value in run.options.items())])
+    call(
+        work,
+        log,
+        [
+            "mgml",
+            "plan",
+            "-d",
+            str(data["id"]),
+            "--plans_name",
+            plans,
+            "--set",
+            *(f"{key}={json.dumps(value)}" for key, value in run.options.items()),
+        ],
+    )
     skip = ["--skip_validation"] if data["kind"] == "real" else []
-    call(work, log, [*skip, "nnUNetv2_train", str(data["id"]), CONFIGURATION, str(run.fold), "-tr", run.trainer,
-                     "-p", plans, "-device", "cpu"])
+    call(
+        work,
+        log,
+        [
+            *skip,
+            "nnUNetv2_train",
+            str(data["id"]),
+            CONFIGURATION,
+            str(run.fold),
+            "-tr",
+            run.trainer,
+            "-p",
+            plans,
+            "-device",
+            "cpu",
+        ],
+    )
     trained = time.time()
     evaluation = evaluate(run, work, log, model)
-    result = {**described, "hours": {"training": (trained - started) / 3600,
-                                         "evaluation": (time.time() - trained) / 3600},
-              **scores(evaluation), "validation": validation_scores(model, run.fold),
-              "meta": last_epoch(model, run.fold)}
+    result = {
+        **described,
+        "hours": {"training": (trained - started) / 3600, "evaluation": (time.time() - trained) / 3600},
+        **scores(evaluation),
+        "validation": validation_scores(model, run.fold),
+        "meta": last_epoch(model, run.fold),
+    }
     write_json(run.file, result, indent=None)
     if not keep_model:
         shutil.rmtree(model)
@@ -98,13 +129,43 @@ def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
     """Evaluate on the held-out cases (phantoms) or on the fold's validation cases (real), without mirroring."""
     data, output = run.dataset_settings, model / "evaluation"
     raw = work / "raw" / folder_name(data)
-    source = ["-d", str(data["id"])] if data["kind"] == "real" else \
-        ["-i", str(raw / "imagesTs"), "-l", str(raw / "labelsTs")]
+    source = (
+        ["-d", str(data["id"])]
+        if data["kind"] == "real"
+        else ["-i", str(raw / "imagesTs"), "-l", str(raw / "labelsTs")]
+    )
     subsets = ["--subsets", *run.subsets] if run.subsets else []
-    call(work, log, ["mgml", "evaluate", "-m", str(model), "-f", str(run.fold), *source, "-o", str(output), "-device",
-                     "cpu", "--disable_tta", "--cpu_bfloat16", "--metrics", "dice", "-np", "0", "-npp", "0", "-nps",
-                     "0", "--disable_progress_bar", *subsets, "--remove_small",
-                     *(f"{region}={voxels}" for region, voxels in run.remove_small.items())])
+    call(
+        work,
+        log,
+        [
+            "mgml",
+            "evaluate",
+            "-m",
+            str(model),
+            "-f",
+            str(run.fold),
+            *source,
+            "-o",
+            str(output),
+            "-device",
+            "cpu",
+            "--disable_tta",
+            "--cpu_bfloat16",
+            "--metrics",
+            "dice",
+            "-np",
+            "0",
+            "-npp",
+            "0",
+            "-nps",
+            "0",
+            "--disable_progress_bar",
+            *subsets,
+            "--remove_small",
+            *(f"{region}={voxels}" for region, voxels in run.remove_small.items()),
+        ],
+    )
     return load_evaluation(output)
 
 
@@ -112,26 +173,41 @@ def describe(run: Run) -> dict[str, Any]:
     """Return what the run was, and on which code."""
     commit = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--", str(FOLDER.parents[1] / "nnunetv2_mgml"))
-    return {"group": run.group, "dataset": run.dataset, "design": run.design, "variant": run.variant, "seed": run.seed,
-            "fold": run.fold, "trainer": run.trainer, "options": run.options, "dataset_settings": run.dataset_settings,
-            "resolved": run.resolved, "commit": commit, "code_changed": bool(changed),
-            "versions": provenance()["versions"]}
+    return {
+        "group": run.group,
+        "dataset": run.dataset,
+        "design": run.design,
+        "variant": run.variant,
+        "seed": run.seed,
+        "fold": run.fold,
+        "trainer": run.trainer,
+        "options": run.options,
+        "dataset_settings": run.dataset_settings,
+        "resolved": run.resolved,
+        "commit": commit,
+        "code_changed": bool(changed),
+        "versions": provenance()["versions"],
+    }
 
 
 def git(*arguments: str) -> str:
     """Return what git says in this repository; empty where there is none."""
-    return subprocess.run(["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True,
-                          check=False).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def scores(evaluation: Evaluation) -> dict[str, Any]:
     """Return mean Dice over subsets and regions, per region, and all single values in case order."""
     values = {region: evaluation.values("dice", region) for region in evaluation.region_names}
-    return {"mean": sum(float(v.to_numpy().mean()) for v in values.values()) / len(values),
-            "regions": {region: float(v.to_numpy().mean()) for region, v in values.items()},
-            "cases": list(next(iter(values.values())).index),
-            "dice": {region: {subset: [round(float(x), 4) for x in v[subset]] for subset in v}
-                     for region, v in values.items()}}
+    return {
+        "mean": sum(float(v.to_numpy().mean()) for v in values.values()) / len(values),
+        "regions": {region: float(v.to_numpy().mean()) for region, v in values.items()},
+        "cases": list(next(iter(values.values())).index),
+        "dice": {
+            region: {subset: [round(float(x), 4) for x in v[subset]] for subset in v} for region, v in values.items()
+        },
+    }
 
 
 def validation_scores(model: Path, fold: int) -> dict[str, float] | None:

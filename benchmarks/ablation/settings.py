@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
-from nnunetv2_mgml.planning import NNUNET_KEYS
-from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+from nnunetv2_mgml.commands.plan import NNUNET_KEYS
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.training import TRAINERS
+from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -48,19 +50,29 @@ class Run:
         return RESULTS / self.group / f"{self.design}__{self.variant}__fold{self.fold}__seed{self.seed}.json"
 
     @property
-    def config(self) -> MGMLConfig:
+    def config(self) -> Options:
         """Every option of the plugin as the trainer resolves it, defaults included."""
-        return TRAINERS[self.trainer].resolve_config({PLANS_KEY: {"config": {
-            key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}})
+        return TRAINERS[self.trainer].resolve_options(
+            {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}}
+        )
 
     @property
     def resolved(self) -> dict[str, Any]:
         """Everything that could change the result, defaults of the plugin included (code aside), as JSON has it."""
         plan = {key: value for key, value in self.options.items() if key in NNUNET_KEYS}
-        return json.loads(json.dumps({
-            "is_mgml": issubclass(TRAINERS[self.trainer], nnUNetTrainerMGML), "config": self.config.as_dict(),
-            "plan": plan, "dataset": self.dataset_settings, "fold": self.fold, "remove_small": self.remove_small,
-            "subsets": list(self.subsets)}))
+        return json.loads(
+            json.dumps(
+                {
+                    "is_mgml": not issubclass(TRAINERS[self.trainer], nnUNetTrainerModalityDropout),
+                    "config": self.config.as_dict(),
+                    "plan": plan,
+                    "dataset": self.dataset_settings,
+                    "fold": self.fold,
+                    "remove_small": self.remove_small,
+                    "subsets": list(self.subsets),
+                }
+            )
+        )
 
     def finished(self) -> bool:
         """Whether a result of these very settings is there.
@@ -104,14 +116,31 @@ def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
         for fold in group.get("folds", [0]):
             for design in group["designs"]:
                 for variant, trainer, changes, subsets in _variants(settings, group):
-                    options = {**settings["training"][dataset], "fusion": design, "seed": seed,
-                               **settings["design_options"].get(design, {}), **changes}
-                    yield Run(name, dataset, design, variant, seed, fold, trainer, options, data,
-                              settings["remove_small"][dataset], subsets)
+                    options = {
+                        **settings["training"][dataset],
+                        "fusion": design,
+                        "seed": seed,
+                        **settings["design_options"].get(design, {}),
+                        **changes,
+                    }
+                    yield Run(
+                        name,
+                        dataset,
+                        design,
+                        variant,
+                        seed,
+                        fold,
+                        trainer,
+                        options,
+                        data,
+                        settings["remove_small"][dataset],
+                        subsets,
+                    )
 
 
-def _variants(settings: dict[str, Any], group: dict[str, Any]
-              ) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
+def _variants(
+    settings: dict[str, Any], group: dict[str, Any]
+) -> Iterator[tuple[str, str, dict[str, Any], tuple[str, ...]]]:
     """Yield name, trainer, options, subsets: variants as named, or changed by ``only_subsets`` or ``try``."""
     for variant in group["variants"]:
         entry = settings["variants"][variant]
@@ -129,6 +158,7 @@ def _variants(settings: dict[str, Any], group: dict[str, Any]
 def only(subset: str) -> dict[str, Any]:
     """Return options under which every training sample has this subset alone (to one in a million)."""
     kept = subset.split("+")
-    return {"mask_sampling": "bernoulli",
-            "modality_missing_rate": {name: 0.0 if name in kept else 1 - 1e-6
-                                      for name in ("t1", "t1ce", "t2", "flair")}}
+    return {
+        "mask_sampling": "bernoulli",
+        "modality_missing_rate": {name: 0.0 if name in kept else 1 - 1e-6 for name in ("t1", "t1ce", "t2", "flair")},
+    }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
-from nnunetv2_mgml.files import write_json
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import Subset
 
 _DATA_ENDINGS = (".b2nd", ".npy", ".npz")
@@ -32,8 +32,9 @@ def present_channels(data: Any, num_modalities: int) -> Subset:
         num_modalities: ``M``.
     """
     middle = data.shape[1] // 2
-    return tuple(_varies(np.asarray(data[m, middle:middle + 1])) or _varies(np.asarray(data[m]))
-                 for m in range(num_modalities))
+    return tuple(
+        _varies(np.asarray(data[m, middle : middle + 1])) or _varies(np.asarray(data[m])) for m in range(num_modalities)
+    )
 
 
 def _varies(values: np.ndarray) -> bool:
@@ -65,8 +66,10 @@ def case_availability(dataset: nnUNetBaseDataset, identifiers: Iterable[str], nu
             cache[name] = entry = {"file": signature, "present": list(present_channels(data, num_modalities))}
             changed = True
         if not any(entry["present"]):
-            raise ValueError(f"Case {name} in {folder} is empty in all {num_modalities} modalities; remove it from the "
-                             f"dataset and preprocess again.")
+            raise ValueError(
+                f"Case {name} in {folder} is empty in all {num_modalities} modalities; remove it from the "
+                f"dataset and preprocess again."
+            )
         result[name] = tuple(entry["present"])
     if changed:
         _write_cache(cache_path(folder), cache)
@@ -84,8 +87,10 @@ def _signature(folder: Path, name: str) -> list[Any]:
         if path.is_file():
             stat = path.stat()
             return [path.name, stat.st_size, stat.st_mtime_ns]
-    raise FileNotFoundError(f"No preprocessed data of case {name} in {folder} (looked for "
-                            f"{', '.join(name + e for e in _DATA_ENDINGS)}); run nnUNetv2_preprocess.")
+    raise FileNotFoundError(
+        f"No preprocessed data of case {name} in {folder} (looked for "
+        f"{', '.join(name + e for e in _DATA_ENDINGS)}); run nnUNetv2_preprocess."
+    )
 
 
 def _read_cache(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`MGMLDataLoader`: nnU-Net's loader with *full* data and, beside it, the mask of what the network may see."""
+"""`MGMLDataLoader`: nnU-Net's loader with *full* data and, with it, what the network may see."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from nnunetv2_mgml.modalities import Subset
 
 
 class MGMLDataLoader(nnUNetDataLoader):
-    """Adds to nnU-Net's batch ``available`` and ``modality_mask``, both ``(B, M)`` bool tensors, True = present.
+    """Adds to nnU-Net's batch ``available`` and ``visible``, both ``(B, M)`` bool tensors.
 
-    ``available`` is what a case has at all, ``modality_mask`` a random subset of it. The data stay complete, so that
+    ``available`` is what a case has at all, ``visible`` a random subset of it (also under its older name,
+    ``modality_mask``). The data stay complete, so that
     a teacher can see what the student may not. Only channels that do not exist are zeroed: nnU-Net's intensity
     transforms put noise into an empty channel in about one of ten samples.
 
@@ -31,13 +32,19 @@ class MGMLDataLoader(nnUNetDataLoader):
         self.sampler = sampler
 
     def generate_train_batch(self) -> dict[str, Any]:
-        """Return ``data (B, C, *spatial)`` float32, ``target``, ``keys``, ``available``, ``modality_mask``."""
+        """Return ``data (B, C, *spatial)`` float32, ``target``, ``keys``, ``available``, ``visible``."""
         batch = super().generate_train_batch()
         available = np.array([self.availability[key] for key in batch["keys"]], dtype=bool)
-        rng = np.random.default_rng(np.random.randint(2 ** 31, size=2))
+        rng = np.random.default_rng(np.random.randint(2**31, size=2))
         for sample, row in zip(batch["data"], available, strict=True):
             for channel in np.flatnonzero(~row):
                 sample[channel] = 0
         batch["available"] = torch.from_numpy(available)
-        batch["modality_mask"] = torch.from_numpy(self.sampler.sample(available, rng))
+        batch["visible"] = batch["modality_mask"] = torch.from_numpy(self.sampler.sample(available, rng))
         return batch
+
+
+def visible_modalities(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return ``visible (B, M)`` bool of a batch, or ``modality_mask`` where a loader of yours still calls it so."""
+    visible: torch.Tensor = batch["visible"] if "visible" in batch else batch["modality_mask"]
+    return visible

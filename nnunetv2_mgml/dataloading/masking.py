@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.modalities import canonical_name, channel_index
+from nnunetv2_mgml.plans.options import SamplingOptions
 
 _DEFAULT_RATE = 0.5
 
@@ -18,7 +18,7 @@ class SubsetSampler:
     """Draws a non-empty subset of what each case has.
 
     Args:
-        scheme: see ``MGMLConfig.mask_sampling``.
+        scheme: see ``mask_sampling`` of `SamplingOptions`.
         missing_rate: chance of each modality to be removed (``bernoulli`` only), one per channel.
     """
 
@@ -41,8 +41,10 @@ class SubsetSampler:
         available = np.asarray(available, dtype=bool)
         empty = np.flatnonzero(~available.any(axis=1))
         if len(empty):
-            raise ValueError(f"Sample {', '.join(map(str, empty))} of the batch has no modality at all; every case "
-                             f"needs one at least. Remove such cases from the dataset and preprocess again.")
+            raise ValueError(
+                f"Sample {', '.join(map(str, empty))} of the batch has no modality at all; every case "
+                f"needs one at least. Remove such cases from the dataset and preprocess again."
+            )
         return np.stack([self._sample_row(row, rng) for row in available])
 
     def _sample_row(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -80,17 +82,17 @@ def _bernoulli(rates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return kept
 
 
-def build_sampler(config: MGMLConfig, channels: Sequence[str]) -> SubsetSampler:
+def build_sampler(options: SamplingOptions, channels: Sequence[str]) -> SubsetSampler:
     """Build the sampler a configuration asks for.
 
     Args:
-        config: ``mask_sampling`` and ``modality_missing_rate`` (aliases accepted as names).
+        options: ``mask_sampling`` and ``modality_missing_rate`` (aliases accepted as names).
         channels: modality names in channel order.
 
     Raises:
         ValueError: a rate for a modality the dataset does not have.
     """
-    return SubsetSampler(config.mask_sampling, missing_rates(config.modality_missing_rate, channels))
+    return SubsetSampler(options.mask_sampling, missing_rates(options.modality_missing_rate, channels))
 
 
 def missing_rates(by_name: Mapping[str, float], channels: Sequence[str]) -> tuple[float, ...]:

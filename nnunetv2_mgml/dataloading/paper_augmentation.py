@@ -63,12 +63,16 @@ class ScaleAndShift(ImageOnlyTransform):
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
         """Draw a factor and an offset per channel of ``image (C, *spatial)``."""
         channels = len(data_dict["image"])
-        return {"factors": np.random.uniform(1 - self.scale, 1 + self.scale, channels),
-                "offsets": np.random.uniform(-self.shift, self.shift, channels)}
+        return {
+            "factors": np.random.uniform(1 - self.scale, 1 + self.scale, channels),
+            "offsets": np.random.uniform(-self.shift, self.shift, channels),
+        }
 
     def _apply_to_image(self, img: torch.Tensor, **params: Any) -> torch.Tensor:
-        factors, offsets = (torch.as_tensor(params[name], dtype=img.dtype).reshape(-1, *[1] * (img.ndim - 1))
-                            for name in ("factors", "offsets"))
+        factors, offsets = (
+            torch.as_tensor(params[name], dtype=img.dtype).reshape(-1, *[1] * (img.ndim - 1))
+            for name in ("factors", "offsets")
+        )
         return img * factors + offsets
 
 
@@ -81,20 +85,37 @@ def initial_patch_size(patch_size: Sequence[int], dummy_2d: bool) -> np.ndarray:
     """
     inside = range(1 if dummy_2d else 0, len(patch_size))
     cos, sin = np.cos(ROTATION), np.sin(ROTATION)
-    size = [max(n, *(n * cos + patch_size[j] * sin for j in inside if j != i)) if i in inside else n
-            for i, n in enumerate(patch_size)]
+    size = [
+        max(n, *(n * cos + patch_size[j] * sin for j in inside if j != i)) if i in inside else n
+        for i, n in enumerate(patch_size)
+    ]
     return np.ceil(size).astype(int)
 
 
-def paper_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,  # noqa: N803  nnU-Net's names
-                              deep_supervision_scales: Any, mirror_axes: Sequence[int] | None,
-                              do_dummy_2d_data_aug: bool, use_mask_for_norm: Sequence[bool] | None = None,
-                              is_cascaded: bool = False, foreground_labels: Any = None, regions: Any = None,
-                              ignore_label: int | None = None) -> BasicTransform:
+def paper_training_transforms(
+    patch_size: Sequence[int],
+    rotation_for_DA: Any,  # noqa: N803  nnU-Net's names
+    deep_supervision_scales: Any,
+    mirror_axes: Sequence[int] | None,
+    do_dummy_2d_data_aug: bool,
+    use_mask_for_norm: Sequence[bool] | None = None,
+    is_cascaded: bool = False,
+    foreground_labels: Any = None,
+    regions: Any = None,
+    ignore_label: int | None = None,
+) -> BasicTransform:
     """Return the training transforms; the arguments are those of nnU-Net's ``get_training_transforms``."""
-    transforms: list[BasicTransform] = [SpatialTransform(
-        patch_size[1:] if do_dummy_2d_data_aug else patch_size, patch_center_dist_from_border=0, random_crop=False,
-        p_rotation=1, rotation=rotation_for_DA, border_mode_seg="constant", padding_value_seg=-1)]
+    transforms: list[BasicTransform] = [
+        SpatialTransform(
+            patch_size[1:] if do_dummy_2d_data_aug else patch_size,
+            patch_center_dist_from_border=0,
+            random_crop=False,
+            p_rotation=1,
+            rotation=rotation_for_DA,
+            border_mode_seg="constant",
+            padding_value_seg=-1,
+        )
+    ]
     if do_dummy_2d_data_aug:
         transforms = [Convert3DTo2DTransform(), *transforms, Convert2DTo3DTransform()]
     transforms.append(ScaleAndShift(SCALE, SHIFT))
@@ -102,6 +123,9 @@ def paper_training_transforms(patch_size: Sequence[int], rotation_for_DA: Any,  
         transforms.append(MirrorTransform(allowed_axes=tuple(mirror_axes)))
     if use_mask_for_norm is not None and any(use_mask_for_norm):
         transforms.append(MaskImageTransform(apply_to_channels=[i for i, used in enumerate(use_mask_for_norm) if used]))
-    transforms.append(nnUNetTrainer.get_validation_transforms(
-        deep_supervision_scales, is_cascaded, foreground_labels, regions, ignore_label))
+    transforms.append(
+        nnUNetTrainer.get_validation_transforms(
+            deep_supervision_scales, is_cascaded, foreground_labels, regions, ignore_label
+        )
+    )
     return ComposeTransforms(transforms)

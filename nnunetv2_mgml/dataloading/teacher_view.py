@@ -27,15 +27,21 @@ def stronger_intensity_transforms() -> BasicTransform:
     transforms = [
         MultiplicativeBrightnessTransform(multiplier_range=strong, synchronize_channels=False, p_per_channel=1),
         ContrastTransform(contrast_range=strong, preserve_range=True, synchronize_channels=False, p_per_channel=1),
-        GammaTransform(gamma=BGContrast((0.5, 2.0)), p_invert_image=0, synchronize_channels=False, p_per_channel=1,
-                       p_retain_stats=1),
+        GammaTransform(
+            gamma=BGContrast((0.5, 2.0)),
+            p_invert_image=0,
+            synchronize_channels=False,
+            p_per_channel=1,
+            p_retain_stats=1,
+        ),
         GaussianNoiseTransform(noise_variance=(0, 0.2), p_per_channel=1, synchronize_channels=True),
     ]
     return ComposeTransforms([RandomTransform(t, apply_probability=0.5) for t in transforms])
 
 
-def teacher_view(data: torch.Tensor, num_modalities: int, transforms: BasicTransform,
-                 use_mask_for_norm: Sequence[bool]) -> torch.Tensor:
+def teacher_view(
+    data: torch.Tensor, num_modalities: int, transforms: BasicTransform, use_mask_for_norm: Sequence[bool]
+) -> torch.Tensor:
     """Return an augmented copy of a batch, in which the background stays 0 where nnU-Net keeps it 0.
 
     Args:

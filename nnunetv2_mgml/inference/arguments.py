@@ -25,8 +25,9 @@ def check_device(device: str) -> None:
 def check_step_size(step_size: float) -> None:
     """Raise a ValueError unless a sliding window can move by this share of the patch."""
     if not 0 < step_size <= 1:
-        raise ValueError(f"-step_size is a share of the patch, above 0 and at most 1, got {step_size:g}. The default "
-                         f"is 0.5.")
+        raise ValueError(
+            f"-step_size is a share of the patch, above 0 and at most 1, got {step_size:g}. The default is 0.5."
+        )
 
 
 def check_folds(folds: Sequence[str | int]) -> None:

@@ -16,9 +16,15 @@ from nnunetv2_mgml.inference.reading import check_finite
 from nnunetv2_mgml.modalities import channel_index
 
 
-def prepare_image(name: str, image: np.ndarray | Sequence[np.ndarray | None], properties: dict[str, Any],
-                  previous_stage: np.ndarray | None, missing: Sequence[str] | None, model: Model, ofile: str | None
-                  ) -> Item:
+def prepare_image(
+    name: str,
+    image: np.ndarray | Sequence[np.ndarray | None],
+    properties: dict[str, Any],
+    previous_stage: np.ndarray | None,
+    missing: Sequence[str] | None,
+    model: Model,
+    ofile: str | None,
+) -> Item:
     """Preprocess an image of nnU-Net's array API.
 
     Args:
@@ -35,15 +41,23 @@ def prepare_image(name: str, image: np.ndarray | Sequence[np.ndarray | None], pr
     """
     channels = model.channels
     if len(image) != len(channels):
-        raise CaseError(f"Case {name}: {len(image)} channels given, the model has {len(channels)} "
-                        f"({', '.join(channels)}). Give None in the place of a missing one.")
+        raise CaseError(
+            f"Case {name}: {len(image)} channels given, the model has {len(channels)} "
+            f"({', '.join(channels)}). Give None in the place of a missing one."
+        )
     allowed = parse_missing(missing, channels).allowed
     volumes = {c: volume for c, volume in enumerate(image) if volume is not None and allowed[c]}
     return _from_volumes(name, volumes, properties, previous_stage, model, ofile)
 
 
-def prepare_named(name: str, images: Mapping[str, np.ndarray | str | Path | None], properties: dict[str, Any] | None,
-                  previous_stage: Any, missing: Sequence[str] | None, model: Model) -> Item:
+def prepare_named(
+    name: str,
+    images: Mapping[str, np.ndarray | str | Path | None],
+    properties: dict[str, Any] | None,
+    previous_stage: Any,
+    missing: Sequence[str] | None,
+    model: Model,
+) -> Item:
     """Preprocess a case given by modality names, all as paths or all as arrays.
 
     Args:
@@ -76,21 +90,35 @@ def prepare_named(name: str, images: Mapping[str, np.ndarray | str | Path | None
     if are_paths.pop():
         files = {c: os.fspath(path) for c, path in used.items()}
         subset = [c in files for c in range(len(channels))]
-        return prepare_case(Case(name, files), subset, model.plans_manager, model.configuration_manager,
-                            model.dataset_json, None if previous_stage is None else os.fspath(previous_stage))
+        return prepare_case(
+            Case(name, files),
+            subset,
+            model.plans_manager,
+            model.configuration_manager,
+            model.dataset_json,
+            None if previous_stage is None else os.fspath(previous_stage),
+        )
     if properties is None or "spacing" not in properties:
         raise ValueError("Arrays need their spacing in mm, in the order of the array axes: spacing=(z, y, x).")
     return _from_volumes(name, used, properties, previous_stage, model, None)
 
 
-def _from_volumes(name: str, volumes: dict[int, np.ndarray], properties: dict[str, Any],
-                  previous_stage: np.ndarray | None, model: Model, ofile: str | None) -> Item:
+def _from_volumes(
+    name: str,
+    volumes: dict[int, np.ndarray],
+    properties: dict[str, Any],
+    previous_stage: np.ndarray | None,
+    model: Model,
+    ofile: str | None,
+) -> Item:
     if not volumes:
         raise CaseError(f"Case {name}: no modality is left. At least one of {', '.join(model.channels)} is needed.")
     shapes = {model.channels[c]: np.shape(volumes[c]) for c in sorted(volumes)}
     if len(set(shapes.values())) > 1 or any(len(shape) != 3 for shape in shapes.values()):
-        raise CaseError(f"Case {name}: every modality must be a 3-D array of one shape, got "
-                        f"{', '.join(f'{c} {shape}' for c, shape in shapes.items())}.")
+        raise CaseError(
+            f"Case {name}: every modality must be a 3-D array of one shape, got "
+            f"{', '.join(f'{c} {shape}' for c, shape in shapes.items())}."
+        )
     for channel in sorted(volumes):
         check_finite(name, model.channels[channel], volumes[channel])
     if previous_stage is not None:  # signed: nnU-Net marks what lies outside the image with -1

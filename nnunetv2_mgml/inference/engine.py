@@ -17,11 +17,11 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 
 from nnunetv2_mgml.inference.export import export_case
-from nnunetv2_mgml.inference.model_check import bare
 from nnunetv2_mgml.inference.preprocessing import Item, Model
 from nnunetv2_mgml.inference.report import PredictionReport
-from nnunetv2_mgml.inference.workers import Task, WorkerPool
+from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import channel_names, subset_name
+from nnunetv2_mgml.network.interface import seeing
 
 _log = logging.getLogger(__name__)
 _WAITING_EXPORTS = 2
@@ -31,12 +31,18 @@ _WAITING_EXPORTS = 2
 class SubsetEngine(nnUNetPredictor):
     """Base of `MGMLPredictor`, which documents the arguments."""
 
-    def __init__(self, *args: Any, missing_modalities: Sequence[str] | str | None = None, cpu_bfloat16: bool = False,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        missing_modalities: Sequence[str] | str | None = None,
+        cpu_bfloat16: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if cpu_bfloat16 and self.device.type != "cpu":
-            raise ValueError(f"cpu_bfloat16 is for device cpu, not {self.device.type}; on CUDA nnU-Net uses mixed "
-                             f"precision anyway.")
+            raise ValueError(
+                f"cpu_bfloat16 is for device cpu, not {self.device.type}; on CUDA nnU-Net uses mixed precision anyway."
+            )
         if isinstance(missing_modalities, str):
             missing_modalities = [missing_modalities]
         self.missing_modalities = None if missing_modalities is None else list(missing_modalities)
@@ -56,12 +62,17 @@ class SubsetEngine(nnUNetPredictor):
         """What preprocessing needs to know of the model."""
         return Model(self.plans_manager, self.configuration_manager, self.dataset_json, self.verbose_preprocessing)
 
-    def predict_from_data_iterator(self, data_iterator: Iterable[Item], save_probabilities: bool = False,
-                                   num_processes_segmentation_export: int = default_num_processes) -> list[Any]:
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[Item],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+    ) -> list[Any]:
         """As upstream for items of `preprocessing`; items with ``error`` go to `failures`."""
         if self.missing_modalities is None:
-            return super().predict_from_data_iterator(data_iterator, save_probabilities,
-                                                      num_processes_segmentation_export)
+            return super().predict_from_data_iterator(
+                data_iterator, save_probabilities, num_processes_segmentation_export
+            )
         results: list[Any] = []
         waiting: deque[tuple[int, str, Task]] = deque()
         at_most = num_processes_segmentation_export and num_processes_segmentation_export + _WAITING_EXPORTS
@@ -124,25 +135,32 @@ class SubsetEngine(nnUNetPredictor):
     def _logits(self, item: Item) -> np.ndarray:
         """Run the sliding window; returns ``(heads, z, y, x)`` float16 on the preprocessed grid."""
         threads = torch.get_num_threads()
-        network = bare(self.network)
-        told = hasattr(network, "set_availability")
         try:
-            if told:
-                network.set_availability(item["availability"])
-            return self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"])).cpu().numpy()
+            with seeing(self.network, item["availability"]):
+                return self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"])).cpu().numpy()
         finally:
             torch.set_num_threads(threads)
-            if told:
-                network.set_availability(None)
 
     def _export_call(self, item: Item, logits: np.ndarray, probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
         """Return a picklable function and its arguments: write the files, or return the label map."""
         if item["ofile"] is not None:
-            return export_case, (logits, item["data_properties"], self.configuration_manager, self.plans_manager,
-                                 self.dataset_json, item["ofile"], probabilities)
+            return export_case, (
+                logits,
+                item["data_properties"],
+                self.configuration_manager,
+                self.plans_manager,
+                self.dataset_json,
+                item["ofile"],
+                probabilities,
+            )
         return convert_predicted_logits_to_segmentation_with_correct_shape, (
-            logits, self.plans_manager, self.configuration_manager, self.label_manager, item["data_properties"],
-            probabilities)
+            logits,
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            item["data_properties"],
+            probabilities,
+        )
 
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """As upstream on ``(M + P, z, y, x)`` float32, in bfloat16 if `cpu_bfloat16` asks for it."""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import Any
 
 import numpy as np
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mgml.io.files import scratch
 
-def export_case(logits: np.ndarray, properties: dict[str, Any], configuration_manager: ConfigurationManager,
-                plans_manager: PlansManager, dataset_json: dict[str, Any], ofile: str,
-                save_probabilities: bool) -> None:
+
+def export_case(
+    logits: np.ndarray,
+    properties: dict[str, Any],
+    configuration_manager: ConfigurationManager,
+    plans_manager: PlansManager,
+    dataset_json: dict[str, Any],
+    ofile: str,
+    save_probabilities: bool,
+) -> None:
     """Run nnU-Net's own export in a scratch folder beside the output, then move what it wrote into place.
 
     Args:
@@ -29,9 +36,16 @@ def export_case(logits: np.ndarray, properties: dict[str, Any], configuration_ma
     segmentation = name + dataset_json["file_ending"]
     if folder:
         os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder or ".") as scratch:
-        export_prediction_from_logits(logits, properties, configuration_manager, plans_manager, dataset_json,
-                                      os.path.join(scratch, name), save_probabilities)
+    with scratch(folder or os.curdir) as temporary:
+        export_prediction_from_logits(
+            logits,
+            properties,
+            configuration_manager,
+            plans_manager,
+            dataset_json,
+            os.path.join(temporary, name),
+            save_probabilities,
+        )
         # The segmentation last: --continue_prediction takes it as the sign that the case is done.
-        for written in sorted(os.listdir(scratch), key=lambda entry: entry == segmentation):
-            os.replace(os.path.join(scratch, written), os.path.join(folder, written))
+        for written in sorted(os.listdir(temporary), key=lambda entry: entry == segmentation):
+            os.replace(os.path.join(temporary, written), os.path.join(folder, written))

@@ -102,8 +102,9 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"Input folder {folder} does not exist.")
     # A broken link is listed too: it is an unreadable file, not a missing modality.
-    names = sorted(n for n in os.listdir(folder)
-                   if not n.startswith(".") and not os.path.isdir(os.path.join(folder, n)))
+    names = sorted(
+        n for n in os.listdir(folder) if not n.startswith(".") and not os.path.isdir(os.path.join(folder, n))
+    )
     good, other = _patterns(file_ending)
     grouped: dict[str, list[str]] = {}
     ignored = []
@@ -121,8 +122,9 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
     return [_case(name, paths, file_ending) for name, paths in sorted(grouped.items())]
 
 
-def cases_from_lists(lists: Sequence[Sequence[str | Path | None]], file_ending: str, channels: Sequence[str]
-                     ) -> list[Case]:
+def cases_from_lists(
+    lists: Sequence[Sequence[str | Path | None]], file_ending: str, channels: Sequence[str]
+) -> list[Case]:
     """Return one case per list of files, in the order given (nnU-Net's list-of-lists input).
 
     Args:
@@ -136,10 +138,14 @@ def cases_from_lists(lists: Sequence[Sequence[str | Path | None]], file_ending: 
         paths = [str(path) for path in entry if path is not None]
         matches = [good.fullmatch(os.path.basename(p)) or other.fullmatch(os.path.basename(p)) for p in paths]
         named = [match["case"] for match in matches if match]
-        case = _case(named[0] if named else f"case {number}", [p for p, m in zip(paths, matches, strict=True) if m],
-                     file_ending)
-        problems = [(None, f"{path} is not named {_naming(file_ending, channels)}")
-                    for path, match in zip(paths, matches, strict=True) if not match]
+        case = _case(
+            named[0] if named else f"case {number}", [p for p, m in zip(paths, matches, strict=True) if m], file_ending
+        )
+        problems = [
+            (None, f"{path} is not named {_naming(file_ending, channels)}")
+            for path, match in zip(paths, matches, strict=True)
+            if not match
+        ]
         if len(set(named)) > 1:
             problems.append((None, f"its files belong to different cases: {', '.join(sorted(set(named)))}"))
         cases.append(replace(case, problems=case.problems + tuple(problems)))
@@ -162,23 +168,32 @@ def resolve(case: Case, missing: str | Sequence[str] | None, channels: Sequence[
         CaseError: a needed file is absent, no modality is left, or the file names are contradictory.
     """
     wish = parse_missing(missing, channels)
-    problems = [text for channel, text in case.problems
-                if channel is None or channel >= len(channels) or wish.allowed[channel]]
-    problems += [f"{case.files[c]} has channel number {c:04d}, but the model has {len(channels)} channels "
-                 f"({_numbered(range(len(channels)), channels)})" for c in sorted(case.files) if c >= len(channels)]
+    problems = [
+        text for channel, text in case.problems if channel is None or channel >= len(channels) or wish.allowed[channel]
+    ]
+    problems += [
+        f"{case.files[c]} has channel number {c:04d}, but the model has {len(channels)} channels "
+        f"({_numbered(range(len(channels)), channels)})"
+        for c in sorted(case.files)
+        if c >= len(channels)
+    ]
     if problems:
         raise CaseError(f"Case {case.name}: {'; '.join(problems)}.")
     present = tuple(c in case.files and wish.allowed[c] for c in range(len(channels)))
     found = f"found {_numbered(sorted(case.files), channels) or 'no file'}"
     lacking = [c for c in range(len(channels)) if wish.allowed[c] and not present[c]]
     if lacking and not wish.auto:
-        raise CaseError(f"Case {case.name}: no file for {_numbered(lacking, channels)}; {found}. Add it, or allow it "
-                        f"to be absent with --missing_modalities {AUTO}.")
+        raise CaseError(
+            f"Case {case.name}: no file for {_numbered(lacking, channels)}; {found}. Add it, or allow it "
+            f"to be absent with --missing_modalities {AUTO}."
+        )
     if not any(present):
         dropped = _numbered([c for c in range(len(channels)) if not wish.allowed[c]], channels)
-        raise CaseError(f"Case {case.name}: no modality is left; {found}"
-                        f"{f', told to ignore {dropped}' if dropped else ''}. At least one of {', '.join(channels)} is "
-                        f"needed.")
+        raise CaseError(
+            f"Case {case.name}: no modality is left; {found}"
+            f"{f', told to ignore {dropped}' if dropped else ''}. At least one of {', '.join(channels)} is "
+            f"needed."
+        )
     return present
 
 
@@ -202,8 +217,9 @@ def _case(name: str, paths: Sequence[str], file_ending: str) -> Case:
         elif path.endswith(file_ending):
             files[channel] = path
         else:
-            problems.append((channel, f"{path} has channel number {channel:04d}, but the model reads {file_ending} "
-                                      f"files only"))
+            problems.append(
+                (channel, f"{path} has channel number {channel:04d}, but the model reads {file_ending} files only")
+            )
     return Case(name, files, tuple(problems))
 
 

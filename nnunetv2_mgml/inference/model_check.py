@@ -7,15 +7,16 @@ from pathlib import Path
 
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mgml.network.interface import subset_network
 
 SUPPORTING_TRAINERS = "nnUNetTrainerMGML (and its variants), nnUNetTrainerModalityDropout"
 """Named in messages; what counts is the trainer's attribute ``supports_missing_modalities``."""
 
 
-def check_model_folder(folder: str | Path, use_folds: Sequence[int | str] | int | str | None, checkpoint_name: str
-                       ) -> list[int | str]:
+def check_model_folder(
+    folder: str | Path, use_folds: Sequence[int | str] | int | str | None, checkpoint_name: str
+) -> list[int | str]:
     """Return the folds to use.
 
     Args:
@@ -29,8 +30,10 @@ def check_model_folder(folder: str | Path, use_folds: Sequence[int | str] | int 
     folder = Path(folder)
     for name in ("dataset.json", "plans.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"No trained model in {folder}: {name} is missing. Check -d, -tr, -p and -c (or "
-                                    f"-m), or train the model first.")
+            raise FileNotFoundError(
+                f"No trained model in {folder}: {name} is missing. Check -d, -tr, -p and -c (or "
+                f"-m), or train the model first."
+            )
     trained = {path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint_name}")}
     if use_folds is None:
         wanted = sorted(fold for fold in trained if fold != "all")
@@ -40,8 +43,10 @@ def check_model_folder(folder: str | Path, use_folds: Sequence[int | str] | int 
     if lacking or not wanted:
         others = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("fold_*/*.pth"))
         what = f"fold {', '.join(lacking)}" if lacking else "any numbered fold"
-        raise FileNotFoundError(f"{folder} has no {checkpoint_name} for {what}. Found: "
-                                f"{', '.join(others) or 'nothing'}. Choose folds with -f and the file with -chk.")
+        raise FileNotFoundError(
+            f"{folder} has no {checkpoint_name} for {what}. Found: "
+            f"{', '.join(others) or 'nothing'}. Choose folds with -f and the file with -chk."
+        )
     return [fold if fold == "all" else int(fold) for fold in wanted]
 
 
@@ -51,18 +56,13 @@ def check_supported(network: nn.Module, trainer_name: str) -> None:
     Raises:
         ValueError: it was not; the message says how to train one.
     """
-    if hasattr(bare(network), "set_availability"):
+    if subset_network(network) is not None:
         return
     trainer = recursive_find_trainer_class_by_name(trainer_name)
     if not getattr(trainer, "supports_missing_modalities", False):
-        raise ValueError(f"This model was trained with {trainer_name}, which has never seen a case with a missing "
-                         f"modality. Trainers that have: {SUPPORTING_TRAINERS}. Train one with `nnUNetv2_train DATASET "
-                         f"CONFIGURATION FOLD -tr nnUNetTrainerMGML`, or predict complete cases without "
-                         f"--missing_modalities.")
-
-
-def bare(network: nn.Module) -> nn.Module:
-    """Return the network without the wrappers of torch.compile and DistributedDataParallel."""
-    while isinstance(network, (OptimizedModule, DistributedDataParallel)):
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
-    return network
+        raise ValueError(
+            f"This model was trained with {trainer_name}, which has never seen a case with a missing "
+            f"modality. Trainers that have: {SUPPORTING_TRAINERS}. Train one with `nnUNetv2_train DATASET "
+            f"CONFIGURATION FOLD -tr nnUNetTrainerMGML`, or predict complete cases without "
+            f"--missing_modalities."
+        )

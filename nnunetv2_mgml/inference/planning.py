@@ -27,9 +27,18 @@ class Plan(NamedTuple):
     """Skipped: their output is there and must not be overwritten."""
 
 
-def plan_cases(source: str | Path | Sequence[Sequence[str | Path | None]], target: str | Path | list[str] | None,
-               previous_stage: str | None, file_ending: str, channels: Sequence[str], *, overwrite: bool, part_id: int,
-               num_parts: int, save_probabilities: bool) -> Plan:
+def plan_cases(
+    source: str | Path | Sequence[Sequence[str | Path | None]],
+    target: str | Path | list[str] | None,
+    previous_stage: str | None,
+    file_ending: str,
+    channels: Sequence[str],
+    *,
+    overwrite: bool,
+    part_id: int,
+    num_parts: int,
+    save_probabilities: bool,
+) -> Plan:
     """Work out what to predict; the parameters are those of ``nnUNetPredictor.predict_from_files``.
 
     Raises:
@@ -69,6 +78,7 @@ def _outputs(names: list[str], target: str | Path | list[str] | None) -> Sequenc
         return target
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
-        raise ValueError(f"Two cases are named {', '.join(doubles)}; in one output folder every case needs a name of "
-                         f"its own.")
+        raise ValueError(
+            f"Two cases are named {', '.join(doubles)}; in one output folder every case needs a name of its own."
+        )
     return [os.path.join(target, name) for name in names]

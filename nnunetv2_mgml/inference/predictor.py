@@ -4,7 +4,7 @@ Overridden upstream hooks: ``initialize_from_trained_model_folder``, ``manual_in
 ``_manage_input_and_output_lists``, ``_internal_get_data_iterator_from_lists_of_filenames``,
 ``get_data_iterator_from_raw_npy_data``, ``predict_from_data_iterator``, ``predict_from_files``,
 ``predict_from_files_sequential``, ``predict_single_npy_array``, ``predict_sliding_window_return_logits``. Without
-``missing_modalities`` each of them is upstream's. tests/test_inference_drift.py fails when one of them changes.
+``missing_modalities`` each of them is upstream's. tests/upstream/test_inference_drift.py fails when one changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nnunetv2_mgml.inference.model_check import check_model_folder, check_suppor
 from nnunetv2_mgml.inference.planning import output_folder, plan_cases
 from nnunetv2_mgml.inference.preprocessing import Item, Job, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
-from nnunetv2_mgml.registration import add_ext_dir
+from nnunetv2_mgml.upstream.registration import add_ext_dir
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +51,12 @@ class MGMLPredictor(SubsetEngine):
     """
 
     # --- the model ----------------------------------------------------------------------------------------------------
-    def initialize_from_trained_model_folder(self, model_training_output_dir: str,
-                                             use_folds: Sequence[int | str] | str | None,
-                                             checkpoint_name: str = "checkpoint_final.pth") -> None:
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | str | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
         """Load a trained model.
 
         Raises:
@@ -63,8 +66,11 @@ class MGMLPredictor(SubsetEngine):
         add_ext_dir()
         folds = check_model_folder(model_training_output_dir, use_folds, checkpoint_name)
         super().initialize_from_trained_model_folder(str(model_training_output_dir), folds, checkpoint_name)
-        self._origin = {"folder": os.path.abspath(model_training_output_dir), "folds": folds,
-                        "checkpoint": checkpoint_name}
+        self._origin = {
+            "folder": os.path.abspath(model_training_output_dir),
+            "folds": folds,
+            "checkpoint": checkpoint_name,
+        }
         self._check_missing()
 
     def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -79,12 +85,18 @@ class MGMLPredictor(SubsetEngine):
             check_supported(self.network, self.trainer_name)
 
     # --- files --------------------------------------------------------------------------------------------------------
-    def predict_from_files(self, list_of_lists_or_source_folder: Any,
-                           output_folder_or_list_of_truncated_output_files: Any, save_probabilities: bool = False,
-                           overwrite: bool = True, num_processes_preprocessing: int = default_num_processes,
-                           num_processes_segmentation_export: int = default_num_processes,
-                           folder_with_segs_from_prev_stage: str | None = None, num_parts: int = 1,
-                           part_id: int = 0) -> list[Any] | None:
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: Any,
+        output_folder_or_list_of_truncated_output_files: Any,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = default_num_processes,
+        num_processes_segmentation_export: int = default_num_processes,
+        folder_with_segs_from_prev_stage: str | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+    ) -> list[Any] | None:
         """Predict a folder of cases, or lists of files, as upstream does; ``num_processes_*`` may be 0.
 
         A case that cannot be predicted is listed in `failures` and does not stop the others.
@@ -99,79 +111,134 @@ class MGMLPredictor(SubsetEngine):
         source, target = _as_text(source), _as_text(target)
         previous = self.configuration_manager.previous_stage_name
         if previous is not None and folder_with_segs_from_prev_stage is None:
-            raise ValueError(f"This model is the second stage of a cascade: give the folder with the predictions of "
-                             f"{previous} (-prev_stage_predictions).")
+            raise ValueError(
+                f"This model is the second stage of a cascade: give the folder with the predictions of "
+                f"{previous} (-prev_stage_predictions)."
+            )
         self.failures = {}
         try:
             return super().predict_from_files(
-                source, target, save_probabilities, overwrite, num_processes_preprocessing,
-                num_processes_segmentation_export, folder_with_segs_from_prev_stage, num_parts, part_id)
+                source,
+                target,
+                save_probabilities,
+                overwrite,
+                num_processes_preprocessing,
+                num_processes_segmentation_export,
+                folder_with_segs_from_prev_stage,
+                num_parts,
+                part_id,
+            )
         finally:
             if self._report is not None:
                 self._report.save()
                 self._report = None
 
-    def predict_from_files_sequential(self, list_of_lists_or_source_folder: Any,
-                                      output_folder_or_list_of_truncated_output_files: Any,
-                                      save_probabilities: bool = False, overwrite: bool = True,
-                                      folder_with_segs_from_prev_stage: str | None = None) -> list[Any] | None:
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: Any,
+        output_folder_or_list_of_truncated_output_files: Any,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | None = None,
+    ) -> list[Any] | None:
         """`predict_from_files` without worker processes."""
         files = (list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files)
         if self.missing_modalities is None:
-            return super().predict_from_files_sequential(*files, save_probabilities, overwrite,
-                                                         folder_with_segs_from_prev_stage)
+            return super().predict_from_files_sequential(
+                *files, save_probabilities, overwrite, folder_with_segs_from_prev_stage
+            )
         part_id, num_parts = self.sequential_part
-        return self.predict_from_files(*files, save_probabilities, overwrite, 0, 0, folder_with_segs_from_prev_stage,
-                                       num_parts, part_id)
+        return self.predict_from_files(
+            *files, save_probabilities, overwrite, 0, 0, folder_with_segs_from_prev_stage, num_parts, part_id
+        )
 
-    def _manage_input_and_output_lists(self, list_of_lists_or_source_folder: Any,
-                                       output_folder_or_list_of_truncated_output_files: Any,
-                                       folder_with_segs_from_prev_stage: str | None = None, overwrite: bool = True,
-                                       part_id: int = 0, num_parts: int = 1, save_probabilities: bool = False
-                                       ) -> tuple[list[Any], list[str | None] | None, list[str | None]]:
+    def _manage_input_and_output_lists(
+        self,
+        list_of_lists_or_source_folder: Any,
+        output_folder_or_list_of_truncated_output_files: Any,
+        folder_with_segs_from_prev_stage: str | None = None,
+        overwrite: bool = True,
+        part_id: int = 0,
+        num_parts: int = 1,
+        save_probabilities: bool = False,
+    ) -> tuple[list[Any], list[str | None] | None, list[str | None]]:
         """As upstream, with a `Case` in place of each list of files."""
         source, target = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
         if self.missing_modalities is None:
             return super()._manage_input_and_output_lists(
-                source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts, save_probabilities)
-        plan = plan_cases(source, target, folder_with_segs_from_prev_stage, self.dataset_json["file_ending"],
-                          self.channels, overwrite=overwrite, part_id=part_id, num_parts=num_parts,
-                          save_probabilities=save_probabilities)
+                source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts, save_probabilities
+            )
+        plan = plan_cases(
+            source,
+            target,
+            folder_with_segs_from_prev_stage,
+            self.dataset_json["file_ending"],
+            self.channels,
+            overwrite=overwrite,
+            part_id=part_id,
+            num_parts=num_parts,
+            save_probabilities=save_probabilities,
+        )
         folder = output_folder(target)
         if folder is not None:
-            about = {**self._origin, "trainer": self.trainer_name, "missing_modalities": self.missing_modalities,
-                     "tile_step_size": self.tile_step_size, "use_mirroring": self.use_mirroring,
-                     "device": str(self.device), "cpu_bfloat16": self.cpu_bfloat16}
-            self._report = PredictionReport(folder, about, self.channels, keep=not overwrite, part_id=part_id,
-                                            num_parts=num_parts)
-            self._report.begin([planned.case.name for planned in plan.todo],
-                               [planned.case.name for planned in plan.done])
+            about = {
+                **self._origin,
+                "trainer": self.trainer_name,
+                "missing_modalities": self.missing_modalities,
+                "tile_step_size": self.tile_step_size,
+                "use_mirroring": self.use_mirroring,
+                "device": str(self.device),
+                "cpu_bfloat16": self.cpu_bfloat16,
+            }
+            self._report = PredictionReport(
+                folder, about, self.channels, keep=not overwrite, part_id=part_id, num_parts=num_parts
+            )
+            self._report.begin(
+                [planned.case.name for planned in plan.todo], [planned.case.name for planned in plan.done]
+            )
         _log.info("%d cases to predict, %d are there already", len(plan.todo), len(plan.done))
         return tuple([planned[i] for planned in plan.todo] for i in range(3))
 
-    def _internal_get_data_iterator_from_lists_of_filenames(self, input_list_of_lists: list[Any],
-                                                            seg_from_prev_stage_files: list[str | None],
-                                                            output_filenames_truncated: list[str | None] | None,
-                                                            num_processes: int) -> Iterator[Item]:
+    def _internal_get_data_iterator_from_lists_of_filenames(
+        self,
+        input_list_of_lists: list[Any],
+        seg_from_prev_stage_files: list[str | None],
+        output_filenames_truncated: list[str | None] | None,
+        num_processes: int,
+    ) -> Iterator[Item]:
         if self.missing_modalities is None:
             return super()._internal_get_data_iterator_from_lists_of_filenames(
-                input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes)
+                input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
+            )
         outputs = output_filenames_truncated or [None] * len(input_list_of_lists)
         return iterate_items(
-            [Job(case.name, ofile, functools.partial(prepare_job, case, self.missing_modalities, self.model, previous,
-                                                     ofile))
-             for case, previous, ofile in zip(input_list_of_lists, seg_from_prev_stage_files, outputs, strict=True)],
-            num_processes)
+            [
+                Job(
+                    case.name,
+                    ofile,
+                    functools.partial(prepare_job, case, self.missing_modalities, self.model, previous, ofile),
+                )
+                for case, previous, ofile in zip(input_list_of_lists, seg_from_prev_stage_files, outputs, strict=True)
+            ],
+            num_processes,
+        )
 
     # --- arrays -------------------------------------------------------------------------------------------------------
-    def get_data_iterator_from_raw_npy_data(self, image_or_list_of_images: Any,
-                                            segs_from_prev_stage_or_list_of_segs_from_prev_stage: Any,
-                                            properties_or_list_of_properties: dict | list[dict],
-                                            truncated_ofname: str | list[str] | None,
-                                            num_processes: int = 3) -> Iterator[Item]:
+    def get_data_iterator_from_raw_npy_data(
+        self,
+        image_or_list_of_images: Any,
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: Any,
+        properties_or_list_of_properties: dict | list[dict],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+    ) -> Iterator[Item]:
         """As upstream. An image is ``(M, z, y, x)``, or a tuple of ``M`` volumes with None for a missing one."""
-        arguments = (image_or_list_of_images, segs_from_prev_stage_or_list_of_segs_from_prev_stage,
-                     properties_or_list_of_properties, truncated_ofname)
+        arguments = (
+            image_or_list_of_images,
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+            properties_or_list_of_properties,
+            truncated_ofname,
+        )
         if self.missing_modalities is None:
             return super().get_data_iterator_from_raw_npy_data(*arguments, num_processes)
         self.failures = {}
@@ -180,32 +247,60 @@ class MGMLPredictor(SubsetEngine):
         jobs = []
         for number, (image, previous, properties, ofile) in enumerate(zip(*columns, strict=True)):
             name = os.path.basename(ofile) if ofile else f"image {number}"
-            jobs.append(Job(name, ofile, functools.partial(prepare_image, name, image, properties, previous,
-                                                           self.missing_modalities, self.model, ofile)))
+            jobs.append(
+                Job(
+                    name,
+                    ofile,
+                    functools.partial(
+                        prepare_image, name, image, properties, previous, self.missing_modalities, self.model, ofile
+                    ),
+                )
+            )
         return iterate_items(jobs, num_processes)
 
-    def predict_single_npy_array(self, input_image: Any, image_properties: dict,
-                                 segmentation_previous_stage: np.ndarray | None = None,
-                                 output_file_truncated: str | None = None,
-                                 save_or_return_probabilities: bool = False) -> Any:
+    def predict_single_npy_array(
+        self,
+        input_image: Any,
+        image_properties: dict,
+        segmentation_previous_stage: np.ndarray | None = None,
+        output_file_truncated: str | None = None,
+        save_or_return_probabilities: bool = False,
+    ) -> Any:
         """As upstream. The image is ``(M, z, y, x)``, or a tuple of ``M`` volumes with None for a missing one.
 
         Raises:
             CaseError: the image cannot be predicted.
         """
         if self.missing_modalities is None:
-            return super().predict_single_npy_array(input_image, image_properties, segmentation_previous_stage,
-                                                    output_file_truncated, save_or_return_probabilities)
+            return super().predict_single_npy_array(
+                input_image,
+                image_properties,
+                segmentation_previous_stage,
+                output_file_truncated,
+                save_or_return_probabilities,
+            )
         name = os.path.basename(output_file_truncated) if output_file_truncated else "image"
-        item = prepare_image(name, input_image, image_properties, segmentation_previous_stage, self.missing_modalities,
-                             self.model, output_file_truncated)
+        item = prepare_image(
+            name,
+            input_image,
+            image_properties,
+            segmentation_previous_stage,
+            self.missing_modalities,
+            self.model,
+            output_file_truncated,
+        )
         function, arguments = self._export_call(item, self._logits(item), save_or_return_probabilities)
         return function(*arguments)
 
-    def predict_case(self, images: Mapping[str, np.ndarray | str | Path | None], *,
-                     spacing: Sequence[float] | None = None, properties: dict[str, Any] | None = None,
-                     previous_stage: np.ndarray | str | Path | None = None, return_probabilities: bool = False
-                     ) -> Any:
+    def predict_case(
+        self,
+        images: Mapping[str, np.ndarray | str | Path | None],
+        *,
+        spacing: Sequence[float] | None = None,
+        properties: dict[str, Any] | None = None,
+        previous_stage: np.ndarray | str | Path | None = None,
+        return_probabilities: bool = False,
+    ) -> Any:
         """Predict one case given by modality names; names left out (or None) are missing.
 
         Args:

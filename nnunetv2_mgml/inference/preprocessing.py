@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_mgml.dataloading.availability import present_channels
 from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError, resolve
 from nnunetv2_mgml.inference.reading import read_case, read_file
-from nnunetv2_mgml.inference.workers import WorkerDiedError, WorkerPool
+from nnunetv2_mgml.io.workers import WorkerDiedError, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 
 Item = dict[str, Any]
@@ -54,9 +54,16 @@ class Job(NamedTuple):
     """Picklable; returns the item or raises."""
 
 
-def prepare_case(case: Case, subset: Sequence[bool], plans_manager: PlansManager,
-                 configuration_manager: ConfigurationManager, dataset_json: dict[str, Any],
-                 prev_stage_file: str | None = None, ofile: str | None = None, verbose: bool = False) -> Item:
+def prepare_case(
+    case: Case,
+    subset: Sequence[bool],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+    prev_stage_file: str | None = None,
+    ofile: str | None = None,
+    verbose: bool = False,
+) -> Item:
     """Read and preprocess one case.
 
     Args:
@@ -84,11 +91,20 @@ def prepare_case(case: Case, subset: Sequence[bool], plans_manager: PlansManager
     return item
 
 
-def prepare_job(case: Case, missing: Sequence[str] | None, model: Model, prev_stage_file: str | None,
-                ofile: str | None) -> Item:
+def prepare_job(
+    case: Case, missing: Sequence[str] | None, model: Model, prev_stage_file: str | None, ofile: str | None
+) -> Item:
     """Decide which modalities a case has (see `inputs.resolve`) and preprocess it; runs in workers as well."""
-    return prepare_case(case, resolve(case, missing, model.channels), model.plans_manager, model.configuration_manager,
-                        model.dataset_json, prev_stage_file, ofile, model.verbose)
+    return prepare_case(
+        case,
+        resolve(case, missing, model.channels),
+        model.plans_manager,
+        model.configuration_manager,
+        model.dataset_json,
+        prev_stage_file,
+        ofile,
+        model.verbose,
+    )
 
 
 def iterate_items(jobs: Sequence[Job], num_processes: int) -> Iterator[Item]:
@@ -133,13 +149,21 @@ def _failed(job: Job, error: str) -> Item:
 
 def _read_previous_stage(name: str, path: str, reader: Any) -> np.ndarray:
     if not os.path.isfile(path):
-        raise CaseError(f"Case {name}: the previous stage's segmentation {path} does not exist. Predict the case with "
-                        f"the previous stage first (-prev_stage_predictions).")
+        raise CaseError(
+            f"Case {name}: the previous stage's segmentation {path} does not exist. Predict the case with "
+            f"the previous stage first (-prev_stage_predictions)."
+        )
     return read_file(name, path, reader)[0]
 
 
-def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties: dict[str, Any],
-                       previous: np.ndarray | None, ofile: str | None, model: Model) -> Item:
+def preprocess_volumes(
+    name: str,
+    volumes: Mapping[int, np.ndarray],
+    properties: dict[str, Any],
+    previous: np.ndarray | None,
+    ofile: str | None,
+    model: Model,
+) -> Item:
     """Run the plans' own preprocessor on the present volumes.
 
     Args:
@@ -156,12 +180,15 @@ def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties:
     """
     stage = model.configuration_manager.previous_stage_name
     if stage is not None and previous is None:
-        raise CaseError(f"Case {name}: this model is the second stage of a cascade and needs the labels {stage} "
-                        f"predicted for the case. Give them as previous_stage (-prev_stage_predictions).")
+        raise CaseError(
+            f"Case {name}: this model is the second stage of a cascade and needs the labels {stage} "
+            f"predicted for the case. Give them as previous_stage (-prev_stage_predictions)."
+        )
     shape = np.shape(next(iter(volumes.values())))
     if previous is not None and previous.shape[1:] != shape:
-        raise CaseError(f"Case {name}: the previous stage's segmentation has shape {previous.shape[1:]}, the images "
-                        f"have {shape}.")
+        raise CaseError(
+            f"Case {name}: the previous stage's segmentation has shape {previous.shape[1:]}, the images have {shape}."
+        )
     channels = model.channels
     filled = varying(volumes)
     if not filled:  # nnU-Net would normalise by the mean of no voxel
@@ -170,8 +197,9 @@ def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties:
     for channel, volume in filled.items():
         stacked[channel] = volume
     preprocessor = model.configuration_manager.preprocessor_class(verbose=model.verbose)
-    data, seg, properties = preprocessor.run_case_npy(stacked, previous, properties, model.plans_manager,
-                                                      model.configuration_manager, model.dataset_json)
+    data, seg, properties = preprocessor.run_case_npy(
+        stacked, previous, properties, model.plans_manager, model.configuration_manager, model.dataset_json
+    )
     present = _available(name, data, volumes, channels)
     for channel in range(len(channels)):
         if not present[channel]:
@@ -179,8 +207,14 @@ def preprocess_volumes(name: str, volumes: Mapping[int, np.ndarray], properties:
     if previous is not None:
         labels = model.plans_manager.get_label_manager(model.dataset_json).foreground_labels
         data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
-    return {"case": name, "data": np.ascontiguousarray(data, dtype=np.float32), "data_properties": properties,
-            "ofile": ofile, "availability": present, "files": {}}
+    return {
+        "case": name,
+        "data": np.ascontiguousarray(data, dtype=np.float32),
+        "data_properties": properties,
+        "ofile": ofile,
+        "availability": present,
+        "files": {},
+    }
 
 
 def varying(volumes: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -200,8 +234,12 @@ def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], c
     if not any(present):
         raise _nothing_left(name, volumes, channels)
     if empty:
-        _log.warning("Case %s: %s has the same value everywhere and counts as missing (left: %s).", name, empty,
-                     subset_name(present, channels))
+        _log.warning(
+            "Case %s: %s has the same value everywhere and counts as missing (left: %s).",
+            name,
+            empty,
+            subset_name(present, channels),
+        )
     return present
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunetv2_mgml.inference.complete import check_complete
-from nnunetv2_mgml.inference.grid import grid_difference
 from nnunetv2_mgml.inference.inputs import CaseError
+from nnunetv2_mgml.io.complete import check_complete
+from nnunetv2_mgml.io.grid import grid_difference
 
 
-def read_case(name: str, files: Mapping[int, str], channels: Sequence[str], reader: BaseReaderWriter
-              ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+def read_case(
+    name: str, files: Mapping[int, str], channels: Sequence[str], reader: BaseReaderWriter
+) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
     """Read the given files, one channel each.
 
     Args:
@@ -36,16 +37,20 @@ def read_case(name: str, files: Mapping[int, str], channels: Sequence[str], read
     for channel in sorted(files):
         volume, properties = read_file(name, files[channel], reader)
         if volume.shape[0] != 1:
-            raise CaseError(f"Case {name}: {files[channel]} holds {volume.shape[0]} channels; every modality needs a "
-                            f"file of its own with one.")
+            raise CaseError(
+                f"Case {name}: {files[channel]} holds {volume.shape[0]} channels; every modality needs a "
+                f"file of its own with one."
+            )
         check_finite(name, files[channel], volume)
         if volumes:
             origin = min(volumes)
             difference = grid_difference(volumes[origin].shape, first, volume.shape[1:], properties)
             if difference:
-                raise CaseError(f"Case {name}: {channels[channel]} ({files[channel]}) is not on the grid of "
-                                f"{channels[origin]} ({files[origin]}): {difference}. All modalities must be "
-                                f"co-registered and resampled to one grid.")
+                raise CaseError(
+                    f"Case {name}: {channels[channel]} ({files[channel]}) is not on the grid of "
+                    f"{channels[origin]} ({files[origin]}): {difference}. All modalities must be "
+                    f"co-registered and resampled to one grid."
+                )
         else:
             first = properties
         volumes[channel] = volume[0]
@@ -68,13 +73,17 @@ def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[np.ndarra
         return reader.read_images([path])
     except Exception as error:  # every reader library has its own exceptions, some derive from nothing narrower
         reason = " ".join(str(error).split()) or "no reason given"
-        raise CaseError(f"Case {name}: cannot read {path} with {type(reader).__name__} ({type(error).__name__}: "
-                        f"{reason}). Is the file damaged or cut off?") from error
+        raise CaseError(
+            f"Case {name}: cannot read {path} with {type(reader).__name__} ({type(error).__name__}: "
+            f"{reason}). Is the file damaged or cut off?"
+        ) from error
 
 
 def check_finite(name: str, what: str, volume: np.ndarray) -> None:
     """Raise a `CaseError` if a volume holds NaN or infinity: normalisation would spread it over the whole case."""
     bad = volume.size - int(np.isfinite(volume).sum())
     if bad:
-        raise CaseError(f"Case {name}: {what} holds {bad} voxels that are NaN or infinite. Replace them, for example "
-                        f"by 0 outside the brain.")
+        raise CaseError(
+            f"Case {name}: {what} holds {bad} voxels that are NaN or infinite. Replace them, for example "
+            f"by 0 outside the brain."
+        )

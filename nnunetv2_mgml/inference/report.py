@@ -20,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.files import write_json
+from nnunetv2_mgml.inference.subset_quality import (
+    expected_quality,
+    quality_line,
+    quality_terms,
+    unreliable_regions,
+)
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import subset_name
-from nnunetv2_mgml.subset_report import expected_quality, quality_line, quality_terms, unreliable_regions
 
 REPORT_NAME = "mgml_prediction.json"
 SECONDS_BETWEEN_WRITES = 5.0
@@ -43,8 +48,16 @@ class PredictionReport:
         num_parts: number of parts the work is split into.
     """
 
-    def __init__(self, folder: str, model: dict[str, Any], channels: Sequence[str], *, keep: bool = False,
-                 part_id: int = 0, num_parts: int = 1) -> None:
+    def __init__(
+        self,
+        folder: str,
+        model: dict[str, Any],
+        channels: Sequence[str],
+        *,
+        keep: bool = False,
+        part_id: int = 0,
+        num_parts: int = 1,
+    ) -> None:
         name = REPORT_NAME if num_parts == 1 else f"{Path(REPORT_NAME).stem}_part{part_id}of{num_parts}.json"
         self.path = Path(folder) / name
         self.channels = tuple(channels)
@@ -52,9 +65,16 @@ class PredictionReport:
         self._told: set[tuple[bool, ...]] = set()
         self._written = -math.inf
         self._head: dict[str, Any] = {
-            "versions": {"nnunetv2_mgml": __version__, "python": platform.python_version(),
-                         **{package: version(package) for package in ("nnunetv2", "torch", "numpy")}},
-            "command": shlex.join(sys.argv), "started": _now(), "model": model, "channels": list(channels)}
+            "versions": {
+                "nnunetv2_mgml": __version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("nnunetv2", "torch", "numpy")},
+            },
+            "command": shlex.join(sys.argv),
+            "started": _now(),
+            "model": model,
+            "channels": list(channels),
+        }
 
     def begin(self, todo: Sequence[str], done: Sequence[str]) -> None:
         """Note the cases to predict, and those skipped because their output is there."""
@@ -70,9 +90,12 @@ class PredictionReport:
         """Note what a preprocessed case is predicted from."""
         there = dict(zip(self.channels, item["availability"], strict=True))
         self.cases[item["case"]] = {
-            "status": "pending", "present": [name for name in self.channels if there[name]],
-            "missing": [name for name in self.channels if not there[name]], "files": item["files"],
-            **self._quality(item["availability"])}
+            "status": "pending",
+            "present": [name for name in self.channels if there[name]],
+            "missing": [name for name in self.channels if not there[name]],
+            "files": item["files"],
+            **self._quality(item["availability"]),
+        }
 
     def _quality(self, subset: Sequence[bool]) -> dict[str, Any]:
         """What the model reached on this subset, where its folder says so; told once per subset."""

@@ -1,4 +1,4 @@
-"""Build the network from plans: nnU-Net's architecture arguments and our `MGMLConfig`."""
+"""Build the network from plans: nnU-Net's architecture arguments and our options."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import dataclasses
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import nn
 
-from nnunetv2_mgml.config import MGMLConfig
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
+from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, Stem, TrunkDecoder
 from nnunetv2_mgml.network.encoders import (
     EncoderSpec,
     NarrowedEncoder,
@@ -19,7 +20,10 @@ from nnunetv2_mgml.network.encoders import (
     silence_dropout_of_the_teacher,
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
+from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.network.pointwise import pointwise
+from nnunetv2_mgml.plans.options import NetworkOptions
 
 
 def count_modalities(configuration_manager: ConfigurationManager) -> int:
@@ -27,17 +31,25 @@ def count_modalities(configuration_manager: ConfigurationManager) -> int:
     return len(configuration_manager.normalization_schemes)
 
 
-def build_network(configuration_manager: ConfigurationManager, config: MGMLConfig, num_input_channels: int,
-                  num_output_channels: int, num_classes: int, deep_supervision: bool) -> MultiEncoderUNet:
+def build_network(
+    configuration_manager: ConfigurationManager,
+    options: NetworkOptions,
+    num_input_channels: int,
+    num_output_channels: int,
+    num_classes: int,
+    deep_supervision: bool,
+    needs: Needs,
+) -> MultiEncoderUNet:
     """Build and initialise a `MultiEncoderUNet`.
 
     Args:
         configuration_manager: the plan's configuration (architecture, patch size, channels).
-        config: our options.
+        options: our options of the network.
         num_input_channels: ``M`` plus a cascade's previous-stage channels.
         num_output_channels: ``R``, fused heads.
         num_classes: ``K``, label classes with background.
         deep_supervision: start value of ``network.decoder.deep_supervision``.
+        needs: of the loss terms; heads that no term needs are left out.
 
     Raises:
         ValueError: fewer than two modalities, or an unknown fusion design.
@@ -45,41 +57,110 @@ def build_network(configuration_manager: ConfigurationManager, config: MGMLConfi
     """
     modalities = count_modalities(configuration_manager)
     if modalities < 2:
-        raise ValueError(f"MGML needs at least two modalities; this dataset has {modalities}. Train it with the stock "
-                         f"nnUNetTrainer.")
+        raise ValueError(
+            f"MGML needs at least two modalities; this dataset has {modalities}. Train it with the stock nnUNetTrainer."
+        )
     arch_kwargs = configuration_manager.network_arch_init_kwargs
-    unet = plan_unet(configuration_manager.network_arch_class_name, arch_kwargs,
-                     configuration_manager.network_arch_init_kwargs_req_import,
-                     1 + num_input_channels - modalities, num_classes, config.width_factor)
+    unet = plan_unet(
+        configuration_manager.network_arch_class_name,
+        arch_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        1 + num_input_channels - modalities,
+        num_classes,
+        options.width_factor,
+    )
     spec = encoder_spec(unet.encoder)
-    narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, config.decoder_width_ratio))
-    convs = config.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
+    narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
+    convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
+    if options.network_form == "early_fusion":
+        network = _early_fusion(
+            narrow,
+            modalities,
+            num_input_channels,
+            num_output_channels,
+            num_classes,
+            deep_supervision,
+            configuration_manager,
+            options,
+            needs,
+        )
+        return _initialized(network, unet)
     shared = None
-    if config.modality_decoder_weight > 0 or config.uses_soft_label:
+    if needs.modality:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
     network = MultiEncoderUNet(
-        encoders=[NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels)
-                  for _ in range(modalities)],
-        fusion=build_fusion(config.fusion,
-                            _fusion_spec(narrow, modalities, num_classes, configuration_manager, config)),
+        encoders=[
+            NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels) for _ in range(modalities)
+        ],
+        fusion=build_fusion(
+            options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options)
+        ),
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
-        modality_decoder=shared)
+        modality_decoder=shared,
+    )
+    return _initialized(network, unet)
+
+
+def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet:
     network.apply(unet.initialize)
     network.fusion.initialize()
     silence_dropout_of_the_teacher(network)
     return network
 
 
-def _fusion_spec(spec: EncoderSpec, modalities: int, num_classes: int, configuration_manager: ConfigurationManager,
-                 config: MGMLConfig) -> FusionSpec:
+def _early_fusion(
+    spec: EncoderSpec,
+    modalities: int,
+    num_input_channels: int,
+    num_output_channels: int,
+    num_classes: int,
+    deep_supervision: bool,
+    configuration_manager: ConfigurationManager,
+    options: NetworkOptions,
+    needs: Needs,
+) -> EarlyFusionUNet:
+    """Build the early-fusion form: stems, a fusion of one scale, and the trunk."""
+    whole = _fusion_spec(spec, modalities, num_classes, configuration_manager, options)
+    finest = dataclasses.replace(
+        whole, channels=whole.channels[:1], kernel_sizes=whole.kernel_sizes[:1], strides=whole.strides[:1]
+    )
+    fusion = build_fusion(options.fusion, finest)
+    head = None
+    if needs.modality:
+        head = pointwise(spec.conv_op)(spec.output_channels[0], num_classes, 1)
+    return EarlyFusionUNet(
+        encoders=[Stem(spec, 1 + num_input_channels - modalities) for _ in range(modalities)],
+        fusion=fusion,
+        decoder=TrunkDecoder(spec, num_output_channels, deep_supervision, fusion.options.get("gating", "published")),
+        modality_decoder=head,
+    )
+
+
+def _fusion_spec(
+    spec: EncoderSpec,
+    modalities: int,
+    num_classes: int,
+    configuration_manager: ConfigurationManager,
+    options: NetworkOptions,
+) -> FusionSpec:
     def per_axis(sizes: list[list[int]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(int(n) for n in size) for size in sizes)
 
     norm_kwargs: dict[str, Any] = dict(spec.norm_op_kwargs or {})
     return FusionSpec(
-        num_modalities=modalities, num_classes=num_classes, channels=tuple(spec.output_channels),
-        kernel_sizes=per_axis(spec.kernel_sizes), strides=per_axis(spec.strides),
-        patch_size=tuple(configuration_manager.patch_size), conv_op=spec.conv_op, norm_op=spec.norm_op,
-        norm_op_kwargs=norm_kwargs, nonlin=spec.nonlin, nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
-        conv_bias=spec.conv_bias, options=dict(config.fusion_options))
+        num_modalities=modalities,
+        num_classes=num_classes,
+        channels=tuple(spec.output_channels),
+        kernel_sizes=per_axis(spec.kernel_sizes),
+        strides=per_axis(spec.strides),
+        patch_size=tuple(configuration_manager.patch_size),
+        conv_op=spec.conv_op,
+        norm_op=spec.norm_op,
+        norm_op_kwargs=norm_kwargs,
+        nonlin=spec.nonlin,
+        nonlin_kwargs=dict(spec.nonlin_kwargs or {}),
+        conv_bias=spec.conv_bias,
+        options=dict(options.fusion_options),
+        revision=options.fusion_revision,
+    )

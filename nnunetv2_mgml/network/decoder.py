@@ -33,14 +33,26 @@ class FusionDecoder(UNetDecoder):
     ``deep_supervision`` is read at every call, as nnU-Net expects of ``network.decoder``.
     """
 
-    def __init__(self, spec: EncoderSpec, num_outputs: int, n_conv_per_stage: Any, deep_supervision: bool,
-                 nonlin_first: bool = False) -> None:
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        num_outputs: int,
+        n_conv_per_stage: Any,
+        deep_supervision: bool,
+        nonlin_first: bool = False,
+    ) -> None:
         super().__init__(spec, num_outputs, n_conv_per_stage, deep_supervision, nonlin_first=nonlin_first)
         for layer in self.seg_layers:
             make_pointwise(layer)
 
-    def forward(self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign,
-                images: torch.Tensor | None = None, available: torch.Tensor | None = None) -> Decoded:
+    def forward(
+        self,
+        features: list[torch.Tensor],
+        mask: torch.Tensor,
+        fusion: FusionDesign,
+        images: torch.Tensor | None = None,
+        available: torch.Tensor | None = None,
+    ) -> Decoded:
         """Fuse and decode.
 
         Args:
@@ -48,9 +60,10 @@ class FusionDecoder(UNetDecoder):
             mask: ``(B, M)`` bool, True = present.
             fusion: the design.
             images: ``(B, M, *spatial)`` for the design's `image_loss`; None: no such loss.
-            available: ``(B, M)`` bool, the modalities each case has; with ``images``.
+            available: ``(B, M)`` bool, the modalities each case has, in the pass a training step learns from; needed
+                with ``images``.
         """
-        state = fusion.begin()
+        state = fusion.begin() if available is None else fusion.begin_training(available)
         auxiliary: list[torch.Tensor] = []
         loss = features[0].new_zeros((), dtype=torch.float32)
         outputs: list[torch.Tensor] = []
@@ -70,8 +83,9 @@ class FusionDecoder(UNetDecoder):
             loss = loss + fusion.image_loss(fused_scales[::-1], images, available)
         return Decoded(outputs[::-1], auxiliary, loss, context)
 
-    def decode_masks(self, features: list[torch.Tensor], masks: torch.Tensor, fusion: FusionDesign, voxels: int
-                     ) -> torch.Tensor:
+    def decode_masks(
+        self, features: list[torch.Tensor], masks: torch.Tensor, fusion: FusionDesign, voxels: int
+    ) -> torch.Tensor:
         """Predict one sample from many subsets.
 
         What does not depend on the mask is computed once (`FusionDesign.share`). Subsets go through a scale together as
@@ -95,8 +109,9 @@ class FusionDecoder(UNetDecoder):
             most = at_once.get(scale, len(masks))
             if len(masks) > most:
                 contexts = [None] * len(masks) if context is None else context.split(most)
-                return torch.cat([decode(scale, *part, state)
-                                  for part in zip(masks.split(most), contexts, strict=False)])
+                return torch.cat(
+                    [decode(scale, *part, state) for part in zip(masks.split(most), contexts, strict=False)]
+                )
             own = features[scale].expand(len(masks), *features[scale].shape[1:])
             _, context = self._level(scale, own, masks, context, fusion, state)
             return decode(scale - 1, masks, context, state) if scale else self.seg_layers[-1](context)
@@ -105,8 +120,15 @@ class FusionDecoder(UNetDecoder):
         together = masks.split(len(masks) if len(scales) > 1 else at_once[0])
         return torch.cat([decode(deepest, some, None, fusion.begin(shared)) for some in together])
 
-    def _level(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-               fusion: FusionDesign, state: Any) -> tuple[FusedScale, torch.Tensor]:
+    def _level(
+        self,
+        scale: int,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        context: torch.Tensor | None,
+        fusion: FusionDesign,
+        state: Any,
+    ) -> tuple[FusedScale, torch.Tensor]:
         """Return what was fused at a scale, and the decoder's features there: the context of the next finer one."""
         stage = len(self.stages) - 1 - scale
         if context is not None:
@@ -119,8 +141,9 @@ class FusionDecoder(UNetDecoder):
         return fused, self.stages[stage](torch.cat((context, fused.fused), 1))
 
 
-def modality_decoder(spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any, nonlin_first: bool = False
-                     ) -> UNetDecoder:
+def modality_decoder(
+    spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any, nonlin_first: bool = False
+) -> UNetDecoder:
     """Build the decoder shared by all modalities: full-resolution label logits from one modality's features.
 
     Its lower-resolution heads are dropped: nothing trains them, and DDP refuses parameters without gradient.

@@ -40,8 +40,14 @@ def scaled_widths(widths: list[int] | int, factor: float) -> list[int] | int:
     return [max(8, round(w * factor / 8) * 8) for w in widths]
 
 
-def plan_unet(class_name: str, arch_kwargs: dict[str, Any], require_import: tuple[str, ...] | list[str],
-              input_channels: int, num_classes: int, width_factor: float) -> nn.Module:
+def plan_unet(
+    class_name: str,
+    arch_kwargs: dict[str, Any],
+    require_import: tuple[str, ...] | list[str],
+    input_channels: int,
+    num_classes: int,
+    width_factor: float,
+) -> nn.Module:
     """Build the plan's own U-Net for one modality, ``width_factor`` times as wide.
 
     Raises:
@@ -51,28 +57,41 @@ def plan_unet(class_name: str, arch_kwargs: dict[str, Any], require_import: tupl
     if "features_per_stage" not in kwargs:
         raise ValueError(
             f"The plan's architecture {class_name} has no features_per_stage. MGML needs nnU-Net's PlainConvUNet or "
-            f"ResidualEncoderUNet; plan with nnUNetPlannerResEncM or the default planner.")
+            f"ResidualEncoderUNet; plan with nnUNetPlannerResEncM or the default planner."
+        )
     kwargs["features_per_stage"] = scaled_widths(kwargs["features_per_stage"], width_factor)
     if kwargs.get("stem_channels") is not None:
         kwargs["stem_channels"] = scaled_widths(kwargs["stem_channels"], width_factor)
-    unet = get_network_from_plans(class_name, kwargs, require_import, input_channels, num_classes, allow_init=False,
-                                  deep_supervision=False)
+    unet: nn.Module = get_network_from_plans(
+        class_name, kwargs, require_import, input_channels, num_classes, allow_init=False, deep_supervision=False
+    )
     encoder = getattr(unet, "encoder", None)
     if not all(hasattr(encoder, name) for name in ("output_channels", "kernel_sizes", "strides")):
-        raise ValueError(f"The plan's architecture {class_name} has no encoder that MGML can use; supported "
-                         f"are PlainConvUNet and ResidualEncoderUNet.")
+        raise ValueError(
+            f"The plan's architecture {class_name} has no encoder that MGML can use; supported "
+            f"are PlainConvUNet and ResidualEncoderUNet."
+        )
     return unet
 
 
 def encoder_spec(encoder: nn.Module) -> EncoderSpec:
     """Read a spec off a PlainConvEncoder or ResidualEncoder, sizes written out per stage and axis."""
-    dimension = 3 if encoder.conv_op is nn.Conv3d else 2
-    kernels = [[k] * dimension if isinstance(k, int) else list(k) for k in encoder.kernel_sizes]
+    read: Any = encoder  # attributes that nnU-Net gives it, without types
+    dimension = 3 if read.conv_op is nn.Conv3d else 2
+    kernels = [[k] * dimension if isinstance(k, int) else list(k) for k in read.kernel_sizes]
     return EncoderSpec(
-        output_channels=list(encoder.output_channels), strides=[list(s) for s in encoder.strides],
-        kernel_sizes=kernels, conv_op=encoder.conv_op, conv_bias=encoder.conv_bias, norm_op=encoder.norm_op,
-        norm_op_kwargs=encoder.norm_op_kwargs, dropout_op=encoder.dropout_op,
-        dropout_op_kwargs=encoder.dropout_op_kwargs, nonlin=encoder.nonlin, nonlin_kwargs=encoder.nonlin_kwargs)
+        output_channels=list(read.output_channels),
+        strides=[list(s) for s in read.strides],
+        kernel_sizes=kernels,
+        conv_op=read.conv_op,
+        conv_bias=read.conv_bias,
+        norm_op=read.norm_op,
+        norm_op_kwargs=read.norm_op_kwargs,
+        dropout_op=read.dropout_op,
+        dropout_op_kwargs=read.dropout_op_kwargs,
+        nonlin=read.nonlin,
+        nonlin_kwargs=read.nonlin_kwargs,
+    )
 
 
 def silence_dropout_of_the_teacher(network: nn.Module) -> None:
@@ -81,8 +100,10 @@ def silence_dropout_of_the_teacher(network: nn.Module) -> None:
         if type(module) in _QUIET:
             module.__class__ = _QUIET[type(module)]
         elif isinstance(module, _DropoutNd) and type(module) not in _QUIET.values():
-            raise ValueError(f"The plan's dropout is {type(module).__name__}; MGML can use "
-                             f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op.")
+            raise ValueError(
+                f"The plan's dropout is {type(module).__name__}; MGML can use "
+                f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op."
+            )
 
 
 class NarrowedEncoder(nn.Module):
@@ -101,7 +122,8 @@ class NarrowedEncoder(nn.Module):
         self.encoder = encoder
         self.projections = nn.ModuleList(
             nn.Identity() if before == after else pointwise(spec.conv_op)(before, after, 1, bias=spec.conv_bias)
-            for before, after in zip(spec.output_channels, widths, strict=True))
+            for before, after in zip(spec.output_channels, widths, strict=True)
+        )
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Map ``(B, 1 + P, *spatial)`` to ``(B, widths[s], *spatial_s)``, full resolution first."""
@@ -128,4 +150,8 @@ class QuietDropout3d(_Quiet, nn.Dropout3d):
     """`torch.nn.Dropout3d`, silent in the teacher's pass."""
 
 
-_QUIET = {nn.Dropout: QuietDropout, nn.Dropout2d: QuietDropout2d, nn.Dropout3d: QuietDropout3d}
+_QUIET: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Dropout: QuietDropout,
+    nn.Dropout2d: QuietDropout2d,
+    nn.Dropout3d: QuietDropout3d,
+}

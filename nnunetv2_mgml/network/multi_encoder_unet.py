@@ -8,6 +8,7 @@ features are left out of the fusion, so whatever an absent channel held cannot c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -15,7 +16,7 @@ from torch import nn
 
 from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
-from nnunetv2_mgml.network.outputs import SingleModalities, TrainingOutput
+from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import silence
 
 
@@ -29,43 +30,50 @@ class MultiEncoderUNet(nn.Module):
         modality_decoder: decoder shared by all modalities, or None where no loss needs it.
     """
 
-    def __init__(self, encoders: Sequence[nn.Module], fusion: FusionDesign, decoder: FusionDecoder,
-                 modality_decoder: UNetDecoder | None) -> None:
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        fusion: FusionDesign,
+        decoder: FusionDecoder,
+        modality_decoder: UNetDecoder | None,
+    ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
-        self._availability: tuple[bool, ...] | torch.Tensor | None = None
-        self._stored_mask: torch.Tensor | None = None
+        self._visible: torch.Tensor | None = None
+        self._visible_subset: tuple[bool, ...] | None = None
 
     @property
     def num_modalities(self) -> int:
         """``M``."""
         return len(self.encoders)
 
-    def set_availability(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
-        """Set the mask every later `forward` uses when it is given none (a whole case, or a validation batch).
+    def set_visible(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
+        """Set what every later `forward` sees that is given no view (a whole case, or a validation batch).
 
         Args:
-            subset: ``M`` bools (absent encoders are then not run), a ``(B, M)`` bool tensor, or None to forget it.
+            subset: ``M`` bools (encoders of the others are then not run), a ``(B, M)`` bool tensor, or None to forget
+                it. Use `nnunetv2_mgml.network.interface.seeing`, which takes it back.
 
         Raises:
             ValueError: wrong shape or dtype, or a sample without any modality.
         """
         if subset is None:
-            self._availability = self._stored_mask = None
+            self._visible_subset = self._visible = None
             return
         is_batch = isinstance(subset, torch.Tensor)
         mask = subset if is_batch else torch.tensor([[bool(present) for present in subset]])
-        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities \
-                or not mask.any(1).all():
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities or not mask.any(1).all():
             shown = mask.tolist() if is_batch else tuple(subset)
-            raise ValueError(f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
-                             f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
-                             f"modality out.")
-        self._availability = subset if is_batch else tuple(mask[0].tolist())
-        self._stored_mask = mask
+            raise ValueError(
+                f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
+                f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
+                f"modality out."
+            )
+        self._visible = mask
+        self._visible_subset = None if is_batch else tuple(mask[0].tolist())
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.
@@ -80,11 +88,14 @@ class MultiEncoderUNet(nn.Module):
         count = self.num_modalities
         previous_stage = x[:, count:]
         per_modality: list[list[torch.Tensor] | None] = [
-            self.encoders[m](torch.cat((x[:, m:m + 1], previous_stage), 1)) if subset is None or subset[m] else None
-            for m in range(count)]
+            self.encoders[m](torch.cat((x[:, m : m + 1], previous_stage), 1)) if subset is None or subset[m] else None
+            for m in range(count)
+        ]
         present = next(features for features in per_modality if features is not None)
-        return [torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
-                for s in range(len(present))]
+        return [
+            torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
+            for s in range(len(present))
+        ]
 
     def fuse_decode(self, features: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Fuse and decode for a mask ``(B, M)`` bool.
@@ -95,8 +106,7 @@ class MultiEncoderUNet(nn.Module):
         outputs = self.decoder(features, mask, self.fusion).outputs
         return outputs if self.decoder.deep_supervision else outputs[0]
 
-    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2 ** 19
-                       ) -> torch.Tensor:
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2**19) -> torch.Tensor:
         """Fuse and decode every sample for every subset.
 
         Args:
@@ -108,7 +118,7 @@ class MultiEncoderUNet(nn.Module):
         Returns:
             Logits ``(B, S, R, *spatial)``.
         """
-        samples = [[f[b:b + 1] for f in features] for b in range(len(features[0]))]
+        samples = [[f[b : b + 1] for f in features] for b in range(len(features[0]))]
         return torch.stack([self.decoder.decode_masks(own, subsets, self.fusion, voxels) for own in samples])
 
     def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -123,54 +133,82 @@ class MultiEncoderUNet(nn.Module):
         logits = self.modality_decoder([f.flatten(0, 1) for f in features])
         return logits.unflatten(0, (batch, modalities))
 
-    def forward(self, x: torch.Tensor, modality_mask: torch.Tensor | None = None, available: torch.Tensor | None = None,
-                return_aux: bool = False, with_teacher: bool = False, teacher_input: torch.Tensor | None = None,
-                with_single: bool = False, teacher_learns: bool = False
-                ) -> torch.Tensor | list[torch.Tensor] | TrainingOutput:
+    @overload
+    def forward(self, x: torch.Tensor, view: View, needs: Needs) -> TrainingOutput: ...
+
+    @overload
+    def forward(
+        self,
+        x: torch.Tensor,
+        view: View | torch.Tensor | None = None,
+        needs: None = None,
+        *,
+        modality_mask: torch.Tensor | None = None,
+    ) -> Logits: ...
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        view: View | torch.Tensor | None = None,
+        needs: Needs | None = None,
+        *,
+        modality_mask: torch.Tensor | None = None,
+    ) -> Logits | TrainingOutput:
         """Predict.
 
         Args:
             x: ``(B, M + P, *spatial)``: the modalities in channel order, then a cascade's previous-stage one-hot.
-            modality_mask: ``(B, M)`` bool, True = present for the prediction. None: what `set_availability` was told,
-                else read in-band (see `in_band_mask`).
-            available: ``(B, M)`` bool, the modalities each case has at all; None: ``modality_mask``.
-            return_aux: return a `TrainingOutput` instead of the logits.
-            with_teacher: with ``return_aux``, also predict from all available modalities, without gradient.
-            teacher_input: the teacher's own augmented view, shaped as ``x``; None: it reuses the student's features.
-            with_single: with ``return_aux``, also run the fusion decoder on each modality alone (rebalancing); their
-                teacher is that of ``with_teacher``, without it the prediction from ``modality_mask``.
-            teacher_learns: with ``with_teacher``, keep the teacher's gradient (``TrainingOutput.complete``).
+            view: what may be seen; a tensor ``(B, M)`` is what is visible. None: what `set_visible` was told, else read
+                in-band (see `in_band_mask`).
+            needs: what a training step's loss terms need; None: the prediction alone.
+            modality_mask: ``(B, M)`` bool, another name for a view that is a tensor.
 
         Returns:
-            What nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list highest resolution first.
+            Without ``needs``, what nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list,
+            highest resolution first. With them a `TrainingOutput`.
         """
         subset = None
-        if modality_mask is None:
-            stored = self._stored_mask
-            modality_mask = in_band_mask(x, self.num_modalities) if stored is None else \
-                stored.to(x.device).expand(x.shape[0], -1)
+        view = modality_mask if view is None else view
+        if view is None:
+            view = self._default_view(x)
             # a compiled network that looked at the bools would be compiled anew for every subset
-            if not torch.compiler.is_compiling() and isinstance(self._availability, tuple):
-                subset = self._availability
-        if available is None:
-            available = modality_mask
-        if not return_aux:
-            return self.fuse_decode(self.encode(zero_absent(x, available), subset), modality_mask)
-        features = self.encode(zero_absent(x, available))
-        images = zero_absent(x, available)[:, :self.num_modalities] if self.fusion.wants_images else None
-        student = self.decoder(features, modality_mask, self.fusion, images, available)
-        modality = None if self.modality_decoder is None else self.decode_modalities(features)
-        teacher = self._teach(features, available, teacher_input, teacher_learns) if with_teacher else None
-        single = self._decode_single(features, student if teacher is None else teacher) if with_single else None
-        return TrainingOutput(student.outputs, modality, None if teacher is None else teacher.outputs[0].detach(),
-                              student.auxiliary, student.loss, single,
-                              teacher.outputs if teacher and teacher_learns else None)
+            if needs is None and not torch.compiler.is_compiling():
+                subset = self._visible_subset
+        elif isinstance(view, torch.Tensor):
+            view = View(view)
+        available = view.visible if view.available is None else view.available
+        shown = zero_absent(x, available)
+        if needs is None:
+            return self.fuse_decode(self.encode(shown, subset), view.visible)
+        features = self.encode(shown)
+        images = shown[:, : self.num_modalities] if self.fusion.wants_images else None
+        student = self.decoder(features, view.visible, self.fusion, images, available)
+        modality = self.decode_modalities(features) if needs.modality else None
+        complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
+        single = self._decode_single(features, complete or student) if needs.single else None
+        return TrainingOutput(
+            student.outputs,
+            student.auxiliary,
+            student.loss,
+            modality,
+            None if complete is None else complete.outputs,
+            single,
+            None if view.subsets is None else self._decode_further(features, view.subsets),
+        )
 
-    def _teach(self, features: list[torch.Tensor], available: torch.Tensor, own_input: torch.Tensor | None, learns: bool
-               ) -> Decoded:
+    def _default_view(self, x: torch.Tensor) -> View:
+        if self._visible is None:
+            return View(in_band_mask(x, self.num_modalities))
+        return View(self._visible.to(x.device).expand(x.shape[0], -1))
+
+    def _decode_complete(
+        self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs
+    ) -> Decoded:
+        """Predict from all that a case has, without dropout: a target, also where it learns itself."""
+        learns = needs.complete == "learns"
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), silence():
-            if own_input is not None:
-                features = self.encode(zero_absent(own_input, available))
+            if view.own_images is not None:
+                features = self.encode(zero_absent(view.own_images, available))
             return self.decoder(features if learns else [f.detach() for f in features], available, self.fusion)
 
     def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
@@ -180,7 +218,16 @@ class MultiEncoderUNet(nn.Module):
         return SingleModalities(
             students=[torch.stack([s.outputs[scale] for s in students], 1) for scale in range(len(teacher.outputs))],
             features=torch.stack([s.features for s in students], 1),
-            teacher=[output.detach() for output in teacher.outputs], teacher_features=teacher.features.detach())
+            teacher=[output.detach() for output in teacher.outputs],
+            teacher_features=teacher.features.detach(),
+        )
+
+    def _decode_further(self, features: list[torch.Tensor], subsets: torch.Tensor) -> list[torch.Tensor]:
+        """Predict from ``(B, S, M)`` subsets as one batch; returns ``(B, S, R, *spatial_s)`` per resolution."""
+        batch, count = subsets.shape[:2]
+        repeated = [f[:, None].expand(-1, count, *f.shape[1:]).flatten(0, 1) for f in features]
+        decoded = self.decoder(repeated, subsets.flatten(0, 1), self.fusion)
+        return [output.unflatten(0, (batch, count)) for output in decoded.outputs]
 
 
 def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ enhancement only in T1ce, a plain T1 has little more than the mass; white-matter
 every single sequence ambiguous. They are no model of anatomy and no evidence about patients.
 """
 
-from .case import Phantom, make_case, make_phantom
-from .difficulty import Difficulty
-from .files import write_phantoms
+from nnunetv2_mgml.phantom.case import Phantom, make_case, make_phantom
+from nnunetv2_mgml.phantom.difficulty import Difficulty
+from nnunetv2_mgml.phantom.files import write_phantoms
 
 __all__ = ["Difficulty", "Phantom", "make_case", "make_phantom", "write_phantoms"]

@@ -7,16 +7,21 @@ coordinates*: 0 is the middle of the volume and 1 its edge along each axis, so t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
-from .difficulty import Difficulty
+from nnunetv2_mgml.phantom.difficulty import Difficulty
 
 BRAIN_RADII = np.array([0.78, 0.88, 0.74])
 """Radii of the mean brain along z, y, x, in brain coordinates."""
 
 TISSUES = ("white", "grey", "fluid")
+
+Reals = npt.NDArray[np.floating[Any]]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,15 @@ class Anatomy:
         vessels: float32 0 to 1, thin vessels.
     """
 
-    brain: np.ndarray
-    radius: np.ndarray
-    tissue: np.ndarray
-    lesions: np.ndarray
-    cavities: np.ndarray
-    vessels: np.ndarray
+    brain: Mask
+    radius: Reals
+    tissue: Reals
+    lesions: Reals
+    cavities: Reals
+    vessels: Reals
 
 
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], scale: float) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> Reals:
     """Return smooth random values of mean 0 and standard deviation 1.
 
     Args:
@@ -51,17 +56,19 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], scale: f
     Returns:
         float32, ``shape``.
     """
-    values = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), scale * np.mean(shape), truncate=3)
-    return (values - values.mean()) / max(float(values.std()), 1e-6)
+    kernel = scale * np.mean(shape)
+    values: Reals = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), kernel, truncate=3)
+    normalised: Reals = (values - values.mean()) / max(float(values.std()), 1e-6)
+    return normalised
 
 
-def coordinates(shape: tuple[int, int, int]) -> np.ndarray:
+def coordinates(shape: tuple[int, ...]) -> Reals:
     """Return brain coordinates of all voxels: float32 (3, z, y, x), -1 to 1 along each axis."""
     axes = [(np.arange(n, dtype=np.float32) + 0.5) * (2 / n) - 1 for n in shape]
     return np.stack(np.meshgrid(*axes, indexing="ij"))
 
 
-def rotated(points: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
+def rotated(points: Reals, rng: np.random.Generator, largest: float) -> Reals:
     """Return coordinates turned about all three axes by random angles.
 
     Args:
@@ -78,19 +85,25 @@ def rotated(points: np.ndarray, rng: np.random.Generator, largest: float) -> np.
         turn = np.eye(3)
         turn[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
         matrix = matrix @ turn
-    return np.einsum("ij,j...->i...", matrix, points).astype(np.float32)
+    turned: Reals = np.einsum("ij,j...->i...", matrix, points).astype(np.float32)
+    return turned
 
 
-def ellipsoid(points: np.ndarray, center: tuple[float, ...] | np.ndarray,
-              radii: tuple[float, ...] | np.ndarray | float) -> np.ndarray:
+def ellipsoid(points: Reals, center: tuple[float, ...] | Reals, radii: tuple[float, ...] | Reals | float) -> Reals:
     """Return the distance from ``center`` in units of ``radii``: below 1 inside the ellipsoid; shape (z, y, x)."""
     column = (3, 1, 1, 1)
     center, radii = np.asarray(center, np.float32), np.broadcast_to(np.asarray(radii, np.float32), 3)
-    return np.sqrt((((points - center.reshape(column)) / radii.reshape(column)) ** 2).sum(0))
+    squares = ((points - center.reshape(column)) / radii.reshape(column)) ** 2
+    distance: Reals = np.sqrt(squares.sum(0))
+    return distance
 
 
-def build_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], difficulty: Difficulty,
-                  pushes: list[tuple[np.ndarray, float, float]]) -> Anatomy:
+def build_anatomy(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    difficulty: Difficulty,
+    pushes: list[tuple[Reals, float, float]],
+) -> Anatomy:
     """Draw the healthy anatomy of one case.
 
     Args:
@@ -104,7 +117,7 @@ def build_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], difficu
     """
     spread = difficulty.anatomy
     points = rotated(coordinates(shape), rng, 6 * spread)
-    size = BRAIN_RADII * (1 + 0.05 * spread * rng.uniform(-1, 1, 3))
+    size: Reals = BRAIN_RADII * (1 + 0.05 * spread * rng.uniform(-1, 1, 3))
     radius = ellipsoid(points, rng.uniform(-0.03, 0.03, 3) * spread, size)
     radius += 0.025 * spread * smooth_noise(rng, shape, 0.08)
     # The under-side of a brain is flatter than its top.
@@ -115,29 +128,37 @@ def build_anatomy(rng: np.random.Generator, shape: tuple[int, int, int], difficu
     tissue = np.stack([ndimage.gaussian_filter((labels == i).astype(np.float32), 0.5) for i in range(3)])
     tissue /= np.maximum(tissue.sum(0), 1e-6)
     white = (labels == 0) & (radius < 0.85)
-    return Anatomy(brain, radius.astype(np.float32), tissue,
-                   lesions=_blobs(rng, points, white, rng.poisson(6 * difficulty.distractors), (0.03, 0.085)),
-                   cavities=_blobs(rng, points, white, rng.poisson(0.5 * difficulty.distractors), (0.07, 0.15)),
-                   vessels=_vessels(rng, shape, brain, radius, rng.poisson(9 * difficulty.distractors)))
+    return Anatomy(
+        brain,
+        radius.astype(np.float32),
+        tissue,
+        lesions=_blobs(rng, points, white, rng.poisson(6 * difficulty.distractors), (0.03, 0.085)),
+        cavities=_blobs(rng, points, white, rng.poisson(0.5 * difficulty.distractors), (0.07, 0.15)),
+        vessels=_vessels(rng, shape, brain, radius, rng.poisson(9 * difficulty.distractors)),
+    )
 
 
-def _largest_part(mask: np.ndarray) -> np.ndarray:
+def _largest_part(mask: Mask) -> Mask:
     parts, count = ndimage.label(mask)
-    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count > 1 else mask
+    if count < 2:
+        return mask
+    largest: Mask = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    return largest
 
 
-def _displaced(points: np.ndarray, pushes: list[tuple[np.ndarray, float, float]]) -> np.ndarray:
+def _displaced(points: Reals, pushes: list[tuple[Reals, float, float]]) -> Reals:
     """Return where the tissue now at each voxel would lie without the masses; shape of ``points``."""
     result = points.copy()
     for center, radius, strength in pushes:
         offset = points - center.reshape(3, 1, 1, 1).astype(np.float32)
-        distance = np.sqrt((offset ** 2).sum(0)) / radius
-        result -= 0.6 * strength * np.exp(-distance ** 2) * offset
+        distance = np.sqrt((offset**2).sum(0)) / radius
+        result -= 0.6 * strength * np.exp(-(distance**2)) * offset
     return result
 
 
-def _tissue_labels(rng: np.random.Generator, shape: tuple[int, int, int], radius: np.ndarray, points: np.ndarray,
-                   spread: float) -> np.ndarray:
+def _tissue_labels(
+    rng: np.random.Generator, shape: tuple[int, int, int], radius: Reals, points: Reals, spread: float
+) -> npt.NDArray[np.int8]:
     """Return index into `TISSUES`, int8 (z, y, x)."""
     depth = 1 - radius
     # Folds are the zero crossings of a band of noise; they open towards the surface.
@@ -165,8 +186,7 @@ def _tissue_labels(rng: np.random.Generator, shape: tuple[int, int, int], radius
     return labels
 
 
-def _blobs(rng: np.random.Generator, points: np.ndarray, where: np.ndarray, count: int,
-           radii: tuple[float, float]) -> np.ndarray:
+def _blobs(rng: np.random.Generator, points: Reals, where: Mask, count: int, radii: tuple[float, float]) -> Reals:
     """Return soft irregular spots with centres in ``where``; float32 0 to 1, (z, y, x)."""
     result = np.zeros(where.shape, np.float32)
     candidates = np.flatnonzero(where)
@@ -180,8 +200,7 @@ def _blobs(rng: np.random.Generator, points: np.ndarray, where: np.ndarray, coun
     return result
 
 
-def _vessels(rng: np.random.Generator, shape: tuple[int, int, int], brain: np.ndarray, radius: np.ndarray,
-             count: int) -> np.ndarray:
+def _vessels(rng: np.random.Generator, shape: tuple[int, int, int], brain: Mask, radius: Reals, count: int) -> Reals:
     """Return thin winding tubes, most of them near the surface; float32 0 to 1, (z, y, x)."""
     centerlines = np.zeros(shape, np.float32)
     candidates = np.argwhere(brain & (radius > 0.55) & (radius < 0.97))
@@ -200,4 +219,5 @@ def _vessels(rng: np.random.Generator, shape: tuple[int, int, int], brain: np.nd
             centerlines[voxel] = strength
     width = 0.55 * scale
     blurred = ndimage.gaussian_filter(centerlines, width)
-    return np.clip(blurred / (0.35 / (1 + width ** 2)), 0, 1) * brain
+    tubes: Reals = np.clip(blurred / (0.35 / (1 + width**2)), 0, 1) * brain
+    return tubes

@@ -5,30 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
-
-from .anatomy import Anatomy, build_anatomy, coordinates, smooth_noise
-from .difficulty import Difficulty
-from .tumor import EDEMA, ENHANCING, NECROSIS, grow_tumors, plan_tumors
+from nnunetv2_mgml.phantom.anatomy import Anatomy, Mask, Reals, build_anatomy, coordinates, smooth_noise
+from nnunetv2_mgml.phantom.difficulty import Difficulty
+from nnunetv2_mgml.phantom.tumor import EDEMA, ENHANCING, NECROSIS, grow_tumors, plan_tumors
 
 # Signal relative to white matter in T1, by sequence in the order of BRATS_CHANNELS. The ranks are those of textbooks:
 # T1 white > grey > fluid, T2 the reverse, FLAIR like T2 with dark fluid.
 _SIGNAL = {
     #               t1    t1ce  t2    flair
-    "white":       (1.00, 0.98, 0.43, 0.56),
-    "grey":        (0.76, 0.78, 0.64, 0.74),
-    "fluid":       (0.36, 0.38, 1.10, 0.24),
-    "lesion":      (0.76, 0.76, 0.92, 1.08),
-    "cavity":      (0.36, 0.38, 1.15, 0.34),
-    "vessel":      (0.80, 1.70, 0.34, 0.52),
-    "edema":       (0.68, 0.72, 1.02, 1.08),
-    "necrosis":    (0.44, 0.46, 1.20, 0.98),
-    "enhancing":   (0.80, 1.60, 0.98, 1.14),
+    "white": (1.00, 0.98, 0.43, 0.56),
+    "grey": (0.76, 0.78, 0.64, 0.74),
+    "fluid": (0.36, 0.38, 1.10, 0.24),
+    "lesion": (0.76, 0.76, 0.92, 1.08),
+    "cavity": (0.36, 0.38, 1.15, 0.34),
+    "vessel": (0.80, 1.70, 0.34, 0.52),
+    "edema": (0.68, 0.72, 1.02, 1.08),
+    "necrosis": (0.44, 0.46, 1.20, 0.98),
+    "enhancing": (0.80, 1.60, 0.98, 1.14),
 }
 _VARIATION = {"necrosis": 0.18, "enhancing": 0.14, "edema": 0.1}
 """Spread of a signal between cases, as a share of it; 0.07 for all other rows. Cores reach from cyst to solid."""
+
+Labels = npt.NDArray[np.uint8]
 
 _LABELS = {"edema": EDEMA, "necrosis": NECROSIS, "enhancing": ENHANCING}
 
@@ -43,13 +45,14 @@ class Phantom:
         anatomy: the healthy brain below, with what only looks like tumour.
     """
 
-    images: dict[str, np.ndarray]
-    labels: np.ndarray
+    images: dict[str, Reals]
+    labels: Labels
     anatomy: Anatomy
 
 
-def make_case(rng: np.random.Generator, shape: tuple[int, int, int],
-              difficulty: Difficulty | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def make_case(
+    rng: np.random.Generator, shape: tuple[int, int, int], difficulty: Difficulty | None = None
+) -> tuple[dict[str, Reals], Labels]:
     """Draw one case; `make_phantom` without the anatomy.
 
     Args:
@@ -64,8 +67,9 @@ def make_case(rng: np.random.Generator, shape: tuple[int, int, int],
     return phantom.images, phantom.labels
 
 
-def make_phantom(rng: np.random.Generator, shape: tuple[int, int, int],
-                 difficulty: Difficulty | None = None) -> Phantom:
+def make_phantom(
+    rng: np.random.Generator, shape: tuple[int, int, int], difficulty: Difficulty | None = None
+) -> Phantom:
     """Draw one case with its anatomy; arguments as for `make_case`.
 
     Raises:
@@ -78,13 +82,13 @@ def make_phantom(rng: np.random.Generator, shape: tuple[int, int, int],
     anatomy = build_anatomy(rng, shape, difficulty, [(plan.center, plan.radius, plan.push) for plan in plans])
     labels = grow_tumors(rng, plans, anatomy)
     shares = _shares(rng, anatomy, labels, difficulty)
-    images = {name: _sequence(rng, channel, shares, anatomy.brain, difficulty)
-              for channel, name in enumerate(BRATS_CHANNELS)}
+    images = {
+        name: _sequence(rng, channel, shares, anatomy.brain, difficulty) for channel, name in enumerate(BRATS_CHANNELS)
+    }
     return Phantom(images, labels, anatomy)
 
 
-def _shares(rng: np.random.Generator, anatomy: Anatomy, labels: np.ndarray,
-            difficulty: Difficulty) -> dict[str, np.ndarray]:
+def _shares(rng: np.random.Generator, anatomy: Anatomy, labels: Labels, difficulty: Difficulty) -> dict[str, Reals]:
     """Return how much of each row of `_SIGNAL` a voxel holds: float32 (z, y, x) each, in sum one."""
     shares = {name: anatomy.tissue[i].copy() for i, name in enumerate(("white", "grey", "fluid"))}
     layers = {"lesion": 0.85 * anatomy.lesions, "cavity": anatomy.cavities, "vessel": anatomy.vessels}
@@ -100,8 +104,9 @@ def _shares(rng: np.random.Generator, anatomy: Anatomy, labels: np.ndarray,
     return shares
 
 
-def _sequence(rng: np.random.Generator, channel: int, shares: dict[str, np.ndarray], brain: np.ndarray,
-              difficulty: Difficulty) -> np.ndarray:
+def _sequence(
+    rng: np.random.Generator, channel: int, shares: dict[str, Reals], brain: Mask, difficulty: Difficulty
+) -> Reals:
     """Return the signal of one sequence: contrast, blur, bias field, Rician noise, scale; float32 (z, y, x)."""
     spread = difficulty.anatomy
     signal = np.zeros(brain.shape, np.float32)
@@ -117,9 +122,11 @@ def _sequence(rng: np.random.Generator, channel: int, shares: dict[str, np.ndarr
     return np.where(brain, np.maximum(signal * np.float32(scale), 1), 0).astype(np.float32)
 
 
-def _bias_field(rng: np.random.Generator, shape: tuple[int, int, int], strength: float) -> np.ndarray:
+def _bias_field(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> Reals:
     z, y, x = coordinates(shape)
-    terms = (z, y, x, z * y, y * x, z * x, z ** 2 - 0.5, y ** 2 - 0.5, x ** 2 - 0.5)
-    exponent = sum(np.float32(weight) * term for weight, term in zip(rng.normal(0, strength, len(terms)), terms,
-                                                                     strict=True))
-    return np.exp(exponent)
+    terms = (z, y, x, z * y, y * x, z * x, z**2 - 0.5, y**2 - 0.5, x**2 - 0.5)
+    exponent = sum(
+        np.float32(weight) * term for weight, term in zip(rng.normal(0, strength, len(terms)), terms, strict=True)
+    )
+    field: Reals = np.exp(exponent)
+    return field

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
-from .anatomy import BRAIN_RADII, Anatomy, coordinates, ellipsoid, smooth_noise
+from nnunetv2_mgml.phantom.anatomy import BRAIN_RADII, Anatomy, Mask, Reals, coordinates, ellipsoid, smooth_noise
 
 NECROSIS, EDEMA, ENHANCING = 1, 2, 4
 """Label values of BraTS 2021."""
@@ -28,7 +29,7 @@ class TumorPlan:
         push: how much the mass displaces its surroundings, 0 to 1.
     """
 
-    center: np.ndarray
+    center: Reals
     radius: float
     core: float
     rim: float
@@ -48,16 +49,21 @@ def _side(rng: np.random.Generator) -> float:
     return float(rng.choice([-1, 1]) * rng.uniform(0.15, 0.48))
 
 
-def _plan(rng: np.random.Generator, center: np.ndarray, radius: float) -> TumorPlan:
+def _plan(rng: np.random.Generator, center: Reals, radius: float) -> TumorPlan:
     # Towards the middle where it would reach through the surface.
     eccentricity = float(np.linalg.norm(center / BRAIN_RADII))
     center = center * min(1, 0.7 / eccentricity)
     enhancing = rng.random() >= _CHANCE_OF_NO_ENHANCEMENT
-    return TumorPlan(center, radius, core=rng.uniform(0.42, 0.85), rim=rng.uniform(0.15, 0.6) if enhancing else 0.0,
-                     push=rng.uniform(0.3, 1.0))
+    return TumorPlan(
+        center,
+        radius,
+        core=rng.uniform(0.42, 0.85),
+        rim=rng.uniform(0.15, 0.6) if enhancing else 0.0,
+        push=rng.uniform(0.3, 1.0),
+    )
 
 
-def grow_tumors(rng: np.random.Generator, plans: list[TumorPlan], anatomy: Anatomy) -> np.ndarray:
+def grow_tumors(rng: np.random.Generator, plans: list[TumorPlan], anatomy: Anatomy) -> npt.NDArray[np.uint8]:
     """Grow tumours in a brain.
 
     Args:
@@ -89,7 +95,7 @@ def grow_tumors(rng: np.random.Generator, plans: list[TumorPlan], anatomy: Anato
     return labels
 
 
-def _joined(mask: np.ndarray, core: np.ndarray) -> np.ndarray:
+def _joined(mask: Mask, core: Mask) -> Mask:
     """Return the parts of ``mask`` that touch ``core``."""
     parts, _ = ndimage.label(mask)
     return np.isin(parts, np.unique(parts[core]))

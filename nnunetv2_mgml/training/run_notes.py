@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnunetv2_mgml.config import EXACT_REPETITION, MGMLConfig
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import EXACT_REPETITION
 
 
-def run_notes(trainer: str, planned: MGMLConfig, fixed: dict[str, Any], workers: int) -> list[str]:
+def run_notes(trainer: str, planned: Options, fixed: dict[str, Any], workers: int) -> list[str]:
     """Return lines for the log.
 
     Args:
@@ -19,8 +20,10 @@ def run_notes(trainer: str, planned: MGMLConfig, fixed: dict[str, Any], workers:
     notes = []
     dropped = planned.options_dropped_by(fixed)
     if dropped:
-        notes.append(f"{trainer} has fusion {fixed['fusion']}: the plans' fusion_options {dropped} were set for "
-                     f"{planned.fusion} and are not used")
-    if planned.seed is not None and workers > 0:
-        notes.append(f"seed={planned.seed}: {EXACT_REPETITION} (now {workers} of them)")
+        notes.append(
+            f"{trainer} has fusion {fixed['fusion']}: the plans' fusion_options {dropped} were set for "
+            f"{planned.network.fusion} and are not used"
+        )
+    if planned.training.seed is not None and workers > 0:
+        notes.append(f"seed={planned.training.seed}: {EXACT_REPETITION} (now {workers} of them)")
     return notes

@@ -1,227 +1,271 @@
-"""`nnUNetTrainerMGML`: the multi-encoder network, Meta-AMF and consistency regularisation inside nnU-Net's trainer."""
+"""`nnUNetTrainerMGML`: one model for every subset of the modalities, trained through nnU-Net's own hooks."""
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_mgml.config import PLANS_KEY, MGMLConfig
-from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
-from nnunetv2_mgml.evaluation.figures.style import save
-from nnunetv2_mgml.evaluation.figures.training import training_curves
-from nnunetv2_mgml.files import replacing
-from nnunetv2_mgml.losses import MetaParameters, MGMLLoss, build_meta_network
-from nnunetv2_mgml.modalities import Subset
-from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.training.base import MissingModalityTrainer
-from nnunetv2_mgml.training.rebalancing import ModalityBalance
+from nnunetv2_mgml import __version__
+from nnunetv2_mgml._moved import forward
+from nnunetv2_mgml.dataloading import augmentation
+from nnunetv2_mgml.modalities import Subset, channel_names
+from nnunetv2_mgml.network.interface import bare
+from nnunetv2_mgml.objective import Options, Progress
+from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.presentation.figures.style import save
+from nnunetv2_mgml.presentation.figures.training import training_curves
+from nnunetv2_mgml.training import checkpoint, optimisation
+from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
+from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names
+from nnunetv2_mgml.training.final_validation import announcing_cases
+from nnunetv2_mgml.training.learners import Learner, SubsetLearner
+from nnunetv2_mgml.training.loaders import build_loaders
+from nnunetv2_mgml.training.repetition import make_deterministic, seed_epoch
+from nnunetv2_mgml.training.run_notes import run_notes
+from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
 
-CHECKPOINT_KEY = "mgml"
 FIGURE_NAME = "mgml_progress.png"
-_CLIP_NORM = 12.0  # nnU-Net's
 
 
-class nnUNetTrainerMGML(MissingModalityTrainer):  # noqa: N801  nnU-Net's naming scheme; the name is the CLI's argument
-    """Trains one model for every subset of the modalities.
+class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; the name is the CLI's argument
+    """nnU-Net's trainer with a random subset of the modalities per sample, in training and in validation.
 
-    Overridden hooks, beside those of the base: ``build_network_architecture``, ``initialize``, ``on_train_start``,
-    ``on_train_epoch_start``, ``train_step`` (mirrored), ``on_train_epoch_end``, ``on_epoch_end``, ``save_checkpoint``,
-    ``load_checkpoint``.
+    Every method but three is a hook of nnU-Net; what a hook does lies in a file of its own beside this one. A trainer
+    of your own subclasses it, fixes options by ``config_overrides`` and overrides hooks as with any nnU-Net trainer.
     """
 
+    supports_missing_modalities: ClassVar[bool] = True
+    """Read by the predictor: a model of this trainer may be given fewer modalities than it has channels."""
+    config_overrides: ClassVar[dict[str, Any]] = {}
+    """Options a variant fixes, whatever the plans say; ``fusion_options`` are merged (`Options.overridden`)."""
+    learner_class: ClassVar[type[Learner]] = SubsetLearner
+    """Which network is trained, and how a step teaches it."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - upstream's default
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        planned = Options.from_plans(plans)
+        for note in run_notes(type(self).__name__, planned, self.config_overrides, get_allowed_n_proc_DA()):
+            self.print_to_log_file(note)
+        self.options = self.resolve_options(plans)
+        self.channels = channel_names(dataset_json)
+        for name, value in self.options.training.trainer_attributes().items():
+            setattr(self, name, value)
+        heads = self.label_manager.num_segmentation_heads
+        self.num_classes: int = heads + 1 if self.label_manager.has_regions else heads
+        # plans is nnU-Net's dict: it is copied beside the checkpoint, so inference finds the resolved configuration
+        plans[PLANS_KEY] = {
+            "version": __version__,
+            "config": self.options.as_dict(),
+            "channels": list(self.channels),
+            "num_classes": self.num_classes,
+        }
+        self.training_availability: dict[str, Subset] = {}
+        self.training_log = TrainingLog(self.output_folder)
+        self.steps_in_epoch = 0
+        self.weights_file: str | None = None
+        self.stored_optimizer = self.options.training.optimizer
+
     @classmethod
-    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                   num_input_channels: int, num_output_channels: int,
-                                   enable_deep_supervision: bool = True) -> nn.Module:
+    def resolve_options(cls, plans: dict[str, Any]) -> Options:
+        """Return the plans' options with what this trainer fixes."""
+        return Options.from_plans(plans).overridden(cls.config_overrides)
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the DDP and compile wrappers."""
+        return bare(self.network)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the training is."""
+        return Progress(self.current_epoch, self.num_epochs, self.steps_in_epoch, self.num_iterations_per_epoch)
+
+    # --- what is built ------------------------------------------------------------------------------------------------
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
         """Build the network; at inference nnU-Net calls this with the plans found beside the checkpoint.
 
         Raises:
             ValueError: plans that no trainer of ours has completed (the number of label classes is not in them).
         """
-        block = plans_manager.plans.get(PLANS_KEY, {})
-        if "num_classes" not in block:
-            raise ValueError(f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
-                             f"wrote into its model folder, not those in nnUNet_preprocessed.")
-        return build_network(configuration_manager, cls.resolve_config(plans_manager.plans), num_input_channels,
-                             num_output_channels, block["num_classes"], enable_deep_supervision)
+        if PLANS_KEY not in plans_manager.plans or "num_classes" not in plans_manager.plans[PLANS_KEY]:
+            raise ValueError(
+                f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
+                f"wrote into its model folder, not those in nnUNet_preprocessed."
+            )
+        return cls.learner_class.build_network(
+            plans_manager,
+            configuration_manager,
+            cls.resolve_options(plans_manager.plans),
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
 
     def initialize(self) -> None:
-        """Build the MetaNetwork, its optimiser and the loss on top of nnU-Net's initialisation."""
+        """Refuse what cannot work, seed, build nnU-Net's own and what teaches the network."""
+        if len(self.channels) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs at least two modalities; {self.plans_manager.dataset_name} "
+                f"has {len(self.channels)} ({', '.join(self.channels)}). Use nnUNetTrainer."
+            )
+        seed_epoch(self.options.training.seed, self.current_epoch, self.local_rank)
         super().initialize()
-        self.meta_network: nn.Module | None = build_meta_network(self.config, self.num_modalities, self.num_classes)
-        self.meta_optimizer: torch.optim.Optimizer | None = None
-        if self.meta_network is not None:
-            self.meta_network.to(self.device)
-            if self.is_ddp:
-                self.meta_network = DistributedDataParallel(self.meta_network, device_ids=[self.local_rank])
-            self.meta_optimizer = torch.optim.Adam(self.meta_network.parameters(), self.config.meta_lr)
-        self.mgml_loss = MGMLLoss(self.config, self.loss, regions=self.label_manager.has_regions,
-                                  num_classes=self.num_classes, ignore_label=self.label_manager.ignore_label,
-                                  batch_dice=self.configuration_manager.batch_dice, meta_network=self.meta_network)
-        self.balance = ModalityBalance(self.channels, self.config.rebalancing_rate, self.device) \
-            if self.config.uses_rebalancing else None
-        self._teacher_transforms = stronger_intensity_transforms() if self.config.teacher_augmentation else None
-        self._report_size()
+        self.learner = self.learner_class(self)
+        for line in self.learner.describe():
+            self.print_to_log_file(line)
 
-    def _report_size(self) -> None:
-        def millions(module: nn.Module | None) -> float:
-            return 0.0 if module is None else sum(p.numel() for p in module.parameters()) / 1e6
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """nnU-Net's SGD, or the paper's Adam (section 4.1), under nnU-Net's poly schedule."""
+        optimizer, scheduler = super().configure_optimizers()
+        if self.options.training.optimizer == "adam":
+            optimizer = optimisation.adam_of_the_paper(self.network, self.initial_lr, self.weight_decay)
+            scheduler = type(scheduler)(optimizer, self.initial_lr, self.num_epochs)
+        return optimizer, scheduler
 
-        network = self.bare_network
-        self.print_to_log_file(
-            f"MGML: fusion {self.config.fusion}; parameters in millions: network {millions(network):.3f} (encoders "
-            f"{millions(network.encoders):.3f}, fusion {millions(network.fusion):.3f}, decoder "
-            f"{millions(network.decoder):.3f}, shared modality decoder {millions(network.modality_decoder):.3f}), "
-            f"MetaNetwork {millions(self.meta_network):.4f} (training only)")
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders with the masks of what each sample may show."""
+        return build_loaders(self)
 
-    @property
-    def ramp(self) -> float:
-        """Weight in [0, 1] of the soft-label and consistency terms at the current step (linear warm-up)."""
-        steps = self.config.ramp_up_fraction * self.num_epochs * self.num_iterations_per_epoch
-        done = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
-        return 1.0 if steps <= 0 else min(1.0, done / steps)
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, Any]:  # noqa: N802
+        """nnU-Net's choices, or the paper's."""
+        stock = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return augmentation.spatial_choices(self.options.training, self.configuration_manager.patch_size, stock)
 
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's transforms, or the paper's."""
+        return augmentation.training_transforms(self.options.training, super().get_training_transforms, *args, **kwargs)
+
+    # --- a training ---------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
-        """Count how many training cases have each modality."""
+        """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log.
+
+        Raises:
+            ValueError: another fold's network differs, or the loaded checkpoint holds the state of another optimizer.
+        """
+        if self.stored_optimizer != self.options.training.optimizer:  # not on loading: --val needs the weights only
+            raise cannot_resume("optimizer", self.stored_optimizer, self.options.training.optimizer)
+        if self.options.training.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
+            make_deterministic()
+        if self.local_rank == 0:
+            refuse_other_network(
+                Path(self.output_folder_base),
+                Path(self.output_folder).name,
+                self.plans_manager.plans,
+                self.configuration_name,
+            )
         super().on_train_start()
-        if self.balance is not None:
-            self.balance.count_cases(self.training_availability.values())
+        self.training_log.resume(self.current_epoch)
+        self.learner.start_training(self.training_availability.values())
 
     def on_train_epoch_start(self) -> None:
-        """Put the MetaNetwork's learning rate on the same poly schedule as the network's."""
+        """Seed the epoch and set the learning rates."""
         super().on_train_epoch_start()
-        if self.meta_optimizer is not None:
-            for group in self.meta_optimizer.param_groups:
-                group["lr"] = self.config.meta_lr * (1 - self.current_epoch / self.num_epochs) ** 0.9
+        seed_epoch(self.options.training.seed, self.current_epoch, self.local_rank)
+        self.steps_in_epoch = 0
+        self.weights_file = None
+        self.learner.start_epoch(self.progress)
 
-    def train_step(self, batch: dict) -> dict[str, Any]:
-        """nnU-Net's step with the masked student, the complete teacher and the losses of eq. 10."""
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        target = [t.to(self.device, non_blocking=True) for t in target] if isinstance(target, list) else \
-            target.to(self.device, non_blocking=True)
-        mask = batch["modality_mask"].to(self.device, non_blocking=True)
-        available = batch["available"].to(self.device, non_blocking=True)
-        own_view = None
-        if self._teacher_transforms is not None and self.config.uses_teacher:
-            own_view = teacher_view(data, self.num_modalities, self._teacher_transforms,
-                                    self.configuration_manager.use_mask_for_norm)
-        with self.autocast():
-            output = self.network(data, modality_mask=mask, available=available, return_aux=True,
-                                  with_teacher=self.needs_teacher, teacher_input=own_view,
-                                  with_single=self.balance is not None,
-                                  teacher_learns=self.config.supervises_teacher)
-            terms = self.mgml_loss(output, target, mask, available, self.ramp,
-                                   None if self.balance is None else self.balance.weights())
-        self._optimize(terms.total)
-        if self.balance is not None:
-            self.balance.observe(terms.distance, available)
-        self._steps_in_epoch += 1
-        names = list(terms.parts)
-        values = torch.stack([terms.total.detach().float(), *(terms.parts[n].float() for n in names)]).cpu().numpy()
-        columns = [name if name in MetaParameters._fields else f"train_{name}" for name in names]
-        return {"loss": values[0], **{name: float(v) for name, v in zip(columns, values[1:], strict=True)}}
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step, with the loss of the learner; returns the columns of the log beside ``loss``."""
+        batch = optimisation.moved(batch, self.device)
+        with optimisation.autocast(self.device, self.options.training.cpu_bfloat16):
+            loss, logged = self.learner.loss(batch, self.progress)
+        optimisation.optimise(loss, [self.optimizer, *self.learner.optimizers], self.network, self.grad_scaler)
+        self.steps_in_epoch += 1
+        return optimisation.as_numbers({"loss": loss, **logged})
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a pass on all modalities is needed; rebalancing has one anyway where no modality is removed."""
-        return self.config.uses_teacher or self.config.supervises_teacher or (
-            self.config.uses_rebalancing and self.config.mask_sampling != "fixed")
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the mean of everything the steps returned, then what the learner changes between epochs."""
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        for output in train_outputs:
+            self.training_log.add({name: value for name, value in output.items() if name != "loss"})
+        self.training_log.add(self.learner.end_epoch(self.progress))
 
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the loss terms, then weigh the modalities anew once the warm-up is over."""
-        super().on_train_epoch_end(train_outputs)
-        if self.balance is not None:
-            self.training_log.add(self.balance.end_epoch(self.current_epoch, self.num_epochs, self.ramp >= 1))
-
-    def _optimize(self, loss: torch.Tensor) -> None:
-        optimizers = [self.optimizer] if self.meta_optimizer is None else [self.optimizer, self.meta_optimizer]
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        scaler = self.grad_scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is not None:
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP_NORM)
-        for optimizer in optimizers:
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
-
-    def only_visible(self, batch: dict) -> AbstractContextManager[dict]:
-        """Tell the network the batch's mask for the duration of a validation step."""
-        @contextmanager
-        def told() -> Iterator[dict]:
-            self.bare_network.set_availability(batch["modality_mask"].to(self.device))
-            try:
-                yield batch
-            finally:
-                self.bare_network.set_availability(None)
-
-        return told()
-
-    def set_case_availability(self, subset: Subset | None) -> None:
-        """Tell the network which modalities the next case has."""
-        self.bare_network.set_availability(subset)
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step on the subset drawn for each sample, so that pseudo Dice speaks of random subsets."""
+        with (
+            self.learner.only_visible(batch) as shown,
+            optimisation.autocast(self.device, self.options.training.cpu_bfloat16),
+        ):
+            return super().validation_step(shown)
 
     def on_epoch_end(self) -> None:
-        """Draw the curves after the epoch's row is written."""
+        """Write the epoch's row and figure around nnU-Net's bookkeeping (which counts the epoch up)."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        means = mean_over_ranks(self.training_log.means(), self.is_ddp)
+        row = epoch_row(
+            self.current_epoch, rate, means, self.logger, region_names(self.dataset_json, self.label_manager)
+        )
         super().on_epoch_end()
+        start, end = (self.logger.get_value(f"epoch_{side}_timestamps", step=-1) for side in ("start", "end"))
+        self.training_log.end_epoch({**row, "seconds": end - start}, write=self.local_rank == 0)
         if self.local_rank == 0:
             save(training_curves(self.training_log.rows), os.path.join(self.output_folder, FIGURE_NAME))
 
+    # --- checkpoints --------------------------------------------------------------------------------------------------
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint plus, under a key of its own, what only training needs; renamed into place."""
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        with replacing(filename) as temporary:
-            super().save_checkpoint(str(temporary))
-            checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
-            checkpoint[CHECKPOINT_KEY] = self._training_state()
-            torch.save(checkpoint, temporary)
-        self._weights_file = filename
+        checkpoint.save(filename, super().save_checkpoint, self.learner.state_dict())
+        self.weights_file = filename
 
-    def _training_state(self) -> dict[str, Any]:
-        balance = {} if self.balance is None else {"balance": self.balance.state_dict()}
-        if self.meta_network is None or self.meta_optimizer is None:
-            return {"meta_network": None, "meta_optimizer": None, **balance}
-        return {"meta_network": self._bare_meta_network().state_dict(),
-                "meta_optimizer": self.meta_optimizer.state_dict(), **balance}
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """nnU-Net's loading, then the learner's state, so that ``--c`` resumes exactly.
 
-    def _bare_meta_network(self) -> nn.Module:
-        return self.meta_network.module if isinstance(self.meta_network, DistributedDataParallel) else self.meta_network
-
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net's loading, then the MetaNetwork, its optimiser and the balance, so that ``--c`` resumes exactly.
+        Another optimizer is no obstacle to ``--val``; `on_train_start` refuses to train with it.
 
         Raises:
-            ValueError: the checkpoint was written with another choice of soft label or of rebalancing.
+            ValueError: the checkpoint is of another network, or was written with other terms that keep a state.
         """
-        super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = filename_or_checkpoint
-        if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
-        state = checkpoint.get(CHECKPOINT_KEY, {"meta_network": None})
-        if (state["meta_network"] is None) != (self.meta_network is None):
-            raise ValueError(self._mismatch(checkpoint, "soft_label"))
-        if ("balance" in state) != (self.balance is not None):
-            raise ValueError(self._mismatch(checkpoint, "rebalancing"))
-        if self.balance is not None:
-            self.balance.load_state_dict(state["balance"])
-        if self.meta_network is not None and self.meta_optimizer is not None:
-            self._bare_meta_network().load_state_dict(state["meta_network"])
-            # a copy, since on a CPU the optimiser would keep the tensors, and with them the mapped file
-            self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
+        stored = checkpoint.Stored.read(filename_or_checkpoint)
+        if isinstance(filename_or_checkpoint, str):
+            stored.refuse_other_network(filename_or_checkpoint, self.plans_manager.plans, self.configuration_name)
+            self.weights_file = filename_or_checkpoint
+            self.stored_optimizer = self.resolve_options(stored.plans).training.optimizer
+        if not self.was_initialized:
+            self.initialize()
+        same = self.stored_optimizer == self.options.training.optimizer
+        with nullcontext() if same else checkpoint.without_optimizer_state(self):
+            super().load_checkpoint(filename_or_checkpoint)
+        self.learner.load_state_dict(stored.training_state, Options.from_plans(stored.plans))
 
-    def _mismatch(self, checkpoint: dict[str, Any], option: str) -> str:
-        return self.option_mismatch(option, getattr(MGMLConfig.from_plans(checkpoint["init_args"]["plans"]), option))
+    # --- final validation ---------------------------------------------------------------------------------------------
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation, the network told of each case what it has, then the table over all subsets."""
+        with announcing_cases(self):
+            super().perform_actual_validation(save_probabilities)
+        if self.local_rank != 0:
+            return
+        drop_report_of_other_weights(self)
+        if self.options.training.validate_subsets:
+            self.print_to_log_file(validate_subsets(self, self.weights_file))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)

@@ -1,16 +1,18 @@
-"""Ablations and baselines: a trainer each, a few lines each. Those named by the paper have its terms alone."""
+"""Trainers that differ in options: the paper's ablations (its terms alone), the stock network, published designs."""
 
 # ruff: noqa: N801  nnU-Net's naming scheme: the class name is the argument of -tr
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-import torch
-
-from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
-from nnunetv2_mgml.training.base import MissingModalityTrainer
+from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
+from nnunetv2_mgml.training.learners import Learner
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+
+_OWN = "nnunetv2_mgml."
+_log = logging.getLogger(__name__)
 
 
 class nnUNetTrainerMGML_noConsistency(nnUNetTrainerMGML):
@@ -43,11 +45,56 @@ class nnUNetTrainerMGML_paperTerms(nnUNetTrainerMGML):
     config_overrides = {"complete_view_weight": 0.0}
 
 
-class nnUNetTrainerModalityDropout(MissingModalityTrainer):
+class nnUNetTrainerModalityDropout(nnUNetTrainerMGML):
     """The stock nnU-Net network, trained with random channels empty: what one would try first."""
 
-    def train_step(self, batch: dict) -> dict[str, Any]:
-        """nnU-Net's step on the visible channels."""
-        visible: torch.Tensor = zero_absent(batch["data"], batch["modality_mask"])
-        with self.autocast():
-            return super().train_step({**batch, "data": visible})
+    learner_class = Learner
+
+
+def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]]:
+    """Return the two trainers named after the publication of a fusion design, by name; none where it names none.
+
+    ``nnUNetTrainerX`` is `nnUNetTrainerMGML_baseline` and ``nnUNetTrainerX_MGML`` is `nnUNetTrainerMGML` on plans
+    written with ``mgml plan --set fusion=...`` and the design's ``published_options``. All other options are the plans'
+    own. ``fusion_options`` of the plans count where they were set for the same design, and win over the published ones;
+    those of another design are dropped, which the log says. ``_MGML`` includes our loss on the complete view; the
+    paper's terms alone are ``complete_view_weight=0`` in the plans.
+
+    One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
+    inside our network, not the authors' code.
+    """
+    publication = vars(design).get("trainer", "")  # not inherited: a subclass of a design is another design
+    if not publication:
+        return {}
+    published = {"fusion": design.name, **design.published_options}
+    alone = {**nnUNetTrainerMGML_baseline.config_overrides, **published, **design.published_alone}
+    name = f"nnUNetTrainer{publication}"
+    return {
+        name: _trainer(name, f"{design.name}: {design.summary}.", alone),
+        f"{name}_MGML": _trainer(f"{name}_MGML", f"{design.name} with MGML: {design.summary}.", published),
+    }
+
+
+def _trainer(name: str, doc: str, overrides: dict[str, Any]) -> type[nnUNetTrainerMGML]:
+    return type(name, (nnUNetTrainerMGML,), {"__module__": __name__, "__doc__": doc, "config_overrides": overrides})
+
+
+def _add_trainers_of_designs() -> None:
+    """Put the trainers of all designs beside those above, where nnU-Net and pickle look for them by name."""
+    own_first = sorted(fusion_designs().values(), key=lambda design: not design.__module__.startswith(_OWN))
+    for design in own_first:
+        made = trainers_of(design)
+        taken = sorted(set(made) & set(globals()))
+        if taken:
+            _log.warning(
+                "Fusion design '%s' (%s) gets no trainers: there is a %s already. Its class attribute 'trainer' must "
+                "be another name.",
+                design.name,
+                design.__module__,
+                " and a ".join(taken),
+            )
+        else:
+            globals().update(made)
+
+
+_add_trainers_of_designs()

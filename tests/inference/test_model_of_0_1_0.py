@@ -34,11 +34,11 @@ from kept_model_cases import (
     training_step,
 )
 
-from nnunetv2_mgml.cli import main
-from nnunetv2_mgml.config import MGMLConfig
-from nnunetv2_mgml.evaluation.results import load_evaluation
+from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
-from nnunetv2_mgml.training.training_log import read_log
+from nnunetv2_mgml.plans.options import Options
+from nnunetv2_mgml.scoring.results import load_evaluation
+from nnunetv2_mgml.training.epoch_log import read_log
 
 IMAGES, LABELS = FIXTURE / "images", FIXTURE / "labels"
 REGIONS = {"whole_tumor", "tumor_core", "enhancing_tumor"}
@@ -192,7 +192,7 @@ def test_the_training_log(nnunet_folders: Path) -> None:
 def test_options_in_plans(file: str) -> None:
     """Every option is what it was; what later versions added comes on top."""
     plans = content(file)
-    options = json.loads(json.dumps(MGMLConfig.from_plans(plans).as_dict()))
+    options = json.loads(json.dumps(Options.from_plans(plans).as_dict()))
     assert {name: options[name] for name in plans["mgml"]["config"]} == plans["mgml"]["config"]
 
 

@@ -10,6 +10,7 @@ from nnunetv2_mgml.network.fusion.base import (
     register,
 )
 from nnunetv2_mgml.network.fusion.concat import ConcatFusion
+from nnunetv2_mgml.network.fusion.demoseg import DeMoSegFusion
 from nnunetv2_mgml.network.fusion.hemis import HemisFusion
 from nnunetv2_mgml.network.fusion.imfuse import ImFuseFusion
 from nnunetv2_mgml.network.fusion.m2ftrans import M2FTransFusion
@@ -20,6 +21,23 @@ from nnunetv2_mgml.network.fusion.region_aware import RegionAwareFusion
 from nnunetv2_mgml.network.fusion.sfusion import SelfAttentionFusion
 from nnunetv2_mgml.network.fusion.uhved import UHvedFusion
 
-__all__ = ["ConcatFusion", "FeatureInteractionFusion", "FusedScale", "FusionDesign", "FusionSpec", "HemisFusion",
-           "ImFuseFusion", "M2FTransFusion", "MeanFusion", "MmFormerFusion", "RegionAwareFusion", "SelfAttentionFusion",
-           "UHvedFusion", "build_fusion", "find_design", "fusion_designs", "register"]
+__all__ = [
+    "ConcatFusion",
+    "DeMoSegFusion",
+    "FeatureInteractionFusion",
+    "FusedScale",
+    "FusionDesign",
+    "FusionSpec",
+    "HemisFusion",
+    "ImFuseFusion",
+    "M2FTransFusion",
+    "MeanFusion",
+    "MmFormerFusion",
+    "RegionAwareFusion",
+    "SelfAttentionFusion",
+    "UHvedFusion",
+    "build_fusion",
+    "find_design",
+    "fusion_designs",
+    "register",
+]

@@ -53,18 +53,19 @@ class StudentDropout(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with key padding; no bias on query, key and value, one on the output."""
+    """Multi-head self-attention with key padding; one bias on the output, on query, key and value where ``bias``."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``(B, N, d) -> `` query, key and value, each ``(B, heads, N, d / heads)``."""
-        return tuple(part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-                     for part in self.query_key_value(tokens).chunk(3, 2))
+        return tuple(
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.query_key_value(tokens).chunk(3, 2)
+        )
 
     def join(self, attended: torch.Tensor) -> torch.Tensor:
         """``(B, heads, N, d / heads) -> (B, N, d)``, output projection included."""
@@ -92,8 +93,9 @@ class TransformerLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = attention
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), StudentDropout(dropout),
-                                 nn.Linear(mlp_ratio * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width), nn.GELU(), StudentDropout(dropout), nn.Linear(mlp_ratio * width, width)
+        )
         self.dropout = StudentDropout(dropout)
 
     def forward(self, tokens: torch.Tensor, *context: Any) -> torch.Tensor:
@@ -105,5 +107,7 @@ class TransformerLayer(nn.Module):
 def transformer_layers(width: int, options: dict[str, Any]) -> nn.ModuleList:
     """Build ``options["depth"]`` layers from a design's options ``depth, heads, mlp_ratio, dropout``."""
     heads = heads_for(width, options["heads"])
-    return nn.ModuleList(TransformerLayer(width, SelfAttention(width, heads), options["mlp_ratio"], options["dropout"])
-                         for _ in range(options["depth"]))
+    return nn.ModuleList(
+        TransformerLayer(width, SelfAttention(width, heads), options["mlp_ratio"], options["dropout"])
+        for _ in range(options["depth"])
+    )

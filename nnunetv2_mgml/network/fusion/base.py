@@ -14,6 +14,7 @@ from torch import nn
 
 from nnunetv2_mgml.network.fusion.installed import load_installed_designs
 from nnunetv2_mgml.network.pointwise import pointwise
+from nnunetv2_mgml.plans.options import FUSION_REVISION
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class FusionSpec:
     conv_bias: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     """The plan's ``fusion_options``; a design refuses keys it does not know (`FusionDesign.take_options`)."""
+    revision: int = FUSION_REVISION
+    """The plan's ``fusion_revision``: whose defaults count where an option is not set."""
 
     @property
     def num_scales(self) -> int:
@@ -74,6 +77,27 @@ class FusionDesign(nn.Module):
     """One line with the source, shown by ``mgml info --fusions``."""
     default_options: ClassVar[dict[str, Any]] = {}
     """Options a plan may set through ``fusion_options`` and their defaults."""
+    trainer: ClassVar[str] = ""
+    """Name of the publication, ``"RFNet"``: ``nnUNetTrainerRFNet`` trains the design alone, ``nnUNetTrainerRFNet_MGML``
+    with MGML (see ``training/variants.py``). Empty: no trainers of its own. A subclass does not inherit it."""
+    published_options: ClassVar[dict[str, Any]] = {}
+    """What these trainers fix beside the design, by option name: what the publication has, where it is not a default.
+    ``fusion_options`` among them give way to those that the plans set for this design. Published sums of losses over
+    four modalities, or over heads, are means here: the weights are the number of addends."""
+    published_alone: ClassVar[dict[str, Any]] = {}
+    """What the trainer of the design alone fixes on top: terms of ours that the publication does not have."""
+    defaults_before: ClassVar[dict[int, dict[str, Any]]] = {}
+    """Revision -> defaults that were others in it (options that are newer: what stands for the design as it was).
+    A change of a design that gives old weights another meaning is an option with an entry here, so that plans and
+    models of that revision keep theirs."""
+    publication: ClassVar[str] = ""
+    """Where the design was published, ``"RFNet, ICCV 2021"``; empty: it stands for no publication."""
+    differences: ClassVar[tuple[str, ...]] = ()
+    """What differs from the published code with the trainers named after it, a clause each; shown in the docs
+    (`nnunetv2_mgml.network.fusion.published`). Encoders, decoder, widths, optimiser and augmentation are nnU-Net's for
+    every design and are not repeated."""
+    option_choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """What an option that is a string may be."""
     weights_depend_on_modality: ClassVar[bool] = False
     """Whether a parameter's shape depends on ``num_modalities``. Without such, hiding a modality must give what a
     network without it gives."""
@@ -87,11 +111,11 @@ class FusionDesign(nn.Module):
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.options = self.take_options(spec.options)
+        self.options = self.take_options(spec.options, spec.revision)
 
     @classmethod
-    def take_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the defaults updated by ``options``.
+    def take_options(cls, options: dict[str, Any], revision: int = FUSION_REVISION) -> dict[str, Any]:
+        """Return the defaults of a revision updated by ``options``.
 
         Raises:
             ValueError: an option this design does not have, or a value of another kind than its default; integers must
@@ -102,10 +126,14 @@ class FusionDesign(nn.Module):
             allowed = ", ".join(sorted(cls.default_options)) or "none"
             raise ValueError(f"Fusion design '{cls.name}' has no option {', '.join(unknown)}. Allowed: {allowed}.")
         for name, value in options.items():
-            expected = _expected(cls.default_options[name], value)
+            expected = _expected(cls.default_options[name], value, cls.option_choices.get(name))
             if expected:
                 raise ValueError(f"Option {name} of fusion design '{cls.name}' is {value!r}; it must be {expected}.")
-        return {**cls.default_options, **options}
+        defaults = dict(cls.default_options)
+        for earlier in sorted(cls.defaults_before, reverse=True):
+            if earlier >= revision:
+                defaults.update(cls.defaults_before[earlier])
+        return {**defaults, **options}
 
     def share(self, features: list[torch.Tensor]) -> Any:
         """Return what passes over the same features can use again whatever their mask, handed to `begin`; or None.
@@ -119,8 +147,18 @@ class FusionDesign(nn.Module):
         """Return the state handed to every `fuse_scale` of one pass: what is shared, unless a design needs another."""
         return shared
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def begin_training(self, available: torch.Tensor) -> Any:
+        """Return the state of the pass a training step learns from; that of `begin`, unless a design needs more.
+
+        Args:
+            available: ``(B, M)`` bool, the modalities each case has, also those the mask hides. Their features hold
+                what the encoders made of them.
+        """
+        return self.begin()
+
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """Fuse the modalities at one scale.
 
         Args:
@@ -151,8 +189,10 @@ class FusionDesign(nn.Module):
         """Called after Kaiming initialisation, for parameters that need other start values."""
 
 
-def _expected(default: Any, value: Any) -> str | None:
+def _expected(default: Any, value: Any, choices: tuple[str, ...] | None = None) -> str | None:
     """Return what an option with this default allows, or None where the value is fine."""
+    if choices is not None:
+        return None if value in choices else f"one of {', '.join(choices)}"
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -172,10 +212,15 @@ def register(cls: type[FusionDesign]) -> type[FusionDesign]:
     """Class decorator that makes a design available as ``mgml plan --set fusion=<name>``.
 
     Raises:
-        ValueError: no name, or a name already taken by another class.
+        ValueError: no name, or a name already taken by another class; a ``trainer`` that no class can be called by.
     """
     if not cls.name:
         raise ValueError(f"{cls.__name__} needs a class attribute 'name' to be registered as a fusion design.")
+    if not f"nnUNetTrainer{cls.trainer}".isidentifier():
+        raise ValueError(
+            f"The trainers of fusion design '{cls.name}' cannot be called nnUNetTrainer{cls.trainer}: its class "
+            f"attribute 'trainer' must consist of letters, digits and underscores."
+        )
     if _REGISTRY.setdefault(cls.name, cls) is not cls:
         raise ValueError(f"Fusion design '{cls.name}' is already registered by {_REGISTRY[cls.name].__name__}.")
     return cls
@@ -209,8 +254,15 @@ def find_design(name: str) -> type[FusionDesign]:
     """
     designs = fusion_designs()
     if name not in designs:
-        raise ValueError(" ".join([f"Unknown fusion design '{name}'. Allowed: {', '.join(designs)}. If it comes with "
-                                   f"another package, install that here.", *_look_for_installed_designs()]))
+        raise ValueError(
+            " ".join(
+                [
+                    f"Unknown fusion design '{name}'. Allowed: {', '.join(designs)}. If it comes with "
+                    f"another package, install that here.",
+                    *_look_for_installed_designs(),
+                ]
+            )
+        )
     return designs[name]
 
 
@@ -223,9 +275,13 @@ def build_fusion(name: str, spec: FusionSpec) -> FusionDesign:
     return find_design(name)(spec)
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def beside(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshape a ``(B, M)`` mask so that it broadcasts against features ``(B, M, ...)`` of ``like``'s rank; same dtype.
-    """
+    """Reshape a mask ``(B, M)`` to broadcast against features ``(B, M, ...)`` of ``like``'s rank; same dtype."""
     return mask.reshape(*mask.shape, *[1] * (like.ndim - 2))
 
 
@@ -248,17 +304,17 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return total.unflatten(1, parts.shape[2:])
 
 
-def conv_block(spec: FusionSpec, in_channels: int, out_channels: int,
-               kernel_size: int | tuple[int, ...] = 1) -> nn.Sequential:
+def conv_block(
+    spec: FusionSpec, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] = 1
+) -> nn.Sequential:
     """Convolution, norm, nonlinearity as the plan has them; "same" padding, stride 1."""
     kernel = (kernel_size,) * spec.dimension if isinstance(kernel_size, int) else tuple(kernel_size)
     conv_op = pointwise(spec.conv_op) if set(kernel) == {1} else spec.conv_op
-    layers: list[nn.Module] = [conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel),
-                                       bias=spec.conv_bias)]
+    layers: list[nn.Module] = [
+        conv_op(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel), bias=spec.conv_bias)
+    ]
     if spec.norm_op is not None:
         layers.append(spec.norm_op(out_channels, **(spec.norm_op_kwargs or {})))
     if spec.nonlin is not None:
         layers.append(spec.nonlin(**(spec.nonlin_kwargs or {})))
     return nn.Sequential(*layers)
-
-

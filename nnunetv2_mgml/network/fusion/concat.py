@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +17,12 @@ class ConcatFusion(FusionDesign):
 
     name = "concat"
     summary = "masked features concatenated, 1x1-3x3-1x1 convolutions (skip fusion of mmFormer, MICCAI 2022)"
+    publication = "mmFormer, MICCAI 2022 (skip fusion)"
+    differences: ClassVar[tuple[str, ...]] = (
+        "mmFormer norms before each convolution, here the plan's order is kept",
+        "convolutions pad with zeros, not by mirroring",
+        "one part of a published network, without its transformers",
+    )
     weights_depend_on_modality = True
     hides_absent = True
 
@@ -28,7 +34,8 @@ class ConcatFusion(FusionDesign):
         """See `FusionDesign.share`."""
         return [skip.share(f) for skip, f in zip(self.scales, features, strict=True)]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))

@@ -6,12 +6,20 @@ Population variance (divided by n), so one modality alone gives zero. A 1x1 conv
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register, sum_present
+from nnunetv2_mgml.network.fusion.base import (
+    FusedScale,
+    FusionDesign,
+    FusionSpec,
+    at_least_float32,
+    masked,
+    register,
+    sum_present,
+)
 from nnunetv2_mgml.network.pointwise import pointwise
 
 _MAX_VARIANCE = 1e4
@@ -25,7 +33,7 @@ def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
         features: ``(B, M, C, *spatial)``.
         mask: ``(B, M)`` bool, True = present.
     """
-    features = features.float()
+    features = at_least_float32(features)
     weight = masked(mask, features)
     count = weight.sum(1)
     mean = (features * weight).sum(1) / count
@@ -50,7 +58,7 @@ class Shared(NamedTuple):
         count = mask.sum(1).reshape(-1, *[1] * (self.features.ndim - 2))
         first, second = _pairs(mask.shape[1])
         both = mask[:, first] & mask[:, second]
-        return sum_present(self.features, mask) / count, sum_present(self.distances, both) / count ** 2
+        return sum_present(self.features, mask) / count, sum_present(self.distances, both) / count**2
 
 
 def _pairs(modalities: int) -> tuple[list[int], list[int]]:
@@ -65,6 +73,14 @@ class HemisFusion(FusionDesign):
 
     name = "hemis"
     summary = "mean and variance over the available modalities at every scale (HeMIS, MICCAI 2016)"
+    publication = "HeMIS, MICCAI 2016"
+    trainer = "HeMIS"
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
+    differences: ClassVar[tuple[str, ...]] = (
+        "a 1x1 convolution maps the 2C moments to C; the original's decoder reads 2C channels",
+        "population variance, 0 for one modality, as in the U-Net form of the U-HVED code",
+        "variances are cut at 1e4, beyond which float16 overflows",
+    )
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
@@ -76,8 +92,9 @@ class HemisFusion(FusionDesign):
         first, second = _pairs(self.spec.num_modalities)
         return [Shared(f.float(), (f[:, first].float() - f[:, second].float()).square()) for f in features]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         mean, variance = moments(features, mask) if state is None else state[scale].moments(mask)
         stacked = torch.cat((mean, variance.clamp(max=_MAX_VARIANCE)), 1).to(features.dtype)

@@ -22,8 +22,9 @@ class ImageDecoder(nn.Module):
         spec = dataclasses.replace(spec, norm_op=None)
         widths = [max(1, width // 2) for width in spec.channels]
         below = [*widths[1:], 0]
-        self.scales = nn.ModuleList(conv_block(spec, width + below[s], widths[s], spec.kernel_sizes[s])
-                                    for s, width in enumerate(spec.channels))
+        self.scales = nn.ModuleList(
+            conv_block(spec, width + below[s], widths[s], spec.kernel_sizes[s]) for s, width in enumerate(spec.channels)
+        )
         self.head = spec.conv_op(widths[0], 1, 1)
 
     def forward(self, fused: list[torch.Tensor]) -> torch.Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_tokens
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, at_least_float32, register
 from nnunetv2_mgml.network.fusion.mamba import MambaBlock
 from nnunetv2_mgml.network.fusion.positions import PositionCode
+from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
@@ -68,28 +69,57 @@ class ImFuseFusion(FusionDesign):
 
     name = "imfuse"
     summary = "Mamba scan over interleaved modalities at the deep scales, skip fusion elsewhere (IM-Fuse, MICCAI 2025)"
-    default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096}
+    publication = "IM-Fuse, MICCAI 2025"
+    trainer = "IMFuse"
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"pyramid_heads": True},
+        "modality_decoder_weight": 4.0,
+        "auxiliary_weight": 4.0,
+    }
+    differences: ClassVar[tuple[str, ...]] = (
+        (
+            "one learned read-out vector and a position code instead of a token per voxel, drawn with a spread of "
+            "0.02 instead of 1"
+        ),
+        "absent tokens leave the sequence; there zero vectors pass through the scan",
+        "state size 16 at every width, published min(C, 256)",
+        "no transformers within modalities and none after the scan",
+        "the scan at scales up to `max_voxels` voxels, skip fusion elsewhere",
+        (
+            "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that "
+            "scale's size"
+        ),
+    )
+    default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096, "pyramid_heads": False}
     weights_depend_on_modality = True
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
-        scanned = [s for s in range(spec.num_scales) if s == spec.num_scales - 1
-                   or math.prod(spec.feature_size(s)) <= self.options["max_voxels"]]
-        self.mamba = nn.ModuleDict({str(s): InterleavedMamba(spec.feature_size(s), spec.channels[s],
-                                                             self.options["d_state"]) for s in scanned})
-        self.scales = nn.ModuleList(skip_fusion(spec, s, inputs=1 if s in scanned else None)
-                                    for s in range(spec.num_scales))
+        scanned = [
+            s
+            for s in range(spec.num_scales)
+            if s == spec.num_scales - 1 or math.prod(spec.feature_size(s)) <= self.options["max_voxels"]
+        ]
+        self.mamba = nn.ModuleDict(
+            {str(s): InterleavedMamba(spec.feature_size(s), spec.channels[s], self.options["d_state"]) for s in scanned}
+        )
+        self.scales = nn.ModuleList(
+            skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales)
+        )
+        self.pyramid = PyramidHeads(spec, published_scales(spec) if self.options["pyramid_heads"] else ())
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """See `FusionDesign.share`; nothing where the scan reads the features."""
         return [None if str(s) in self.mamba else self.scales[s].share(f) for s, f in enumerate(features)]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if str(scale) not in self.mamba:
-            return FusedScale(self.scales[scale].fuse(features, mask, state and state[scale]))
+            fused = self.scales[scale].fuse(features, mask, state and state[scale])
+            return self.pyramid.add(scale, FusedScale(fused), context)
         with torch.autocast(features.device.type, enabled=False):
-            fused = self.mamba[str(scale)](features.float(), mask)
-        return FusedScale(self.scales[scale](fused.to(features.dtype)))
+            scanned = self.mamba[str(scale)](at_least_float32(features), mask)
+        return self.pyramid.add(scale, FusedScale(self.scales[scale](scanned.to(features.dtype))), context)

@@ -1,25 +1,37 @@
 """M2FTrans (Shi et al., JBHI 2024): fusion tokens gather the available modalities at the bottleneck.
 
 Tokens of a modality attend to that modality only, fusion tokens to all present modalities and to themselves. The first
-layer's attention, detached, also reweighs the modalities' features in space at the other scales. Differences from the
-published code: the block mask is two attention calls instead of one masked ``(M+1)V x (M+1)V`` matrix, reweighting is
-scaled to mean 1 whatever the number of heads and modalities, channel attention (``channel_attention``) is off by
-default, the width of the MLP is 4 times the plan's bottleneck, and tokens follow the plan's grid.
+layer's attention, detached, also reweighs the modalities' features in space at the other scales. With
+``channel_attention`` the two deepest scales are fused by channel cross-attention instead: at the bottleneck the fusion
+tokens ask, the transformer's own output of the modalities, reweighed, answers, and convolutions join both; at the scale
+above the decoder's feature asks and the reweighed features answer. ``channel_wiring=added`` is what the option was
+before: raw encoder features at the bottleneck, and the skip fusion added to the query. The block mask is two attention
+calls instead of one masked ``(M+1)V x (M+1)V`` matrix, with the same result, and reweighting is scaled to mean 1
+whatever the number of heads and modalities (``reweighting=published``: the plain sum over heads and fusion tokens).
+What differs: `M2FTransFusion.differences`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.attention import SelfAttention, TransformerLayer, heads_for, to_tokens
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
-from nnunetv2_mgml.network.fusion.channel_attention import ChannelAttention
+from nnunetv2_mgml.network.fusion.attention import SelfAttention, TransformerLayer, heads_for, to_grid, to_tokens
+from nnunetv2_mgml.network.fusion.base import (
+    FusedScale,
+    FusionDesign,
+    FusionSpec,
+    at_least_float32,
+    conv_block,
+    register,
+)
+from nnunetv2_mgml.network.fusion.channel_attention import EPSILON, ChannelAttention
 from nnunetv2_mgml.network.fusion.positions import PositionCode, TokenTable
+from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
@@ -51,23 +63,36 @@ class BlockAttention(SelfAttention):
         modalities = mask.shape[1]
         border = tokens.shape[1] // (modalities + 1) * modalities
         scores = (query[:, :, border:] / math.sqrt(query.shape[3])) @ key.transpose(2, 3)
-        weights = scores.float().masked_fill(~self._keep(tokens, mask), -torch.inf).softmax(3)
+        weights = at_least_float32(scores).masked_fill(~self._keep(tokens, mask), -torch.inf).softmax(3)
         return weights.mean(1).sum(1)[:, :border].unflatten(1, (modalities, -1)).detach()
 
 
+class Gathered(NamedTuple):
+    """What the transformer makes of the bottleneck."""
+
+    fused: torch.Tensor
+    """The fusion tokens, ``(B, C, *spatial)``."""
+    modalities: torch.Tensor
+    """The modalities' tokens, ``(B, M, C, *spatial)``; those of absent modalities too."""
+    received: torch.Tensor
+    """`BlockAttention.received` of the first layer, ``(B, M, *spatial)`` float32."""
+
+
 class FusionTokenTransformer(nn.Module):
-    """Features ``(B, M, C, *spatial) -> `` fused ``(B, C, *spatial)`` and spatial weights ``(B, M, *spatial)``."""
+    """Features ``(B, M, C, *spatial) -> `` `Gathered`."""
 
     def __init__(self, spec: FusionSpec, options: dict[str, Any]) -> None:
         super().__init__()
         width, size = spec.channels[-1], spec.feature_size(spec.num_scales - 1)
-        heads = heads_for(width, options["heads"])
+        self.heads = heads_for(width, options["heads"])
         self.positions = nn.ModuleList(PositionCode(size, width) for _ in range(spec.num_modalities))
         self.fusion_tokens = TokenTable(size, width)
-        self.layers = nn.ModuleList(TransformerLayer(width, BlockAttention(width, heads), options["mlp_ratio"],
-                                                     options["dropout"]) for _ in range(options["depth"]))
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, BlockAttention(width, self.heads), options["mlp_ratio"], options["dropout"])
+            for _ in range(options["depth"])
+        )
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> Gathered:
         """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
         batch, modalities = mask.shape
         size = features.shape[3:]
@@ -76,11 +101,10 @@ class FusionTokenTransformer(nn.Module):
         tokens = torch.cat((own, fusion.to(own.dtype)), 1).flatten(1, 2)
         first = self.layers[0]
         received = first.attention.received(first.attention_norm(tokens), mask)
-        weights = received * (mask.sum(1)[:, None, None] + 1)
         for layer in self.layers:
             tokens = layer(tokens, mask)
-        fused = tokens.unflatten(1, (modalities + 1, -1))[:, -1]
-        return fused.transpose(1, 2).unflatten(2, size), weights.unflatten(2, size)
+        grids = to_grid(tokens.unflatten(1, (modalities + 1, -1)), size)
+        return Gathered(grids[:, -1], grids[:, :-1], received.unflatten(2, size))
 
 
 @register
@@ -89,33 +113,95 @@ class M2FTransFusion(FusionDesign):
 
     name = "m2ftrans"
     summary = "masked fusion tokens at the bottleneck, spatially reweighted skip fusion (M2FTrans, JBHI 2024)"
-    default_options: ClassVar[dict[str, Any]] = {"depth": 3, "heads": 8, "mlp_ratio": 4, "dropout": 0.1,
-                                                 "channel_attention": False}
+    publication = "M2FTrans, JBHI 2024"
+    trainer = "M2FTrans"
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"channel_attention": True, "pyramid_heads": True, "reweighting": "published"},
+        "modality_decoder_weight": 4.0,
+        "auxiliary_weight": 5.0,
+    }
+    differences: ClassVar[tuple[str, ...]] = (
+        "MLP 4 times the width instead of 32, positions learned per axis and interpolated on other grids",
+        "no dropout on attention weights and in the channel attention",
+        "convolutions pad with zeros, not by mirroring; the decoder upsamples by transposed convolutions",
+        "pyramid heads are compared at their own scale's size",
+    )
+    default_options: ClassVar[dict[str, Any]] = {
+        "depth": 3,
+        "heads": 8,
+        "mlp_ratio": 4,
+        "dropout": 0.1,
+        "reweighting": "mean_one",
+        "channel_attention": False,
+        "channel_wiring": "published",
+        "pyramid_heads": False,
+    }
+    defaults_before: ClassVar[dict[int, dict[str, Any]]] = {1: {"channel_wiring": "added"}}
+    option_choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "reweighting": ("mean_one", "published"),
+        "channel_wiring": ("published", "added"),
+    }
     weights_depend_on_modality = True
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
-        self.transformer = FusionTokenTransformer(spec, self.options)
-        self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales - 1))
-        deepest = range(max(0, spec.num_scales - 2), spec.num_scales) if self.options["channel_attention"] else ()
-        self.channel = nn.ModuleDict({str(s): ChannelAttention(spec, s) for s in deepest})
+        options, bottleneck = self.options, spec.num_scales - 1
+        self.transformer = FusionTokenTransformer(spec, options)
+        self.replaces = options["channel_attention"] and options["channel_wiring"] == "published"
+        deepest = range(max(0, bottleneck - 1), bottleneck + 1) if options["channel_attention"] else ()
+        self.scales = nn.ModuleList(
+            nn.Identity() if self.replaces and s in deepest else skip_fusion(spec, s) for s in range(bottleneck)
+        )
+        epsilon = EPSILON if self.replaces else 1e-5
+        self.channel = nn.ModuleDict({str(s): ChannelAttention(spec, s, epsilon) for s in deepest})
+        self.join = None
+        if self.replaces:
+            width = spec.channels[-1]
+            self.join = nn.Sequential(
+                conv_block(spec, 2 * width, width, spec.kernel_sizes[-1]), conv_block(spec, width, width)
+            )
+        scales = range(spec.num_scales) if options["pyramid_heads"] else ()
+        self.pyramid = PyramidHeads(spec, scales)
 
     def begin(self, shared: None = None) -> dict[str, torch.Tensor]:
         """Return the state: the bottleneck leaves the spatial weights in it."""
         return {}
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: dict[str, torch.Tensor]) -> FusedScale:
+    def fuse_scale(
+        self,
+        scale: int,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        context: torch.Tensor | None,
+        state: dict[str, torch.Tensor],
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         if scale == self.spec.num_scales - 1:
-            fused, state["weights"] = self.transformer(features, mask)
-            fused = fused.to(features.dtype)
-        else:
-            weights = F.interpolate(state["weights"], size=features.shape[3:], mode="nearest")
-            features = features * weights[:, :, None].to(features.dtype)
+            return self._bottleneck(features, mask, state)
+        weights = F.interpolate(state["weights"], size=features.shape[3:], mode="nearest")
+        features = features * weights[:, :, None].to(features.dtype)
+        if str(scale) not in self.channel:
             fused = self.scales[scale](features.flatten(1, 2))
-        if str(scale) in self.channel:
-            query = fused if context is None else fused + context
-            fused = self.channel[str(scale)](query, features, mask)
-        return FusedScale(fused)
+        elif self.replaces:
+            fused = self.channel[str(scale)](context, features, mask)
+        else:
+            fused = self.channel[str(scale)](self.scales[scale](features.flatten(1, 2)) + context, features, mask)
+        return self.pyramid.add(scale, FusedScale(fused), context)
+
+    def _bottleneck(self, features: torch.Tensor, mask: torch.Tensor, state: dict[str, torch.Tensor]) -> FusedScale:
+        scale = str(self.spec.num_scales - 1)
+        fused, modalities, received = self.transformer(features, mask)
+        fused = fused.to(features.dtype)
+        if self.options["reweighting"] == "published":
+            state["weights"] = received * self.transformer.heads
+        else:
+            state["weights"] = received * (mask.sum(1).reshape(-1, *[1] * (received.ndim - 1)) + 1)
+        result = self.pyramid.add(int(scale), FusedScale(fused), None)
+        if not self.channel:
+            return result
+        if not self.replaces:
+            return result._replace(fused=self.channel[scale](fused, features, mask))
+        read = modalities * state["weights"][:, :, None].to(modalities.dtype)
+        attended = self.channel[scale](fused, read.to(features.dtype), mask)
+        return result._replace(fused=self.join(torch.cat((attended, fused), 1)))

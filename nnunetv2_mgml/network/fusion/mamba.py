@@ -38,7 +38,7 @@ class Mamba(nn.Module):
 
     def _start_steps(self, rank: int) -> None:
         """Initialise so that ``softplus(bias)`` is log-uniform between the smallest and the largest step."""
-        nn.init.uniform_(self.dt_proj.weight, -rank ** -0.5, rank ** -0.5)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         low, high = math.log(_MIN_STEP), math.log(_MAX_STEP)
         steps = torch.exp(torch.rand_like(self.dt_proj.bias) * (high - low) + low)
         with torch.no_grad():
@@ -47,7 +47,7 @@ class Mamba(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Args: tokens ``(B, L, C)`` float32."""
         signal, gate = self.in_proj(tokens).chunk(2, 2)
-        signal = self.conv1d(signal.transpose(1, 2))[..., :tokens.shape[1]].transpose(1, 2)
+        signal = self.conv1d(signal.transpose(1, 2))[..., : tokens.shape[1]].transpose(1, 2)
         signal = F.silu(signal)
         rank, b, c = self.x_proj(signal).split(self.split_sizes, 2)
         step = F.softplus(self.dt_proj(rank))

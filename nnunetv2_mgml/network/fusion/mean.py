@@ -17,8 +17,9 @@ class MeanFusion(FusionDesign):
     summary = "masked mean of the features, no parameters"
     hides_absent = True
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         weights = mask.to(features.dtype) / mask.sum(1, keepdim=True)
         return FusedScale(torch.einsum("bm,bm...->b...", weights, features))

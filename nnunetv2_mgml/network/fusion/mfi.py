@@ -8,12 +8,12 @@ modality; here the targets are averaged, over those that exist.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, at_least_float32, masked, register
 
 
 class PairWeights(nn.Module):
@@ -21,8 +21,9 @@ class PairWeights(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(4 * channels, 2 * channels), nn.LeakyReLU(0.01),
-                                 nn.Linear(2 * channels, channels, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(4 * channels, 2 * channels), nn.LeakyReLU(0.01), nn.Linear(2 * channels, channels, bias=False)
+        )
 
     def forward(self, pooled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: pooled ``(B, M, C)`` float32; mask ``(B, M)`` bool."""
@@ -41,17 +42,28 @@ class FeatureInteractionFusion(FusionDesign):
 
     name = "mfi"
     summary = "channel-wise attention between pairs of modalities from pooled features (UNet-MFI, MICCAI 2022)"
+    publication = "UNet-MFI, MICCAI 2022"
+    trainer = "UNetMFI"
+    differences: ClassVar[tuple[str, ...]] = (
+        (
+            "the fused feature is the mean over present targets; the published network keeps one U-Net per "
+            "modality and links them with five such blocks"
+        ),
+        "absent sources have no part in the softmax; there they keep theirs",
+        "the last bias, which cancels in the softmax, is left out",
+    )
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
         self.scales = nn.ModuleList(PairWeights(width) for width in spec.channels)
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         with torch.autocast(features.device.type, enabled=False):
-            pooled = features.float().flatten(3).mean(3)
+            pooled = at_least_float32(features).flatten(3).mean(3)
             share = masked(mask, pooled) / mask.sum(1)[:, None, None]
             pairs = self.scales[scale](pooled, mask)
             # The mean over targets acts on the weights, so no (B, M, M, C, *spatial) tensor is needed.

@@ -15,6 +15,7 @@ from torch import nn
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
 from nnunetv2_mgml.network.fusion.positions import PositionCode
+from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
 
 
@@ -47,13 +48,14 @@ class MultimodalTransformer(nn.Module):
     def own_tokens(self, features: torch.Tensor) -> torch.Tensor:
         """Return the intra-modal transformers' tokens ``(B, M, V, C)`` of features ``(B, M, C, *spatial)``."""
         tokens = to_tokens(features)
-        own = [intra(tokens[:, m], position(features.shape[3:]))
-               for m, (intra, position) in enumerate(zip(self.intra, self.positions, strict=True))]
+        own = [
+            intra(tokens[:, m], position(features.shape[3:]))
+            for m, (intra, position) in enumerate(zip(self.intra, self.positions, strict=True))
+        ]
         return torch.stack(own, 1)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool; their `own_tokens` (of B or 1 samples) or None.
-        """
+        """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)``; their `own_tokens` (of B or 1 samples) or None."""
         size = features.shape[3:]
         tokens = self.own_tokens(features) if own is None else own.expand(len(features), *own.shape[1:])
         codes = torch.stack([position(size) for position in self.positions])
@@ -72,7 +74,37 @@ class MmFormerFusion(FusionDesign):
 
     name = "mmformer"
     summary = "transformers within and across modalities at the bottleneck, skip fusion (mmFormer, MICCAI 2022)"
-    default_options: ClassVar[dict[str, Any]] = {"depth": 1, "heads": 8, "mlp_ratio": 4, "dropout": 0.1}
+    publication = "mmFormer, MICCAI 2022"
+    trainer = "mmFormer"
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"pyramid_heads": True},
+        "modality_decoder_weight": 4.0,
+        "auxiliary_weight": 4.0,
+    }
+    differences: ClassVar[tuple[str, ...]] = (
+        (
+            "tokens return to their own voxel; the published code reads modality-major tokens as a grid, after "
+            "which no voxel holds its own modalities"
+        ),
+        "absent modalities are hidden from the attention; there they take part as zero vectors",
+        "width of the plan's bottleneck instead of 512, MLP 4 times as wide instead of 8, positions learned per axis",
+        (
+            "no dropout on attention weights, no 1x1 convolution between transformer and skip fusion, which "
+            "begins with one"
+        ),
+        "skip fusion in the plan's order (norm after convolution), padded with zeros",
+        (
+            "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that "
+            "scale's size"
+        ),
+    )
+    default_options: ClassVar[dict[str, Any]] = {
+        "depth": 1,
+        "heads": 8,
+        "mlp_ratio": 4,
+        "dropout": 0.1,
+        "pyramid_heads": False,
+    }
     weights_depend_on_modality = True
     hides_absent = True
 
@@ -80,16 +112,18 @@ class MmFormerFusion(FusionDesign):
         super().__init__(spec)
         self.transformer = MultimodalTransformer(spec, self.options)
         self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales))
+        self.pyramid = PyramidHeads(spec, published_scales(spec) if self.options["pyramid_heads"] else ())
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `FusionDesign.share`; at the bottleneck the intra-modal tokens."""
         skips = [skip.share(f) for skip, f in zip(self.scales[:-1], features[:-1], strict=True)]
         return [*skips, self.transformer.own_tokens(features[-1])]
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
         shared = state and state[scale]
         if scale == self.spec.num_scales - 1:
             features, shared = self.transformer(features, mask, shared).to(features.dtype), None
-        return FusedScale(self.scales[scale].fuse(features, mask, shared))
+        return self.pyramid.add(scale, FusedScale(self.scales[scale].fuse(features, mask, shared)), context)

@@ -32,8 +32,9 @@ class PositionCode(nn.Module):
         """Return ``(V, width)`` float32 for a grid of ``size`` voxels, row-major."""
         size = tuple(size)
         tables = [resize_linear(table, (n,))[0] for table, n in zip(self.axes, size, strict=True)]
-        shaped = [table.reshape(-1, *(n if i == axis else 1 for i, n in enumerate(size)))
-                  for axis, table in enumerate(tables)]
+        shaped = [
+            table.reshape(-1, *(n if i == axis else 1 for i, n in enumerate(size))) for axis, table in enumerate(tables)
+        ]
         return sum(shaped).flatten(1).transpose(0, 1)
 
 

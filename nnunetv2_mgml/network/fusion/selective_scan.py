@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 _log = logging.getLogger(__name__)
-_BLOCK_ELEMENTS = 2 ** 23
+_BLOCK_ELEMENTS = 2**23
 """Largest (L, B, E, N) temporary, in elements (32 MB of float32; about five exist at a time)."""
 
 
@@ -58,15 +58,17 @@ def _blocks(delta: torch.Tensor, states: int) -> Iterator[slice]:
         yield slice(start, min(channels, start + width))
 
 
-def _states(delta: torch.Tensor, signal: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
-            chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _states(
+    delta: torch.Tensor, signal: torch.Tensor, a: torch.Tensor, b: torch.Tensor, chunks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return decay and state, both ``(L, B, e, N)``."""
     decay = (delta[..., None] * a).exp_()
     return decay, _recur(decay, (delta * signal)[..., None] * b[:, :, None], chunks)
 
 
-def _scan_forward(u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
-                  d: torch.Tensor) -> torch.Tensor:
+def _scan_forward(
+    u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+) -> torch.Tensor:
     length = u.shape[1]
     chunks, (signal, step, b, c) = _prepare((u, delta, b, c))
     out = torch.empty_like(signal)
@@ -76,8 +78,15 @@ def _scan_forward(u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torc
     return torch.addcmul(out[:length].transpose(0, 1), u, d).contiguous()
 
 
-def _scan_backward(grad: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
-                   c: torch.Tensor, d: torch.Tensor) -> list[torch.Tensor]:
+def _scan_backward(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+) -> list[torch.Tensor]:
     length = u.shape[1]
     chunks, (signal, step, b, c, grad_out) = _prepare((u, delta, b, c, grad))
     grad_u, grad_delta, grad_a = grad_out * d, torch.empty_like(step), torch.empty_like(a)
@@ -104,13 +113,16 @@ _GRAD_SCHEMA = "(Tensor grad, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor
 _forward: Callable[..., torch.Tensor] = _scan_forward
 _backward: Callable[..., list[torch.Tensor]] = _scan_backward
 if hasattr(torch.library, "custom_op"):  # from torch 2.4: torch.compile sees one node instead of the unrolled loops
-    _forward = torch.library.custom_op("nnunetv2_mgml::selective_scan", _scan_forward, mutates_args=(),
-                                       schema=_SCAN_SCHEMA)
-    _backward = torch.library.custom_op("nnunetv2_mgml::selective_scan_backward", _scan_backward, mutates_args=(),
-                                        schema=_GRAD_SCHEMA)
+    _forward = torch.library.custom_op(
+        "nnunetv2_mgml::selective_scan", _scan_forward, mutates_args=(), schema=_SCAN_SCHEMA
+    )
+    _backward = torch.library.custom_op(
+        "nnunetv2_mgml::selective_scan_backward", _scan_backward, mutates_args=(), schema=_GRAD_SCHEMA
+    )
     _forward.register_fake(lambda u, *_: torch.empty_like(u, memory_format=torch.contiguous_format))
-    _backward.register_fake(lambda _, *inputs: [torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                                                for tensor in inputs])
+    _backward.register_fake(
+        lambda _, *inputs: [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+    )
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -126,8 +138,9 @@ class _SelectiveScan(torch.autograd.Function):
         return tuple(_backward(grad, *ctx.saved_tensors))
 
 
-def selective_scan(u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
-                   d: torch.Tensor) -> torch.Tensor:
+def selective_scan(
+    u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+) -> torch.Tensor:
     """Run the scan; differentiable in every argument.
 
     Args:
@@ -156,8 +169,9 @@ def mamba_kernel() -> Callable[..., torch.Tensor] | None:
 
 
 @torch.compiler.disable
-def kernel_scan(u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
-                d: torch.Tensor) -> torch.Tensor:
+def kernel_scan(
+    u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+) -> torch.Tensor:
     """Same as `selective_scan`, by `mamba_kernel` (channels before length there); breaks the graph of torch.compile.
 
     Without CUDA this is tested against a stand-in with the kernel's interface only.

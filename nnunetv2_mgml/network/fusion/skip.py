@@ -24,7 +24,7 @@ class SkipFusion(nn.Sequential):
             features: ``(B, M, C, *spatial)``; what is absent in every mask to come may hold anything finite.
         """
         modalities = features.shape[1]
-        weight = self[0][0].weight.flatten(1).unflatten(1, (modalities, -1)).transpose(0, 1)    # (M, O, C)
+        weight = self[0][0].weight.flatten(1).unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, O, C)
         return torch.matmul(weight, features.flatten(3)).unflatten(3, features.shape[3:])
 
     def fuse(self, features: torch.Tensor, mask: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,8 +37,8 @@ class SkipFusion(nn.Sequential):
         """
         first, *rest = self[0]
         if shared is None:
-            weight = first.weight.flatten(1).unflatten(1, (mask.shape[1], -1))                  # (O, M, C)
-            weight = (weight * mask[:, None, :, None].to(weight.dtype)).flatten(2)              # (B, O, M*C)
+            weight = first.weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
+            weight = (weight * mask[:, None, :, None].to(weight.dtype)).flatten(2)  # (B, O, M*C)
             mixed = torch.bmm(weight, features.flatten(3).flatten(1, 2))
         else:
             mixed = sum_present(shared, mask).flatten(2)
@@ -50,8 +50,9 @@ class SkipFusion(nn.Sequential):
         return mixed
 
 
-def skip_fusion(spec: FusionSpec, scale: int, out_channels: int | None = None, inputs: int | None = None,
-                inner: int | None = None) -> SkipFusion:
+def skip_fusion(
+    spec: FusionSpec, scale: int, out_channels: int | None = None, inputs: int | None = None, inner: int | None = None
+) -> SkipFusion:
     """Build one scale.
 
     Args:
@@ -63,6 +64,8 @@ def skip_fusion(spec: FusionSpec, scale: int, out_channels: int | None = None, i
     """
     width = spec.channels[scale]
     inner = inner or width
-    return SkipFusion(conv_block(spec, (inputs or spec.num_modalities) * width, inner),
-                      conv_block(spec, inner, inner, spec.kernel_sizes[scale]),
-                      conv_block(spec, inner, out_channels or width))
+    return SkipFusion(
+        conv_block(spec, (inputs or spec.num_modalities) * width, inner),
+        conv_block(spec, inner, inner, spec.kernel_sizes[scale]),
+        conv_block(spec, inner, out_channels or width),
+    )

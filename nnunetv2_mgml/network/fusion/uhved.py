@@ -1,20 +1,29 @@
 """U-HVED (Dorent et al., MICCAI 2019): each modality is a Gaussian per voxel and channel, fused as a product.
 
-With a standard-normal prior among the experts. Differences from the published code: the mean is used outside training
-(theirs samples in tests too) and in the teacher pass, log-variances are clamped to +-10 and start at -2, the KL term is
-estimated on random voxels, and the reconstruction of the images is an option (``reconstruction_weight``, 0.1 in the
-paper), in which image decoders of our own shape see the fused features and modalities a case lacks do not count.
+With a standard-normal prior among the experts. The KL term compares the product over what the network sees with those
+over all subsets of what the case has, so hidden modalities learn from it, and samples with one visible modality too.
+Differences from the published code: the mean is used outside training (theirs samples in tests too) and in the teacher
+pass, log-variances are clamped to +-10 and start at -2, the KL term is estimated on random voxels, and the
+reconstruction of the images is an option (``reconstruction_weight``, 0.1 in the paper), in which image decoders of our
+own shape see the fused features and modalities a case lacks do not count.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register, sum_present
+from nnunetv2_mgml.network.fusion.base import (
+    FusedScale,
+    FusionDesign,
+    FusionSpec,
+    at_least_float32,
+    masked,
+    register,
+    sum_present,
+)
 from nnunetv2_mgml.network.fusion.image_decoder import ImageDecoder, reconstruction_error
 from nnunetv2_mgml.network.silence import random_layers_act
 
@@ -36,8 +45,9 @@ def product_of_gaussians(mean: torch.Tensor, precision: torch.Tensor) -> tuple[t
     return (precision * mean).sum(1) * variance, variance
 
 
-def gaussian_kl(mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Tensor | float,
-                other_variance: torch.Tensor | float) -> torch.Tensor:
+def gaussian_kl(
+    mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Tensor | float, other_variance: torch.Tensor | float
+) -> torch.Tensor:
     """``KL(N(mean, variance) || N(other_mean, other_variance))``, elementwise on tensors that broadcast."""
     ratio = variance / other_variance
     return 0.5 * (ratio - ratio.log() + (mean - other_mean).square() / other_variance - 1)
@@ -45,37 +55,50 @@ def gaussian_kl(mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Te
 
 def subset_patterns(num_modalities: int, most: int, device: torch.device) -> torch.Tensor:
     """Return subsets ``(P, M)`` bool: all non-empty ones if they are at most ``most``, else 8 random ones."""
-    if 2 ** num_modalities - 1 <= most:
-        patterns = [p for p in itertools.product((False, True), repeat=num_modalities) if any(p)]
-        return torch.tensor(patterns, device=device)
+    if 2**num_modalities - 1 <= most:
+        codes = torch.arange(1, 2**num_modalities, device=device)  # a list would be copied there, which waits
+        return (codes[:, None] >> torch.arange(num_modalities - 1, -1, -1, device=device)) & 1 > 0
     return torch.rand(8, num_modalities, device=device) < 0.5
 
 
-def subset_kl(mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """Mean over proper subsets S of ``KL(q_given || q_S)`` plus mean over all subsets of ``KL(q_S || N(0, 1))``.
+def subset_kl(
+    mean: torch.Tensor,
+    precision: torch.Tensor,
+    visible: torch.Tensor,
+    available: torch.Tensor,
+    patterns: torch.Tensor,
+) -> torch.Tensor:
+    """The divergence term of one scale: ``sum_S KL(q_visible || q_S) / (N - 1) + sum_S KL(q_S || N(0, 1)) / N``.
 
-    Subsets are taken within what each sample has: a pattern is cut down to it, which keeps them uniform, and a pattern
-    with nothing left is ignored. Scalar float32, averaged over batch, channels and voxels.
+    ``S`` runs over the ``N`` non-empty subsets of what a sample has, hidden modalities included; one of them is what is
+    visible, whose divergence is 0. A pattern is cut down to what the sample has, which keeps them uniform, and one with
+    nothing left is ignored. Scalar float32, averaged over batch, channels and voxels.
 
     Args:
         mean: ``(B, M, C, V)``.
-        precision: ``(B, M, C, V)`` float32, 0 where absent.
-        mask: ``(B, M)`` bool.
+        precision: ``(B, M, C, V)`` float32 or wider, 0 where not available.
+        visible: ``(B, M)`` bool, a subset of ``available``.
+        available: ``(B, M)`` bool, at least one True per row.
         patterns: ``(P, M)`` bool.
     """
-    given_mean, given_variance = product_of_gaussians(mean, precision)
-    subsets = patterns[:, None] & mask                                          # (P, B, M)
-    exists = subsets.any(2)
-    proper = (exists & (subsets != mask).any(2)).float()
-    exists = exists.float()
+    given_mean, given_variance = product_of_gaussians(mean, precision * masked(visible, precision))
+    subsets = patterns[:, None] & available  # (P, B, M)
+    exists = subsets.any(2).to(precision.dtype)
     chosen = subsets.to(precision.dtype)
     variance = 1 / (1 + torch.einsum("pbm,bmcv->pbcv", chosen, precision))
     subset_mean = torch.einsum("pbm,bmcv->pbcv", chosen, precision * mean) * variance
     to_subset = gaussian_kl(given_mean, given_variance, subset_mean, variance).mean((2, 3))
     to_prior = gaussian_kl(subset_mean, variance, 0.0, 1.0).mean((2, 3))
-    per_sample = ((to_subset * proper).sum(0) / proper.sum(0).clamp(min=1)
-                  + (to_prior * exists).sum(0) / exists.sum(0).clamp(min=1))
-    return per_sample.mean()
+    number = 2.0 ** available.sum(1) - 1
+    terms = to_subset * number / (number - 1).clamp(min=1) + to_prior
+    return ((terms * exists).sum(0) / exists.sum(0).clamp(min=1)).mean()
+
+
+class TrainingPass(NamedTuple):
+    """State of a training pass."""
+
+    available: torch.Tensor
+    """``(B, M)`` bool, the modalities each case has."""
 
 
 @register
@@ -84,8 +107,24 @@ class UHvedFusion(FusionDesign):
 
     name = "uhved"
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
-    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096,
-                                                 "reconstruction_weight": 0.0}
+    publication = "U-HVED, MICCAI 2019"
+    trainer = "UHVED"
+    published_options: ClassVar[dict[str, Any]] = {"fusion_options": {"reconstruction_weight": 0.1}}
+    published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
+    differences: ClassVar[tuple[str, ...]] = (
+        (
+            "a 1x1 convolution per modality makes the means and log-variances; the published encoders' own "
+            "channels are they"
+        ),
+        "predictions use the mean; the published code samples in tests too",
+        "log-variances within +-10 and starting at -2, without the published 1e-7 added to variances",
+        (
+            "the divergence is estimated on `kl_voxels` random voxels per scale, and on eight random subsets for "
+            "more than four modalities"
+        ),
+        "image decoders of our own shape; modalities that a case lacks do not count",
+    )
+    default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096, "reconstruction_weight": 0.0}
     weights_depend_on_modality = True
     hides_absent = True
 
@@ -93,8 +132,9 @@ class UHvedFusion(FusionDesign):
         super().__init__(spec)
         m = spec.num_modalities
         self.scales = nn.ModuleList(spec.conv_op(m * width, 2 * m * width, 1, groups=m) for width in spec.channels)
-        self.images = nn.ModuleList(ImageDecoder(spec) for _ in range(m)) \
-            if self.options["reconstruction_weight"] > 0 else None
+        self.images = (
+            nn.ModuleList(ImageDecoder(spec) for _ in range(m)) if self.options["reconstruction_weight"] > 0 else None
+        )
         self.initialize()
 
     def initialize(self) -> None:
@@ -111,26 +151,32 @@ class UHvedFusion(FusionDesign):
         experts = [self.experts(s, f, everywhere) for s, f in enumerate(features)]
         return [(precision, precision * mean) for mean, precision in experts]
 
+    def begin_training(self, available: torch.Tensor) -> TrainingPass:
+        """See `FusionDesign.begin_training`: the divergence counts all modalities a case has."""
+        return TrainingPass(available)
+
     def experts(self, scale: int, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean (any float) and precision (float32, 0 where absent), both ``(B, M, C, *spatial)``."""
         parameters = self.scales[scale](features.flatten(1, 2)).unflatten(1, (self.spec.num_modalities, 2, -1))
         log_variance = parameters[:, :, 1].clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
-        precision = (-log_variance.float()).exp()
+        precision = (-at_least_float32(log_variance)).exp()
         return parameters[:, :, 0], precision * masked(mask, precision)
 
-    def fuse_scale(self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None,
-                   state: Any) -> FusedScale:
+    def fuse_scale(
+        self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
+    ) -> FusedScale:
         """See `FusionDesign.fuse_scale`."""
-        if state:
+        if isinstance(state, list):
             precision, weighted = (sum_present(part, mask) for part in state[scale])
             return FusedScale((weighted / (1 + precision)).to(features.dtype))
-        mean, precision = self.experts(scale, features, mask)
+        available = state.available if isinstance(state, TrainingPass) else mask
+        mean, precision = self.experts(scale, features, available)
         with torch.autocast(features.device.type, enabled=False):
-            fused, variance = product_of_gaussians(mean, precision)
+            fused, variance = product_of_gaussians(mean, precision * masked(mask, precision))
             if not random_layers_act(self.training):
                 return FusedScale(fused.to(features.dtype))
             fused = fused + variance.sqrt() * torch.randn_like(variance)
-            divergence = self.divergence(mean.flatten(3), precision.flatten(3), mask)
+            divergence = self.divergence(mean.flatten(3), precision.flatten(3), mask, available)
         return FusedScale(fused.to(features.dtype), loss=divergence)
 
     @property
@@ -143,16 +189,20 @@ class UHvedFusion(FusionDesign):
         predicted = torch.cat([decoder(fused) for decoder in self.images], 1)
         return self.options["reconstruction_weight"] * reconstruction_error(predicted, images, available)
 
-    def divergence(self, mean: torch.Tensor, precision: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def divergence(
+        self, mean: torch.Tensor, precision: torch.Tensor, visible: torch.Tensor, available: torch.Tensor
+    ) -> torch.Tensor:
         """Return the weighted KL term of one scale, a scalar float32, on at most ``kl_voxels`` random voxels.
 
         Args:
             mean: ``(B, M, C, V)``.
             precision: ``(B, M, C, V)`` float32.
-            mask: ``(B, M)`` bool.
+            visible: ``(B, M)`` bool.
+            available: ``(B, M)`` bool.
         """
         if mean.shape[3] > self.options["kl_voxels"]:
             voxels = torch.randint(mean.shape[3], (self.options["kl_voxels"],), device=mean.device)
             mean, precision = mean.index_select(3, voxels), precision.index_select(3, voxels)
-        patterns = subset_patterns(mask.shape[1], 15, mask.device)
-        return self.options["kl_weight"] / self.spec.num_scales * subset_kl(mean.float(), precision, mask, patterns)
+        patterns = subset_patterns(visible.shape[1], 15, visible.device)
+        divergence = subset_kl(at_least_float32(mean), precision, visible, available, patterns)
+        return self.options["kl_weight"] / self.spec.num_scales * divergence

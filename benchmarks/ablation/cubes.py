@@ -1,0 +1,157 @@
+"""Trains on the cubes of 288 real patients and scores all subsets; one result file per run.
+
+    python benchmarks/ablation/cubes.py --variants baseline mgml --seeds 0 1 2 --steps 6000
+    python benchmarks/ablation/cubes.py --variants baseline baseline:learning_rate=0.005 --seeds 0 --steps 1500
+    python benchmarks/ablation/cubes.py --variants baseline:only=t1+t2,patients=30 --steps 3000
+    python benchmarks/ablation/cubes.py --collect part_0.json --label h100          # results made on another machine
+
+Needs ``MGML_REAL_DATA``. A variant is a name of `cubes.json`, with changes after a colon: its settings of a training
+(learning_rate, batch, patch, width_factor, patients, only, ...) or options of the plugin. Choices rest on validation
+patients; ``--test`` scores the test patients as well, once, at the end.
+
+On a CPU ``--parallel`` runs go side by side, one process and thread each. On a GPU all runs share one process, each
+a CUDA graph on a stream of its own; where that fails they are done again without graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cubes_variants import Run
+
+from nnunetv2_mgml.io.files import write_json
+
+RESULTS = Path(__file__).parent / "results" / "cubes"
+
+
+def main() -> int:
+    """Train, and return the exit code."""
+    args = parser().parse_args()
+    if args.worker:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from cubes_work import work  # here, because the other process needs no torch
+
+        return work(args, [Run(*entry) for entry in json.loads(args.worker)])
+    label = args.label or args.device.partition(":")[0]
+    if args.collect:
+        for part in args.collect:
+            keep(part, label)
+        return 0
+    deadline = time.time() + args.seconds if args.seconds else None
+    runs = [Run(name, seed, args.steps) for seed in args.seeds for name in args.variants]
+    runs = [run for run in runs if args.again or not finished(run, label, bool(args.equal_time))]
+    for run in runs:
+        run.training  # noqa: B018  refuses unknown variants before anything starts
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.device == "cpu":
+        jobs = [("eager", [run]) for run in runs]
+    else:
+        jobs = [("graph" if args.how == "auto" else args.how, runs[k :: args.processes]) for k in range(args.processes)]
+    parts = launch(args, jobs, deadline)
+    missing = [run for run in runs if run not in done(parts)]
+    if missing and args.device != "cpu" and args.how == "auto":
+        print(f"{len(missing)} of {len(runs)} runs did not finish as graphs; once more without", flush=True)
+        parts += launch(args, [("eager", [run]) for run in missing], deadline, len(parts))
+    for part in () if args.parts_only else parts:
+        keep(part, label)
+    missing = [run for run in runs if run not in done(parts)]
+    for run in missing:
+        print(f"not finished: {run.name} seed {run.seed}", flush=True)
+    return 1 if missing else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--variants", nargs="+", default=["baseline", "mgml"], help="see cubes.json")
+    result.add_argument("--seeds", nargs="+", type=int, default=[0])
+    result.add_argument("--steps", type=int, default=1500, help="training steps (of the reference, with --equal_time)")
+    result.add_argument(
+        "--equal_time",
+        metavar="VARIANT",
+        help="every variant gets as many steps as it can do in the time of this one, timed alone before it starts",
+    )
+    result.add_argument("--seconds", type=float, help="all runs together take this long at most: steps become fewer")
+    result.add_argument("--points", type=int, default=10, help="points of the validation curve")
+    result.add_argument("--test", action="store_true", help="score the test patients at the end")
+    result.add_argument("--device", default="cpu", help="torch device")
+    result.add_argument(
+        "--parallel", type=int, default=max(1, os.cpu_count() or 1), help="processes side by side on a CPU"
+    )
+    result.add_argument("--processes", type=int, default=1, help="processes that share a GPU's runs")
+    result.add_argument("--how", choices=("auto", "graph", "eager"), default="auto", help="steps on a GPU")
+    result.add_argument("--label", help="folder below results/cubes (default: the kind of device)")
+    result.add_argument("--output", type=Path, default=Path("cubes_work"), help="folder for what runs write meanwhile")
+    result.add_argument("--parts_only", action="store_true", help="leave the results in --output")
+    result.add_argument("--again", action="store_true", help="do again what is finished")
+    result.add_argument("--collect", nargs="+", type=Path, metavar="PART", help="keep results of another machine")
+    result.add_argument("--commit", help="of this checkout, where it is no git repository")
+    result.add_argument("--worker", help=argparse.SUPPRESS)
+    result.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    result.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    return result
+
+
+def launch(
+    args: argparse.Namespace, jobs: Sequence[tuple[str, list[Run]]], deadline: float | None, first: int = 0
+) -> list[Path]:
+    """Run jobs, each a process with its runs; return the files they write."""
+    parts = [args.output / f"part_{number}.json" for number in range(first, first + len(jobs))]
+
+    def one(how: str, runs: list[Run], part: Path) -> None:
+        part.unlink(missing_ok=True)
+        left = None if deadline is None else deadline - time.time()
+        if not runs or (left is not None and left < 10):
+            return
+        entries = json.dumps([(run.name, run.seed, run.steps) for run in runs])
+        command = [sys.executable, *sys.argv, "--how", how, "--worker", entries, "--part", str(part)]
+        command += ["--deadline", str(deadline)] if deadline else []
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if args.device == "cpu" else {}
+        process = subprocess.Popen(command, env={**os.environ, **threads, **tunables})
+        try:
+            process.wait(None if left is None else left + 15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            print(f"stopped {', '.join(run.name for run in runs)}: out of time", flush=True)
+
+    with ThreadPoolExecutor(min(args.parallel, 6) if args.device != "cpu" else args.parallel) as pool:
+        list(pool.map(lambda job: one(*job[0], job[1]), zip(jobs, parts, strict=True)))
+    return parts
+
+
+def finished(run: Run, label: str, equal_time: bool) -> bool:
+    """Whether a result of these very settings is there."""
+    file = RESULTS / label / run.file_name(equal_time)
+    if not file.is_file():
+        return False
+    content = json.loads(file.read_text())
+    return content["finished"] and (content["training"], content["options"]) == (run.training, run.options)
+
+
+def done(parts: Sequence[Path]) -> list[Run]:
+    """Return the finished runs of some files."""
+    contents = [content for part in parts if part.is_file() for content in json.loads(part.read_text())]
+    return [Run(c["variant"], c["seed"], c["nominal_steps"]) for c in contents if c["finished"]]
+
+
+def keep(part: Path, label: str) -> None:
+    """Write a result file for every finished run of a part."""
+    for content in json.loads(part.read_text()) if part.is_file() else ():
+        if content["finished"]:
+            run = Run(content["variant"], content["seed"], content["nominal_steps"])
+            (RESULTS / label).mkdir(parents=True, exist_ok=True)
+            write_json(RESULTS / label / run.file_name(bool(content["equal_time"])), content, indent=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Tables of the trainings on the cubes, from their result files.
+
+    python benchmarks/ablation/cubes_table.py --label h100                    # on the test patients
+    python benchmarks/ablation/cubes_table.py --label cuda --on validation    # what choices may look at
+
+Runs are compared within a label, a budget (steps, or the time of so many steps of a reference) and the training's
+settings; differences to the baseline are paired by seed and patient, with 95 % bootstrap intervals over patients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+from nnunetv2_mgml.scoring.regions import short_name
+from nnunetv2_mgml.scoring.statistics import bootstrap_interval
+
+RESULTS = Path(__file__).parent / "results" / "cubes"
+BASELINE = "baseline"
+KEYS = {"test": ("test", "dice"), "validation": ("validation", "validation_dice")}
+"""Where a result has its means, and Dice per patient."""
+Result = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--label", required=True, help="folder below results/cubes")
+    parser.add_argument("--on", choices=KEYS, default="test", help="which patients")
+    parser.add_argument("--baseline", default=BASELINE, help="variant that differences are taken to")
+    args = parser.parse_args()
+    print(tables(read(args.label), args.on, args.baseline))
+
+
+def read(label: str) -> list[Result]:
+    """Return the results below a label."""
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / label).glob("*.json"))]
+
+
+def budgets(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Group results that can be compared, by what they may spend."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        steps = result["nominal_steps"]
+        words = f"the time of {steps} steps of {result['equal_time']}" if result["equal_time"] else f"{steps} steps"
+        found.setdefault(words, []).append(result)
+    return dict(sorted(found.items()))
+
+
+def tables(results: Sequence[Result], on: str, baseline: str = BASELINE) -> str:
+    """Return a Markdown table per budget; runs without scores on these patients are left out."""
+    parts = []
+    for words, chosen in budgets(r for r in results if KEYS[on][0] in r).items():
+        devices = ", ".join(sorted({r["device"] for r in chosen}))
+        parts.append(f"{words.capitalize()}, {on} patients, {devices}.\n\n{_table(chosen, on, baseline)}")
+    return "\n".join(parts) or "No finished runs yet.\n"
+
+
+def _table(results: Sequence[Result], on: str, baseline: str) -> str:
+    regions = [short_name(region) for region in results[0][KEYS[on][1]]]
+    head = ["variant", "mean", *regions, "1", "2", "3", "4", "inversions, %", "seeds", "steps", "ms/step"]
+    head += ["difference", "95 % interval", "per seed"]
+    reference = [r for r in results if r["variant"] == baseline]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for variant in dict.fromkeys(r["variant"] for r in results):
+        chosen = [r for r in results if r["variant"] == variant]
+        cells = [f"`{variant}`", *_cells(summary(chosen, on)), *_change(reference, chosen, on)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(told: dict[str, Any]) -> list[str]:
+    spread = "" if told["sd"] is None else f" ± {told['sd']:.2f}"
+    counts = [f"{told['by_count'][n]:.1f}" if n in told["by_count"] else "-" for n in "1234"]
+    inversions = "-" if told["inversions"] is None else f"{told['inversions']:.1f}"
+    return [
+        f"{told['mean']:.2f}{spread}",
+        *(f"{value:.1f}" for value in told["regions"].values()),
+        *counts,
+        inversions,
+        str(told["seeds"]),
+        str(told["steps"]),
+        f"{1e3 * told['seconds_per_step']:.1f}",
+    ]
+
+
+def summary(results: Sequence[Result], on: str) -> dict[str, Any]:
+    """Return means over the seeds of a variant, in percent, and the standard deviation of their means."""
+    told = [r[KEYS[on][0]] for r in results]
+    means = [t["mean"] for t in told]
+    inversions = [t["inversions"] for t in told if t["inversions"] is not None]
+
+    def mean_of(key: str) -> dict[str, float]:
+        return {name: statistics.mean(t[key][name] for t in told) for name in told[0][key]}
+
+    return {
+        "mean": statistics.mean(means),
+        "sd": statistics.stdev(means) if len(means) > 1 else None,
+        "seeds": len(means),
+        "regions": {short_name(name): value for name, value in mean_of("regions").items()},
+        "by_count": mean_of("by_count"),
+        "inversions": statistics.mean(inversions) if inversions else None,
+        "steps": round(statistics.mean(r["steps"] for r in results)),
+        "seconds_per_step": statistics.median(r["seconds_per_step_alone"] for r in results),
+    }
+
+
+def dice(result: Result, on: str) -> np.ndarray:
+    """Return Dice in percent, ``(R, S, N)``."""
+    return 100 * np.array([list(subsets.values()) for subsets in result[KEYS[on][1]].values()])
+
+
+def difference(
+    reference: Sequence[Result], results: Sequence[Result], on: str
+) -> tuple[np.ndarray, list[float]] | None:
+    """Return a variant minus the reference, per patient (mean over seeds both have) and per seed; None without any."""
+    by_seed = {r["seed"]: r for r in reference}
+    pairs = [(by_seed[r["seed"]], r) for r in results if r["seed"] in by_seed]
+    if not pairs or any(dice(a, on).shape != dice(b, on).shape for a, b in pairs):
+        return None
+    changes = [dice(b, on) - dice(a, on) for a, b in pairs]
+    return np.mean(changes, axis=(0, 1, 2)), [float(change.mean()) for change in changes]
+
+
+def _change(reference: Sequence[Result], results: Sequence[Result], on: str) -> list[str]:
+    found = None if results[0] in reference else difference(reference, results, on)
+    if found is None:
+        return ["-", "-", "-"]
+    per_patient, per_seed = found
+    low, high = bootstrap_interval(per_patient)
+    return [
+        f"{per_patient.mean():+.2f}",
+        f"{low:+.2f} to {high:+.2f}",
+        " ".join(f"{value:+.2f}" for value in per_seed),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What a run on the cubes is: a variant of `cubes.json`, with or without changes, and a seed (imports no torch)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mgml.modalities import Subset, all_subsets, parse_subset
+
+CHANNELS = ("t1", "t1ce", "t2", "flair")
+SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant and a seed."""
+
+    name: str
+    """``baseline``, or ``baseline:learning_rate=0.005`` where something is changed beside the variant's own."""
+    seed: int
+    steps: int
+
+    def file_name(self, equal_time: bool = False) -> str:
+        """Return the name of the result file."""
+        budget = f"{self.steps}{'_equal_time' if equal_time else ''}"
+        return f"{self.name.translate(str.maketrans(':=,', '___'))}__{budget}__seed{self.seed}.json"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the training."""
+        return {key: value for key, value in self._all().items() if key in SETTINGS["training"]}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the plugin beyond its defaults."""
+        return {key: value for key, value in self._all().items() if key not in SETTINGS["training"]}
+
+    def _all(self) -> dict[str, Any]:
+        variant, _, changes = self.name.partition(":")
+        if variant not in SETTINGS["variants"]:
+            raise ValueError(f"Unknown variant {variant}. Allowed: {', '.join(SETTINGS['variants'])}.")
+        settings = {**SETTINGS["training"], **SETTINGS["variants"][variant]}
+        for change in changes.split(",") if changes else ():
+            key, _, text = change.partition("=")
+            try:
+                settings[key] = json.loads(text)
+            except json.JSONDecodeError:
+                settings[key] = text
+        return settings
+
+    @property
+    def subsets(self) -> list[Subset]:
+        """What the run is scored on: all subsets, or the only one it was trained on."""
+        only = self.training["only"]
+        return [parse_subset(only, CHANNELS)] if only else list(all_subsets(len(CHANNELS)))

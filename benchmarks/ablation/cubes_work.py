@@ -1,0 +1,268 @@
+"""What a process of `cubes.py` does: trains its runs side by side, scores them, writes what came out."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from cubes_data import SPLIT_SEED, Cubes, cubes_file, read_cubes, split
+from cubes_scores import cases_of, dice, summary
+from cubes_training import Training
+from cubes_variants import Run
+
+from nnunetv2_mgml import __version__
+from nnunetv2_mgml.io.files import write_json
+
+FOLDER = Path(__file__).parent
+_CHUNK = 25
+"""Steps that are put into a GPU's queue at once."""
+_TIMED = 40
+"""Steps that are timed."""
+_EQUAL_TIME_CAPACITY = 3
+"""A variant may do up to this many times the steps of the reference in the same time."""
+
+
+def work(args: argparse.Namespace, runs: Sequence[Run]) -> int:
+    """Do runs side by side in this process and write a part; the exit code is 1 if one failed."""
+    started = time.time()
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.backends.cudnn.benchmark = True
+    cubes = read_cubes(cubes_file()).to(device)
+    parts = split(cubes.patients)
+    trainings, failed = [], 0
+    capacity = args.steps * _EQUAL_TIME_CAPACITY if args.equal_time else None
+    for run in runs:
+        try:
+            training = Training(run, cubes, parts["train"], args.how == "graph", capacity)
+            trainings.append(Progress(training, args, seconds_per_step(training)))
+            print(f"{run.name} seed {run.seed}: {trainings[-1].alone * 1e3:.1f} ms a step alone", flush=True)
+        except Exception:  # the others go on
+            failed += 1
+            print(f"{run.name} seed {run.seed} FAILED\n{traceback.format_exc()}", flush=True)
+    if not trainings:
+        return 1
+    equalise(trainings, args)
+    together(trainings, cubes, parts, args, started)
+    return 1 if failed else 0
+
+
+def seconds_per_step(training: Training) -> float:
+    """Return seconds of a step while nothing else runs in this process; the steps timed count."""
+    count = max(1, min(_TIMED if training.device.type == "cuda" else 4, (training.steps - training.done) // 4))
+    training.advance(1)
+    synchronise(training.device)
+    start = time.perf_counter()
+    training.advance(count)
+    synchronise(training.device)
+    return (time.perf_counter() - start) / count
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Progress:
+    """A training under way and what is known of it."""
+
+    def __init__(self, training: Training, args: argparse.Namespace, alone: float) -> None:
+        self.training, self.alone = training, alone
+        self.points = args.points
+        self.curve: list[dict[str, Any]] = []
+        self.content: dict[str, Any] = {}
+
+    @property
+    def next_point(self) -> int:
+        """The step of the next evaluation: the first point of the curve that was not there at the last one."""
+        steps, last = self.training.steps, self.curve[-1]["step"] if self.curve else 0
+        return next((point for k in range(1, self.points) if (point := round(steps * k / self.points)) > last), steps)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done and scored."""
+        return bool(self.curve) and self.curve[-1]["step"] >= self.training.steps
+
+
+def equalise(trainings: Sequence[Progress], args: argparse.Namespace) -> None:
+    """Give every training the steps it can do in the time of the reference (``--equal_time``).
+
+    Raises:
+        ValueError: the reference is not among the trainings of this process.
+    """
+    if not args.equal_time:
+        return
+    reference = [p.alone for p in trainings if p.training.run.name == args.equal_time]
+    if not reference:
+        raise ValueError(
+            f"--equal_time {args.equal_time} is none of {', '.join({p.training.run.name for p in trainings})}; on a "
+            f"CPU, where every run has a process of its own, set --steps per variant instead."
+        )
+    by_name: dict[str, list[float]] = {}
+    for progress in trainings:
+        by_name.setdefault(progress.training.run.name, []).append(progress.alone)
+    for progress in trainings:
+        times = sorted(by_name[progress.training.run.name])
+        progress.training.set_steps(round(args.steps * sorted(reference)[len(reference) // 2] / times[len(times) // 2]))
+
+
+def together(
+    trainings: Sequence[Progress], cubes: Cubes, parts: dict[str, list[int]], args: argparse.Namespace, started: float
+) -> None:
+    """Do all steps of all trainings in turns; write the part at every point of a curve."""
+    begun = time.time()
+    fit(trainings, cubes, parts, args)
+    left = list(trainings)
+    while left:
+        waiting = True
+        for progress in left:
+            training = progress.training
+            if not training.ready():
+                continue
+            waiting = False
+            training.advance(max(0, min(_CHUNK, progress.next_point - training.done)))
+            if training.done >= progress.next_point:
+                score(progress, cubes, parts, args, begun)
+                progress.content = describe(progress, parts, args, cubes, time.time() - started)
+                write_json(args.part, [p.content for p in trainings if p.content], indent=None)
+        left = [progress for progress in left if not progress.over]
+        if waiting:
+            time.sleep(0.001)
+
+
+def fit(trainings: Sequence[Progress], cubes: Cubes, parts: dict[str, list[int]], args: argparse.Namespace) -> None:
+    """Cut the steps of all trainings alike where they would take longer than ``--seconds`` allow."""
+    if args.deadline is None:
+        return
+    seconds = []
+    for _ in range(2):  # the first is slower
+        start = time.time()
+        evaluate(trainings[0], cubes, parts["validation"])
+        seconds.append(time.time() - start)
+    scored = args.points + 1 + (len(parts["test"]) / len(parts["validation"]) if args.test else 0)
+    reserve = 5 + scored * seconds[-1] * len(trainings)
+    rounds = min(_TIMED, min(p.training.steps - p.training.done for p in trainings) // 4)
+    if rounds < 1:
+        return
+    synchronise(trainings[0].training.device)
+    start = time.time()
+    for progress in trainings:
+        progress.training.advance(rounds)
+    synchronise(trainings[0].training.device)
+    per_round = (time.time() - start) / rounds
+    left = max(1, *(p.training.steps - p.training.done for p in trainings))
+    possible = max(1.0, (args.deadline - time.time() - reserve) / per_round)
+    print(
+        f"{len(trainings)} runs: {per_round * 1e3:.1f} ms for a step of each; {left} steps left, time for "
+        f"{possible:.0f} (evaluations: {reserve:.0f} s)",
+        flush=True,
+    )
+    if possible < left:
+        for progress in trainings:
+            training = progress.training
+            training.set_steps(training.done + int((training.steps - training.done) * possible / left))
+
+
+def evaluate(progress: Progress, cubes: Cubes, cases: Sequence[int]) -> Any:
+    """Return Dice ``(R, S, N)`` as an array."""
+    training = progress.training
+    batch = 36 if training.device.type == "cuda" else 6
+    with training.evaluating():
+        return dice(training.learner, cubes, cases, training.run.subsets, training.precision, batch).cpu().numpy()
+
+
+def score(
+    progress: Progress, cubes: Cubes, parts: dict[str, list[int]], args: argparse.Namespace, begun: float
+) -> None:
+    """Add a point to the curve; at the end of the training, all scores."""
+    training, subsets = progress.training, progress.training.run.subsets
+    values = evaluate(progress, cubes, parts["validation"])
+    told = summary(values, subsets)
+    progress.curve.append(
+        {
+            "step": training.done,
+            "seconds": round(time.time() - begun, 2),
+            "loss": training.recent_loss(),
+            **{key: told[key] for key in ("mean", "regions", "by_count", "inversions")},
+        }
+    )
+    print(f"{training.run.name} seed {training.run.seed} step {training.done}: {told['mean']:.2f}", flush=True)
+    if progress.over:
+        progress.content = {"validation": told, "validation_dice": cases_of(values, subsets)}
+        if args.test:
+            values = evaluate(progress, cubes, parts["test"])
+            progress.content.update(test=summary(values, subsets), dice=cases_of(values, subsets))
+            print(
+                f"{training.run.name} seed {training.run.seed} test: {progress.content['test']['mean']:.2f}", flush=True
+            )
+
+
+def describe(
+    progress: Progress, parts: dict[str, list[int]], args: argparse.Namespace, cubes: Cubes, seconds: float
+) -> dict[str, Any]:
+    """Return what is written of a run: scores as far as there are any, what it was, and on which code and machine."""
+    training, run = progress.training, progress.training.run
+    return {
+        "group": "cubes",
+        "dataset": "cubes",
+        "design": training.learner.options.network.fusion if not run.training["stock"] else "none",
+        "variant": run.name,
+        "seed": run.seed,
+        "finished": progress.over,
+        "nominal_steps": run.steps,
+        "steps": training.steps,
+        "equal_time": args.equal_time,
+        "training": run.training,
+        "options": run.options,
+        "resolved": None if run.training["stock"] else training.learner.options.as_dict(),
+        "million": sum(p.numel() for p in training.learner.network.parameters()) / 1e6,
+        "split": {"seed": SPLIT_SEED, **{part: len(cases) for part, cases in parts.items()}},
+        "patients": {part: [cubes.patients[case] for case in parts[part]] for part in ("validation", "test")},
+        **{key: value for key, value in progress.content.items() if key in _SCORES},
+        "curve": progress.curve,
+        "seconds": round(seconds, 1),
+        "seconds_per_step_alone": progress.alone,
+        "device": device_name(training.device),
+        "how": "graph" if training.graph is not None else "eager",
+        "precision": training.precision,
+        **code(args.commit),
+    }
+
+
+_SCORES = ("validation", "validation_dice", "test", "dice")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread"
+
+
+@functools.cache
+def code(commit: str | None) -> dict[str, Any]:
+    """Return commit and versions."""
+    changed = git("status", "--porcelain", "--", str(FOLDER.parents[1] / "nnunetv2_mgml"))
+    versions = {"torch": torch.__version__, "nnunetv2_mgml": __version__, "python": sys.version.split()[0]}
+    versions["nnunetv2"] = metadata.version("nnunetv2")
+    return {"commit": commit or git("rev-parse", "HEAD"), "code_changed": bool(changed), "versions": versions}
+
+
+def git(*arguments: str) -> str:
+    """Return what git says in this repository; empty where there is none."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,1 @@
+"""The `mgml` commands: the only home of argparse and print."""

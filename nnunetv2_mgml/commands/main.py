@@ -1,0 +1,163 @@
+"""The `mgml` command: a thin shell that imports only the module of the command asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from typing import NamedTuple
+
+from nnunetv2_mgml import __version__
+
+_TRAINER = "nnUNetTrainerMGML"
+
+
+class _Command(NamedTuple):
+    module: str
+    summary: str
+    example: str
+
+
+COMMANDS: dict[str, _Command] = {
+    "convert": _Command(
+        "nnunetv2_mgml.commands.convert",
+        "BraTS folders to nnUNet_raw datasets, predictions back, splits",
+        "mgml convert brats /path/to/BraTS -d 137",
+    ),
+    "plan": _Command(
+        "nnunetv2_mgml.commands.plan",
+        "set options: write plans of their own beside nnU-Net's",
+        "mgml plan -d 137 --set fusion=mean num_epochs=300",
+    ),
+    "train": _Command(
+        "nnunetv2.run.run_training",
+        f"nnUNetv2_train, with -tr {_TRAINER} unless another is given",
+        "mgml train 137 3d_fullres 0",
+    ),
+    "predict": _Command(
+        "nnunetv2_mgml.commands.predict",
+        f"nnUNetv2_predict (with -m: nnUNetv2_predict_from_modelfolder), -tr {_TRAINER} unless given",
+        "mgml predict -i IN -o OUT -d 137 -c 3d_fullres -f 0 --missing_modalities t1ce",
+    ),
+    "evaluate": _Command(
+        "nnunetv2_mgml.commands.evaluate",
+        "score a model on every subset of its modalities",
+        "mgml evaluate -d 137 -c 3d_fullres -f 0",
+    ),
+    "compare": _Command(
+        "nnunetv2_mgml.commands.compare",
+        "compare evaluations of several models",
+        "mgml compare evaluation_of_baseline evaluation_of_mgml -o comparison",
+    ),
+    "report": _Command(
+        "nnunetv2_mgml.commands.report",
+        "one HTML page with tables and figures of an evaluation",
+        "mgml report evaluation_of_mgml -i imagesTr",
+    ),
+    "demo": _Command(
+        "nnunetv2_mgml.commands.demo",
+        "convert, plan, train, predict and evaluate synthetic cases, on a CPU",
+        "mgml demo -o demo",
+    ),
+    "info": _Command(
+        "nnunetv2_mgml.commands.info", "versions, folders, options, fusion designs", "mgml info --options"
+    ),
+}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something: not None, and not the False of a flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
+def overview() -> str:
+    """Return the text of ``mgml --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mgml COMMAND [...]",
+            "",
+            "nnU-Net v2 with missing modalities. COMMAND is one of",
+            "",
+            *lines,
+            "",
+            "mgml COMMAND -h lists the options of a command; mgml --version prints the version.",
+            f"example: {COMMANDS['predict'].example}",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``mgml``.
+
+    Args:
+        argv: arguments without the program name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code; 2 for a mistake in the arguments or the files they name.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"mgml {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: there is no command '{name}'. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    if name in ("train", "predict"):
+        return _run_nnunet_like(name, rest)
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("nnunetv2_mgml").setLevel(logging.INFO)
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(
+        prog=f"mgml {name}",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog=f"example: {command.example}",
+        formatter_class=_HelpFormatter,
+    )
+    module.add_arguments(parser)
+    try:
+        return module.run(parser.parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run_nnunet_like(name: str, arguments: list[str]) -> int:
+    """Run a command that parses ``sys.argv`` itself, as nnU-Net's entry points do."""
+    from nnunetv2_mgml.upstream.registration import add_ext_dir
+
+    add_ext_dir()
+    from_model_folder = name == "predict" and _given("-m", arguments)
+    if not from_model_folder and not _given("-tr", arguments):
+        arguments = [*arguments, "-tr", _TRAINER]
+    sys.argv = [f"mgml {name}", *arguments]
+    module = importlib.import_module(COMMANDS[name].module)
+    if name == "train":
+        module.run_training_entry()
+    else:
+        module.main("predict_entry_point_modelfolder" if from_model_folder else "predict_entry_point")
+    return 0
+
+
+def _given(option: str, arguments: list[str]) -> bool:
+    return any(argument == option or argument.startswith(f"{option}=") for argument in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

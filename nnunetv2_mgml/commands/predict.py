@@ -1,0 +1,170 @@
+"""``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder`` with our flags.
+
+Upstream's own function runs: its parser gets our arguments at the moment it parses, and, when one of them is used, its
+predictor class is exchanged for ours, in this process only. Without them stock behaviour is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from nnunetv2.inference import predict_from_raw_data as upstream
+
+from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
+from nnunetv2_mgml.inference.predictor import MGMLPredictor
+from nnunetv2_mgml.upstream.registration import add_ext_dir
+
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_EXAMPLE = (
+    "Example: nnUNetv2_predict -i IN -o OUT -d 137 -c 3d_fullres -f 0 -tr nnUNetTrainerMGML --missing_modalities t1ce"
+)
+
+
+class _Session:
+    """What one command asked for and made."""
+
+    def __init__(self) -> None:
+        self.args: argparse.Namespace | None = None
+        self.predictor: MGMLPredictor | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.args is not None and (self.args.missing_modalities is not None or self.args.cpu_bfloat16)
+
+    def parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
+        add_arguments(parser)
+        self.args = parser.parse_args()
+        if self.ours:
+            check_folds(self.args.f)
+            check_step_size(self.args.step_size)
+        return self.args
+
+    def build(self, *args: Any, **kwargs: Any) -> MGMLPredictor:
+        assert self.args is not None
+        self.predictor = MGMLPredictor(
+            *args, missing_modalities=self.args.missing_modalities, cpu_bfloat16=self.args.cpu_bfloat16, **kwargs
+        )
+        check_device(self.args.device)
+        # upstream forgets -part_id and -num_parts when -npp 0 -nps 0 make it run without worker processes
+        self.predictor.sequential_part = (getattr(self.args, "part_id", 0), getattr(self.args, "num_parts", 1))
+        return self.predictor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add our arguments to upstream's parser, in a group of their own."""
+    group = parser.add_argument_group("missing modalities (nnunetv2_mgml)", _EXAMPLE)
+    group.add_argument(
+        "--missing_modalities",
+        nargs="+",
+        metavar="NAME",
+        default=None,
+        help="Modalities to do without, by their names in dataset.json (t1 = t1n = t1w, t1ce = t1c = "
+        "t1gd, t2 = t2w, flair = t2f): they count as missing in every case, whether their files "
+        "exist or not. 'auto' goes by the files that exist, case by case. Both may be combined: "
+        "--missing_modalities auto t1ce. Needs a model trained for it (nnUNetTrainerMGML).",
+    )
+    group.add_argument(
+        "--cpu_bfloat16",
+        action="store_true",
+        help="With -device cpu: run the network in bfloat16, faster on CPUs with instructions for it. "
+        "nnUNetv2_predict takes it together with --missing_modalities, mgml predict also alone.",
+    )
+    try:
+        # --c has always been short for --continue_prediction; our --cpu_bfloat16 would make it ambiguous
+        parser.add_argument(
+            "--c", dest="continue_prediction", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    except argparse.ArgumentError:  # predict_from_modelfolder spells it out itself
+        return
+
+
+def main(entry_point_name: str) -> NoReturn:
+    """Run upstream's entry point on the process's arguments, ours among them, and exit.
+
+    The exit code is 0, or with our flags 1 if a case failed (the others are written) and 2 for a user error.
+
+    Args:
+        entry_point_name: ``predict_entry_point`` or ``predict_entry_point_modelfolder``.
+    """
+    add_ext_dir()
+    session = _Session()
+    # the start-up line may have put a function that calls us in its place
+    entry_point = inspect.unwrap(getattr(upstream, entry_point_name))
+    try:
+        with _intercepted(session):
+            entry_point()
+    except KeyboardInterrupt:
+        if not session.ours:
+            raise
+        _fail("interrupted; the cases finished so far are complete", _INTERRUPTED)
+    except (ValueError, FileNotFoundError, AssertionError, RuntimeError) as error:
+        if not session.ours or not _by_user(error, session):
+            raise
+        if session.args is not None and session.args.verbose:
+            traceback.print_exc()
+        _fail(str(error), _USAGE)
+    failures = {} if session.predictor is None else session.predictor.failures
+    if failures:
+        _fail(
+            f"{len(failures)} cases were not predicted:\n" + "\n".join(f"  {text}" for text in failures.values()),
+            _FAILED,
+        )
+    sys.exit(0)
+
+
+@contextmanager
+def _intercepted(session: _Session) -> Iterator[None]:
+    """Let the next parser of this process be ours, and the next predictor if our flags are used."""
+    stock_parse, stock_class = argparse.ArgumentParser.parse_args, upstream.nnUNetPredictor
+    logger = logging.getLogger("nnunetv2_mgml")
+    handler = logging.StreamHandler(sys.stdout)
+
+    def restore() -> None:
+        argparse.ArgumentParser.parse_args, upstream.nnUNetPredictor = stock_parse, stock_class
+
+    @functools.wraps(stock_parse)
+    def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        restore()
+        namespace = session.parse(parser)
+        if session.ours:
+            upstream.nnUNetPredictor = build
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        return namespace
+
+    def build(*args: Any, **kwargs: Any) -> MGMLPredictor:
+        restore()
+        return session.build(*args, **kwargs)
+
+    argparse.ArgumentParser.parse_args = parse_args
+    level = logger.level
+    try:
+        yield
+    finally:
+        restore()
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _by_user(error: Exception, session: _Session) -> bool:
+    """Whether an exception is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
+    started = session.predictor is not None and session.predictor.network is not None
+    return isinstance(error, (ValueError, FileNotFoundError)) or not started
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main("predict_entry_point_modelfolder" if "-m" in sys.argv else "predict_entry_point")

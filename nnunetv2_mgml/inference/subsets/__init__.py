@@ -1,0 +1,1 @@
+"""Predict every subset of every case from one pass of the encoders; knows no score."""

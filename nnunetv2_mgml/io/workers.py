@@ -1,0 +1,117 @@
+"""A small pool of spawned processes in which a job that kills its worker takes no other job with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+
+class WorkerDiedError(RuntimeError):
+    """A job ended its worker process twice, the second time alone in a process of its own."""
+
+
+@dataclass
+class Task:
+    """A submitted job; hand it to `WorkerPool.result`."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    future: Future[Any]
+
+    def succeeded(self) -> bool:
+        """Whether it is over and raised nothing."""
+        return self.future.done() and not self.future.cancelled() and self.future.exception() is None
+
+
+class WorkerPool:
+    """Run picklable functions in spawned processes, or in this one when ``num_workers`` is 0.
+
+    When a worker dies (usually killed by the system for its memory), Python gives up the whole pool. Here each job
+    that was under way is then repeated alone, so that only the job at fault fails. Use it as a context manager; leaving
+    it drops the jobs not yet started and waits for the others.
+
+    Args:
+        num_workers: number of processes.
+        options: command line options that set it, named when a worker dies.
+    """
+
+    def __init__(self, num_workers: int, options: str = "-npp, -nps") -> None:
+        if num_workers < 0:
+            raise ValueError(f"The number of worker processes must be 0 or more, got {num_workers}.")
+        self.num_workers = num_workers
+        self.options = options
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Task:
+        """Start a job. Without workers it runs here and now; its exception is kept for `result` all the same."""
+        if self.num_workers == 0:
+            return Task(function, arguments, _run_here(function, arguments))
+        if self._executor is None:
+            self._executor = _executor(self.num_workers)
+        try:
+            future = self._executor.submit(function, *arguments)
+        except BrokenProcessPool:
+            self._executor = _executor(self.num_workers)
+            future = self._executor.submit(function, *arguments)
+        return Task(function, arguments, future)
+
+    def result(self, task: Task) -> Any:
+        """Wait for a job and return its value.
+
+        Raises:
+            WorkerDiedError: the job ends its process.
+            Exception: what the job raised.
+        """
+        try:
+            return task.future.result()
+        except BrokenProcessPool:
+            pass
+        with _executor(1) as alone:
+            try:
+                return alone.submit(task.function, *task.arguments).result()
+            except BrokenProcessPool as error:
+                raise WorkerDiedError(
+                    f"its worker process died, most likely killed for using too much memory: use fewer processes "
+                    f"({self.options}; 0 works without any). In a script of your own the call must stand under "
+                    f'`if __name__ == "__main__":`'
+                ) from error
+
+
+def _run_here(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:  # handed on by `WorkerPool.result`, as a worker's would be
+        future.set_exception(error)
+    return future
+
+
+def _executor(num_workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group; the main process alone decides what stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when the main process is gone, however it ended
+        os._exit(1)

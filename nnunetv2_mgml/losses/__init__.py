@@ -1,6 +1,0 @@
-"""The training losses (eq. 1-10): `MGMLLoss` is what a trainer calls, one module per equation below it."""
-
-from nnunetv2_mgml.losses.meta_network import MetaNetwork, MetaParameters, build_meta_network
-from nnunetv2_mgml.losses.total import LossTerms, MGMLLoss
-
-__all__ = ["LossTerms", "MGMLLoss", "MetaNetwork", "MetaParameters", "build_meta_network"]

@@ -1,0 +1,38 @@
+"""The option ``reading``: our form of the terms, the paper's text taken literally, or what its code does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnunetv2_mgml.objective.base import OURS, register_options
+from nnunetv2_mgml.plans.options import OptionGroup, Options, option
+
+_ALLOWED = {
+    "soft_label": ("meta_amf", "fixed", "none"),
+    "teaching": ("everywhere",),
+    "rebalancing": ("none",),
+}
+"""What the published readings have of options with choices of ours."""
+
+
+@register_options
+@dataclass(frozen=True)
+class ReadingOptions(OptionGroup):
+    """Which form of the terms is computed."""
+
+    reading: str = option(
+        OURS,
+        "ours; paper: the text taken literally; reference: what the published code does. "
+        "The last two are for reproduction, without soft_label=mean, teaching=better and "
+        "rebalancing",
+        choices=(OURS, "paper", "reference"),
+    )
+
+    def check(self, options: Options) -> None:
+        """Refuse, in a published reading, what was not published."""
+        for name, allowed in _ALLOWED.items() if self.reading != OURS else ():
+            if options.value(name) not in allowed:
+                raise ValueError(
+                    f"{name}={options.value(name)} needs reading=ours; got reading={self.reading}, which "
+                    f"allows {name}={' or '.join(allowed)}."
+                )

@@ -1,0 +1,1 @@
+"""nnU-Net's plans and folders, and the options of ours that they carry."""

@@ -1,0 +1,105 @@
+"""A new patch size for a configuration of nnU-Net's plans, with the network topology nnU-Net's planner gives it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+MIN_FEATURE_MAP = 4
+"""Smallest edge of a bottleneck in voxels (``UNet_featuremap_min_edge_length`` of nnU-Net's planners)."""
+
+MIN_STAGES = 3
+"""With two, deep supervision has one output, and nnU-Net gives the last one weight zero: 0 / 0."""
+
+_NO_LIMIT = 999999
+
+
+def replan(configuration: dict[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
+    """Return the entries of a configuration that another patch size changes.
+
+    Args:
+        configuration: resolved configuration (``inherits_from`` applied); not changed.
+        patch_size: voxels, in the axis order of the plan (that of its spacing).
+
+    Returns:
+        ``patch_size`` and ``architecture``, JSON-ready. Strides, kernels and the number of stages are nnU-Net's for
+        this patch and the plan's spacing. Lists with an entry per stage are cut, or extended: features by their
+        maximum, numbers of convolutions by their last value.
+
+    Raises:
+        ValueError: wrong number of axes, a size the topology cannot divide, or one too small for it.
+    """
+    spacing = configuration["spacing"]
+    if len(patch_size) != len(spacing):
+        raise ValueError(
+            f"patch_size {list(patch_size)} has {len(patch_size)} axes, this configuration has {len(spacing)}."
+        )
+    architecture = copy.deepcopy(configuration["architecture"])
+    kwargs = architecture["arch_kwargs"]
+    missing = sorted({"strides", "kernel_sizes", "features_per_stage", "n_conv_per_stage_decoder"} - set(kwargs))
+    if missing:
+        raise ValueError(
+            f"patch_size can only be changed for U-Nets planned by nnU-Net; the architecture "
+            f"{architecture['network_class_name']} has no {', '.join(missing)}."
+        )
+    strides, kernels, padded = _topology(spacing, patch_size)
+    if padded != list(patch_size):
+        raise ValueError(
+            f"patch_size {list(patch_size)} cannot be divided as its network needs. "
+            f"Nearest allowed size: {nearest_allowed_size(spacing, patch_size)}."
+        )
+    stages = len(strides)
+    if stages < MIN_STAGES:
+        raise ValueError(
+            f"patch_size {list(patch_size)} leaves a network of {stages} stages; at least {MIN_STAGES} "
+            f"are needed: use at least {MIN_FEATURE_MAP * 2 ** (MIN_STAGES - 1)} voxels along the axes "
+            f"of finest spacing."
+        )
+    kwargs.update(n_stages=stages, strides=strides, kernel_sizes=kernels)
+    kwargs["features_per_stage"] = _resize(kwargs["features_per_stage"], stages, max)
+    for key in ("n_conv_per_stage", "n_blocks_per_stage"):
+        if key in kwargs:
+            kwargs[key] = _resize(kwargs[key], stages, _last)
+    kwargs["n_conv_per_stage_decoder"] = _resize(kwargs["n_conv_per_stage_decoder"], stages - 1, _last)
+    return {"patch_size": list(patch_size), "architecture": architecture}
+
+
+def nearest_allowed_size(spacing: Sequence[float], patch_size: Sequence[int]) -> list[int]:
+    """Return an allowed patch size near a wanted one.
+
+    Args:
+        spacing: mm, in the axis order of the patch.
+        patch_size: voxels.
+    """
+    size = list(patch_size)
+    for axis, wanted in enumerate(patch_size):
+        for candidate in sorted(range(1, 2 * max(wanted, MIN_FEATURE_MAP) + 1), key=lambda n: abs(n - wanted)):
+            size[axis] = candidate
+            if _topology(spacing, size)[2][axis] == candidate:
+                break
+    # which axes are halved depends on all of them together, so what fits one by one may need padding after all
+    padded = [_topology(spacing, start)[2] for start in (size, patch_size)]
+    return min(padded, key=lambda p: sum(abs(a - b) for a, b in zip(p, patch_size, strict=True)))
+
+
+def _topology(
+    spacing: Sequence[float],
+    patch_size: Sequence[int],
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Return strides and kernel sizes per stage, and the patch size padded to what they can divide."""
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    _, strides, kernels, padded, _ = get_pool_and_conv_props(spacing, patch_size, MIN_FEATURE_MAP, _NO_LIMIT)
+    return [list(s) for s in strides], [list(k) for k in kernels], [int(n) for n in padded]
+
+
+def _resize(values: Any, length: int, fill: Any) -> Any:
+    if not isinstance(values, (list, tuple)):  # one number for all stages
+        return values
+    values = list(values)
+    return values[:length] + [fill(values)] * (length - len(values))
+
+
+def _last(values: list[int]) -> int:
+    return values[-1]

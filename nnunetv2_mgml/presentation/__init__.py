@@ -1,0 +1,1 @@
+"""Tables, figures, the HTML report and what a network holds inside, for people to look at."""

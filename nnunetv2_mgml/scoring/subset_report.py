@@ -1,0 +1,92 @@
+"""Write ``subset_report.json`` into a model folder: how good the model was on each subset, for predictions to quote.
+
+`inference.subset_quality` reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunetv2_mgml.inference.subset_quality import REPORT_NAME
+from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
+from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.scoring.info import EvaluatedModel, as_json
+from nnunetv2_mgml.scoring.results import Evaluation
+
+_METRIC = "dice"
+
+
+def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Path:
+    """Store mean Dice, spread and number of cases per subset and region in the model folder.
+
+    Args:
+        evaluation: with the metric ``dice``; of validation cases, or predictions are promised too much.
+        model_folder: ``TRAINER__PLANS__CONFIGURATION``.
+
+    Returns:
+        The file written.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the evaluation has no Dice, or is of a model with other modalities.
+    """
+    folder = Path(model_folder)
+    model_json = folder / "dataset.json"
+    if not model_json.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no dataset.json.")
+    channels = channel_names(read_json(model_json))
+    if channels != tuple(evaluation.channels):
+        raise ValueError(
+            f"The evaluation is of modalities {', '.join(evaluation.channels)}, the model of {', '.join(channels)}."
+        )
+    if _METRIC not in evaluation.metrics:
+        raise ValueError(f"The evaluation has no {_METRIC}; evaluate with --metrics {_METRIC} (or the default).")
+    summaries = {region: evaluation.summary(_METRIC, region) for region in evaluation.region_names}
+    info = evaluation.info
+    model = info.model or EvaluatedModel()
+    content = {
+        "folds": model.folds,
+        "checkpoint": model.checkpoint,
+        "mirroring": model.mirroring,
+        "checkpoint_size_and_time_ns": model.checkpoint_size_and_time_ns,
+        "shared_preprocessing": model.shared_preprocessing,
+        "metric": _METRIC,
+        "policy": evaluation.policy,
+        "channels": channels,
+        "min_region_voxels": info.min_region_voxels,
+        "number_of_cases": len(evaluation.cases),
+        "evaluated": as_json(info.source) or None,
+        "created": info.created or None,
+        "versions": info.versions or None,
+        "subsets": {
+            name: {region: summary[name] for region, summary in summaries.items()} for name in evaluation.subset_names
+        },
+    }
+    path = folder / REPORT_NAME
+    write_json(path, content)
+    return path
+
+
+def drop_outdated_report(model_folder: Path | str, fold: int | str) -> bool:
+    """Delete the stored report if it is of this fold with another checkpoint than the folder holds now.
+
+    Returns:
+        Whether it was deleted.
+    """
+    folder = Path(model_folder)
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return False
+    try:
+        content = read_json(path)
+        folds, checkpoint = content.get("folds") or [], content.get("checkpoint")
+        if str(fold) not in folds:
+            return False
+        stamp = (content.get("checkpoint_size_and_time_ns") or [None] * len(folds))[folds.index(str(fold))]
+        now = file_stamp(folder / f"fold_{fold}" / str(checkpoint))
+        outdated = now is None or stamp != now
+    except (ValueError, AttributeError, TypeError, IndexError, OSError):  # damaged
+        outdated = True
+    if outdated:
+        path.unlink()
+    return outdated

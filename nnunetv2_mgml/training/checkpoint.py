@@ -1,0 +1,81 @@
+"""Checkpoints: written whole or not at all, with what only training needs under a key of its own.
+
+``network_weights`` hold the network alone, so that a model file and its use cost what those of the baseline cost. What
+else a resumed training needs (the MetaNetwork, its optimizer, weights of the modalities) lies under `CHECKPOINT_KEY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnunetv2_mgml.io.files import replacing
+from nnunetv2_mgml.training.compatibility import network_differences
+
+if TYPE_CHECKING:
+    from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+
+CHECKPOINT_KEY = "mgml"
+
+
+def save(filename: str, write: Callable[[str], None], training_state: dict[str, Any]) -> None:
+    """Write a checkpoint in one step; a kill at any moment leaves the file that was there before.
+
+    What a killed process had begun goes with the next file written into the same folder (`io.files`).
+
+    Args:
+        filename: where it belongs.
+        write: nnU-Net's own saving, given another name to write to.
+        training_state: what goes under `CHECKPOINT_KEY`; nothing does where it is empty.
+    """
+    with replacing(filename) as temporary:
+        write(str(temporary))
+        if training_state:
+            content = torch.load(temporary, map_location="cpu", weights_only=False)
+            torch.save({**content, CHECKPOINT_KEY: training_state}, temporary)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is asked of a checkpoint beside the weights, which nnU-Net loads."""
+
+    plans: dict[str, Any]
+    """The plans it was trained with."""
+    training_state: dict[str, Any]
+    """What lies under `CHECKPOINT_KEY`; its tensors are still on the disk."""
+
+    @classmethod
+    def read(cls, filename_or_checkpoint: dict[str, Any] | str) -> Stored:
+        """Look into a checkpoint without reading the weights into memory."""
+        content = filename_or_checkpoint
+        if isinstance(content, str):
+            content = torch.load(content, map_location="cpu", weights_only=False, mmap=True)
+        return cls(content["init_args"]["plans"], content.get(CHECKPOINT_KEY) or {})
+
+    def refuse_other_network(self, filename: str, plans: dict[str, Any], configuration: str) -> None:
+        """Raise unless a training's plans build the network of this checkpoint.
+
+        Raises:
+            ValueError: they build another; the message names what differs.
+        """
+        differences = network_differences(self.plans, plans, configuration)
+        if differences:
+            raise ValueError(
+                f"{filename} was trained with another network: {'; '.join(differences)}. Use the plans it was "
+                f"trained with."
+            )
+
+
+@contextmanager
+def without_optimizer_state(trainer: nnUNetTrainerMGML) -> Iterator[None]:
+    """Let nnU-Net load a checkpoint whose optimizer is of another kind, so that its state does not fit."""
+    own, trainer.optimizer = trainer.optimizer, SimpleNamespace(load_state_dict=lambda _: None)
+    try:
+        yield
+    finally:
+        trainer.optimizer = own

@@ -1,0 +1,1 @@
+"""Every place where nnU-Net is bent, one file each."""

@@ -1,0 +1,76 @@
+"""Compare evaluations, paired by case, with the first of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from nnunetv2_mgml.presentation.outputs import write_comparison
+from nnunetv2_mgml.scoring.metrics import get_metric
+from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
+from nnunetv2_mgml.scoring.statistics import compare_evaluations, pairable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRequest:
+    """Which evaluations to compare, and how."""
+
+    folders: Sequence[Path]
+    """Folders that `evaluate` wrote, the baseline first."""
+    names: Sequence[str] | None = None
+    """What they are called in tables; None for the names they have."""
+    metrics: Sequence[str] = ("dice",)
+    common_cases: bool = False
+    """Compare the shared cases where they differ, instead of refusing."""
+    seed: int = 0
+    """Of the bootstrap."""
+    output: Path | None = None
+    """Where tables and figures go; None writes nothing."""
+
+    def __post_init__(self) -> None:
+        if len(self.folders) < 2:
+            raise ValueError("mgml compare needs at least two evaluation folders.")
+        if self.names and len(self.names) != len(self.folders):
+            raise ValueError(f"--names has {len(self.names)} names for {len(self.folders)} folders.")
+        for name in self.metrics:
+            get_metric(name)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of it."""
+
+    table: pd.DataFrame
+    """See `statistics.compare_evaluations`."""
+    evaluations: list[Evaluation]
+    """Reduced to the cases and subsets they share."""
+    no_sheet: str | None = None
+    """Why there is no figure of predictions side by side, where files were written."""
+
+
+def compare_folders(request: ComparisonRequest) -> Comparison:
+    """Compare evaluation folders and, with ``output``, write tables and figures.
+
+    Raises:
+        FileNotFoundError: a folder is no evaluation.
+        ValueError: evaluations that cannot be compared, or two of one name.
+    """
+    evaluations = pairable(_named(request), request.common_cases)
+    table = compare_evaluations(evaluations, request.metrics, seed=request.seed)
+    if request.output is None:
+        return Comparison(table, evaluations)
+    no_sheet = write_comparison(table, evaluations, request.folders, request.output, request.metrics, request.seed)
+    return Comparison(table, evaluations, no_sheet)
+
+
+def _named(request: ComparisonRequest) -> list[Evaluation]:
+    evaluations = [load_evaluation(Path(folder)) for folder in request.folders]
+    names = list(request.names or [e.name for e in evaluations])
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"Two evaluations are called {', '.join(doubles)}; tell them apart with --names.")
+    return [dataclasses.replace(e, name=name) for e, name in zip(evaluations, names, strict=True)]

@@ -1,0 +1,156 @@
+"""The cases a model is evaluated on: of a folder, or the validation cases of its folds."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunetv2_mgml.inference.inputs import Case, find_cases
+from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
+from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.scoring.info import Source
+from nnunetv2_mgml.scoring.sources import file_ending, find_references, load_dataset_json
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledCases:
+    """Images, who predicts them, and the label maps they are scored against."""
+
+    work: tuple[FoldCases, ...]
+    references: dict[str, Path]
+    """Case -> label map; may hold cases that are not predicted."""
+    source: Source
+
+    @property
+    def lasting_source(self) -> Source:
+        """What of the source must not change between two runs: a data set known by its name may be moved."""
+        if self.source.kind == "validation":
+            return dataclasses.replace(self.source, images=None, labels=None)
+        return self.source
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        cases = [case for part in self.work for case in part.cases]
+        labels = [self.references[case.name] for case in cases]
+        return [*labels, *(Path(file) for case in cases for file in case.files.values())]
+
+
+def folder_cases(
+    images: Path, labels: Path, folds: tuple[int | str, ...], dataset_json: dict[str, Any], allow_missing: bool
+) -> LabelledCases:
+    """Return the cases of a folder that have labels, for an ensemble of folds.
+
+    Args:
+        images: folder of ``<case>_XXXX<ending>``.
+        labels: folder of ``<case><ending>``.
+        folds: the ensemble.
+        dataset_json: the model's dataset.json.
+        allow_missing: leave out label maps without images instead of refusing.
+
+    Raises:
+        FileNotFoundError: no case with a label map, or label maps without images.
+    """
+    ending = file_ending(dataset_json)
+    cases = {case.name: case for case in find_cases(images, ending, channel_names(dataset_json))}
+    references = find_references(labels, ending)
+    labelled = tuple(case for name, case in cases.items() if name in references)
+    if not labelled:
+        raise FileNotFoundError(
+            f"No case of {images} has a label map in {labels}: found images of "
+            f"{', '.join(sorted(cases)[:5])} and labels of {', '.join(sorted(references)[:5])}."
+        )
+    lonely = sorted(set(references) - set(cases))
+    if lonely and not allow_missing:
+        raise FileNotFoundError(
+            f"{len(lonely)} label maps of {labels} have no images in {images}: "
+            f"{', '.join(lonely[:10])}. Add them, or leave these cases out with --allow_missing."
+        )
+    without = sorted(set(cases) - set(references))
+    if without:
+        _log.warning("%d cases have no label map and are not evaluated: %s.", len(without), ", ".join(without[:10]))
+    source = Source("folder", images=images.resolve(), labels=labels.resolve())
+    return LabelledCases((FoldCases(folds, labelled),), references, source)
+
+
+def validation_cases(dataset: str, folds: Sequence[int | str], dataset_json: dict[str, Any]) -> LabelledCases:
+    """Return the validation cases of folds, each for its own model, from nnU-Net's folders.
+
+    Args:
+        dataset: name or number of the data set.
+        folds: numbers of folds.
+        dataset_json: the model's dataset.json.
+
+    Raises:
+        FileNotFoundError: no splits, or images that are not there.
+        ValueError: nnU-Net's folders are not set, or a fold that does not exist.
+    """
+    dataset = dataset_name(dataset)
+    for variable, value in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
+        if not value:
+            raise ValueError(
+                f"Validation cases are found through {variable}, which is not set. Set it, or evaluate a "
+                f"folder with -i and -l."
+            )
+    raw, file = Path(nnUNet_raw) / dataset, Path(nnUNet_preprocessed) / dataset / "splits_final.json"
+    splits = read_json(file)
+    known = _raw_cases(raw, dataset_json)
+    work = []
+    for fold in folds:
+        if int(fold) >= len(splits):
+            raise ValueError(f"{file} has folds 0 to {len(splits) - 1}, not {fold}.")
+        names = sorted(splits[int(fold)]["val"])
+        absent = [name for name in names if name not in known]
+        if absent:
+            raise FileNotFoundError(
+                f"{len(absent)} validation cases of fold {fold} are not in {raw}: {', '.join(absent[:10])}."
+            )
+        work.append(FoldCases((fold,), tuple(known[name][0] for name in names)))
+    source = Source("validation", dataset, tuple(map(str, folds)), *_raw_folders(raw))
+    return LabelledCases(tuple(work), {name: reference for name, (_, reference) in known.items()}, source)
+
+
+def dataset_name(text: str) -> str:
+    """Return a data set's name from its name or number. Raises ValueError where there is none."""
+    try:
+        return str(maybe_convert_to_dataset_name(int(text) if text.isdigit() else text))
+    except RuntimeError as error:
+        raise ValueError(f"There is no data set '{text}': {error}") from error
+
+
+def _raw_folders(folder: Path) -> tuple[Path | None, Path | None]:
+    """Return where images and labels lie, for `report`; None where dataset.json lists files one by one."""
+    if "dataset" in load_dataset_json(folder / "dataset.json"):
+        return None, None
+    return (folder / "imagesTr").resolve(), (folder / "labelsTr").resolve()
+
+
+def _raw_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[Case, Path]]:
+    """Return case name -> (case, label map) of a raw data set, whichever of nnU-Net's two layouts it has."""
+    raw_json = load_dataset_json(folder / "dataset.json")
+    ending = file_ending(dataset_json)
+    if "dataset" not in raw_json:
+        cases = find_cases(folder / "imagesTr", ending, channel_names(dataset_json))
+        return {case.name: (case, folder / "labelsTr" / f"{case.name}{ending}") for case in cases}
+
+    def absolute(path: str) -> str:
+        return str((folder / os.path.expandvars(path)).resolve())
+
+    return {
+        name: (
+            Case(name, {c: absolute(path) for c, path in enumerate(entry["images"])}),
+            Path(absolute(entry["label"])),
+        )
+        for name, entry in raw_json["dataset"].items()
+    }

@@ -1,0 +1,156 @@
+"""The ablation of `benchmarks/ablation`: its settings are valid, and its tables say what the result files say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from fusion_cases import own_designs
+
+from nnunetv2_mgml.commands.plan import NNUNET_KEYS
+from nnunetv2_mgml.ext import mgml_trainers
+from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets, subset_name
+from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.phantom import Difficulty
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
+MODULES = ("settings", "data", "collect", "pages", "figure", "report", "run")
+SUBSETS = [subset_name(subset, BRATS_CHANNELS) for subset in all_subsets(4)]
+
+
+@pytest.fixture
+def ablation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """The scripts as modules, with an empty results folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    loaded = {name: importlib.import_module(name) for name in MODULES}
+    monkeypatch.setattr(loaded["settings"], "RESULTS", tmp_path)
+    yield SimpleNamespace(**loaded, folder=tmp_path)
+    for name in MODULES:
+        del sys.modules[name]
+
+
+def finish(ablation: SimpleNamespace, run: Any, dice: np.ndarray) -> None:
+    """Write a result file; ``dice`` (regions, subsets, cases) in 0 to 1."""
+    regions = ("whole_tumor", "tumor_core", "enhancing_tumor")
+    subsets = run.subsets or SUBSETS
+    content = {
+        "resolved": run.resolved,
+        "hours": {"training": 0.1, "evaluation": 0.01},
+        "commit": "0" * 40,
+        "code_changed": False,
+        "versions": {"torch": "2"},
+        "dice": {r: {s: list(map(float, dice[i, j])) for j, s in enumerate(subsets)} for i, r in enumerate(regions)},
+    }
+    run.file.parent.mkdir(parents=True, exist_ok=True)
+    run.file.write_text(json.dumps(content))
+
+
+def test_settings_are_valid(ablation: SimpleNamespace) -> None:
+    settings = ablation.settings.read_settings()
+    runs = ablation.settings.all_runs(settings)
+    assert len({run.file for run in runs}) == len(runs) == len({run.name for run in runs})
+    for run in runs:
+        Options().updated({k: v for k, v in run.options.items() if k not in NNUNET_KEYS})
+        assert hasattr(mgml_trainers, run.trainer), run.trainer
+        assert run.design in fusion_designs()
+    Difficulty(**settings["datasets"]["phantom"]["difficulty"])
+    counts = list(map(int, settings["datasets"]["phantom"]["split"].split(":")))
+    assert sum(counts) == settings["datasets"]["phantom"]["cases"]
+    assert counts[0] >= 60
+    assert counts[2] >= 40
+    with pytest.raises(ValueError, match="Allowed: main"):
+        ablation.settings.all_runs(settings, ["mian"])
+
+
+def test_a_result_counts_only_for_the_settings_it_was_made_with(ablation: SimpleNamespace) -> None:
+    settings = ablation.settings.read_settings()
+    run = ablation.settings.all_runs(settings, ["main"])[0]
+    assert not run.finished()
+    finish(ablation, run, np.zeros((3, 15, 4)))
+    assert run.finished()
+    assert [r.run.name for r in ablation.collect.finished(settings)] == [run.name]
+    content = json.loads(run.file.read_text())
+    for config, finished in (({"an_option": 1}, False), ({"temperature": None}, False), ({}, True)):
+        stored = {**content["resolved"], "config": {**content["resolved"]["config"], **config}}
+        run.file.write_text(json.dumps({**content, "resolved": stored}))
+        assert run.finished() == finished
+    del stored["config"]["temperature"]  # as if that option had come later
+    run.file.write_text(json.dumps({**content, "resolved": stored}))
+    assert run.finished()
+    run.file.write_text(json.dumps(content))
+    assert not replace(run, options={**run.options, "temperature": 3.0}).finished()
+    assert not replace(run, dataset_settings={**run.dataset_settings, "seed": 1}).finished()
+
+
+def test_difference_is_paired_by_seed_and_case(ablation: SimpleNamespace) -> None:
+    settings = ablation.settings.read_settings()
+    for run in ablation.settings.all_runs(settings, ["main"]):
+        if run.variant in ("baseline", "mgml") and run.seed < 2:
+            dice = np.random.default_rng(run.seed).random((3, 15, 4)) * 0.5
+            finish(ablation, run, dice + (0.01 * (run.seed + 1) if run.variant == "mgml" else 0))
+    results = ablation.collect.finished(settings)
+    first, second = (ablation.collect.select(results, "main", variant=v) for v in ("baseline", "mgml"))
+    change = ablation.collect.difference(first, second)
+    assert change.per_seed == pytest.approx((1, 2))
+    assert (change.mean, change.low, change.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert change.regions == pytest.approx({"WT": 1.5, "TC": 1.5, "ET": 1.5})
+    assert set(change.subsets) == set(SUBSETS)
+    assert ablation.collect.difference(first[:1], second[1:]) is None
+    values = ablation.collect.statistics(second)
+    means = [r.dice.mean() for r in second]
+    assert values["mean"] == pytest.approx(np.mean(means))
+    assert values["sd"] == pytest.approx(np.std(means, ddof=1))
+
+
+def test_summary_and_page(ablation: SimpleNamespace) -> None:
+    settings = ablation.settings.read_settings()
+    assert "No finished runs yet." in ablation.pages.page(settings, [])
+    for number, run in enumerate(ablation.settings.all_runs(settings)):
+        cases = 3 if run.dataset_settings["kind"] == "real" else 4
+        finish(ablation, run, np.full((3, len(run.subsets or SUBSETS), cases), 0.5 + 0.001 * number))
+    results = ablation.collect.finished(settings)
+    summary = ablation.report.summary(settings, results)
+    assert set(summary) == set(own_designs()), "every design is in benchmarks/ablation/settings.json"
+    assert set(summary["region_aware"]) == set(settings["variants"])
+    assert set(summary["region_aware"]["mgml"]) == {"mean", "sd", "seeds", "WT", "TC", "ET"}
+    assert summary["region_aware"]["baseline"]["seeds"] >= 3
+    page = ablation.pages.page(settings, results)
+    assert "No finished runs" not in page
+    assert all(f"`{name}`" in page for name in (*settings["variants"], *own_designs()))
+    assert "`teaching=better`" in page
+    assert "`fusion_options={'grid': 4}`" in page
+    weights = page.split("| complete_view_weight |")[1].split("\n\n")[0]
+    assert [line.split(" | ")[0] for line in weights.splitlines()[2:]] == ["| 0", "| 0.1", "| 0.3", "| 1"]
+    ablation.figure.draw(results, ablation.folder / "figure.png")
+    assert (ablation.folder / "figure.png").stat().st_size > 10_000
+
+
+def test_only_one_subset_is_seen(ablation: SimpleNamespace) -> None:
+    from nnunetv2_mgml.dataloading.masking import build_sampler
+
+    sampler = build_sampler(Options().updated(ablation.settings.only("t1+t2")).sampling, BRATS_CHANNELS)
+    rng = np.random.default_rng(0)
+    drawn = sampler.sample(np.ones((200, 4), bool), rng)
+    assert (drawn == [True, False, True, False]).all()
+
+
+def test_resampling_keeps_extent_and_labels(ablation: SimpleNamespace) -> None:
+    rng = np.random.default_rng(0)
+    labels = sitk.GetImageFromArray(rng.choice([0, 1, 2, 4], (15, 24, 24)).astype(np.uint8))
+    image = sitk.GetImageFromArray(np.full((15, 24, 24), 100, np.int16))
+    half = ablation.data.resampled(labels, (2, 2, 2), labels=True)
+    assert half.GetSize() == (12, 12, 8)
+    assert half.GetSpacing() == (2, 2, 2)
+    assert set(np.unique(sitk.GetArrayFromImage(half))) == {0, 1, 2, 4}
+    smooth = sitk.GetArrayFromImage(ablation.data.resampled(image, (2, 2, 2), labels=False))
+    assert np.allclose(smooth[1:-1], 100, atol=1)

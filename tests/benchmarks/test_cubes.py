@@ -1,0 +1,297 @@
+"""The trainings on the cubes: what they draw, how they are scored, and a run from the command line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_mgml.dataloading.masking import SubsetSampler
+from nnunetv2_mgml.modalities import all_subsets
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+MODULES = (
+    "step",
+    "cubes_variants",
+    "cubes_data",
+    "cubes_scores",
+    "cubes_training",
+    "cubes_table",
+    "cubes_work",
+    "cubes",
+)
+SMALL = "patch=16,stages=3"
+
+
+@pytest.fixture
+def cubes(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The scripts as modules."""
+    for folder in (FOLDER, FOLDER / "ablation"):
+        monkeypatch.syspath_prepend(str(folder))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as ``MGML_REAL_DATA`` names it, with 24 made-up patients of 20^3 voxels."""
+    root = tmp_path_factory.mktemp("real")
+    rng = np.random.default_rng(0)
+    labels = np.zeros((24, 20, 20, 20), np.uint8)
+    for label, edge in ((2, 12), (1, 8), (4, 4)):
+        labels[:, 10 - edge // 2 : 10 + edge // 2, 4 : 4 + edge, 4 : 4 + edge] = label
+    images = rng.integers(1, 60, (24, 4, 20, 20, 20)) + 40 * labels[:, None]
+    images[:, :, :2] = 0
+    (root / "brats2020_cubes").mkdir()
+    names = np.array([f"patient_{n:03}" for n in range(24)])
+    np.savez(root / "brats2020_cubes" / "cubes.npz", images=images.astype(np.uint8), labels=labels, patients=names)
+    return root
+
+
+def test_cubes_are_normalised_inside_the_brain(cubes: SimpleNamespace, folder: Path) -> None:
+    read = cubes.cubes_data.read_cubes(folder / "brats2020_cubes" / "cubes.npz")
+    assert read.images.shape == (24, 4, 20, 20, 20)
+    assert (read.images[:, :, :2] == 0).all()
+    inside = read.images[:, :, 2:].flatten(2)
+    assert torch.allclose(inside.mean(2), torch.zeros(24, 4), atol=1e-4)
+    assert torch.allclose(inside.std(2), torch.ones(24, 4), atol=1e-2)
+    assert [int(n) for n in read.regions[0].flatten(1).sum(1)] == [12**3, 8**3, 4**3]
+
+
+def test_split_depends_on_names_and_seed_alone(cubes: SimpleNamespace) -> None:
+    names = [f"patient_{n:03}" for n in range(288)]
+    parts = cubes.cubes_data.split(names)
+    assert {part: len(cases) for part, cases in parts.items()} == {"test": 60, "validation": 36, "train": 192}
+    assert sorted(case for cases in parts.values() for case in cases) == list(range(288))
+    backwards = cubes.cubes_data.split(names[::-1])
+    assert {names[::-1][case] for case in backwards["test"]} == {names[case] for case in parts["test"]}
+    assert cubes.cubes_data.split(names, seed=1) != parts
+
+
+def test_longer_trainings_begin_with_the_same_draws(cubes: SimpleNamespace) -> None:
+    sampler = SubsetSampler("uniform_subset", (0.5,) * 4)
+    short, long = (cubes.cubes_data.draw([3, 5, 8], steps, 2, 16, 20, sampler, seed=4) for steps in (10, 25))
+    assert all(torch.equal(one, two[:10]) for one, two in zip(short, long, strict=True))
+    assert set(long.case.flatten().tolist()) == {3, 5, 8}
+    assert long.visible.any(2).all()
+    assert (long.start >= 0).all()
+    assert (long.start <= 4).all()
+
+
+def test_patches_are_flipped_and_scaled_inside_the_brain(cubes: SimpleNamespace) -> None:
+    images = torch.arange(2 * 4 * 5**3).reshape(2, 4, 5, 5, 5).float()
+    images[0, :, 4] = 0
+    data = cubes.cubes_data.Cubes(images, images[:, :3] % 7 == 0, ["a", "b"])
+    draws = cubes.cubes_data.Draws(
+        torch.tensor([0, 1]),
+        torch.tensor([[1, 0, 2], [0, 1, 1]]),
+        torch.tensor([[True, False, True], [False, True, False]]),
+        torch.tensor([[2.0] * 4, [1.0] * 4]),
+        torch.tensor([[1.0] * 4, [0.0] * 4]),
+        torch.ones(2, 4, dtype=torch.bool),
+    )
+    patches, regions = cubes.cubes_data.cut(data, draws, 3)
+    first = images[0, :, 1:4, 0:3, 2:5].flip(1, 3)
+    assert torch.equal(patches[0], torch.where(first != 0, 2 * first + 1, 0))
+    assert torch.equal(patches[1], images[1, :, 0:3, 1:4, 1:4].flip(2))
+    assert torch.equal(regions[1], data.regions[1, :, 0:3, 1:4, 1:4].flip(2))
+    whole, _ = cubes.cubes_data.cut(data, draws._replace(start=torch.zeros(2, 3, dtype=torch.int64)), 5)
+    assert (whole[0, :, 0] == 0).all(), "outside the brain stays zero"
+
+
+def test_dice_follows_the_rules(cubes: SimpleNamespace) -> None:
+    scores = cubes.cubes_scores
+    logits = torch.full((1, 3, 4, 4, 4), -1.0)
+    logits[0, 2, 0, 0, :3] = 1  # three voxels of enhancing tumour: none
+    predicted = scores.to_regions(logits)
+    assert predicted.sum((2, 3, 4)).tolist() == [[3, 3, 0]]
+    logits[0, 2, 0, 0, 3] = 1
+    assert scores.to_regions(logits).sum((2, 3, 4)).tolist() == [[4, 4, 4]]
+    empty, some = torch.zeros(4, 4, 4, dtype=torch.bool), predicted[0, 0]
+    assert scores.dice_of(empty, empty) == 1
+    assert scores.dice_of(some, empty) == 0
+    assert scores.dice_of(some, some | (torch.arange(64) == 63).reshape(4, 4, 4)) == pytest.approx(6 / 7)
+
+
+def test_inversions_count_nested_pairs(cubes: SimpleNamespace) -> None:
+    subsets = all_subsets(4)
+    counts = np.array([sum(subset) for subset in subsets])
+    rising = np.broadcast_to(counts / 10, (3, 2, 15)).swapaxes(1, 2)
+    assert cubes.cubes_scores.inversions(rising, subsets, 0.01) == 0
+    assert cubes.cubes_scores.inversions(1 - rising, subsets, 0.01) == 100
+    assert cubes.cubes_scores.inversions(1 - rising / 50, subsets, 0.01) == 0, "less than a point"
+    assert cubes.cubes_scores.inversions(1 - rising / 50, subsets, 0) == 100
+    assert cubes.cubes_scores.inversions(rising[:, :1], subsets[:1], 0) is None
+    told = cubes.cubes_scores.summary(rising, subsets)
+    assert told["by_count"] == {"1": 10, "2": 20, "3": 30, "4": 40}
+    assert told["mean"] == pytest.approx(1000 * counts.mean() / 100, abs=1e-3)
+
+
+def test_variants(cubes: SimpleNamespace) -> None:
+    run = cubes.cubes_variants.Run("baseline:learning_rate=0.005,only=t1+flair,temperature=3", 1, 100)
+    assert (run.training["learning_rate"], run.training["only"]) == (0.005, "t1+flair")
+    assert run.options["temperature"] == 3
+    assert run.options["soft_label"] == "none"
+    assert run.subsets == [(True, False, False, True)]
+    assert run.file_name() == "baseline_learning_rate_0.005_only_t1+flair_temperature_3__100__seed1.json"
+    assert cubes.cubes_variants.Run("mgml", 1, 100).file_name(equal_time=True) == "mgml__100_equal_time__seed1.json"
+    with pytest.raises(ValueError, match="Allowed: modality_dropout, baseline"):
+        _ = cubes.cubes_variants.Run("basline", 0, 1).training
+
+
+def finished(cubes: SimpleNamespace, variant: str, seed: int, values: np.ndarray, **more: Any) -> dict[str, Any]:
+    """A result with Dice ``(R, S, N)`` in [0, 1] on test patients."""
+    subsets = all_subsets(4)
+    told = {"test": cubes.cubes_scores.summary(values, subsets), "dice": cubes.cubes_scores.cases_of(values, subsets)}
+    base = {"nominal_steps": 100, "steps": 100, "equal_time": None, "seconds_per_step_alone": 0.0123, "device": "CPU"}
+    return {"variant": variant, "seed": seed, **base, **told, **more}
+
+
+def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
+    rng = np.random.default_rng(0)
+    baselines = [rng.random((3, 15, 8)) * 0.9 for _ in range(3)]
+    results = [finished(cubes, "baseline", seed, values) for seed, values in enumerate(baselines)]
+    better = [values + 0.01 * (seed + 1) for seed, values in enumerate(baselines[:2])]
+    results += [finished(cubes, "mgml", seed, values) for seed, values in enumerate(better)]
+    results.append(finished(cubes, "mgml", 0, better[0], equal_time="baseline", steps=80))
+    text = cubes.cubes_table.tables(results, "test")
+    same_steps, same_time = text.split("The time of 100 steps of baseline, test patients")
+    row = next(line for line in same_steps.splitlines() if line.startswith("| `mgml`"))
+    assert row.endswith("| 2 | 100 | 12.3 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
+    assert " | 80 | 12.3 | - | - | - |" in same_time, "the baseline of another budget is none"
+    assert "No finished runs yet" in cubes.cubes_table.tables(results, "validation")
+
+
+def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace, folder: Path) -> None:
+    data = cubes.cubes_data.read_cubes(folder / "brats2020_cubes" / "cubes.npz")
+    run = cubes.cubes_variants.Run(f"mgml:{SMALL}", 0, 6)
+    first = cubes.cubes_training.Training(run, data, range(20))
+    first.advance(6)
+    second = cubes.cubes_training.Training(run, data, range(20))
+    second.advance(6)
+    assert torch.equal(first.losses, second.losses)
+    assert first.losses[-1] < first.losses[0]
+    assert float(first.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.002 * (1 / 6) ** 0.9)
+
+
+class FakeGenerator:
+    """Has the interface of a GPU's generator."""
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator()
+
+    def manual_seed(self, seed: int) -> None:
+        pass
+
+    def graphsafe_get_state(self) -> FakeGenerator:
+        return self
+
+    def graphsafe_set_state(self, state: FakeGenerator) -> None:
+        pass
+
+
+class FakeStream(str):
+    """Does nothing."""
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+class FakeEvent:
+    """Of work that is done at once."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch, cubes: SimpleNamespace) -> list[Any]:
+    """CUDA's graphs and streams replaced: a replay does the step again, on the CPU. Returns what was replayed."""
+    captured: list[Any] = []
+    replayed: list[Any] = []
+
+    class FakeGraph:
+        def replay(self) -> None:
+            replayed.append(self.training)
+            self.training._step()
+
+    @contextmanager
+    def capture(graph: FakeGraph, stream: Any) -> Iterator[None]:
+        assert stream == "stream"
+        captured.append(graph)
+        yield
+
+    plain = cubes.cubes_training.Training._capture
+
+    def capture_of(training: Any) -> None:
+        plain(training)
+        captured[-1].training = training
+        training.counter.sub_(1)  # a capture does nothing
+
+    fakes = {
+        "Stream": lambda device: FakeStream("stream"),
+        "current_stream": lambda device: None,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "graph": capture,
+        "Event": FakeEvent,
+        "default_generators": [FakeGenerator()],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(cubes.cubes_training.Training, "_capture", capture_of)
+    return replayed
+
+
+def test_runs_side_by_side_as_graphs(
+    cubes: SimpleNamespace, graphs: list[Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGML_REAL_DATA", str(folder))
+    monkeypatch.setattr(
+        cubes.cubes_work, "seconds_per_step", lambda training: (training.advance(1), len(training.run.name))[1]
+    )
+    names = [f"baseline:{SMALL}", f"modality_dropout:{SMALL}", f"no_such_thing:{SMALL}"]
+    arguments = ["--steps", "12", "--points", "3", "--seconds", "1000", "--equal_time", names[0]]
+    args = cubes.cubes.parser().parse_args(["--how", "graph", "--part", str(tmp_path / "part.json"), *arguments])
+    args.deadline = time.time() + 1000
+    runs = [cubes.cubes_variants.Run(name, 0, 12) for name in names]
+    assert cubes.cubes_work.work(args, runs) == 1, "one of the runs cannot be done"
+    one, two = json.loads((tmp_path / "part.json").read_text())
+    assert (one["finished"], two["finished"]) == (True, True)
+    assert (one["how"], two["how"]) == ("graph", "graph")
+    assert (one["steps"], two["steps"]) == (12, round(12 * len(names[0]) / len(names[1])))
+    assert [point["step"] for point in one["curve"]] == [7, 8, 12], "the first point was passed before"
+    assert len(graphs) == one["steps"] + two["steps"] - 2 * 6, "six steps each come before the capture"
+
+
+def test_one_run_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "ablation" / "cubes.py"), "--variants", f"mgml:{SMALL}"]
+    command += [f"modality_dropout:{SMALL},only=t1ce+flair", "--steps", "8", "--points", "2", "--test"]
+    command += ["--output", str(tmp_path), "--parts_only", "--again", "--parallel", "1", "--seconds", "300"]
+    subprocess.run(command, check=True, env={**os.environ, "MGML_REAL_DATA": str(folder)})
+    ours, stock = (json.loads((tmp_path / f"part_{n}.json").read_text())[0] for n in range(2))
+    for content in (ours, stock):
+        assert content["finished"]
+        assert [point["step"] for point in content["curve"]] == [4, 8]
+        assert content["split"] == {"seed": 2026, "test": 5, "validation": 3, "train": 16}
+        assert content["validation"]["mean"] == pytest.approx(content["curve"][-1]["mean"])
+    assert set(ours["dice"]) == {"whole_tumor", "tumor_core", "enhancing_tumor"}
+    assert all(len(subsets) == 15 for subsets in ours["dice"].values())
+    assert all(len(values) == 5 for subsets in ours["dice"].values() for values in subsets.values())
+    assert list(stock["dice"]["whole_tumor"]) == ["t1ce+flair"]

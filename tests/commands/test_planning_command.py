@@ -1,0 +1,247 @@
+"""`mgml plan` as a command: files it writes, presets, what it says, errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from builders import options_with
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from planning_cases import DATASET, plans_that_inherit, resolved
+
+from nnunetv2_mgml.commands import plan as planning
+from nnunetv2_mgml.objective import Options
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    planning.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("nnunet")
+    plans_that_inherit(root)
+    return root / "preprocessed" / DATASET
+
+
+@pytest.fixture
+def folder(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the planned dataset, the only one in nnUNet_preprocessed."""
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    return Path(shutil.copytree(planned, tmp_path / DATASET))
+
+
+def test_command_writes_plans_nnunet_reads(folder, capsys):
+    before = (folder / "nnUNetPlans.json").read_bytes()
+    options = ["fusion=mean", "patch_size=64x64x48", "batch_dice=true"]
+    assert planning.run(parse("-d", "137", "--set", *options, "--set", "num_epochs=3")) == 0
+    out = capsys.readouterr().out
+    assert str(folder / "nnUNetMGMLPlans.json") in out
+    assert "nnUNetv2_train 137 3d_fullres 0 -tr nnUNetTrainerMGML -p nnUNetMGMLPlans" in out
+    assert (folder / "nnUNetPlans.json").read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "nnUNetMGMLPlans.json",
+        "nnUNetPlans.json",
+    ]
+    manager = PlansManager(str(folder / "nnUNetMGMLPlans.json"))
+    configuration = manager.get_configuration("3d_fullres")
+    assert (manager.plans_name, configuration.patch_size) == ("nnUNetMGMLPlans", [64, 64, 48])
+    assert configuration.batch_dice is True
+    assert configuration.data_identifier == "nnUNetPlans_3d_fullres"
+    assert Options.from_plans(manager.plans) == options_with(fusion="mean", num_epochs=3)
+
+
+def test_paper_preset_and_set_over_it(folder):
+    planning.run(parse("-d", DATASET, "--preset", "paper", "--set", "seed=7"))
+    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+    assert Options.from_plans(plans) == options_with(
+        optimizer="adam",
+        initial_lr=2e-4,
+        weight_decay=1e-4,
+        num_epochs=900,
+        num_iterations_per_epoch=150,
+        seed=7,
+        augmentation="paper",
+        deterministic=True,
+        complete_view_weight=0.0,
+    )
+    configuration = plans["configurations"]["3d_fullres"]
+    assert (configuration["patch_size"], configuration["batch_size"]) == ([80, 80, 80], 1)
+    assert configuration["architecture"]["arch_kwargs"]["n_stages"] == 5
+
+
+def test_preset_nnunet_takes_the_paper_back(folder):
+    """All that the paper preset set, patch and architecture included; what it did not set stays."""
+    stock = json.loads((folder / "nnUNetPlans.json").read_text())
+    planning.run(
+        parse("-d", DATASET, "--preset", "paper", "-c", "3d_fullres", "3d_bs4", "3d_small", "--set", "fusion=mean")
+    )
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "temperature=3"))
+    kept = Options.from_plans(json.loads((folder / "nnUNetMGMLPlans.json").read_text()))
+    assert (kept.training.optimizer, kept.training.seed) == ("adam", 1024)  # no preset: what the plans have
+    planning.run(
+        parse(
+            "-d",
+            DATASET,
+            "-p",
+            "nnUNetMGMLPlans",
+            "--preset",
+            "nnunet",
+            "-c",
+            "3d_fullres",
+            "3d_bs4",
+            "3d_small",
+            "--set",
+            "batch_size=3",
+        )
+    )
+    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+    assert Options.from_plans(plans) == options_with(fusion="mean", temperature=3.0)
+    for name in ("3d_fullres", "3d_bs4", "3d_small"):
+        assert resolved(plans, name) == {**resolved(stock, name), "batch_size": 3}
+
+
+def test_preset_nnunet_finds_the_plans_it_started_from(folder):
+    (folder / "nnUNetPlans.json").rename(folder / "nnUNetResEncUNetMPlans.json")
+    content = json.loads((folder / "nnUNetResEncUNetMPlans.json").read_text())
+    (folder / "nnUNetResEncUNetMPlans.json").write_text(json.dumps({**content, "plans_name": "nnUNetResEncUNetMPlans"}))
+    planning.run(parse("-d", DATASET, "-p", "nnUNetResEncUNetMPlans", "--preset", "paper"))
+    for name in ("A", "B"):
+        planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--plans_name", name, "--preset", "nnunet"))
+        plans = json.loads((folder / f"{name}.json").read_text())
+        assert resolved(plans, "3d_fullres") == resolved(content, "3d_fullres")
+    (folder / "nnUNetResEncUNetMPlans.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*nnUNetResEncUNetMPlans\.json"):
+        planning.run(parse("-d", DATASET, "-p", "A", "--preset", "nnunet"))
+
+
+def test_paper_preset_in_2d_says_what_to_do(folder):
+    own = "x".join(map(str, resolved(json.loads((folder / "nnUNetPlans.json").read_text()), "2d")["patch_size"]))
+    with pytest.raises(ValueError, match=rf"configuration 2d has 2 axes.*--set patch_size={own}; or choose a 3D"):
+        planning.run(parse("-d", DATASET, "--preset", "paper", "-c", "2d"))
+    assert planning.run(parse("-d", DATASET, "--preset", "paper", "-c", "2d", "--set", f"patch_size={own}")) == 0
+    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+    assert resolved(plans, "2d")["batch_size"] == 1
+
+
+def test_a_seeded_plan_says_what_exact_repetition_needs(folder, capsys):
+    planning.run(parse("-d", DATASET))
+    assert "exact repetition" not in capsys.readouterr().out
+    planning.run(parse("-d", DATASET, "--preset", "paper"))
+    assert capsys.readouterr().out.count("exact repetition needs nnUNet_n_proc_DA=0") == 1
+
+
+def test_help_tells_the_paper_preset(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "augmentation=paper, complete_view_weight=0.0, seed=1024, deterministic=True" in said
+    assert "rotation up to 10 degrees, intensity scale and shift 0.1, flips" in said
+    assert "stays nnU-Net's" not in said
+
+
+def test_written_plans_build_the_network(folder):
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    planning.run(parse("-d", DATASET, "-c", "3d_fullres", "2d", "--set", "batch_size=3"))
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "patch_size=16x16x16"))
+    manager = PlansManager(str(folder / "nnUNetMGMLPlans.json"))
+    configuration = manager.get_configuration("3d_fullres")
+    assert (configuration.batch_size, manager.get_configuration("2d").batch_size) == (3, 3)
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        4,
+        3,
+        deep_supervision=True,
+    )
+    assert isinstance(network, PlainConvUNet)
+    import torch
+
+    outputs = network(torch.zeros(1, 4, *configuration.patch_size))
+    assert [tuple(o.shape[2:]) for o in outputs] == [(16,) * 3, (8,) * 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ([], ValueError, "-d is missing"),
+        (["-d", "tumour"], ValueError, "neither a dataset id"),
+        (["-d", "9"], FileNotFoundError, f"no dataset 9 .*{DATASET}.*nnUNetv2_plan_and_preprocess -d 9 first"),
+        (
+            ["-d", "137", "-p", "Other"],
+            FileNotFoundError,
+            "Other.json .*nnUNetPlans.*nnUNetv2_plan_and_preprocess first",
+        ),
+        (["-d", "137", "-c", "3d_lowres"], ValueError, "no configuration 3d_lowres. Allowed: 2d, 3d_fullres"),
+        (
+            ["-d", "137", "--plans_name", "nnUNetPlans"],
+            ValueError,
+            r"nnUNetPlans would overwrite .*nnUNetPlans\.json.*nnU-Net's own plans.*such as nnUNetPlans_MGML",
+        ),
+        (["-d", "137", "--set", "seed"], ValueError, "key=value"),
+    ],
+)
+def test_command_errors(folder, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        planning.run(parse(*arguments))
+    assert not (folder / "nnUNetMGMLPlans.json").exists()
+
+
+@pytest.mark.parametrize("source", ["nnUNetPlans", "nnUNetMGMLPlans"])
+@pytest.mark.parametrize(
+    "name", ["nnUNetPlans", "nnUNetResEncUNetMPlans", "dataset", "dataset_fingerprint", "splits_final"]
+)
+def test_files_of_others_are_not_overwritten(folder, source, name):
+    """Whatever the plans start from; only plans that we wrote may be replaced."""
+    shutil.copy(folder / "nnUNetPlans.json", folder / "nnUNetResEncUNetMPlans.json")
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    planning.run(parse("-d", "137"))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"would overwrite .*{name}\.json.*such as {name}_MGML"):
+        planning.run(parse("-d", "137", "-p", source, "--plans_name", name))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert planning.run(parse("-d", "137", "-p", source, "--plans_name", f"{name}_MGML")) == 0
+
+
+def test_ambiguous_dataset_unset_variable_and_broken_file(folder, monkeypatch):
+    (folder / "nnUNetPlans.json").write_text("{")
+    with pytest.raises(ValueError, match=r"nnUNetPlans\.json is not valid JSON"):
+        planning.run(parse("-d", "137"))
+    (folder.parent / "Dataset137_Other").mkdir()
+    with pytest.raises(FileNotFoundError, match="ambiguous: Dataset137_Other, Dataset137_Tiny"):
+        planning.run(parse("-d", "137"))
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(ValueError, match="nnUNet_preprocessed is not set"):
+        planning.run(parse("-d", "137"))
+
+
+def test_a_failed_write_leaves_the_old_plans(folder, monkeypatch):
+    planning.run(parse("-d", "137"))
+    before = (folder / "nnUNetMGMLPlans.json").read_bytes()
+
+    def no_space(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(OSError, match="no space"):
+        planning.run(parse("-d", "137", "--set", "seed=1"))
+    assert (folder / "nnUNetMGMLPlans.json").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_list_names_every_option(capsys):
+    assert planning.run(parse("--list")) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name} = " in out for name in Options.names())
+    assert all(f"\n{key}\n" in out for key in planning.NNUNET_KEYS)

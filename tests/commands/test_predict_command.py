@@ -1,0 +1,272 @@
+"""The command: nnU-Net's arguments and ours, exit codes, and stock behaviour without our flags."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from inference_cases import predictor, report, run, segmentations, write_case, write_model
+from nnunetv2.inference import predict_from_raw_data as upstream
+
+from nnunetv2_mgml.commands.predict import main
+from nnunetv2_mgml.upstream.registration import _PredictLoader
+
+MODEL = Path("Dataset900_Phantom") / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres"
+STOCK = Path("Dataset900_Phantom") / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    write_model(folder / MODEL)
+    write_model(folder / STOCK, "nnUNetTrainer")
+    return folder
+
+
+@pytest.fixture
+def command(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the command in this process, without worker processes; returns the exit code."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("nnUNet_results", str(results))
+    threads = torch.get_num_threads()
+
+    def call(*arguments: object, trainer: str = "nnUNetTrainerMGML", entry: str = "predict_entry_point") -> int:
+        standard = [
+            "-i",
+            tmp_path / "in",
+            "-o",
+            tmp_path / "out",
+            "-device",
+            "cpu",
+            "--disable_tta",
+            "--disable_progress_bar",
+            "-f",
+            0,
+        ]
+        if entry == "predict_entry_point":
+            standard += ["-d", "Dataset900_Phantom", "-c", "3d_fullres", "-tr", trainer, "-npp", 0, "-nps", 0]
+        monkeypatch.setattr(sys, "argv", ["nnUNetv2_predict", *map(str, [*standard, *arguments])])
+        with pytest.raises(SystemExit) as exit_:
+            main(entry)
+        return exit_.value.code
+
+    yield call
+    torch.set_num_threads(threads)
+    assert argparse.ArgumentParser.parse_args.__module__ == "argparse"
+    assert upstream.nnUNetPredictor.__module__ == upstream.__name__
+
+
+def test_predicts_as_the_python_api(command, tmp_path: Path, results: Path) -> None:
+    write_case(tmp_path / "in", "p")
+    write_case(tmp_path / "in", "q", [1, 2])
+    assert command("--missing_modalities", "auto", "T1Gd") == 0
+    reference = run(predictor(results / MODEL, ["auto", "t1ce"]), tmp_path / "in", tmp_path / "api")
+    assert segmentations(tmp_path / "out") == reference
+    written = report(tmp_path / "out")
+    assert {name: case["present"] for name, case in written["cases"].items()} == {
+        "p": ["t1", "t2", "flair"],
+        "q": ["t2"],
+    }
+    assert "--missing_modalities auto T1Gd" in written["command"]
+    assert written["model"]["folds"] == [0]
+    assert written["model"]["folder"] == str(results / MODEL)
+    assert set(written["versions"]) == {"nnunetv2_mgml", "nnunetv2", "torch", "numpy", "python"}
+
+
+def test_a_failed_case_makes_exit_code_1_and_is_listed_last(
+    command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tmp_path / "in", "good", [0, 3])
+    write_case(tmp_path / "in", "bad", [0, 3])[3].write_bytes(b"")
+    assert command("--missing_modalities", "auto") == 1
+    output = capsys.readouterr()
+    assert set(segmentations(tmp_path / "out")) == {"good.nii.gz"}
+    assert "Predicting good from t1+flair" in output.out
+    assert output.err.split("error: ")[-1].startswith("1 cases were not predicted:\n  Case bad: cannot read ")
+
+
+def test_sequential_parts_are_not_forgotten(command, tmp_path: Path) -> None:
+    for name in "abc":
+        write_case(tmp_path / "in", name, [2])
+    assert command("--missing_modalities", "auto", "-num_parts", 2, "-part_id", 1) == 0
+    assert set(segmentations(tmp_path / "out")) == {"b.nii.gz"}
+    (tmp_path / "out" / "b.nii.gz").write_bytes(b"kept")
+    assert command("--missing_modalities", "auto", "--c") == 0
+    assert segmentations(tmp_path / "out")["b.nii.gz"] == b"kept"
+    assert set(segmentations(tmp_path / "out")) == {"a.nii.gz", "b.nii.gz", "c.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--missing_modalities", "dwi"], "error: Unknown modality 'dwi'. This model has: t1 (also t1n/t1w)"),
+        (["--missing_modalities", "t1,t1ce,t2,flair"], "error: All modalities are named as missing"),
+        (["--missing_modalities", "auto", "-i", "/nowhere"], "error: Input folder /nowhere does not exist."),
+        (["--missing_modalities", "auto", "-f", 4], "no checkpoint_final.pth for fold 4"),
+        (["--missing_modalities", "auto", "-d", "901"], "Could not find a dataset with the ID 901"),
+        (["--missing_modalities", "auto", "-p", "other"], "No trained model in"),
+        (["--missing_modalities", "auto", "-f", "0", "x"], "error: -f takes fold numbers (0 1 2) or 'all', got x."),
+        (["--missing_modalities", "auto", "-step_size", "0"], "above 0 and at most 1, got 0. The default is 0.5."),
+        (["--missing_modalities", "auto", "-device", "mps"], "error: -device mps, but PyTorch finds no Apple GPU."),
+        (["--missing_modalities", "auto", "-device", "cuda"], "error: -device cuda, but PyTorch finds no CUDA device."),
+        (["--missing_modalities", "auto", "-device", "tpu"], "-device must be either cpu, mps or cuda"),
+        (["--cpu_bfloat16", "-device", "cuda"], "error: cpu_bfloat16 is for device cpu"),
+        (["--missing_modalities"], "expected at least one argument"),
+        (["--missing_modalitie", "auto", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(
+    command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[object],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for device in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_interop_threads", lambda _: None)  # a process may call it once only
+    write_case(tmp_path / "in", "p", [0])
+    assert command(*arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not segmentations(tmp_path / "out")
+
+
+def test_a_stock_model_is_refused(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_case(tmp_path / "in", "p")
+    assert command("--missing_modalities", "t1", trainer="nnUNetTrainer") == 2
+    error = capsys.readouterr().err
+    assert "error: This model was trained with nnUNetTrainer" in error
+    assert "-tr nnUNetTrainerMGML" in error
+
+
+def test_interrupting_exits_with_130(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2_mgml.inference.predictor import MGMLPredictor
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MGMLPredictor, "_logits", interrupted)
+    write_case(tmp_path / "in", "p")
+    assert command("--missing_modalities", "t1") == 130
+    assert report(tmp_path / "out")["cases"]["p"]["status"] == "pending"
+
+
+@pytest.mark.parametrize("entry", ["predict_entry_point", "predict_entry_point_modelfolder"])
+def test_help_shows_upstreams_arguments_and_ours(command, entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("-h", entry=entry) == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--missing_modalities NAME [NAME ...]",
+        "--cpu_bfloat16",
+        "--save_probabilities",
+        "-prev_stage_pred",
+        "--missing_modalities t1ce",
+    ):
+        assert flag in text
+    assert ("-m M" in text) == (entry == "predict_entry_point_modelfolder")
+
+
+def test_a_model_folder(command, tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_results")
+    write_case(tmp_path / "in", "p", [1])
+    assert (
+        command(
+            "-m",
+            results / MODEL,
+            "-npp",
+            0,
+            "-nps",
+            0,
+            "--missing_modalities",
+            "auto",
+            "--cpu_bfloat16",
+            entry="predict_entry_point_modelfolder",
+        )
+        == 0
+    )
+    assert report(tmp_path / "out")["model"]["cpu_bfloat16"] is True
+    assert set(segmentations(tmp_path / "out")) == {"p.nii.gz"}
+
+
+def test_without_our_flags_a_stock_model_gives_the_files_of_stock_nnunet(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_case(tmp_path / "in", "p")
+    assert command("--save_probabilities", trainer="nnUNetTrainer") == 0
+    ours = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    upstream.predict_entry_point()  # sys.argv is still that of our call
+    stock = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert sorted(ours) == sorted(stock)
+    assert "mgml_prediction.json" not in ours
+    for name in ("p.nii.gz", "p.pkl", "plans.json", "dataset.json", "predict_from_raw_data_args.json"):
+        assert ours[name] == stock[name], name
+
+
+def test_the_start_up_line_and_the_command_do_not_call_each_other_for_ever() -> None:
+    """Registration puts a function that calls `main` in the place of the one `main` has to run."""
+
+    class Loader:
+        def exec_module(self, module: ModuleType) -> None:
+            module.predict_entry_point = upstream.predict_entry_point
+
+    module = ModuleType("stand_in")
+    module.__spec__ = ModuleSpec("stand_in", None)
+    _PredictLoader(Loader(), "predict_entry_point").exec_module(module)
+    assert module.predict_entry_point is not upstream.predict_entry_point
+    assert inspect.unwrap(module.predict_entry_point) is upstream.predict_entry_point
+
+
+@pytest.mark.slow
+def test_as_a_module_in_a_process_of_its_own(results: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        write_case(tmp_path / "in", name, [0, 1, 3], seed)
+    write_case(tmp_path / "in", "d", [0])[0].write_bytes(b"")
+    environment = {
+        **os.environ,
+        "nnUNet_results": str(results),
+        "nnUNet_raw": "",
+        "nnUNet_preprocessed": "",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("nnUNet_extTrainer", None)
+    call = [
+        sys.executable,
+        "-m",
+        "nnunetv2_mgml.commands.predict",
+        "-i",
+        str(tmp_path / "in"),
+        "-o",
+        str(tmp_path / "out"),
+        "-m",
+        str(results / MODEL),
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+        "--disable_tta",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+        "--missing_modalities",
+        "auto",
+    ]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "error: 1 cases were not predicted:" in done.stderr
+    reference = run(predictor(results / MODEL), tmp_path / "in", tmp_path / "api")
+    assert segmentations(tmp_path / "out") == reference
+    assert set(reference) == {"a.nii.gz", "b.nii.gz", "c.nii.gz"}

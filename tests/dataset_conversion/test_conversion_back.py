@@ -1,0 +1,91 @@
+"""Back-conversion of predictions to the label values of BraTS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conversion_cases import array_of, tree, write_cases
+
+from nnunetv2_mgml.dataset_conversion.back import convert_back
+from nnunetv2_mgml.dataset_conversion.convert import convert_brats
+
+
+def _prediction(path: Path, values: list[int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(np.array(values, np.uint8).reshape(1, 1, -1))
+    image.SetSpacing((1.5, 2.0, 3.0))
+    image.SetOrigin((-7.0, 8.0, 9.0))
+    image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize(
+    ("convention", "values", "expected"),
+    [("brats2021", [0, 1, 2, 3], [0, 2, 1, 4]), ("brats2023", [0, 1, 2, 3, 4], [0, 2, 1, 3, 4])],
+)
+def test_values_and_geometry(tmp_path: Path, convention: str, values: list[int], expected: list[int]) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", values)
+    (tmp_path / "in" / "dataset.json").touch()
+    (tmp_path / "in" / "a.npz").touch()
+    assert convert_back(tmp_path / "in", tmp_path / "out", convention, num_processes=1) == [
+        tmp_path / "out" / "a.nii.gz"
+    ]
+    assert tree(tmp_path / "out") == ["a.nii.gz"]
+    before, after = (sitk.ReadImage(str(tmp_path / folder / "a.nii.gz")) for folder in ("in", "out"))
+    assert sitk.GetArrayFromImage(after).ravel().tolist() == expected
+    assert after.GetPixelID() == sitk.sitkUInt8
+    for geometry in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(after, geometry)() == pytest.approx(getattr(before, geometry)())
+
+
+@pytest.mark.parametrize("layout", ["brats2021", "brats2023"])
+def test_there_and_back(nnunet_folders: Path, tmp_path: Path, layout: str) -> None:
+    names = write_cases(tmp_path / "src", 3, layout)
+    labels = convert_brats(tmp_path / "src", 137, num_processes=1).folder / "labelsTr"
+    convert_back(labels, tmp_path / "out", layout, num_processes=1)
+    suffix = "_seg" if layout == "brats2021" else "-seg"
+    for name in names:
+        np.testing.assert_array_equal(
+            array_of(tmp_path / "out" / f"{name}.nii.gz"), array_of(tmp_path / "src" / name / f"{name}{suffix}.nii.gz")
+        )
+
+
+def test_all_bad_files_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 4])
+    _prediction(tmp_path / "in" / "b.nii.gz", [0, 1])
+    (tmp_path / "in" / "c.nii.gz").write_bytes(b"no image")
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (its lines are looked at below)
+        convert_back(tmp_path / "in", tmp_path / "out", "brats2021", num_processes=1)
+    head, first, second = str(error.value).splitlines()
+    assert head == "2 of 3 file(s) are bad; nothing has been written."
+    assert first == (
+        "  a.nii.gz: unexpected label value(s) 4; predictions that can be written as brats2021 have 0, 1, 2, 3"
+    )
+    assert second.startswith("  c.nii.gz cannot be read")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 1])
+    convert_back(tmp_path / "in", tmp_path / "out", "brats2021", num_processes=1)
+    with pytest.raises(ValueError, match=r"such as a\.nii\.gz\. Give --overwrite"):
+        convert_back(tmp_path / "in", tmp_path / "out", "brats2021", num_processes=1)
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 3])
+    convert_back(tmp_path / "in", tmp_path / "out", "brats2023", overwrite=True, num_processes=1)
+    assert array_of(tmp_path / "out" / "a.nii.gz").ravel().tolist() == [0, 3]
+    with pytest.raises(ValueError, match="would convert twice"):
+        convert_back(tmp_path / "in", tmp_path / "in", "brats2021")
+    with pytest.raises(ValueError, match="Unknown label convention 'brats2020'"):
+        convert_back(tmp_path / "in", tmp_path / "out", "brats2020")
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        convert_back(tmp_path / "none", tmp_path / "out", "brats2021")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"No \.nii\.gz or \.nii file"):
+        convert_back(tmp_path / "empty", tmp_path / "out", "brats2021")
+    with pytest.raises(ValueError, match=r"\(-np\) must be 0 \(this process\) or more, got -1"):
+        convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=-1)
+    written = convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=0)  # in this process
+    assert [path.name for path in written] == ["a.nii.gz"]

@@ -1,0 +1,78 @@
+"""``mgml_prediction.json`` while a prediction runs, and after it was continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation_cases import DATASET_JSON, synthetic_evaluation
+
+from nnunetv2_mgml.inference import report as module
+from nnunetv2_mgml.inference.report import REPORT_NAME, PredictionReport
+from nnunetv2_mgml.scoring.subset_report import write_subset_report
+
+CHANNELS = ("t1", "t1ce", "t2", "flair")
+
+
+def item(case: str) -> dict:
+    return {"case": case, "availability": (True, False, False, True), "files": [f"{case}_0000.nii.gz"]}
+
+
+def stored(folder: Path) -> dict:
+    return json.loads((folder / REPORT_NAME).read_text())
+
+
+def test_the_file_grows_while_cases_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = PredictionReport(str(tmp_path), {}, CHANNELS)
+    report.begin(["a", "b", "c"], [])
+    report.add_item(item("a"))
+    report.finish("a")
+    assert {name: entry["status"] for name, entry in stored(tmp_path)["cases"].items()} == {
+        "a": "predicted",
+        "b": "pending",
+        "c": "pending",
+    }
+    assert stored(tmp_path)["finished"] is None
+    report.finish("b")
+    assert stored(tmp_path)["cases"]["b"]["status"] == "pending"  # not more often than every few seconds
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_WRITES", 0.0)
+    report.finish("c", "no disk")
+    assert stored(tmp_path)["cases"]["b"]["status"] == "predicted"
+    report.save()
+    assert stored(tmp_path)["finished"] is not None
+
+
+def test_continuing_keeps_what_is_known_of_skipped_cases(tmp_path: Path) -> None:
+    first = PredictionReport(str(tmp_path), {}, CHANNELS)
+    first.begin(["a", "b", "c", "d"], [])
+    for case in ("a", "b", "c"):
+        first.add_item(item(case))
+    first.finish("a")
+    first.finish("c", "broken")
+    first.save()
+    again = PredictionReport(str(tmp_path), {}, CHANNELS, keep=True)
+    again.begin(["d"], ["a", "b", "c", "e"])
+    again.save()
+    cases = stored(tmp_path)["cases"]
+    assert {name: entry["status"] for name, entry in cases.items()} == {
+        "a": "predicted",
+        "b": "skipped",
+        "c": "skipped",
+        "d": "pending",
+        "e": "skipped",
+    }
+    assert cases["a"]["present"] == cases["b"]["present"] == ["t1", "flair"]
+    assert "error" not in cases["c"]
+
+
+def test_expected_dice_comes_with_its_bound_and_policy(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    write_subset_report(synthetic_evaluation(), tmp_path)
+    report = PredictionReport(str(tmp_path / "out"), {"folder": str(tmp_path)}, CHANNELS)
+    report.add_item(item("a"))
+    report.save()
+    content = stored(tmp_path / "out")
+    assert set(content["cases"]["a"]["expected_dice"]) == {"whole tumor", "tumor core", "enhancing tumor"}
+    assert content["expected_dice_from"]["reliability_bound"] == 0.5
+    assert content["expected_dice_from"]["policy"] == "brats"

@@ -1,0 +1,206 @@
+"""Trainers made from fusion designs, ours and those of other packages, are what docs/fusion.md says they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import TINY, make_trainer, options_with, plans, write_dataset
+from fusion_cases import install, recipe
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunetv2_mgml.commands.plan import make_plans
+from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY, parse_assignments
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, nnUNetTrainermmFormer
+from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
+from nnunetv2_mgml.training.run_notes import run_notes
+from nnunetv2_mgml.training.variants import nnUNetTrainerMGML_baseline
+from nnunetv2_mgml.upstream.registration import EXT_DIR, EXT_VARIABLE
+
+NAMED = {name: trainer for name, trainer in TRAINERS.items() if "fusion" in trainer.config_overrides}
+PLANNED: list[dict[str, Any]] = [
+    {},
+    {"fusion": "sfusion", "fusion_options": {"depth": 2, "grid": 4}},
+    {"fusion": "m2ftrans", "fusion_options": {"depth": 2}},
+    {"fusion": "mmformer", "fusion_options": {"depth": 2}},
+    {"fusion": "imfuse", "fusion_options": {"d_state": 8}},
+    {"fusion": "uhved", "fusion_options": {"kl_weight": 0.5}},
+    {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": False}},
+    {"fusion": "hemis"},
+]
+"""Plans that a trainer may be started on."""
+
+
+def documented() -> dict[str, tuple[bool, dict[str, Any]]]:
+    """Trainer -> (with MGML, what ``mgml plan --set`` is given), read off the table."""
+    text = (Path(__file__).parents[2] / "docs" / "fusion.md").read_text()
+    rows = re.findall(r"^\| `\w+` \| `(nnUNetTrainer\w+)` \| `(nnUNetTrainer\w+)` \| `(.+)` \|$", text, re.MULTILINE)
+    return {
+        name: (mgml, parse_assignments(shlex.split(setting)))
+        for *names, setting in rows
+        for mgml, name in enumerate(names)
+    }
+
+
+def test_every_trainer_is_in_the_table() -> None:
+    assert set(documented()) == set(NAMED)
+    assert NAMED
+
+
+@pytest.mark.parametrize("planned", PLANNED, ids=lambda options: options.get("fusion", "stock"))
+@pytest.mark.parametrize("name", NAMED)
+def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict[str, Any]) -> None:
+    """On plans of any design; ``fusion_options`` count where those plans have the trainer's own design."""
+    mgml, setting = documented()[name]
+    stock = nnUNetTrainerMGML if mgml else nnUNetTrainerMGML_baseline
+    if planned.get("fusion") == setting["fusion"]:
+        setting = {
+            **setting,
+            "fusion_options": {**setting.get("fusion_options", {}), **planned.get("fusion_options", {})},
+        }
+    other = {"num_epochs": 7, "width_factor": 0.25, **planned}
+    equal = make_plans(plans(), {"num_epochs": 7, "width_factor": 0.25, **setting}, ["3d_fullres"], "P", ("t1", "t2"))
+    config = NAMED[name].resolve_options({PLANS_KEY: {"config": other}})
+    assert config == stock.resolve_options(equal)
+    fusion_designs()[config.network.fusion].take_options(config.network.fusion_options)
+    assert NAMED[name].resolve_options({PLANS_KEY: {"config": config.as_dict()}}) == config  # what inference does
+
+
+def test_trainers_are_importable_by_name() -> None:
+    from nnunetv2_mgml import training
+    from nnunetv2_mgml.training import nnUNetTrainerRFNet, nnUNetTrainerRFNet_MGML, variants
+
+    assert nnUNetTrainerRFNet is TRAINERS["nnUNetTrainerRFNet"] is variants.nnUNetTrainerRFNet
+    assert not issubclass(nnUNetTrainerRFNet_MGML, nnUNetTrainerRFNet)
+    assert "RFNet" in (nnUNetTrainerRFNet.__doc__ or "")
+    with pytest.raises(AttributeError, match="nnUNetTrainerRFNett"):
+        _ = training.nnUNetTrainerRFNett
+
+
+def test_the_log_names_dropped_options(nnunet_folders: Path) -> None:
+    options = {"fusion": "sfusion", "fusion_options": {"depth": 2, "grid": 4}}
+    trainer = make_trainer(nnUNetTrainermmFormer, write_dataset(nnunet_folders), options)
+    trainer.initialize()
+    log = Path(trainer.log_file).read_text()
+    assert "{'depth': 2, 'grid': 4} were set for sfusion and are not used" in log
+    assert log.count("not used") == 1
+
+
+def test_notes_only_where_there_is_something_to_say() -> None:
+    planned = options_with(fusion="mmformer", fusion_options={"depth": 2}, seed=3)
+    assert run_notes("T", planned, {"fusion": "mmformer"}, 0) == []
+    assert run_notes("T", planned, {"soft_label": "none"}, 0) == []
+    (note,) = run_notes("T", planned, {}, 4)
+    assert note.startswith("seed=3: exact repetition needs nnUNet_n_proc_DA=0")
+    assert run_notes("T", Options(), {"fusion": "mean"}, 4) == []
+
+
+# --- trainers from elsewhere ------------------------------------------------------------------------------------------
+OTHERS = """
+from nnunetv2_mgml.network.fusion import MeanFusion
+
+class Thief(MeanFusion):
+    name = "a_thief"
+    trainer = "RFNet"
+
+class Heir(find_design("region_aware")):
+    name = "heir"
+
+class Unspeakable(MeanFusion):
+    name = "unspeakable"
+    trainer = "My Design"
+"""
+ASK = """
+import pickle
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerGated, nnUNetTrainerGated_MGML
+for trainer in (nnUNetTrainerGated, nnUNetTrainerGated_MGML):
+    assert find(trainer.__name__) is find(trainer.__name__) is pickle.loads(pickle.dumps(trainer)) is trainer
+alone, mgml = nnUNetTrainerGated.resolve_options({}), nnUNetTrainerGated_MGML.resolve_options({})
+assert (alone.network.fusion, alone.value("soft_label")) == ("gated", "none")
+assert (mgml.network.fusion, mgml.value("soft_label")) == ("gated", "meta_amf")
+assert alone.network.fusion_options == mgml.network.fusion_options == {"sharpness": 3.0}
+assert TRAINERS["nnUNetTrainerRFNet"].resolve_options({}).network.fusion == "region_aware"
+print("designs with trainers:", len({trainer.resolve_options({}).network.fusion for trainer in TRAINERS.values()}))
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a process that has the packages in ``folder`` and our trainers, whether or not our start-up line runs."""
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    return {**os.environ, "PYTHONPATH": path, EXT_VARIABLE: EXT_DIR}
+
+
+def test_a_design_of_another_package_has_its_trainers(tmp_path: Path) -> None:
+    """Two of them, found by name, and no other package's design takes a name away or gets one by heritage."""
+    published = '    trainer = "Gated"\n    published_options = {"fusion_options": {"sharpness": 3.0}}\n'
+    code = recipe().replace('    trainer = "Gated"\n', published)
+    install(tmp_path, "my-fusion", {"gated": "my_fusion:GatedFusion"}, code)
+    points = {name: f"others:{name}" for name in ("Thief", "Heir", "Unspeakable")}
+    install(tmp_path, "others", points, f"from nnunetv2_mgml.network.fusion import find_design\n{OTHERS}")
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    own = {config.network.fusion for config in (trainer.resolve_options({}) for trainer in TRAINERS.values())} - {
+        "gated"
+    }
+    assert done.stdout.splitlines()[-1] == f"designs with trainers: {len(own) + 1}"
+    assert "Fusion design 'a_thief' (others) gets no trainers: there is a nnUNetTrainerRFNet already" in done.stderr
+    assert "cannot be called nnUNetTrainerMy Design: its class attribute 'trainer' must consist of" in done.stderr
+
+
+@pytest.mark.slow
+def test_nnunet_trains_a_design_of_another_package(nnunet_folders: Path) -> None:
+    install(nnunet_folders, "my-fusion", {"gated": "my_fusion:GatedFusion"}, recipe())
+    options = {**TINY, "num_epochs": 1, "validate_subsets": False}
+    write_dataset(nnunet_folders, plans_dict={**plans(), PLANS_KEY: {"config": options}})
+    command = ["nnUNetv2_train", "900", "3d_fullres", "0", "-tr", "nnUNetTrainerGated", "-device", "cpu"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name(command[0]), *command[1:]],
+        env={**environment(nnunet_folders), "nnUNet_n_proc_DA": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder = nnunet_folders / "results" / "Dataset900_Phantom" / "nnUNetTrainerGated__nnUNetPlans__3d_fullres"
+    assert json.loads((folder / "plans.json").read_text())[PLANS_KEY]["config"]["fusion"] == "gated"
+    assert (folder / "fold_0" / "checkpoint_final.pth").is_file()
+
+
+MINE = """
+from nnunetv2_mgml.training import nnUNetTrainerMGML
+
+class nnUNetTrainerMine(nnUNetTrainerMGML):
+    config_overrides = {"fusion": "mean", "num_epochs": 2}
+
+    def on_train_epoch_end(self, train_outputs):
+        super().on_train_epoch_end(train_outputs)
+        self.training_log.add({"mine": self.current_epoch + 0.5})
+"""
+
+
+def test_a_trainer_of_the_users_own(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class in a folder of nnUNet_extTrainer: found, trained, and found again for its model."""
+    (nnunet_folders / "mine").mkdir()
+    (nnunet_folders / "mine" / "my_trainers.py").write_text(MINE)
+    monkeypatch.setenv(EXT_VARIABLE, os.pathsep.join([str(nnunet_folders / "mine"), EXT_DIR]))
+    found = recursive_find_trainer_class_by_name("nnUNetTrainerMine")
+    trainer = make_trainer(found, write_dataset(nnunet_folders))
+    trainer.run_training()
+    assert [row["mine"] for row in read_log(Path(trainer.output_folder) / LOG_NAME)] == [0.5, 1.5]
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    assert type(predictor.network.fusion).name == "mean"

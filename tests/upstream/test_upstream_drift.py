@@ -1,0 +1,106 @@
+"""What we rely on in nnU-Net, pinned: a new release that changes it fails here, by name, before it fails for users."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+VERSIONS = f"nnunetv2 {version('nnunetv2')}, dynamic-network-architectures {version('dynamic-network-architectures')}"
+
+SIGNATURES: dict[Callable[..., Any], str] = {
+    nnUNetTrainer.__init__: "(self, plans, configuration, fold, dataset_json, device)",
+    nnUNetTrainer.initialize: "(self)",
+    nnUNetTrainer.build_network_architecture: "(plans_manager, configuration_manager, num_input_channels, "
+    "num_output_channels, enable_deep_supervision)",
+    nnUNetTrainer.get_dataloaders: "(self)",
+    nnUNetTrainer.configure_optimizers: "(self)",
+    nnUNetTrainer.on_train_start: "(self)",
+    nnUNetTrainer.on_train_epoch_start: "(self)",
+    nnUNetTrainer.train_step: "(self, batch)",
+    nnUNetTrainer.validation_step: "(self, batch)",
+    nnUNetTrainer.on_train_epoch_end: "(self, train_outputs)",
+    nnUNetTrainer.on_epoch_end: "(self)",
+    nnUNetTrainer.save_checkpoint: "(self, filename)",
+    nnUNetTrainer.load_checkpoint: "(self, filename_or_checkpoint)",
+    nnUNetTrainer.perform_actual_validation: "(self, save_probabilities)",
+    nnUNetTrainer.get_training_transforms: "(patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, "
+    "do_dummy_2d_data_aug, use_mask_for_norm, is_cascaded, foreground_labels, "
+    "regions, ignore_label)",
+    nnUNetTrainer.get_validation_transforms: "(deep_supervision_scales, is_cascaded, foreground_labels, regions, "
+    "ignore_label)",
+    nnUNetDataLoader.__init__: "(self, data, batch_size, patch_size, final_patch_size, label_manager, "
+    "oversample_foreground_percent, sampling_probabilities, pad_sides, "
+    "probabilistic_oversampling, transforms)",
+    UNetDecoder.__init__: "(self, encoder, num_classes, n_conv_per_stage, deep_supervision, nonlin_first, norm_op, "
+    "norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs, conv_bias)",
+    PolyLRScheduler.__init__: "(self, optimizer, initial_lr, max_steps, exponent, current_step)",
+}
+
+MIRRORED: dict[Callable[..., Any], str] = {
+    nnUNetTrainer.get_dataloaders: "5f59e2b907cfa2d1",
+    nnUNetTrainer.train_step: "c8993de84c8c419f",
+    UNetDecoder.forward: "ad64097d826e71c0",
+}
+"""Bodies we wrote our own version of -> hash of the source ours was written against."""
+
+
+def source_hash(function: Callable[..., Any]) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_signature(function: Callable[..., Any]) -> None:
+    found = "(" + ", ".join(inspect.signature(function).parameters) + ")"
+    assert found == SIGNATURES[function], f"{function.__qualname__} has changed in {VERSIONS}: adapt our override"
+
+
+@pytest.mark.parametrize("function", MIRRORED, ids=lambda f: f.__qualname__)
+def test_mirrored_body(function: Callable[..., Any]) -> None:
+    assert source_hash(function) == MIRRORED[function], (
+        f"{function.__qualname__} has changed in {VERSIONS}: compare it with our version, then update the hash"
+    )
+
+
+def test_attributes_we_read() -> None:
+    source = inspect.getsource(nnUNetTrainer.__init__) + inspect.getsource(nnUNetTrainer.initialize)
+    for name in (
+        "num_epochs",
+        "num_iterations_per_epoch",
+        "num_val_iterations_per_epoch",
+        "initial_lr",
+        "weight_decay",
+        "oversample_foreground_percent",
+        "save_every",
+        "label_manager",
+        "configuration_manager",
+        "plans_manager",
+        "dataset_json",
+        "grad_scaler",
+        "local_rank",
+        "is_ddp",
+        "dataset_class",
+        "was_initialized",
+        "network",
+        "optimizer",
+        "loss",
+        "logger",
+        "output_folder",
+        "current_epoch",
+    ):
+        assert f"self.{name}" in source, f"nnUNetTrainer no longer has {name} ({VERSIONS})"
+    assert 'plans.pop("continue_training")' in source, f"nnUNetTrainer no longer pops continue_training ({VERSIONS})"
+
+
+def test_final_validation_still_loads_cases_through_the_dataset_class() -> None:
+    source = inspect.getsource(nnUNetTrainer.perform_actual_validation)
+    assert "self.dataset_class(" in source
+    assert "dataset_val.load_case(" in source
