@@ -24,7 +24,10 @@ UNTIL = "0.3"
 MOVED: dict[str, tuple[str, ...]] = {
     "cli": ("commands.main",),
     "config": ("plans.options", "objective.flat"),
+    "dataset_conversion.checks": ("dataset_conversion.case_writer",),
     "dataset_conversion.command": ("commands.convert",),
+    "dataset_conversion.parallel": ("io.workers",),
+    "dataset_conversion.paths": ("plans.folders",),
     "demo": ("commands.demo", "workflows.demo"),
     "evaluation": ("scoring",),
     "evaluation.command": ("commands.evaluate", "presentation.tables"),
@@ -41,7 +44,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.figures.style": ("presentation.figures.style",),
     "evaluation.figures.subsets": ("presentation.figures.subsets",),
     "evaluation.figures.training": ("presentation.figures.training",),
-    "evaluation.files": ("io.label_maps",),
+    "evaluation.files": ("io.volumes",),
     "evaluation.internals": ("presentation.internals",),
     "evaluation.metrics": ("scoring.metrics",),
     "evaluation.metrics.base": ("scoring.metrics.base",),
@@ -71,7 +74,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.subset_predictor": ("inference.subsets.predictor",),
     "evaluation.tables": ("presentation.tables", "scoring.results"),
     "files": ("io.files",),
-    "inference.complete": ("io.complete",),
+    "inference.export": ("upstream.export",),
     "inference.grid": ("io.grid",),
     "inference.predict": ("commands.predict",),
     "inference.workers": ("io.workers",),
@@ -102,6 +105,9 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
 RENAMED: dict[str, str] = {
+    "dataset_conversion.checks.GEOMETRY_TOLERANCE": "io.grid.GRID_TOLERANCE",
+    "dataset_conversion.checks.geometry_difference": "io.grid.image_difference",
+    "dataset_conversion.checks.read_volume": "io.volumes.read_image",
     "inference.model_check.bare": "network.interface.bare",
     "losses.consistency.better": "objective.consistency.gives_truth_more",
     "training.published_designs": "training.variants",
@@ -119,6 +125,7 @@ _TRAINER_TO_SUBCLASS = (
 _OBJECTIVE = "Build an Objective from a TermSpec, both in nnunetv2_mgml.objective."
 _META_NETWORK = "It belongs to the term SoftLabel in nnunetv2_mgml.objective.terms.soft_label."
 GONE: dict[str, str] = {
+    "inference.complete": "nnunetv2_mgml.io.volumes.check_file looks at more than completeness, and raises one error.",
     "losses.LossTerms": _OBJECTIVE,
     "losses.MGMLLoss": _OBJECTIVE,
     "losses.build_meta_network": _META_NETWORK,

@@ -52,7 +52,7 @@ def test_bad_cases_are_listed_and_the_others_predicted(tmp_path: Path, auto: MGM
     written = run(auto, tmp_path / "in", tmp_path / "out")
     assert set(written) == {"a.nii.gz", "d.nii.gz"}
     assert set(auto.failures) == {"b", "c", "e"}
-    for name, word in (("b", "cannot read"), ("c", "origin"), ("e", "channel number 0009")):
+    for name, word in (("b", "cannot be read"), ("c", "origin"), ("e", "channel number 0009")):
         assert auto.failures[name].startswith(f"Case {name}: ")
         assert word in auto.failures[name]
     cases = report(tmp_path / "out")["cases"]
