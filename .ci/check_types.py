@@ -1,8 +1,8 @@
 """Run mypy --strict on the package as it is installed: dataset_conversion/ in its place below nnunetv2_mgml/.
 
-Files that are not clean yet stand in ``.ci/types_to_do.txt``. An error in any other file fails, and so does a file on
-the list that has become clean: take it off. ``--update`` writes the list anew, ``--all`` also shows the errors of the
-files on it.
+Files that are not clean yet stand in ``.ci/types_to_do.txt``. An error in any other file fails; a file on the list that
+has become clean is named, to be taken off. ``--update`` writes the list anew, ``--all`` also shows the errors of
+the files on it.
 """
 
 from __future__ import annotations
@@ -43,34 +43,32 @@ def messages() -> list[str]:
     ]
 
 
-def judge(lines: list[str], listed: list[str], everything: bool = False) -> tuple[list[str], str]:
-    """Return the lines to show, and what is wrong; the latter is empty where nothing is.
+def judge(lines: list[str], listed: list[str]) -> tuple[list[str], list[str]]:
+    """Return the files that have errors although they are not listed, and the listed ones that have none.
 
     Args:
         lines: of `messages`.
         listed: files that are not clean yet.
-        everything: show the lines about those too.
     """
     unclean = {line.partition(":")[0] for line in lines if ": error: " in line}
-    shown = [line for line in lines if everything or line.partition(":")[0] not in listed]
-    wrong = [f"{name}: mypy --strict finds errors" for name in sorted(unclean - set(listed))]
-    wrong += [f"{name}: clean now, take it off {TO_DO.relative_to(ROOT)}" for name in listed if name not in unclean]
-    return shown, "\n".join(wrong)
+    return sorted(unclean - set(listed)), sorted(set(listed) - unclean)
 
 
 def main(arguments: list[str]) -> int:
-    """Return 0 where only files on the list have errors, and all of those have."""
+    """Return 0 where only files on the list have errors."""
     lines = messages()
     if "--update" in arguments:
-        TO_DO.write_text(
-            "".join(f"{name}\n" for name in sorted({li.partition(":")[0] for li in lines})), encoding="utf-8"
-        )
+        TO_DO.write_text("".join(f"{name}\n" for name in judge(lines, [])[0]), encoding="utf-8")
         return 0
     listed = TO_DO.read_text(encoding="utf-8").split()
-    shown, wrong = judge(lines, listed, "--all" in arguments)
-    result = wrong or f"mypy --strict: clean but for the {len(listed)} files in {TO_DO.relative_to(ROOT)}"
-    print(*shown, result, sep="\n")
-    return int(bool(wrong))
+    worse, clean = judge(lines, listed)
+    for line in lines:
+        if "--all" in arguments or line.partition(":")[0] not in listed:
+            print(line)
+    for name in clean:
+        print(f"{name}: clean now, take it off {TO_DO.relative_to(ROOT)}")
+    print(f"mypy --strict: {len(worse)} files have errors and should not, {len(listed) - len(clean)} are still to do")
+    return int(bool(worse))
 
 
 if __name__ == "__main__":
