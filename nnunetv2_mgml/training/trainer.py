@@ -83,14 +83,11 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
 
     @classmethod
     def resolve_options(cls, plans: dict[str, Any]) -> Options:
-        """Return the plans' options with what this trainer fixes.
+        """Return the options of plans that are to be trained with, and what this trainer fixes.
 
-        Plans beside a model hold what was fixed when it was trained; they stay as they are, so that a trainer which
-        fixes more today still loads it.
+        The plans beside a checkpoint hold the result, and there it counts as it is: what a trainer fixes may change.
         """
-        options = Options.from_plans(plans)
-        is_of_a_model = "num_classes" in (plans.get(PLANS_KEY) or {})
-        return options if is_of_a_model else options.overridden(cls.config_overrides)
+        return Options.from_plans(plans).overridden(cls.config_overrides)
 
     @property
     def bare_network(self) -> nn.Module:

@@ -92,21 +92,6 @@ def test_a_model_keeps_the_options_it_was_trained_with() -> None:
     assert not network.fusion.options["pyramid_heads"]
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_a_model_keeps_the_parts_it_was_trained_with(name: str) -> None:
-    """What version 0.1.0 stored beside a model of this name: no published parts, no revision."""
-    fixed = NAMED[name].config_overrides
-    before = options_with(fusion=fixed["fusion"], soft_label="none", consistency_weight=0.0).as_dict()
-    del before["fusion_revision"], before["network_form"]
-    stored = {PLANS_KEY: {"version": "0.1.0", "config": before, "channels": ["t1", "t2"], "num_classes": 4}}
-    options = NAMED[name].resolve_options(stored)
-    assert options == options_with(**before, fusion_revision=1)
-    written_by_plan = {PLANS_KEY: {key: value for key, value in stored[PLANS_KEY].items() if key != "num_classes"}}
-    resolved = NAMED[name].resolve_options(written_by_plan)
-    assert resolved.network.fusion_options == fixed.get("fusion_options", {})
-    assert resolved.network.fusion_revision == 1
-
-
 def test_trainers_are_importable_by_name() -> None:
     from nnunetv2_mgml import training
     from nnunetv2_mgml.training import nnUNetTrainerRFNet, nnUNetTrainerRFNet_MGML, variants
