@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunetv2_mgml.dataset_conversion.checks import read_volume
 from nnunetv2_mgml.dataset_conversion.discovery import nifti_stem
 from nnunetv2_mgml.dataset_conversion.labels import allowed_values, from_nnunet
-from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
+from nnunetv2_mgml.io.files import only_writer, scratch
+from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
+from nnunetv2_mgml.io.workers import run_jobs
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ def convert_back(
         raise ValueError(
             f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. Give --overwrite to replace them."
         )
-    building = target.absolute().with_name(f".{target.name}.incomplete-{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(target.absolute()), scratch(target.absolute().parent) as building:
         problems = run_jobs(
             _convert,
             [_Job(path, building / path.name, convention) for path in files],
@@ -80,8 +79,6 @@ def convert_back(
         target.mkdir(parents=True, exist_ok=True)
         for path in files:
             os.replace(building / path.name, target / path.name)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return [target / path.name for path in files]
 
 
@@ -89,12 +86,13 @@ def _convert(job: _Job) -> str | None:
     """Convert one file; return what is wrong with it, or None."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
-        image = read_volume(job.source)
-        labels = from_nnunet(sitk.GetArrayViewFromImage(image), job.convention)
-    except ValueError as error:
+        image = read_image(job.source, (3,))
+        values = whole_numbers(job.source, sitk.GetArrayViewFromImage(image))
+        labels = from_nnunet(values, job.convention)
+    except (ValueError, FileNotFoundError) as error:
         text = str(error)
-        return text if text.startswith(job.source.name) else f"{job.source.name}: {text}"
+        return text if text.startswith(str(job.source)) else f"{job.source}: {text}"
     result = sitk.GetImageFromArray(labels)
     result.CopyInformation(image)
-    sitk.WriteImage(result, str(job.target), True)
+    write_image(result, job.target)
     return None

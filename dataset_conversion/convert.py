@@ -13,10 +13,8 @@ from pathlib import Path
 from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, convert_case
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
-from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, ENHANCING, RESECTION_CAVITY
+from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVITY
 from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
-from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
-from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
     PUBLISHED,
     SPLITS_FILE,
@@ -28,6 +26,8 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     split_from_files,
     write_splits,
 )
+from nnunetv2_mgml.io.workers import run_jobs
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 
 Converted = list[tuple[Case, CaseResult]]
 
@@ -69,6 +69,41 @@ class ConversionSummary:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ConversionRequest:
+    """What `convert` is asked for."""
+
+    source: str | Path
+    """Folder with the cases, at any depth."""
+    dataset_id: int
+    """nnU-Net dataset id, 1 to 999."""
+    name: str | None = None
+    """Dataset name; None takes the edition, such as ``BraTS2021``."""
+    link: bool = False
+    """Make symbolic links to ``.nii.gz`` images instead of copies."""
+    missing_ok: bool = False
+    """Accept cases that lack sequences and write empty volumes for these."""
+    skip_bad: bool = False
+    """Convert the good cases although others are bad."""
+    overwrite: bool = False
+    """Replace an existing dataset of the same id and name."""
+    split: str | None = None
+    """``paper2020``, ``paper2023`` or ``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`."""
+    split_files: Sequence[str | Path] | None = None
+    """Lists of training, validation and test cases; see `splits.split_from_files`."""
+    seed: int = 0
+    """Seed of a random split, and of what is drawn by ``missing_rates``."""
+    missing_rates: Mapping[str, float] | None = None
+    """Modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
+    (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases stay
+    whole."""
+    label_convention: str = "auto"
+    """``auto`` (told by the file names), ``brats2021`` or ``brats2023``."""
+    num_processes: int | None = None
+    """Worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script that converts
+    needs the usual ``if __name__ == "__main__":``."""
+
+
 def convert_brats(
     source: str | Path,
     dataset_id: int,
@@ -88,66 +123,65 @@ def convert_brats(
 ) -> ConversionSummary:
     """Convert a BraTS folder of any edition from 2018 to 2025 to ``nnUNet_raw/DatasetXXX_NAME``.
 
+    The arguments are the fields of `ConversionRequest`, and ``progress`` shows a bar; the rest is as in `convert`.
+    """
+    request = ConversionRequest(
+        source=source,
+        dataset_id=dataset_id,
+        name=name,
+        link=link,
+        missing_ok=missing_ok,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+        split=split,
+        split_files=split_files,
+        seed=seed,
+        missing_rates=missing_rates,
+        label_convention=label_convention,
+        num_processes=num_processes,
+    )
+    return convert(request, progress=progress)
+
+
+def convert(request: ConversionRequest, *, progress: bool = False) -> ConversionSummary:
+    """Convert a BraTS folder of any edition from 2018 to 2025 to ``nnUNet_raw/DatasetXXX_NAME``.
+
     Args:
-        source: folder with the cases, at any depth.
-        dataset_id: nnU-Net dataset id, 1 to 999.
-        name: dataset name; None takes the edition, such as ``BraTS2021``.
-        link: make symbolic links to ``.nii.gz`` images instead of copies.
-        missing_ok: accept cases that lack sequences and write empty volumes for these.
-        skip_bad: convert the good cases although others are bad.
-        overwrite: replace an existing dataset of the same id and name.
-        split: ``paper2020``, ``paper2023`` or ``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`.
-        split_files: lists of training, validation and test cases; see `splits.split_from_files`.
-        seed: seed of a random split, and of what is drawn by ``missing_rates``.
-        missing_rates: modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
-            (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases
-            stay whole.
-        label_convention: ``auto`` (told by the file names), ``brats2021`` or ``brats2023``.
-        num_processes: worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script
-            that calls this needs the usual ``if __name__ == "__main__":``.
+        request: what to convert, and how.
         progress: show a progress bar.
 
     Returns:
         Summary of what was recognised and written.
 
     Raises:
-        FileNotFoundError: ``source`` or a split list does not exist.
+        FileNotFoundError: the source or a split list does not exist.
         ValueError: anything wrong with the data (one line per bad case, all of them) or the target. Nothing has been
             written then.
+        OSError: the disk is full, or a folder cannot be written to; nothing has been put in place then.
     """
     started = time.perf_counter()
-    source = Path(source).expanduser().absolute()
-    found = _discover(source, label_convention)
-    folder_name = dataset_folder_name(dataset_id, name or _default_name(found))
+    source = Path(request.source).expanduser().absolute()
+    found = _discover(source, request.label_convention)
+    folder_name = dataset_folder_name(request.dataset_id, request.name or _default_name(found))
     target = nnunet_folder(RAW) / folder_name
-    check_target(source, target, dataset_id, overwrite)
-    chosen, left_out = _choose_split(found, split, split_files, seed)
+    check_target(source, target, request.dataset_id, request.overwrite)
+    chosen, left_out = _choose_split(found, request)
     if chosen is not None:
-        check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, overwrite)
-    missing: dict[str, tuple[str, ...]] = {}
-    if missing_rates:
-        if chosen is None:
-            raise ValueError("--missing_rate is for the training part of a split; give --split or --split_files too.")
-        missing = draw_missing(chosen.train, missing_rates, seed)
+        check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
+    missing = _missing_by_rate(chosen, request)
     with building(target) as folder:
+        check_target(source, target, request.dataset_id, request.overwrite)  # another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
         jobs = [
-            _job(
-                without_missing(case, missing),
-                folder,
-                case.name in held_out,
-                link,
-                missing_ok or case.name in missing,
-            )
+            _job(without_missing(case, missing), folder, case.name in held_out, case.name in missing, request)
             for case in found.cases
             if case.name not in left_out
         ]
-        results = run_jobs(convert_case, jobs, num_processes, "Converting", progress)
+        results = run_jobs(convert_case, jobs, request.num_processes, "Converting", progress)
         bad = {**found.problems, **{r.name: r.problems for r in results if r.problems}}
-        if bad and not skip_bad:
+        if bad and not request.skip_bad:
             raise ValueError(_bad_cases(bad, len(jobs) + len(found.problems)))
         good = [(job.case, result) for job, result in zip(jobs, results, strict=True) if not result.problems]
-        _check_meaning_of_four(good, label_convention)
         summary = _summary(target, good, bad, held_out, _without(chosen, bad), left_out, found.notes)
         write_description(
             folder,
@@ -203,27 +237,35 @@ def _default_name(found: Discovery) -> str:
     return names.pop() if len(names) == 1 else "BraTS"
 
 
-def _choose_split(
-    found: Discovery, split: str | None, split_files: Sequence[str | Path] | None, seed: int
-) -> tuple[Split | None, tuple[str, ...]]:
+def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split | None, tuple[str, ...]]:
     """Return the split, and labelled cases that take no part in it."""
     labelled = _labelled(found)
-    if split and split_files:
+    if request.split and request.split_files:
         raise ValueError("Give either --split or --split_files, not both.")
-    if split in PUBLISHED:
-        split_files = published_lists(split)
+    split_files = published_lists(request.split) if request.split in PUBLISHED else request.split_files
     if split_files:
         # A list may name a case whose files are bad; that is said of the case, not of the list.
         chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
         return chosen, tuple(name for name in left_out if name in labelled)
-    return (random_split(labelled, parse_ratio(split), seed), ()) if split else (None, ())
+    if request.split:
+        return random_split(labelled, parse_ratio(request.split), request.seed), ()
+    return None, ()
 
 
-def _job(case: Case, folder: Path, held_out: bool, link: bool, missing_ok: bool) -> Job:
-    if case.segmentation is None:
-        return Job(case, folder / "imagesTs", None, link, missing_ok)
-    part = "Ts" if held_out else "Tr"
-    return Job(case, folder / f"images{part}", folder / f"labels{part}", link, missing_ok)
+def _missing_by_rate(split: Split | None, request: ConversionRequest) -> dict[str, tuple[str, ...]]:
+    """Return case -> modalities that it is to lack, where the request has rates for it."""
+    if not request.missing_rates:
+        return {}
+    if split is None:
+        raise ValueError("--missing_rate is for the training part of a split; give --split or --split_files too.")
+    return draw_missing(split.train, request.missing_rates, request.seed)
+
+
+def _job(case: Case, folder: Path, held_out: bool, made_incomplete: bool, request: ConversionRequest) -> Job:
+    part = "Ts" if held_out or case.segmentation is None else "Tr"
+    labels = None if case.segmentation is None else folder / f"labels{part}"
+    stated = request.label_convention != "auto"
+    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok or made_incomplete, stated)
 
 
 def _bad_cases(bad: dict[str, list[str]], total: int) -> str:
@@ -242,16 +284,6 @@ def _without(split: Split | None, bad: dict[str, list[str]]) -> Split | None:
             f"{_bad_cases(bad, len(bad))}"
         )
     return rest
-
-
-def _check_meaning_of_four(good: Converted, label_convention: str) -> None:
-    """Refuse 2021 label values behind 2023 file names, where 4 would be taken for the resection cavity."""
-    labels = {label for case, result in good if case.convention == "brats2023" for label in result.labels}
-    if label_convention == "auto" and RESECTION_CAVITY in labels and ENHANCING not in labels:
-        raise ValueError(
-            "The cases with names of 2023 have the value 4 (since 2024 the resection cavity) but never 3 (enhancing "
-            "tumour). If 4 is the enhancing tumour, as up to 2021, give --label_convention brats2021, else brats2023."
-        )
 
 
 def _summary(

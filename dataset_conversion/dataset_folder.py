@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
-from nnunetv2_mgml.dataset_conversion.paths import names_in_use
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import replacing_folder, write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
+from nnunetv2_mgml.plans.folders import names_in_use
 
 FILE_ENDING = ".nii.gz"
 MISSING_FILE = "missing_modalities.json"
@@ -50,24 +48,14 @@ def building(target: Path) -> Iterator[Path]:
 
     An exception (also Ctrl-C) removes it and leaves ``target`` as it was.
     """
-    temporary = target.with_name(f".{target.name}.incomplete-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(target) as temporary:
         for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
-            (temporary / folder).mkdir(parents=True)
+            (temporary / folder).mkdir()
         yield temporary
         for folder in ("imagesTs", "labelsTs"):
             if not any((temporary / folder).iterdir()):
                 (temporary / folder).rmdir()
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        for leftover in (old, temporary):
-            if leftover.exists():
-                shutil.rmtree(leftover)
 
 
 def write_description(

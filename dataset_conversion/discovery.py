@@ -174,6 +174,18 @@ def edition(case: str) -> str:
     return "BraTS"
 
 
+_BEFORE_SURGERY = ("BraTS2023", "BraTS2023-PED", "BraTS2023-SSA", "BraTS2023-MEN", "BraTS2023-GOAT")
+
+
+def may_have_cavity(case: str) -> bool | None:
+    """Return whether a case of the naming of 2023 can have a resection cavity, by its name; None if that does not tell.
+
+    Gliomas have one after surgery only; the paediatric task has used the same value for edema since 2024.
+    """
+    name = edition(case)
+    return False if name in _BEFORE_SURGERY else True if name == "BraTS2024" else None
+
+
 def patient(case: str) -> str:
     """Return the patient of a case: the name without the time point (``BraTS-GLI-00005-101``: ``BraTS-GLI-00005``)."""
     return re.sub(r"^(brats-.+-\d+)-\d{3}$", r"\1", case, flags=re.IGNORECASE)

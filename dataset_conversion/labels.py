@@ -8,8 +8,10 @@ resection cavity since the post-treatment data of 2024: the same number means tw
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 CONVENTIONS: tuple[str, ...] = ("brats2021", "brats2023")
 """BraTS up to 2021 (values 0, 1, 2, 4), and since 2023 (values 0 to 3, plus 4 where there is a resection cavity)."""
@@ -63,7 +65,7 @@ def _table(convention: str) -> dict[int, int]:
     return {brats: nnunet for nnunet, brats in values.items() if brats is not None}
 
 
-def _replace(segmentation: np.ndarray, table: dict[int, int], allowed: str) -> np.ndarray:
+def _replace(segmentation: NDArray[Any], table: dict[int, int], allowed: str) -> NDArray[Any]:
     found = np.unique(segmentation)
     # An integral float such as 3.0 equals its integer; 2.5 and NaN are in no table.
     unexpected = [value for value in found.tolist() if value not in table]
@@ -72,10 +74,11 @@ def _replace(segmentation: np.ndarray, table: dict[int, int], allowed: str) -> n
         raise ValueError(f"unexpected label value(s) {shown}; {allowed}")
     lookup = np.zeros(max(table) + 1, dtype=np.uint8)
     lookup[list(table)] = list(table.values())
-    return lookup[segmentation.astype(np.uint8)]
+    replaced: NDArray[Any] = lookup[segmentation.astype(np.uint8)]
+    return replaced
 
 
-def to_nnunet(segmentation: np.ndarray, convention: str) -> np.ndarray:
+def to_nnunet(segmentation: NDArray[Any], convention: str) -> NDArray[Any]:
     """Replace BraTS label values by nnU-Net's.
 
     Args:
@@ -92,7 +95,7 @@ def to_nnunet(segmentation: np.ndarray, convention: str) -> np.ndarray:
     return _replace(segmentation, table, f"{convention} has {', '.join(map(str, sorted(table)))}")
 
 
-def from_nnunet(segmentation: np.ndarray, convention: str) -> np.ndarray:
+def from_nnunet(segmentation: NDArray[Any], convention: str) -> NDArray[Any]:
     """Replace nnU-Net's label values by those of a BraTS convention; the inverse of `to_nnunet`.
 
     Args:

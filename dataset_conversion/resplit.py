@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
-from nnunetv2_mgml.dataset_conversion.paths import PREPROCESSED, RAW, names_in_use, nnunet_folder
 from nnunetv2_mgml.dataset_conversion.splits import (
     PUBLISHED,
     Split,
@@ -19,6 +18,7 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     split_from_files,
     write_splits,
 )
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
 
 _log = logging.getLogger(__name__)
 
@@ -52,17 +52,10 @@ def split_dataset(
     """
     if bool(split) == bool(split_files):
         raise ValueError("Give either --split or --split_files.")
-    names = names_in_use(dataset_id)
-    if len(names) > 1:
-        raise ValueError(f"Dataset id {dataset_id} has several names: {', '.join(sorted(names))}. Remove all but one.")
-    raw = nnunet_folder(RAW) / next(iter(names), "")
-    labels = raw / "labelsTr"
-    cases = sorted(path.name[: -len(FILE_ENDING)] for path in labels.glob(f"*{FILE_ENDING}")) if names else []
+    raw = nnunet_folder(RAW) / dataset_name(dataset_id)
+    cases = sorted(path.name[: -len(FILE_ENDING)] for path in (raw / "labelsTr").glob(f"*{FILE_ENDING}"))
     if not cases:
-        raise FileNotFoundError(
-            f"No dataset with id {dataset_id} and labels labelsTr/*{FILE_ENDING} in "
-            f"{nnunet_folder(RAW)}. Convert it first: mgml convert brats."
-        )
+        raise FileNotFoundError(f"No labels labelsTr/*{FILE_ENDING} in {raw}. Convert it first: mgml convert brats.")
     if split in PUBLISHED:
         split_files = published_lists(split)
     if split_files:

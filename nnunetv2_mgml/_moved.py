@@ -24,7 +24,10 @@ UNTIL = "0.3"
 MOVED: dict[str, tuple[str, ...]] = {
     "cli": ("commands.main",),
     "config": ("plans.options", "objective.flat"),
+    "dataset_conversion.checks": ("dataset_conversion.case_writer",),
     "dataset_conversion.command": ("commands.convert",),
+    "dataset_conversion.parallel": ("io.workers",),
+    "dataset_conversion.paths": ("plans.folders",),
     "demo": ("commands.demo", "workflows.demo"),
     "evaluation": ("scoring",),
     "evaluation.command": ("commands.evaluate", "presentation.tables"),
@@ -41,7 +44,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.figures.style": ("presentation.figures.style",),
     "evaluation.figures.subsets": ("presentation.figures.subsets",),
     "evaluation.figures.training": ("presentation.figures.training",),
-    "evaluation.files": ("io.label_maps",),
+    "evaluation.files": ("io.volumes",),
     "evaluation.internals": ("presentation.internals",),
     "evaluation.metrics": ("scoring.metrics",),
     "evaluation.metrics.base": ("scoring.metrics.base",),
@@ -71,7 +74,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluation.subset_predictor": ("inference.subsets.predictor",),
     "evaluation.tables": ("presentation.tables", "scoring.results"),
     "files": ("io.files",),
-    "inference.complete": ("io.complete",),
+    "inference.export": ("upstream.export",),
     "inference.grid": ("io.grid",),
     "inference.predict": ("commands.predict",),
     "inference.workers": ("io.workers",),
@@ -102,6 +105,10 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Module of 0.1.0 -> where its names are now, searched in this order."""
 
 RENAMED: dict[str, str] = {
+    "dataset_conversion.checks.GEOMETRY_TOLERANCE": "io.grid.GRID_TOLERANCE",
+    "dataset_conversion.checks.geometry_difference": "io.grid.image_difference",
+    "dataset_conversion.checks.read_volume": "io.volumes.read_image",
+    "inference.model_check.bare": "network.interface.bare",
     "losses.consistency.better": "objective.consistency.gives_truth_more",
     "training.published_designs": "training.variants",
     "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
@@ -118,6 +125,7 @@ _TRAINER_TO_SUBCLASS = (
 _OBJECTIVE = "Build an Objective from a TermSpec, both in nnunetv2_mgml.objective."
 _META_NETWORK = "It belongs to the term SoftLabel in nnunetv2_mgml.objective.terms.soft_label."
 GONE: dict[str, str] = {
+    "inference.complete": "nnunetv2_mgml.io.volumes.check_file looks at more than completeness, and raises one error.",
     "losses.LossTerms": _OBJECTIVE,
     "losses.MGMLLoss": _OBJECTIVE,
     "losses.build_meta_network": _META_NETWORK,
@@ -164,13 +172,14 @@ class _Loader(Loader):
         vars(module)["__getattr__"] = forward(module.__name__)
 
 
-def forward(module: str) -> Callable[[str], object]:
+def forward(module: str, calls: int = 1) -> Callable[[str], object]:
     """Return the ``__getattr__`` of a module that gave names away.
 
     The function warns once a name and then leaves the object in the module, where the next look finds it.
 
     Args:
         module: full name of the old module.
+        calls: how many functions lie between the module's user and the returned one, itself included.
 
     Raises:
         ImportError: by the function, for a name in `GONE`; it says what to use instead.
@@ -188,7 +197,7 @@ def forward(module: str) -> Callable[[str], object]:
         warnings.warn(
             f"{module}.{name} is now {place.__name__}.{new_name}; the old path works until {UNTIL}.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=1 + calls,
         )
         value: object = getattr(place, new_name)
         setattr(sys.modules[module], name, value)

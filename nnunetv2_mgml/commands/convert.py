@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from nnunetv2_mgml.dataset_conversion.back import convert_back
-from nnunetv2_mgml.dataset_conversion.convert import ConversionSummary, convert_brats
+from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
 from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
-from nnunetv2_mgml.dataset_conversion.parallel import default_processes
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
+from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 
 
@@ -129,12 +129,12 @@ def run(args: argparse.Namespace) -> int:
         written = convert_back(
             args.source, args.target, args.to, overwrite=args.overwrite, num_processes=args.num_processes, progress=True
         )
-        _say(f"Wrote {len(written)} segmentation(s) with the values of {args.to} to {args.target}")
+        print(f"Wrote {len(written)} segmentation(s) with the values of {args.to} to {args.target}")
         return 0
     split, path = split_dataset(
         args.dataset_id, split=args.split, seed=args.seed, split_files=args.split_files, overwrite=args.overwrite
     )
-    _say(
+    print(
         f"Wrote {path}: {split}. Train fold 0; the test cases are named in {path.parent / TEST_FILE} and linked into "
         f"imagesTs and labelsTs."
     )
@@ -142,23 +142,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_brats(args: argparse.Namespace) -> int:
-    summary = convert_brats(
-        args.source,
-        args.dataset_id,
-        args.name,
-        link=args.link,
-        missing_ok=args.missing_ok,
-        skip_bad=args.skip_bad,
-        overwrite=args.overwrite,
-        split=args.split,
-        split_files=args.split_files,
-        seed=args.seed,
-        missing_rates=parse_rates(args.missing_rate),
-        label_convention=args.label_convention,
-        num_processes=args.num_processes,
-        progress=True,
-    )
-    _say("\n".join(describe(summary)))
+    given = {name: value for name, value in vars(args).items() if name in ConversionRequest.__dataclass_fields__}
+    request = ConversionRequest(missing_rates=parse_rates(args.missing_rate), **given)
+    summary = convert(request, progress=True)
+    print("\n".join(describe(summary)))
     return 1 if summary.skipped else 0
 
 
@@ -191,7 +178,3 @@ def describe(summary: ConversionSummary) -> list[str]:
         lines.append(f"Skipped {len(summary.skipped)} bad case(s):")
         lines += [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(summary.skipped.items())]
     return lines
-
-
-def _say(text: str) -> None:
-    print(text)

@@ -129,7 +129,7 @@ def _run(name: str, arguments: list[str]) -> int:
     )
     module.add_arguments(parser)
     try:
-        return module.run(parser.parse_args(arguments))
+        return int(module.run(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

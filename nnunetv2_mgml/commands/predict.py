@@ -1,14 +1,12 @@
 """``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder`` with our flags.
 
-Upstream's own function runs: its parser gets our arguments at the moment it parses, and, when one of them is used, its
-predictor class is exchanged for ours, in this process only. Without them stock behaviour is left alone.
+Upstream's own function runs (`upstream.predict_command`): its parser gets our arguments at the moment it parses, and,
+when one of them is used, its predictor is ours, in this process only. Without them stock behaviour is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import inspect
 import logging
 import sys
 import traceback
@@ -16,10 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from nnunetv2.inference import predict_from_raw_data as upstream
-
 from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
+from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
@@ -39,13 +36,15 @@ class _Session:
     def ours(self) -> bool:
         return self.args is not None and (self.args.missing_modalities is not None or self.args.cpu_bfloat16)
 
-    def parse(self, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build | None]:
         add_arguments(parser)
         self.args = parser.parse_args()
-        if self.ours:
-            check_folds(self.args.f)
-            check_step_size(self.args.step_size)
-        return self.args
+        if not self.ours:
+            return self.args, None
+        check_folds(self.args.f)
+        check_step_size(self.args.step_size)
+        _show_log()
+        return self.args, self.build
 
     def build(self, *args: Any, **kwargs: Any) -> MGMLPredictor:
         assert self.args is not None
@@ -96,10 +95,9 @@ def main(entry_point_name: str) -> NoReturn:
     """
     add_ext_dir()
     session = _Session()
-    # the start-up line may have put a function that calls us in its place
-    entry_point = inspect.unwrap(getattr(upstream, entry_point_name))
+    entry_point = stock_entry_point(entry_point_name)
     try:
-        with _intercepted(session):
+        with _own_log(), intercepted(session.parse):
             entry_point()
     except KeyboardInterrupt:
         if not session.ours:
@@ -121,37 +119,22 @@ def main(entry_point_name: str) -> NoReturn:
 
 
 @contextmanager
-def _intercepted(session: _Session) -> Iterator[None]:
-    """Let the next parser of this process be ours, and the next predictor if our flags are used."""
-    stock_parse, stock_class = argparse.ArgumentParser.parse_args, upstream.nnUNetPredictor
+def _own_log() -> Iterator[None]:
+    """Leave the package's logger as it was."""
     logger = logging.getLogger("nnunetv2_mgml")
-    handler = logging.StreamHandler(sys.stdout)
-
-    def restore() -> None:
-        argparse.ArgumentParser.parse_args, upstream.nnUNetPredictor = stock_parse, stock_class
-
-    @functools.wraps(stock_parse)
-    def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        restore()
-        namespace = session.parse(parser)
-        if session.ours:
-            upstream.nnUNetPredictor = build
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
-        return namespace
-
-    def build(*args: Any, **kwargs: Any) -> MGMLPredictor:
-        restore()
-        return session.build(*args, **kwargs)
-
-    argparse.ArgumentParser.parse_args = parse_args
-    level = logger.level
+    level, handlers = logger.level, list(logger.handlers)
     try:
         yield
     finally:
-        restore()
-        logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+def _show_log() -> None:
+    """Print what the package logs, beside what nnU-Net prints."""
+    logger = logging.getLogger("nnunetv2_mgml")
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
 
 
 def _by_user(error: Exception, session: _Session) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import Subset
@@ -37,7 +38,7 @@ def present_channels(data: Any, num_modalities: int) -> Subset:
     )
 
 
-def _varies(values: np.ndarray) -> bool:
+def _varies(values: NDArray[Any]) -> bool:
     """Whether values differ by more than resampling a constant can make them; NaN counts as a difference."""
     low, high = float(values.min()), float(values.max())
     return not high - low <= 1e-5 * max(1.0, abs(high))
@@ -95,7 +96,8 @@ def _signature(folder: Path, name: str) -> list[Any]:
 
 def _read_cache(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
     except FileNotFoundError:
         return {}
     except (json.JSONDecodeError, OSError) as error:

@@ -13,7 +13,7 @@ from nnunetv2_mgml.dataloading.masking import SubsetSampler
 from nnunetv2_mgml.modalities import Subset
 
 
-class MGMLDataLoader(nnUNetDataLoader):
+class MGMLDataLoader(nnUNetDataLoader):  # type: ignore[misc]  # nnunetv2 ships no types
     """Adds to nnU-Net's batch ``available`` and ``visible``, both ``(B, M)`` bool tensors.
 
     ``available`` is what a case has at all, ``visible`` a random subset of it (also under its older name,
@@ -33,7 +33,7 @@ class MGMLDataLoader(nnUNetDataLoader):
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Return ``data (B, C, *spatial)`` float32, ``target``, ``keys``, ``available``, ``visible``."""
-        batch = super().generate_train_batch()
+        batch: dict[str, Any] = super().generate_train_batch()
         available = np.array([self.availability[key] for key in batch["keys"]], dtype=bool)
         rng = np.random.default_rng(np.random.randint(2**31, size=2))
         for sample, row in zip(batch["data"], available, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.modalities import canonical_name, channel_index
 from nnunetv2_mgml.plans.options import SamplingOptions
@@ -25,7 +26,7 @@ class SubsetSampler:
     scheme: str
     missing_rate: tuple[float, ...]
 
-    def sample(self, available: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, available: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
         """Draw one mask per sample.
 
         Args:
@@ -47,7 +48,7 @@ class SubsetSampler:
             )
         return np.stack([self._sample_row(row, rng) for row in available])
 
-    def _sample_row(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _sample_row(self, row: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
         if self.scheme == "fixed":
             return row.copy()
         existing = np.flatnonzero(row)
@@ -63,7 +64,7 @@ class SubsetSampler:
         return mask
 
 
-def _bernoulli(rates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _bernoulli(rates: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.bool_]:
     """Draw who stays, given that someone does: first who is the first to stay, then those after it on their own.
 
     Args:

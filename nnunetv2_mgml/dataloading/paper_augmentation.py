@@ -21,6 +21,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from numpy.typing import NDArray
 
 ROTATION = np.deg2rad(10.0)
 """Largest angle, radians."""
@@ -47,7 +48,7 @@ class OneAxisRotation:
         return float(np.random.uniform(-self.limit, self.limit)) if dim == self._axis else 0.0
 
 
-class ScaleAndShift(ImageOnlyTransform):
+class ScaleAndShift(ImageOnlyTransform):  # type: ignore[misc]  # batchgeneratorsv2 ships no types
     """Multiply every channel by a factor of its own and add an offset of its own; labels are left alone.
 
     Args:
@@ -76,7 +77,7 @@ class ScaleAndShift(ImageOnlyTransform):
         return img * factors + offsets
 
 
-def initial_patch_size(patch_size: Sequence[int], dummy_2d: bool) -> np.ndarray:
+def initial_patch_size(patch_size: Sequence[int], dummy_2d: bool) -> NDArray[np.int_]:
     """Return the voxels to load per axis, so that a patch rotated by up to `ROTATION` has no empty corners.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, parse_missing
 from nnunetv2_mgml.inference.preprocessing import Item, Model, prepare_case, preprocess_volumes
-from nnunetv2_mgml.inference.reading import check_finite
+from nnunetv2_mgml.io.volumes import VolumeError, check_finite
 from nnunetv2_mgml.modalities import channel_index
 
 
@@ -120,7 +120,10 @@ def _from_volumes(
             f"{', '.join(f'{c} {shape}' for c, shape in shapes.items())}."
         )
     for channel in sorted(volumes):
-        check_finite(name, model.channels[channel], volumes[channel])
+        try:
+            check_finite(model.channels[channel], np.asarray(volumes[channel]))
+        except VolumeError as error:
+            raise CaseError(f"Case {name}: {error}") from error
     if previous_stage is not None:  # signed: nnU-Net marks what lies outside the image with -1
         previous_stage = np.asarray(previous_stage, dtype=np.float32)
         previous_stage = previous_stage[None] if previous_stage.ndim == 3 else previous_stage

@@ -16,12 +16,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 
-from nnunetv2_mgml.inference.export import export_case
 from nnunetv2_mgml.inference.preprocessing import Item, Model
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import channel_names, subset_name
 from nnunetv2_mgml.network.interface import seeing
+from nnunetv2_mgml.upstream.export import export_case
 
 _log = logging.getLogger(__name__)
 _WAITING_EXPORTS = 2

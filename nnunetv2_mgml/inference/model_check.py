@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 
+from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.interface import subset_network
 
 SUPPORTING_TRAINERS = "nnUNetTrainerMGML (and its variants), nnUNetTrainerModalityDropout"
@@ -66,3 +68,7 @@ def check_supported(network: nn.Module, trainer_name: str) -> None:
             f"CONFIGURATION FOLD -tr nnUNetTrainerMGML`, or predict complete cases without "
             f"--missing_modalities."
         )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)

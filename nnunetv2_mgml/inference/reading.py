@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_mgml.inference.inputs import CaseError
-from nnunetv2_mgml.io.complete import check_complete
 from nnunetv2_mgml.io.grid import grid_difference
+from nnunetv2_mgml.io.volumes import VolumeError, check_file, check_finite, unreadable
 
 
 def read_case(
@@ -30,7 +29,7 @@ def read_case(
         ordered as the array axes).
 
     Raises:
-        CaseError: a file that cannot be read, is incomplete, holds NaN or more than one channel, or another grid.
+        CaseError: a file that is no volume (see `io.volumes`), holds more than one channel, or lies on another grid.
     """
     volumes: dict[int, np.ndarray] = {}
     first: dict[str, Any] = {}
@@ -41,7 +40,6 @@ def read_case(
                 f"Case {name}: {files[channel]} holds {volume.shape[0]} channels; every modality needs a "
                 f"file of its own with one."
             )
-        check_finite(name, files[channel], volume)
         if volumes:
             origin = min(volumes)
             difference = grid_difference(volumes[origin].shape, first, volume.shape[1:], properties)
@@ -64,26 +62,19 @@ def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[np.ndarra
         ``(channels, z, y, x)`` float32 and the reader's properties.
 
     Raises:
-        CaseError: it does not exist, cannot be read, or ends early.
+        CaseError: it does not exist, or is no volume (see `io.volumes`).
     """
-    if not os.path.isfile(path):
-        raise CaseError(f"Case {name}: {path} does not exist{' (a broken link)' if os.path.islink(path) else ''}.")
     try:
-        check_complete(path)
-        return reader.read_images([path])
+        check_file(path)
+        volume, properties = _read(path, reader)
+        check_finite(path, volume)
+    except (FileNotFoundError, VolumeError) as error:
+        raise CaseError(f"Case {name}: {error}") from error
+    return volume, properties
+
+
+def _read(path: str, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
+    try:
+        return cast("tuple[np.ndarray, dict[str, Any]]", reader.read_images([path]))
     except Exception as error:  # every reader library has its own exceptions, some derive from nothing narrower
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise CaseError(
-            f"Case {name}: cannot read {path} with {type(reader).__name__} ({type(error).__name__}: "
-            f"{reason}). Is the file damaged or cut off?"
-        ) from error
-
-
-def check_finite(name: str, what: str, volume: np.ndarray) -> None:
-    """Raise a `CaseError` if a volume holds NaN or infinity: normalisation would spread it over the whole case."""
-    bad = volume.size - int(np.isfinite(volume).sum())
-    if bad:
-        raise CaseError(
-            f"Case {name}: {what} holds {bad} voxels that are NaN or infinite. Replace them, for example "
-            f"by 0 outside the brain."
-        )
+        raise unreadable(path, error, type(reader).__name__) from error

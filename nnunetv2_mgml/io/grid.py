@@ -1,4 +1,4 @@
-"""Whether two volumes lie on one grid (imports neither torch nor nnU-Net, so that scoring asks the same way)."""
+"""Whether two volumes lie on one grid: one rule for conversion, prediction and scoring (imports no torch)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,43 @@ import itertools
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
 
 GRID_TOLERANCE = 0.1
 """Largest distance between the corners of two volumes, in voxels, at which they still count as one grid."""
 
+Geometry = dict[str, Any]
+"""Where a volume lies, as nnU-Net's readers return it: ``spacing`` (mm, ordered as the array axes) and, of formats with
+an orientation, ``sitk_stuff`` or ``nibabel_stuff``."""
+
+
+def sitk_geometry(image: sitk.Image) -> Geometry:
+    """Return where an image lies, as nnU-Net's SimpleITK reader puts it."""
+    return {
+        "spacing": list(reversed(image.GetSpacing())),
+        "sitk_stuff": {
+            "spacing": image.GetSpacing(),
+            "origin": image.GetOrigin(),
+            "direction": image.GetDirection(),
+        },
+    }
+
+
+def image_difference(image: sitk.Image, reference: sitk.Image) -> str:
+    """Say how the grid of an image differs from that of another, or return an empty string."""
+    shapes = tuple(tuple(reversed(i.GetSize())) for i in (reference, image))
+    return grid_difference(shapes[0], sitk_geometry(reference), shapes[1], sitk_geometry(image))
+
 
 def grid_difference(
-    shape_a: tuple[int, ...], properties_a: dict[str, Any], shape_b: tuple[int, ...], properties_b: dict[str, Any]
+    shape_a: tuple[int, ...], properties_a: Geometry, shape_b: tuple[int, ...], properties_b: Geometry
 ) -> str:
     """Say how two grids differ, or return an empty string.
 
     Args:
         shape_a: ``(z, y, x)``, or ``(y, x)``, in voxels.
-        properties_a: as nnU-Net's readers return them: ``spacing`` (mm, ordered as the array axes) and, of formats with
-            an orientation, ``sitk_stuff`` or ``nibabel_stuff``.
+        properties_a: as nnU-Net's readers return them.
         shape_b: of the other one.
         properties_b: likewise.
     """
@@ -47,7 +70,7 @@ def grid_difference(
     return f"{'; '.join(parts)} (up to {distance:.3g} mm apart)"
 
 
-def _affine(properties: dict[str, Any]) -> np.ndarray | None:
+def _affine(properties: Geometry) -> NDArray[Any] | None:
     """Return the matrix from voxel (x, y, z) to mm, or None where the reader knows none."""
     if "sitk_stuff" in properties:
         geometry = properties["sitk_stuff"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -11,21 +11,26 @@ Log = Callable[[str], None]
 """Takes one line."""
 
 
-class _Lines(tqdm):
+if TYPE_CHECKING:
+    _Bar = tqdm[Any]
+else:
+    _Bar = tqdm  # generic in its type stubs only
+
+
+class _Lines(_Bar):
     """A bar that is never drawn and says a line whenever another tenth is done."""
 
-    def __init__(self, *args: Any, log: Log, **kwargs: Any) -> None:
+    def __init__(self, outcomes: Iterable[Any] | None, text: str, total: int, log: Log) -> None:
         self._log = log
         self._said = 0
-        super().__init__(*args, mininterval=0, miniters=1, **kwargs)
+        super().__init__(outcomes, desc=text, total=total, mininterval=0, miniters=1)
 
-    def display(self, *_: Any, **__: Any) -> bool:
+    def display(self, *_: Any, **__: Any) -> None:
         """Say how much is done, at most ten times."""
-        tenths = 10 * self.n // self.total if self.total else 0
+        tenths = int(10 * self.n // self.total) if self.total else 0
         if tenths > self._said:
             self._said = tenths
             self._log(f"{self.desc.removesuffix(': ')}: {self.n} of {self.total} cases")
-        return True
 
     def close(self) -> None:
         """Say what is left to say; there is no bar to clear."""
@@ -47,5 +52,5 @@ def progress_bar(
         log: takes a line per tenth of the cases instead of a bar.
     """
     if log is not None:
-        return _Lines(outcomes, desc=text, total=total, log=log)
+        return _Lines(outcomes, text, total, log)
     return tqdm(outcomes, desc=text, total=total, unit="case", disable=not show)

@@ -1,4 +1,7 @@
-"""A small pool of spawned processes in which a job that kills its worker takes no other job with it."""
+"""A small pool of processes that end with their parent, in which a job that kills its worker takes no other with it.
+
+They are spawned: forking a process in which ITK or PyTorch has started threads can hang.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,26 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
-class WorkerDiedError(RuntimeError):
+class WorkerDiedError(ChildProcessError):
     """A job ended its worker process twice, the second time alone in a process of its own."""
+
+
+def default_processes() -> int:
+    """Return ``min(4, cpus)``: reading and compressing saturates most disks beyond that."""
+    return min(4, os.cpu_count() or 1)
 
 
 @dataclass
@@ -44,7 +58,9 @@ class WorkerPool:
 
     def __init__(self, num_workers: int, options: str = "-npp, -nps") -> None:
         if num_workers < 0:
-            raise ValueError(f"The number of worker processes must be 0 or more, got {num_workers}.")
+            raise ValueError(
+                f"The number of worker processes ({options}) must be 0 (this process) or more, got {num_workers}."
+            )
         self.num_workers = num_workers
         self.options = options
         self._executor: ProcessPoolExecutor | None = None
@@ -69,6 +85,19 @@ class WorkerPool:
             future = self._executor.submit(function, *arguments)
         return Task(function, arguments, future)
 
+    def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """Yield the results of a function over many jobs, in their order; raises as `result` does.
+
+        Only a few jobs wait at a time, so that little is repeated when a worker dies.
+        """
+        waiting: deque[Task] = deque()
+        for job in jobs:
+            waiting.append(self.submit(function, job))
+            if len(waiting) > 2 * self.num_workers:
+                yield self.result(waiting.popleft())
+        while waiting:
+            yield self.result(waiting.popleft())
+
     def result(self, task: Task) -> Any:
         """Wait for a job and return its value.
 
@@ -85,10 +114,34 @@ class WorkerPool:
                 return alone.submit(task.function, *task.arguments).result()
             except BrokenProcessPool as error:
                 raise WorkerDiedError(
-                    f"its worker process died, most likely killed for using too much memory: use fewer processes "
+                    f"a worker process died, most likely killed for using too much memory: use fewer processes "
                     f"({self.options}; 0 works without any). In a script of your own the call must stand under "
                     f'`if __name__ == "__main__":`'
                 ) from error
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int | None, title: str, progress: bool
+) -> list[Result]:
+    """Apply a function to every job, with a bar on stderr.
+
+    Args:
+        function: picklable; an exception in it ends the run and is raised here.
+        jobs: picklable arguments.
+        num_processes: worker processes, None for `default_processes`; 0 and 1 work in this process.
+        title: text before the progress bar.
+        progress: whether to show the bar.
+
+    Returns:
+        Results in the order of ``jobs``.
+
+    Raises:
+        ValueError: ``num_processes`` below 0.
+        WorkerDiedError: a job ends its process.
+    """
+    processes = min(default_processes() if num_processes is None else num_processes, len(jobs))
+    with WorkerPool(processes if processes != 1 else 0, "-np") as pool:
+        return list(tqdm(pool.map(function, jobs), desc=title, total=len(jobs), disable=not progress))
 
 
 def _run_here(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:

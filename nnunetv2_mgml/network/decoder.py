@@ -12,6 +12,7 @@ from torch import nn
 from nnunetv2_mgml.network.encoders import EncoderSpec
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, beside
 from nnunetv2_mgml.network.pointwise import make_pointwise
+from nnunetv2_mgml.upstream.decoder import StepwiseDecoder
 
 
 class Decoded(NamedTuple):
@@ -27,7 +28,7 @@ class Decoded(NamedTuple):
     """What the full-resolution head reads, ``(B, C, *spatial)``."""
 
 
-class FusionDecoder(UNetDecoder):
+class FusionDecoder(StepwiseDecoder):
     """`UNetDecoder` (same layers, same state-dict keys) whose skips are fused just before they are used.
 
     ``deep_supervision`` is read at every call, as nnU-Net expects of ``network.decoder``.
@@ -78,7 +79,7 @@ class FusionDecoder(UNetDecoder):
             if images is not None:
                 fused_scales.append(fused.fused)
             if scale == 0 or (self.deep_supervision and scale < len(features) - 1):
-                outputs.append(self.seg_layers[-1 - scale](context))
+                outputs.append(self.logits(scale, context))
         if images is not None:
             loss = loss + fusion.image_loss(fused_scales[::-1], images, available)
         return Decoded(outputs[::-1], auxiliary, loss, context)
@@ -114,7 +115,7 @@ class FusionDecoder(UNetDecoder):
                 )
             own = features[scale].expand(len(masks), *features[scale].shape[1:])
             _, context = self._level(scale, own, masks, context, fusion, state)
-            return decode(scale - 1, masks, context, state) if scale else self.seg_layers[-1](context)
+            return decode(scale - 1, masks, context, state) if scale else self.logits(0, context)
 
         deepest = len(features) - 1
         together = masks.split(len(masks) if len(scales) > 1 else at_once[0])
@@ -130,15 +131,14 @@ class FusionDecoder(UNetDecoder):
         state: Any,
     ) -> tuple[FusedScale, torch.Tensor]:
         """Return what was fused at a scale, and the decoder's features there: the context of the next finer one."""
-        stage = len(self.stages) - 1 - scale
         if context is not None:
-            context = self.transpconvs[stage](context)
+            context = self.raised(scale, context)
         if not fusion.hides_absent:
             features = torch.where(beside(mask, features), features, 0)
         fused = fusion.fuse_scale(scale, features, mask, context, state)
         if context is None:
             return fused, fused.fused
-        return fused, self.stages[stage](torch.cat((context, fused.fused), 1))
+        return fused, self.merged(scale, context, fused.fused)
 
 
 def modality_decoder(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.network.silence import random_layers_act
@@ -99,7 +98,7 @@ def silence_dropout_of_the_teacher(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) in _QUIET:
             module.__class__ = _QUIET[type(module)]
-        elif isinstance(module, _DropoutNd) and type(module) not in _QUIET.values():
+        elif isinstance(module, _DROPOUTS) and type(module) not in _QUIET.values():
             raise ValueError(
                 f"The plan's dropout is {type(module).__name__}; MGML can use "
                 f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op."
@@ -130,7 +129,7 @@ class NarrowedEncoder(nn.Module):
         return [project(f) for project, f in zip(self.projections, self.encoder(x), strict=True)]
 
 
-class _Quiet(_DropoutNd):
+class _Quiet(nn.Module):
     """Dropout that acts only where `random_layers_act`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,3 +154,4 @@ _QUIET: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout2d: QuietDropout2d,
     nn.Dropout3d: QuietDropout3d,
 }
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mgml.upstream.wrappers import bare as bare
 
 Complete = Literal["no", "target", "learns"]
 _ORDER: tuple[Complete, ...] = ("no", "target", "learns")
@@ -141,13 +141,6 @@ class SubsetNetwork(Protocol):
 
     def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor) -> torch.Tensor:
         """Return logits ``(B, S, R, *spatial)`` for every sample and subset ``(S, M)``."""
-
-
-def bare(network: nn.Module) -> nn.Module:
-    """Return the network without the wrappers of ``torch.compile`` and DistributedDataParallel."""
-    while isinstance(network, (OptimizedModule, DistributedDataParallel)):
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
-    return network
 
 
 def subset_network(network: nn.Module) -> SubsetNetwork | None:

@@ -20,7 +20,7 @@ from nnunetv2_mgml.inference.arguments import check_device
 from nnunetv2_mgml.inference.inputs import Case, CaseError
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.preprocessing import Item, prepare_case
-from nnunetv2_mgml.io.complete import check_complete
+from nnunetv2_mgml.io.volumes import VolumeError, check_file
 from nnunetv2_mgml.modalities import Subset, subset_name
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
@@ -275,12 +275,10 @@ def nearest(volume: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 def _reference_on_network_grid(predictor: MGMLPredictor, item: Item, label_file: Path) -> np.ndarray:
     """Read a label map and bring it through nnU-Net's transposing, cropping and resampling."""
-    if not label_file.is_file():
-        raise FileNotFoundError(f"Case {item['case']}: no label map {label_file}.")
     try:
-        check_complete(str(label_file))
-    except Exception as error:  # nibabel and gzip have their own
-        raise CaseError(f"Case {item['case']}: {label_file} is damaged or cut off ({error}).") from error
+        check_file(label_file)
+    except (FileNotFoundError, VolumeError) as error:
+        raise CaseError(f"Case {item['case']}: {error}") from error
     labels, _ = predictor.plans_manager.image_reader_writer_class().read_seg(str(label_file))
     labels = labels[0].transpose(predictor.plans_manager.transpose_forward)
     box = item["data_properties"]["bbox_used_for_cropping"]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
-from nnunetv2_mgml.io.label_maps import check_same_geometry, read_label_image
+from nnunetv2_mgml.io.volumes import check_same_geometry, read_label_image
 from nnunetv2_mgml.io.workers import Task, WorkerDiedError, WorkerPool
 from nnunetv2_mgml.scoring.metrics import MaskPair, RegionMask, default_metrics, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy

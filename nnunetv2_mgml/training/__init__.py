@@ -17,7 +17,7 @@ TRAINERS: dict[str, type[nnUNetTrainerMGML]] = {
 """Every trainer by name, `nnUNetTrainerMGML` among them; ``ext/`` hands these to nnU-Net."""
 
 __all__ = ["TRAINERS", "nnUNetTrainerMGML"]
-_old_path = forward(__name__)
+_old_path = forward(__name__, calls=2)
 
 
 def __getattr__(name: str) -> type[nnUNetTrainerMGML]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnunetv2_mgml.io.files import replacing
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training.compatibility import network_differences
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Stored:
         if isinstance(content, str):
             content = torch.load(content, map_location="cpu", weights_only=False, mmap=True)
         return cls(content["init_args"]["plans"], content.get(CHECKPOINT_KEY) or {})
+
+    @property
+    def options(self) -> Options:
+        """The options it was trained with."""
+        return Options.from_plans(self.plans)
 
     def refuse_other_network(self, filename: str, plans: dict[str, Any], configuration: str) -> None:
         """Raise unless a training's plans build the network of this checkpoint.

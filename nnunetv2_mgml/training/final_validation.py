@@ -35,7 +35,7 @@ def announcing(
 ) -> type[nnUNetBaseDataset]:
     """Return a dataset class that calls ``announce(dataset, case)`` before it loads a case."""
 
-    class Announcing(dataset_class):  # type: ignore[misc, valid-type]  # a base class chosen at run time
+    class Announcing(dataset_class):  # type: ignore[misc]  # nnunetv2 ships no types
         def load_case(self, identifier: str) -> Any:
             stock = dataset_class(self.source_folder, [identifier], self.folder_with_segs_from_previous_stage)
             announce(stock, identifier)

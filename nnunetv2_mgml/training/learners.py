@@ -50,15 +50,15 @@ class Learner:
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
-        options: Options,
         num_input_channels: int,
         num_output_channels: int,
         deep_supervision: bool,
     ) -> nn.Module:
-        """Build the network; the arguments are those of nnU-Net's ``build_network_architecture`` and our options."""
-        return nnUNetTrainer.build_network_architecture(
+        """Build the network; the arguments are those of nnU-Net's ``build_network_architecture``."""
+        network: nn.Module = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, deep_supervision
         )
+        return network
 
     def describe(self) -> list[str]:
         """Return lines for the log, once everything is built."""
@@ -140,18 +140,28 @@ class SubsetLearner(Learner):
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
-        options: Options,
         num_input_channels: int,
         num_output_channels: int,
         deep_supervision: bool,
     ) -> nn.Module:
-        """Build the multi-encoder network; see `Learner.build_network`."""
+        """Build the multi-encoder network; see `Learner.build_network`.
+
+        Raises:
+            ValueError: plans that no trainer of ours has completed (the number of label classes is not in them).
+        """
+        plans = plans_manager.plans
+        if "num_classes" not in plans.get(PLANS_KEY, {}):
+            raise ValueError(
+                f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which the trainer wrote into its "
+                f"model folder, not those in nnUNet_preprocessed."
+            )
+        options = Options.from_plans(plans)
         return build_network(
             configuration_manager,
             options.network,
             num_input_channels,
             num_output_channels,
-            plans_manager.plans[PLANS_KEY]["num_classes"],
+            plans[PLANS_KEY]["num_classes"],
             deep_supervision,
             needs_of(options),
         )

@@ -36,7 +36,7 @@ from nnunetv2_mgml.training.validation import drop_report_of_other_weights, vali
 FIGURE_NAME = "mgml_progress.png"
 
 
-class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; the name is the CLI's argument
+class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships no types  # noqa: N801  nnU-Net's way
     """nnU-Net's trainer with a random subset of the modalities per sample, in training and in validation.
 
     Every method but three is a hook of nnU-Net; what a hook does lies in a file of its own beside this one. A trainer
@@ -83,7 +83,10 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
 
     @classmethod
     def resolve_options(cls, plans: dict[str, Any]) -> Options:
-        """Return the plans' options with what this trainer fixes."""
+        """Return the options of plans that are to be trained with, and what this trainer fixes.
+
+        The plans beside a checkpoint hold the result, and there it counts as it is: what a trainer fixes may change.
+        """
         return Options.from_plans(plans).overridden(cls.config_overrides)
 
     @property
@@ -106,23 +109,9 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the network; at inference nnU-Net calls this with the plans found beside the checkpoint.
-
-        Raises:
-            ValueError: plans that no trainer of ours has completed (the number of label classes is not in them).
-        """
-        if PLANS_KEY not in plans_manager.plans or "num_classes" not in plans_manager.plans[PLANS_KEY]:
-            raise ValueError(
-                f"The plans hold no '{PLANS_KEY}.num_classes'. Use the plans.json which {cls.__name__} "
-                f"wrote into its model folder, not those in nnUNet_preprocessed."
-            )
+        """Build the network; at inference nnU-Net calls this with the plans found beside the checkpoint."""
         return cls.learner_class.build_network(
-            plans_manager,
-            configuration_manager,
-            cls.resolve_options(plans_manager.plans),
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
 
     def initialize(self) -> None:
@@ -211,7 +200,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
             self.learner.only_visible(batch) as shown,
             optimisation.autocast(self.device, self.options.training.cpu_bfloat16),
         ):
-            return super().validation_step(shown)
+            result: dict[str, Any] = super().validation_step(shown)
+        return result
 
     def on_epoch_end(self) -> None:
         """Write the epoch's row and figure around nnU-Net's bookkeeping (which counts the epoch up)."""
@@ -247,13 +237,13 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # noqa: N801  nnU-Net's naming scheme; 
         if isinstance(filename_or_checkpoint, str):
             stored.refuse_other_network(filename_or_checkpoint, self.plans_manager.plans, self.configuration_name)
             self.weights_file = filename_or_checkpoint
-            self.stored_optimizer = self.resolve_options(stored.plans).training.optimizer
+            self.stored_optimizer = stored.options.training.optimizer
         if not self.was_initialized:
             self.initialize()
         same = self.stored_optimizer == self.options.training.optimizer
         with nullcontext() if same else checkpoint.without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
-        self.learner.load_state_dict(stored.training_state, Options.from_plans(stored.plans))
+        self.learner.load_state_dict(stored.training_state, stored.options)
 
     # --- final validation ---------------------------------------------------------------------------------------------
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

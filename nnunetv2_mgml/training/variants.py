@@ -55,10 +55,11 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     """Return the two trainers named after the publication of a fusion design, by name; none where it names none.
 
     ``nnUNetTrainerX`` is `nnUNetTrainerMGML_baseline` and ``nnUNetTrainerX_MGML`` is `nnUNetTrainerMGML` on plans
-    written with ``mgml plan --set fusion=...`` and the design's ``published_options``. All other options are the plans'
-    own. ``fusion_options`` of the plans count where they were set for the same design, and win over the published ones;
-    those of another design are dropped, which the log says. ``_MGML`` includes our loss on the complete view; the
-    paper's terms alone are ``complete_view_weight=0`` in the plans.
+    written with ``mgml plan --set fusion=...`` and the design's ``published_options``; the former also has its
+    ``published_alone``. All other options are the plans' own. ``fusion_options`` of the plans count where they were set
+    for the same design, and win over the published ones; those of another design are dropped, which the log says.
+    ``_MGML`` includes our loss on the complete view; without it are the paper's terms: ``complete_view_weight=0`` in
+    the plans.
 
     One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
     inside our network, not the authors' code.

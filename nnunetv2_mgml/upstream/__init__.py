@@ -1,1 +1,20 @@
-"""Every place where nnU-Net is bent, one file each."""
+"""Every place where nnU-Net, or a library under it, is bent: one file each.
+
+What replaces or wraps a function, class or attribute of theirs, reads a private one, or repeats the body of one with a
+change lies here, and nowhere else; tests/upstream/test_list.py holds it to that. Each file says at its top what it
+bends, why, and which test fails when a new release changes it:
+
+- `registration`: nnU-Net's search path for trainers, and its predict commands, from the start-up line on.
+- `predict_command`: the parser and the predictor inside nnU-Net's predict commands.
+- `sliding_window`: the number of output channels nnU-Net's sliding window allocates.
+- `export`: the writer inside nnU-Net's export of a prediction.
+- `decoder`: the steps of nnU-Net's decoder.
+- `wrappers`: the network behind ``torch.compile`` and DistributedDataParallel.
+
+Subclasses that override hooks of nnU-Net stay with what they are for: `training.trainer`, `dataloading.loader`,
+`inference.predictor` and `inference.subsets.predictor`. tests/upstream/test_upstream_drift.py and
+tests/upstream/test_inference_drift.py pin their signatures, and the bodies they repeat or rely on:
+`nnUNetTrainer.get_dataloaders`, `nnUNetTrainer.train_step`, those that `inference.predictor` names,
+`nnUNetPredictor.predict_logits_from_preprocessed_data`, which it calls, and `DefaultPreprocessor.run_case` and
+`preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps.
+"""

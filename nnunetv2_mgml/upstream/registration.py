@@ -1,10 +1,15 @@
 """Makes nnU-Net find our trainers and, where asked for, our predictor (imports nothing heavy).
 
+Bends: ``nnUNet_extTrainer`` of this process, and the function that ``nnUNetv2_predict`` or
+    ``nnUNetv2_predict_from_modelfolder`` imports from ``nnunetv2.inference.predict_from_raw_data``.
+Why: so that nnU-Net's own commands find the trainers and take ``--missing_modalities`` with no set-up by the user.
+Guarded by: tests/upstream/test_registration.py, tests/project/test_packaging.py
+
 The start-up line ``nnunetv2_mgml.pth``, installed beside the package, calls `activate` in every ``nnUNetv2_*`` command
 and in no other process. It does two things:
 
 1. ``ext/`` is appended to ``nnUNet_extTrainer``, nnU-Net's own search path for trainers. Child processes inherit it.
-2. `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` are handed to `nnunetv2_mgml.commands.predict` when
+2. `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` are handed to `PREDICT_HANDLER` when
    ``--missing_modalities`` or a request for help is among their arguments. Without either, stock code runs.
 """
 
@@ -12,7 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +38,9 @@ PREDICT_COMMANDS = {
     "nnUNetv2_predict_from_modelfolder": "predict_entry_point_modelfolder",
 }
 """Console command -> the function of `PREDICT_MODULE` it calls."""
+
+PREDICT_HANDLER = "nnunetv2_mgml.commands.predict"
+"""The module whose ``main`` takes over, by its name: nothing here is built on commands."""
 
 _FLAG = "--missing_modalities"
 
@@ -90,7 +98,7 @@ class _PredictFinder:
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _PredictLoader(spec.loader, self.entry_point)
+            spec.loader = cast("Loader", _PredictLoader(spec.loader, self.entry_point))
         return spec
 
 
@@ -105,15 +113,17 @@ class _PredictLoader:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        from importlib import import_module
+
         entry_point = self.entry_point
 
         def predict_with_missing_modalities() -> None:
-            from nnunetv2_mgml.commands.predict import main
+            import_module(PREDICT_HANDLER).main(entry_point)
 
-            main(entry_point)
-
-        # `inference.predict.main` runs the stock function, which it finds here
-        predict_with_missing_modalities.__wrapped__ = getattr(module, entry_point)
+        # `predict_command.stock_entry_point` finds the stock function here
+        predict_with_missing_modalities.__wrapped__ = getattr(module, entry_point)  # type: ignore[attr-defined]  # as functools
         setattr(module, entry_point, predict_with_missing_modalities)

@@ -62,9 +62,10 @@ def test_all_bad_files_are_listed_and_nothing_is_written(tmp_path: Path) -> None
     head, first, second = str(error.value).splitlines()
     assert head == "2 of 3 file(s) are bad; nothing has been written."
     assert first == (
-        "  a.nii.gz: unexpected label value(s) 4; predictions that can be written as brats2021 have 0, 1, 2, 3"
+        f"  {tmp_path / 'in' / 'a.nii.gz'}: unexpected label value(s) 4; predictions that can be written as brats2021 "
+        f"have 0, 1, 2, 3"
     )
-    assert second.startswith("  c.nii.gz cannot be read")
+    assert second.startswith(f"  {tmp_path / 'in' / 'c.nii.gz'} cannot be read")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 

@@ -103,6 +103,61 @@ def test_four_without_three_is_not_guessed(nnunet_folders: Path, tmp_path: Path)
     assert 4 in _convert(tmp_path / "src", label_convention="brats2023", overwrite=True).labels
 
 
+def _rename(folder: Path, name: str) -> Path:
+    """Give a case another name, in its folder and all its files."""
+    new = folder.with_name(name)
+    new.mkdir()
+    for path in folder.iterdir():
+        path.rename(new / path.name.replace(folder.name, name))
+    folder.rmdir()
+    return new
+
+
+@pytest.mark.parametrize("convention", ["auto", "brats2023"])
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("BraTS-GLI-00003-000", False),
+        ("BraTS-GLI-00003-101", True),
+        ("BraTS-SSA-00003-000", False),
+        ("BraTS-MET-00003-000", True),
+    ],
+)
+def test_four_is_judged_case_by_case(
+    nnunet_folders: Path, tmp_path: Path, convention: str, name: str, allowed: bool
+) -> None:
+    """One case with 4 among others with 3, which a look at the whole data set takes for a resection cavity."""
+    names = write_cases(tmp_path / "src", 3, "brats2023", first=1)
+    for number, old in enumerate(names[:2]):
+        _rename(tmp_path / "src" / old, f"BraTS-GLI-0000{number}-000")
+    new = _rename(tmp_path / "src" / names[2], name)
+
+    def cavity(image: sitk.Image) -> sitk.Image:
+        array = sitk.GetArrayFromImage(image)
+        array[0, 0, :3] = 4
+        return with_array(image, array)
+
+    rewrite(new / f"{name}-seg.nii.gz", cavity)
+    if allowed:
+        assert 4 in _convert(tmp_path / "src", label_convention=convention).labels
+        return
+    with pytest.raises(ValueError, match="1 of 3 case") as error:
+        _convert(tmp_path / "src", label_convention=convention)
+    assert f"{name}: has the value 4, the resection cavity since 2024, but a case of BraTS2023" in str(error.value)
+    assert "--label_convention brats2021" in str(error.value)
+
+
+def test_paediatric_cases_of_later_years_are_refused(nnunet_folders: Path, tmp_path: Path) -> None:
+    [name] = write_cases(tmp_path / "src", 1, "brats2023", first=1)
+    new = _rename(tmp_path / "src" / name, "BraTS-PED-00003-000")
+    rewrite(
+        new / f"{new.name}-seg.nii.gz",
+        lambda image: with_array(image, np.where((a := sitk.GetArrayFromImage(image)) == 2, np.uint8(4), a)),
+    )
+    with pytest.raises(ValueError, match="BraTS-PED-00003-000: has the value 4"):
+        _convert(tmp_path / "src", label_convention="brats2023")
+
+
 def test_three_behind_names_of_2021_gets_a_hint(nnunet_folders: Path, tmp_path: Path) -> None:
     [name] = write_cases(tmp_path / "src", 1, first=1)
     rewrite(

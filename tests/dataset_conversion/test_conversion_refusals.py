@@ -13,7 +13,7 @@ from conversion_cases import SHAPE, needs_installation, rewrite, tree, with_arra
 
 from nnunetv2_mgml.dataset_conversion import convert
 from nnunetv2_mgml.dataset_conversion.convert import ConversionSummary, convert_brats
-from nnunetv2_mgml.dataset_conversion.parallel import run_jobs
+from nnunetv2_mgml.io.workers import WorkerDiedError, run_jobs
 
 
 def _convert(source: Path, **options: object) -> ConversionSummary:
@@ -59,19 +59,19 @@ def _spoil(source: Path, names: list[str]) -> dict[str, str]:
     (source / "copy" / names[11] / f"{names[11]}_t1.nii.gz").write_bytes(b"")
     rewrite(path(12, "_t1"), lambda image: sitk.JoinSeries([image, image]))
     texts = [
-        "_t2.nii.gz has origin (1, 2, 3) instead of",
-        "_t2.nii.gz has spacing (1, 1, 2) instead of (6, 5, 4)",
-        "_seg.nii.gz has direction (-1, 0, 0, 0, -1, 0, 0, 0, 1)",
-        "_flair.nii.gz has size (18, 20, 15)",
+        "origin (1, 2, 3) instead of",
+        "spacing (1, 1, 2) instead of (6, 5, 4)",
+        "direction (-1, 0, 0, 0, -1, 0, 0, 0, 1)",
+        "shape (15, 20, 18) instead of (16, 20, 18)",
         "_t1ce.nii.gz cannot be read",
         "_t1.nii.gz cannot be read",
         "_seg.nii.gz cannot be read",
         "_seg.nii.gz: unexpected label value(s)",
-        "zero all over: t1 (allow with --missing_ok)",
-        "_seg.nii.gz: unexpected label value(s) 0.5",
-        "_t1.nii is truncated: 2000 of",
+        f"_t1.nii.gz holds {np.prod(SHAPE)} voxels that are NaN or infinite",
+        f"_seg.nii.gz holds {np.prod(SHAPE)} voxels that are no whole numbers, such as 0.5",
+        "_t1.nii is cut off: it holds 2000 of",
         "found in several folders",
-        "_t1.nii.gz must be one volume with three axes",
+        "_t1.nii.gz has 4 axes, of size (18, 20, 16, 2); 3 are needed",
     ]
     return dict(zip(names, texts, strict=False))
 
@@ -162,5 +162,5 @@ def _die(_: int) -> None:
 
 
 def test_death_of_a_worker_is_explained() -> None:
-    with pytest.raises(ValueError, match="A worker process died"):
+    with pytest.raises(WorkerDiedError, match=r"a worker process died.*\(-np; 0 works without any\)"):
         run_jobs(_die, [1, 2], 2, "", False)

@@ -52,7 +52,7 @@ def test_bad_cases_are_listed_and_the_others_predicted(tmp_path: Path, auto: MGM
     written = run(auto, tmp_path / "in", tmp_path / "out")
     assert set(written) == {"a.nii.gz", "d.nii.gz"}
     assert set(auto.failures) == {"b", "c", "e"}
-    for name, word in (("b", "cannot read"), ("c", "origin"), ("e", "channel number 0009")):
+    for name, word in (("b", "cannot be read"), ("c", "origin"), ("e", "channel number 0009")):
         assert auto.failures[name].startswith(f"Case {name}: ")
         assert word in auto.failures[name]
     cases = report(tmp_path / "out")["cases"]
@@ -101,7 +101,7 @@ def test_a_failing_network_or_export_leaves_no_partial_file(
     ]
     assert "export failed (OSError: disk full)" in auto.failures["a"]
     assert "prediction failed (RuntimeError: out of memory)" in auto.failures["b"]
-    assert auto.network._availability is None
+    assert auto.network._visible is None
 
 
 def test_an_old_prediction_is_replaced_only_by_a_complete_one(

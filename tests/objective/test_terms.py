@@ -102,11 +102,12 @@ def test_the_documented_term_as_a_package_of_its_own(
         assert torch.equal(second.network.state_dict()[name], value), name
 
 
-def test_the_documented_term_compiles_and_leaves_the_others_alone(fresh: Path, nnunet_folders: Path) -> None:
+def test_the_documented_term_leaves_the_others_alone(fresh: Path, nnunet_folders: Path) -> None:
     install(fresh, "my-term", {"agreement": "my_term:Agreement"}, recipe())
+    plans_dict = write_dataset(nnunet_folders)
     steps = []
     for options in ({}, {"agreement_weight": 0.5}):
-        trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders / str(len(steps))), options)
+        trainer = make_trainer(nnUNetTrainerMGML, plans_dict, options)
         trainer.initialize()
         trainer.current_epoch = 2
         torch.manual_seed(3)

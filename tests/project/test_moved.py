@@ -95,13 +95,13 @@ def test_unknown_names_and_modules_fail_as_everywhere() -> None:
 
 
 def test_a_module_that_stayed_can_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunetv2_mgml.io import files, label_maps
+    from nnunetv2_mgml.io import files, volumes
 
-    monkeypatch.setitem(_moved.RENAMED, "io.files.read_labels", "io.label_maps.nearly")
+    monkeypatch.setitem(_moved.RENAMED, "io.files.read_labels", "io.volumes.nearly")
     monkeypatch.setitem(_moved.GONE, "io.files.magic", "Use your hands.")
-    monkeypatch.setattr(label_maps, "nearly", len, raising=False)
+    monkeypatch.setattr(volumes, "nearly", len, raising=False)
     monkeypatch.setattr(files, "__getattr__", _moved.forward(files.__name__), raising=False)
-    with pytest.warns(DeprecationWarning, match=r"io\.files\.read_labels is now nnunetv2_mgml\.io\.label_maps\.nearly"):
+    with pytest.warns(DeprecationWarning, match=r"io\.files\.read_labels is now nnunetv2_mgml\.io\.volumes\.nearly"):
         from nnunetv2_mgml.io.files import read_labels
     assert read_labels is len
     del files.read_labels

@@ -193,9 +193,9 @@ def test_warm_up_measures_only() -> None:
 
 def test_count_weights() -> None:
     balance = ModalityBalance(("a", "b", "c"), 0.01)
-    assert balance.weights().count.tolist() == [1, 1, 1]
+    assert balance.weights(CPU).count.tolist() == [1, 1, 1]
     balance.count_cases([(True, True, False), (True, False, False), (True, False, False), (True, False, False)])
-    assert balance.weights().count.tolist() == [1, 4, 0]
+    assert balance.weights(CPU).count.tolist() == [1, 4, 0]
 
 
 def test_ranks_agree_on_the_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

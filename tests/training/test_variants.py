@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +17,13 @@ from builders import TINY, make_trainer, options_with, plans, write_dataset
 from fusion_cases import install, recipe
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.commands.plan import make_plans
 from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.network.fusion.published import trainers_table
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.plans.options import PLANS_KEY, parse_assignments
+from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, nnUNetTrainermmFormer
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.run_notes import run_notes
@@ -42,28 +44,29 @@ PLANNED: list[dict[str, Any]] = [
 """Plans that a trainer may be started on."""
 
 
-def documented() -> dict[str, tuple[bool, dict[str, Any]]]:
-    """Trainer -> (with MGML, what ``mgml plan --set`` is given), read off the table."""
-    text = (Path(__file__).parents[2] / "docs" / "fusion.md").read_text()
-    rows = re.findall(r"^\| `\w+` \| `(nnUNetTrainer\w+)` \| `(nnUNetTrainer\w+)` \| `(.+)` \|$", text, re.MULTILINE)
-    return {
-        name: (mgml, parse_assignments(shlex.split(setting)))
-        for *names, setting in rows
-        for mgml, name in enumerate(names)
-    }
+def settings(name: str) -> dict[str, Any]:
+    """What ``mgml plan --set`` would be given for a trainer's plans, by its design's attributes."""
+    fusion = NAMED[name].resolve_options({}).network.fusion
+    design = fusion_designs()[fusion]
+    assert name.removeprefix("nnUNetTrainer").removesuffix("_MGML") == design.trainer
+    alone = {} if name.endswith("_MGML") else design.published_alone
+    return copy.deepcopy({"fusion": fusion, **design.published_options, **alone})
 
 
 def test_every_trainer_is_in_the_table() -> None:
-    assert set(documented()) == set(NAMED)
-    assert NAMED
+    text = (Path(__file__).parents[2] / "docs" / "fusion.md").read_text()
+    (found,) = re.findall(r"<!-- trainers -->\n(.*?)<!-- /trainers -->", text, re.DOTALL)
+    own = {name: design for name, design in fusion_designs().items() if design.__module__.startswith("nnunetv2_mgml.")}
+    assert found == trainers_table(own), "make it again: nnunetv2_mgml.network.fusion.published.trainers_table"
+    assert set(re.findall(r"`(nnUNetTrainer\w+)`", found)) == set(NAMED)
 
 
 @pytest.mark.parametrize("planned", PLANNED, ids=lambda options: options.get("fusion", "stock"))
 @pytest.mark.parametrize("name", NAMED)
 def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict[str, Any]) -> None:
     """On plans of any design; ``fusion_options`` count where those plans have the trainer's own design."""
-    mgml, setting = documented()[name]
-    stock = nnUNetTrainerMGML if mgml else nnUNetTrainerMGML_baseline
+    setting = settings(name)
+    stock = nnUNetTrainerMGML if name.endswith("_MGML") else nnUNetTrainerMGML_baseline
     if planned.get("fusion") == setting["fusion"]:
         setting = {
             **setting,
@@ -75,6 +78,18 @@ def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict
     assert config == stock.resolve_options(equal)
     fusion_designs()[config.network.fusion].take_options(config.network.fusion_options)
     assert NAMED[name].resolve_options({PLANS_KEY: {"config": config.as_dict()}}) == config  # what inference does
+
+
+def test_a_model_keeps_the_options_it_was_trained_with() -> None:
+    """Its plans.json says what its trainer fixed then, which may be less than what the same trainer fixes today."""
+    trainer = TRAINERS["nnUNetTrainerM2FTrans"]
+    assert trainer.resolve_options({}).network.fusion_options["channel_attention"]
+    then = options_with(fusion="m2ftrans", soft_label="none", modality_decoder_weight=0.7, width_factor=1.0)
+    stored = {**plans(), PLANS_KEY: {"version": "0.1.0", "config": then.as_dict(), "num_classes": 4}}
+    manager = PlansManager(stored)
+    network = trainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 4, 3, False)
+    assert not network.fusion.options["channel_attention"]
+    assert not network.fusion.options["pyramid_heads"]
 
 
 def test_trainers_are_importable_by_name() -> None:
@@ -157,7 +172,8 @@ def test_a_design_of_another_package_has_its_trainers(tmp_path: Path) -> None:
         "gated"
     }
     assert done.stdout.splitlines()[-1] == f"designs with trainers: {len(own) + 1}"
-    assert "Fusion design 'a_thief' (others) gets no trainers: there is a nnUNetTrainerRFNet already" in done.stderr
+    taken = "there is a nnUNetTrainerRFNet and a nnUNetTrainerRFNet_MGML already"
+    assert f"Fusion design 'a_thief' (others) gets no trainers: {taken}" in done.stderr
     assert "cannot be called nnUNetTrainerMy Design: its class attribute 'trainer' must consist of" in done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -113,6 +114,25 @@ def test_our_overrides_take_what_upstream_takes() -> None:
         if owner != nnUNetPredictor.__name__ or ours is function or name in ("__init__", "manual_initialization"):
             continue
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(function).parameters), name
+
+
+def test_the_export_makes_its_writer_through_the_plans() -> None:
+    source = inspect.getsource(export_prediction_from_logits)
+    for used in ("plans_manager.image_reader_writer_class()", "rw.write_seg(segmentation_final, output_file_truncated"):
+        assert used in source, f"export_prediction_from_logits no longer contains {used} ({VERSION})"
+
+
+def test_the_sliding_window_asks_the_label_manager_for_its_heads_only() -> None:
+    functions = (
+        nnUNetPredictor.predict_sliding_window_return_logits,
+        nnUNetPredictor._internal_predict_sliding_window_return_logits,
+        nnUNetPredictor._internal_maybe_mirror_and_predict,
+        nnUNetPredictor.predict_logits_from_preprocessed_data,
+    )
+    found = re.findall(r"label_manager[.\w]*", "".join(map(inspect.getsource, functions)))
+    assert set(found) == {"label_manager.num_segmentation_heads"}, (
+        f"changed in {VERSION}: see upstream/sliding_window.py"
+    )
 
 
 def test_the_entry_points_use_the_names_we_exchange() -> None:

@@ -9,10 +9,13 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_mgml.upstream.wrappers import bare
 
 VERSIONS = f"nnunetv2 {version('nnunetv2')}, dynamic-network-architectures {version('dynamic-network-architectures')}"
 
@@ -68,6 +71,12 @@ def test_mirrored_body(function: Callable[..., Any]) -> None:
     assert source_hash(function) == MIRRORED[function], (
         f"{function.__qualname__} has changed in {VERSIONS}: compare it with our version, then update the hash"
     )
+
+
+def test_a_compiled_network_is_found_behind_its_wrappers() -> None:
+    network = torch.nn.Linear(1, 1)
+    assert bare(network) is network
+    assert bare(torch.compile(network)) is network
 
 
 def test_attributes_we_read() -> None:

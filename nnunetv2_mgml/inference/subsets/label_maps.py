@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.inference.export import export_case
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.model_check import check_supported
 from nnunetv2_mgml.inference.preprocessing import Job, iterate_items
@@ -25,6 +24,7 @@ from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name
+from nnunetv2_mgml.upstream.export import export_case
 
 _log = logging.getLogger(__name__)
 _ALLOW = "With --allow_missing every subset is evaluated on the cases that have its modalities."

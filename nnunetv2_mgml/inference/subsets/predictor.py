@@ -7,9 +7,7 @@ needs are made once, in another order (logits differ by some 1e-5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import nn
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.interface import bare, subset_network
+from nnunetv2_mgml.upstream.sliding_window import network_with_heads
 
 
 class ManySubsets(nn.Module):
@@ -86,17 +85,6 @@ class SubsetPredictor(MGMLPredictor):
         """As `MGMLPredictor`; inside `predict_subsets` for all its subsets, ``(S * heads, z, y, x)``."""
         if not self._subsets:
             return super().predict_sliding_window_return_logits(input_image)
-        with self._many_subsets():
+        heads = self.label_manager.num_segmentation_heads * len(self._subsets)
+        with network_with_heads(self, ManySubsets(bare(self.network), self._subsets), heads):
             return super().predict_sliding_window_return_logits(input_image)
-
-    @contextmanager
-    def _many_subsets(self) -> Iterator[None]:
-        network, label_manager = self.network, self.label_manager
-        heads = label_manager.num_segmentation_heads * len(self._subsets)
-        self.network = ManySubsets(bare(network), self._subsets)
-        # all the sliding window asks of it is how many channels to allocate
-        self.label_manager = SimpleNamespace(num_segmentation_heads=heads)
-        try:
-            yield
-        finally:
-            self.network, self.label_manager = network, label_manager

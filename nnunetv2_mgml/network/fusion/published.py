@@ -59,6 +59,21 @@ def differences_table(designs: Mapping[str, type[FusionDesign]] | None = None) -
     return "\n".join([*head, *rows, ""])
 
 
+def trainers_table(designs: Mapping[str, type[FusionDesign]] | None = None) -> str:
+    """Return the table of the trainers named after a publication, Markdown with one row per design and a line end.
+
+    Args:
+        designs: by name; None: all there are.
+    """
+    found = fusion_designs() if designs is None else designs
+    rows = [
+        f"| `{name}` | `nnUNetTrainer{design.trainer}` | `nnUNetTrainer{design.trainer}_MGML` |"
+        for name, design in sorted(found.items())
+        if design.trainer
+    ]
+    return "\n".join(["| design | alone | with MGML |", "|---|---|---|", *rows, ""])
+
+
 def _cell(row: Published) -> str:
     both = [f"`{part}`" for part in row.parts]
     return "<br>".join([*both, *(f"`{part}` (alone)" for part in row.alone)]) or "-"

@@ -80,7 +80,8 @@ def label_edges(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     padded = np.pad(labels, 1, mode="edge")
     centre = padded[1:-1, 1:-1]
     around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    return (centre > 0) & np.any([centre != neighbour for neighbour in around], axis=0)
+    edges: npt.NDArray[Any] = (centre > 0) & np.any([centre != neighbour for neighbour in around], axis=0)
+    return edges
 
 
 @styled
@@ -216,7 +217,8 @@ class _Prepared:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.under.shape
+        height, width = self.under.shape
+        return height, width
 
     @property
     def height_ratio(self) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
-from nnunetv2_mgml.io.label_maps import read_image
+from nnunetv2_mgml.io.volumes import read_image
 
 
 def read_axial(path: str | Path) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
@@ -28,19 +28,9 @@ def read_axial(path: str | Path) -> tuple[npt.NDArray[Any], tuple[float, float, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: SimpleITK cannot read it, it ends early, or it is not a scalar image of two or three dimensions.
+        VolumeError: it cannot be read, or is no volume of one real number per voxel (see `io.volumes.read_image`).
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No image '{path}'.")
-    try:
-        image = read_image(Path(path))
-    except ValueError as error:
-        raise ValueError(f"Cannot read '{path}' as an image: {error}") from error
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
-        raise ValueError(
-            f"'{path}' has {image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} "
-            f"values per voxel; 2 or 3 dimensions and one value are needed."
-        )
+    image = read_image(path)
     if image.GetDimension() == 2:
         return sitk.GetArrayFromImage(image)[None], (1.0, *reversed(image.GetSpacing()))
     image = sitk.DICOMOrient(image, "LPS")
@@ -101,7 +91,7 @@ def to_grey(image: npt.NDArray[Any], low_percent: float = 0.5, high_percent: flo
         return np.zeros(image.shape, np.uint8)
     has_background = background.mean() >= 0.1
     low, high = np.percentile(image[~background] if has_background else image, (low_percent, high_percent))
-    grey = np.clip((image - low) * (255.0 / max(high - low, 1e-12)), 0, 255).astype(np.uint8)
+    grey: npt.NDArray[Any] = np.clip((image - low) * (255.0 / max(high - low, 1e-12)), 0, 255).astype(np.uint8)
     if has_background:
         grey[background] = 0
     return grey

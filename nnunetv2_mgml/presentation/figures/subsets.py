@@ -54,7 +54,11 @@ def subset_heatmap(
     finite = scores[np.isfinite(scores)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     mesh = heat.imshow(
-        np.ma.masked_invalid(scores), cmap=colours, aspect="auto", vmin=low, vmax=high if high > low else low + 1e-6
+        scores,
+        cmap=colours,
+        aspect="auto",
+        vmin=low,
+        vmax=high if high > low else low + 1e-6,
     )
     for (row, column), value in np.ndenumerate(scores):
         if np.isfinite(value):

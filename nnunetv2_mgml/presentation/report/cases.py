@@ -92,5 +92,5 @@ def load_case(
 
 def _labels(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return whole numbers in as few bytes as they need: a case has one label map per subset."""
-    whole = np.rint(volume)
+    whole: npt.NDArray[Any] = np.rint(volume)
     return whole.astype(np.uint8 if whole.min() >= 0 and whole.max() <= 255 else np.int16)

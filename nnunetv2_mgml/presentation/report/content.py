@@ -218,7 +218,7 @@ def case_table(evaluation: Evaluation, metric: Metric) -> Table:
         line = [Cell(case, case)]
         for region in regions:
             line.append(_cell(float(values[region].loc[case].get(full, math.nan))))
-        scored: dict[str, float] = per_subset.loc[case].dropna().to_dict()
+        scored = {str(name): float(value) for name, value in per_subset.loc[case].dropna().items()}
         line.append(_cell(_mean(np.array(list(scored.values())))))
         lowest = min(scored, key=lambda name: scored[name]) if scored else None
         worst = "" if lowest is None else subset_title(parse_subset(lowest, evaluation.channels), evaluation.channels)

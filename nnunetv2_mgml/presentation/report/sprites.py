@@ -142,7 +142,8 @@ def _shrink(slices: npt.NDArray[Any], factor: int) -> npt.NDArray[Any]:
     height, width = (-(-n // factor) * factor for n in slices.shape[1:])
     padded = _padded(slices, (height, width))
     blocks = padded.reshape(len(slices), height // factor, factor, width // factor, factor)
-    return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    means: npt.NDArray[Any] = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    return means
 
 
 def _padded(slices: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:

@@ -64,7 +64,8 @@ class RegionMask:
         inside = self.mask[self.box]
         surface = inside & ~binary_erosion(inside, border_value=0)
         corner = np.array([s.start for s in self.box])
-        return (np.argwhere(surface) + corner) * np.array(self.spacing)
+        points: npt.NDArray[Any] = (np.argwhere(surface) + corner) * np.array(self.spacing)
+        return points
 
     @cached_property
     def surface_tree(self) -> cKDTree:

@@ -1,0 +1,92 @@
+"""nnU-Net's export of a prediction, checked against what it was to write.
+
+Bends: ``PlansManager.image_reader_writer_class`` of the plans handed to ``export_prediction_from_logits``, so that the
+    writer it makes reads its file back.
+Why: SimpleITK says nothing when the disk is full, and the export keeps the segmentation to itself.
+Guarded by: tests/upstream/test_export.py, tests/upstream/test_inference_drift.py
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
+
+from nnunetv2_mgml.io.files import scratch
+from nnunetv2_mgml.io.volumes import check_file, check_written, not_written
+
+
+def export_case(
+    logits: NDArray[Any],
+    properties: dict[str, Any],
+    configuration_manager: ConfigurationManager,
+    plans_manager: PlansManager,
+    dataset_json: dict[str, Any],
+    ofile: str,
+    save_probabilities: bool,
+) -> None:
+    """Run nnU-Net's own export in a scratch folder beside the output, then move what it wrote into place.
+
+    Args:
+        logits: ``(heads, z, y, x)`` on the preprocessed grid.
+        properties: nnU-Net's properties of the case.
+        configuration_manager: the model's configuration.
+        plans_manager: the model's plans.
+        dataset_json: the model's dataset.json.
+        ofile: output file without ending.
+        save_probabilities: also write ``.npz`` and ``.pkl``.
+
+    Raises:
+        IncompleteWriteError: the segmentation could not be written whole; nothing has been put in place.
+        OSError: another file could not be written.
+    """
+    folder, name = os.path.split(ofile)
+    segmentation = name + dataset_json["file_ending"]
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    with scratch(folder or os.curdir) as temporary:
+        export_prediction_from_logits(
+            logits,
+            properties,
+            configuration_manager,
+            _CheckedPlans(plans_manager),
+            dataset_json,
+            os.path.join(temporary, name),
+            save_probabilities,
+        )
+        # The segmentation last: --continue_prediction takes it as the sign that the case is done.
+        for written in sorted(os.listdir(temporary), key=lambda entry: entry == segmentation):
+            os.replace(temporary / written, os.path.join(folder, written))
+
+
+class _CheckedPlans:
+    """nnU-Net's plans, whose writer checks what it has written."""
+
+    def __init__(self, plans: PlansManager) -> None:
+        self._plans = plans
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plans, name)
+
+    def image_reader_writer_class(self) -> _CheckedWriter:
+        """Return a writer, as ``image_reader_writer_class()`` of the plans does."""
+        return _CheckedWriter(self._plans.image_reader_writer_class())
+
+
+class _CheckedWriter:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def write_seg(self, seg: NDArray[Any], output_fname: str, properties: dict[str, Any]) -> None:
+        """Write a label map ``(z, y, x)`` and read it back."""
+        self._writer.write_seg(seg, output_fname, properties)
+        try:
+            check_file(output_fname)
+            found = self._writer.read_seg(output_fname)[0]
+        except Exception as error:  # every reader library has its own exceptions
+            raise not_written(os.path.basename(output_fname)) from error
+        check_written(os.path.basename(output_fname), seg, np.reshape(found, np.shape(seg)))
