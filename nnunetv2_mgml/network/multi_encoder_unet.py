@@ -72,7 +72,7 @@ class MultiEncoderUNet(nn.Module):
                 f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
                 f"modality out."
             )
-        self._visible = mask
+        self._visible = mask.to(next(self.parameters()).device)  # once: a copy in each patch would wait for a GPU
         self._visible_subset = None if is_batch else tuple(mask[0].tolist())
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:

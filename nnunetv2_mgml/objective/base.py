@@ -193,16 +193,14 @@ def random_subsets(available: torch.Tensor, count: int) -> torch.Tensor:
         count: ``S``.
 
     Returns:
-        ``(B, S, M)`` bool on the device of ``available``. Drawn with PyTorch's CPU generator, so that a seed gives the
-        same on every device.
+        ``(B, S, M)`` bool, drawn on the device of ``available``: a step that read it would wait for a GPU, and could not
+        be captured as a graph.
     """
-    having = available.cpu()
-    choices = 2.0 ** having.sum(1, dtype=torch.float64) - 1
-    drawn = torch.rand(len(having), count, dtype=torch.float64)
-    code = 1 + (drawn * choices[:, None]).long()  # in 1 .. 2^n - 1
-    place = (having.cumsum(1) - 1).clamp_min(0)  # the bit of each modality the case has
-    chosen = (code[:, :, None] >> place[:, None]) & 1
-    return (chosen.bool() & having[:, None]).to(available.device)
+    choices = (2 ** available.sum(1) - 1)[:, None]
+    drawn = torch.rand(len(available), count, device=available.device)
+    code = 1 + (drawn * choices).long().minimum(choices - 1)  # in 1 .. 2^n - 1
+    place = (available.cumsum(1) - 1).clamp_min(0)  # the bit of each modality the case has
+    return ((code[:, :, None] >> place[:, None]) & 1 > 0) & available[:, None]
 
 
 @dataclass

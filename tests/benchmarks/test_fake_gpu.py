@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nnunetv2_mgml.dataloading.masking import SubsetSampler
 from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.objective import random_subsets
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CUDA = torch.device("cuda", 0)
@@ -159,6 +160,18 @@ def test_patches_of_the_cubes(step: SimpleNamespace, monkeypatch: pytest.MonkeyP
     assert [t.shape[2:] for t in targets] == [(16, 16, 16), (8, 8, 8)]
     for name in ("cubes_data", "cubes_variants"):
         del sys.modules[name]
+
+
+def test_further_subsets_are_drawn_there() -> None:
+    with FakeTensorMode(), NoCopies():
+        drawn = random_subsets(torch.empty(2, 4, dtype=torch.bool, device=CUDA), 3)
+    assert (drawn.shape, drawn.device, drawn.dtype) == ((2, 3, 4), CUDA, torch.bool)
+
+
+def test_what_is_visible_lies_where_the_network_is(step: SimpleNamespace) -> None:
+    network = step.Learner(step.make_plan((16, 16, 16), 3), {"width_factor": 0.25}).network.to("meta")
+    network.set_visible((True, False, True, False))
+    assert network._visible.device.type == "meta"
 
 
 def stray(x: torch.Tensor) -> torch.Tensor:

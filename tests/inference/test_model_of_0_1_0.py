@@ -146,7 +146,8 @@ def test_kept_evaluations_are_read(tmp_path: Path) -> None:
                 now = evaluation.summary(metric, region)
                 assert now.keys() == subsets.keys()
                 for name, entry in subsets.items():
-                    assert now[name] == pytest.approx(entry, rel=1e-12, nan_ok=True)
+                    values = {key: np.nan if value is None else value for key, value in entry.items()}
+                    assert now[name] == pytest.approx(values, rel=1e-12, nan_ok=True)
 
 
 def test_the_checkpoint_goes_into_the_trainer(nnunet_folders: Path) -> None:
