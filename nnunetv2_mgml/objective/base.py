@@ -193,7 +193,7 @@ def random_subsets(available: torch.Tensor, count: int) -> torch.Tensor:
         count: ``S``.
 
     Returns:
-        ``(B, S, M)`` bool, drawn on the device of ``available``: a step that read it would wait for a GPU, and could not
+        ``(B, S, M)`` bool, drawn on the device of ``available``: a step that read it would wait for a GPU and could not
         be captured as a graph.
     """
     choices = (2 ** available.sum(1) - 1)[:, None]
