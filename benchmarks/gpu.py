@@ -38,7 +38,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "about": Section(30, timed=False),
     "no_wait": Section(60, timed=False),
-    "correctness": Section(90, timed=False),
+    "correctness": Section(120, timed=False),
     "precision": Section(60, timed=False),
     "distributed": Section(100, timed=False),
     "mamba": Section(30, timed=False),

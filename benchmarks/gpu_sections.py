@@ -334,7 +334,7 @@ def _rank(rank: int, folder: str, settings: Settings) -> None:
     torch.set_num_threads(1)
     _no_tf32()
     if settings.cuda:
-        torch.cuda.set_device(settings.device)
+        torch.cuda.set_device(torch.device(settings.device).index or 0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     gradients = ddp_gradients(settings, slice(rank, rank + 1), distributed=True)
     if rank == 0:

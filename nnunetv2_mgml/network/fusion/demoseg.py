@@ -97,6 +97,9 @@ class DeMoSegFusion(FusionDesign):
                 f"for {spec.num_modalities} modalities. Set a larger width_factor or decoder_width_ratio."
             )
         self.register_buffer("order", partner_order(spec.num_modalities), persistent=False)
+        for scale, sizes in enumerate(self.sizes):  # made here: made in a step, the copy to a GPU would be waited for
+            slot = torch.repeat_interleave(torch.tensor(sizes))
+            self.register_buffer(f"slot_{scale}", slot, persistent=False)
         self.blocks = nn.ModuleList(self._blocks(s) for s in range(spec.num_scales)) if self.partners else None
 
     def _blocks(self, scale: int) -> nn.ModuleList:
@@ -125,17 +128,16 @@ class DeMoSegFusion(FusionDesign):
         """See `FusionDesign.fuse_scale`."""
         prepared = self.prepared(scale, features) if state is None else state[scale]
         prepared = prepared.expand(len(mask), *prepared.shape[1:])
-        fused = self._fill(prepared, mask, torch.tensor(self.sizes[scale], device=mask.device))
+        fused = self._fill(prepared, mask, self.get_buffer(f"slot_{scale}"))
         if not (self.partners and random_layers_act(self.training)):
             return FusedScale(fused)
         with torch.autocast(features.device.type, enabled=False):
             divergence = stand_in_divergence(features.flatten(3), mask, self.sizes[scale])
         return FusedScale(fused, loss=self.options["kl_weight"] / self.spec.num_scales * divergence)
 
-    def _fill(self, prepared: torch.Tensor, mask: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """Take every channel from whoever fills its slot; ``(B, C, *spatial)``."""
+    def _fill(self, prepared: torch.Tensor, mask: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """Take every channel from whoever fills its slot ``(C,)``; ``(B, C, *spatial)``."""
         dimensions = [1] * (prepared.ndim - 3)
-        slot = torch.repeat_interleave(sizes, output_size=prepared.shape[2])  # (C,)
         if self.partners:
             first = mask[:, self.order].int().argmax(2)  # (B, M): place in a slot's row of the first that is present
             source = self.order.expand(len(mask), -1, -1).gather(2, first[..., None])[..., 0]

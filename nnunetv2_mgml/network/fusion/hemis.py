@@ -57,7 +57,7 @@ class Shared(NamedTuple):
         """
         count = mask.sum(1).reshape(-1, *[1] * (self.features.ndim - 2))
         first, second = _pairs(mask.shape[1])
-        both = mask[:, first] & mask[:, second]
+        both = _members(mask, first) & _members(mask, second)
         return sum_present(self.features, mask) / count, sum_present(self.distances, both) / count**2
 
 
@@ -65,6 +65,11 @@ def _pairs(modalities: int) -> tuple[list[int], list[int]]:
     """Return the first and second members of all pairs of modalities."""
     first, second = zip(*itertools.combinations(range(modalities), 2), strict=True)
     return list(first), list(second)
+
+
+def _members(values: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Return ``values[:, places]``; an index made of a list would be copied to a GPU, and the copy waited for."""
+    return torch.stack([values[:, place] for place in places], 1)
 
 
 @register
@@ -90,7 +95,9 @@ class HemisFusion(FusionDesign):
     def share(self, features: list[torch.Tensor]) -> list[Shared]:
         """See `FusionDesign.share`."""
         first, second = _pairs(self.spec.num_modalities)
-        return [Shared(f.float(), (f[:, first].float() - f[:, second].float()).square()) for f in features]
+        return [
+            Shared(f.float(), (_members(f, first).float() - _members(f, second).float()).square()) for f in features
+        ]
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
