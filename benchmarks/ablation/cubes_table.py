@@ -48,11 +48,18 @@ def read(label: str) -> list[Result]:
 
 def budgets(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Group results that can be compared, by what they may spend."""
-    found: dict[str, list[Result]] = {}
+    grouped: dict[tuple[int, str | None], list[Result]] = {}
     for result in results:
-        steps = result["nominal_steps"]
-        words = f"the time of {steps} steps of {result['equal_time']}" if result["equal_time"] else f"{steps} steps"
-        found.setdefault(words, []).append(result)
+        key = (result["nominal_steps"], result["equal_time"])
+        grouped.setdefault(key, []).append(result)
+    found: dict[str, list[Result]] = {}
+    for (steps, reference), chosen in grouped.items():
+        if reference:  # a limit in seconds shortens all schedules alike: what counts is what the reference really did
+            done = sorted({r["steps"] for r in chosen if r["variant"] == reference}) or [steps]
+            words = f"the time of {' to '.join(map(str, dict.fromkeys((done[0], done[-1]))))} steps of {reference}"
+        else:
+            words = f"{steps} steps"
+        found.setdefault(words, []).extend(chosen)
     return dict(sorted(found.items()))
 
 
