@@ -284,9 +284,9 @@ Cubes of 32^3 voxels around the largest lesion of 288 patients of BraTS 2020, sp
 validation and test patients (`benchmarks/ablation/cubes_data.py`); `python benchmarks/ablation/cubes.py --device cuda
 --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2 --steps 6000 --equal_time baseline --seconds 310
 --test`. All runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A
-step of four narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph, so the stock
-network does more steps in the same time and is far ahead, and the default, with the most work in a step, is behind its
-own baseline. More in [gpu.md](gpu.md).
+step of four narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the
+stock network does more steps in the same time and is far ahead, and the default, with the most work in a step, is
+behind its own baseline. More in [gpu.md](gpu.md).
 
 {tables or "No finished runs yet."}"""
 
