@@ -110,7 +110,8 @@ class SelfAttentionFusion(FusionDesign):
         if not self.published:
             return FusedScale(_weighted_sum(features, self.scales[scale](features, mask), mask))
         tokens = self.scales[scale].pool(features) if state is None else state[scale].expand(len(mask), -1, -1, -1)
-        if torch.compiler.is_compiling() or random_layers_act(self.training):
+        # which modalities there are is read from the mask: free on a CPU, while a GPU would be waited for
+        if torch.compiler.is_compiling() or random_layers_act(self.training) or mask.device.type != "cpu":
             scores = self.scales[scale](tokens, mask, tuple(features.shape[3:]))
             return FusedScale(_weighted_sum(features, scores, mask))
         return FusedScale(self._remove_absent(scale, features, mask, tokens))
