@@ -47,7 +47,7 @@ def test_every_slot_comes_from_whom_the_rule_says(modalities: int) -> None:
     subsets = torch.tensor(all_subsets(modalities))
     values = torch.arange(modalities).float().reshape(1, -1, 1, 1, 1, 1)
     prepared = values.expand(len(subsets), modalities, 9, 2, 2, 2)
-    filled = design._fill(prepared, subsets, torch.tensor(design.sizes[0]))[..., 0, 0, 0]
+    filled = design._fill(prepared, subsets, design.get_buffer("slot_0"))[..., 0, 0, 0]
     for row, subset in zip(filled, subsets.tolist(), strict=True):
         expected = []
         for slot, size in enumerate(slot_sizes(9, modalities)):
