@@ -42,14 +42,14 @@ SECTIONS = {
     "precision": Section(60, timed=False),
     "distributed": Section(100, timed=False),
     "mamba": Section(30, timed=False),
-    "compile": Section(180, timed=False),
+    "compile": Section(240, timed=False),
     "counter": Section(120, timed=False),
     "ceilings": Section(20),
     "training_step": Section(90),
     "prediction": Section(40),
     "graph": Section(60),
-    "training": Section(150),
-    "designs": Section(90),
+    "training": Section(180),
+    "designs": Section(150),
     "profile": Section(60),
 }
 RESULTS = Path(__file__).parent / "results" / "gpu.json"

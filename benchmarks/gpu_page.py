@@ -180,7 +180,9 @@ def _other_checks(result: Mapping[str, Any]) -> list[str]:
         f"`torch.compile` of the network, {_graph(compiled)}: first step after "
         f"{shown(compiled.get('first_step_seconds'))} s, "
         f"{shown(compiled.get('graphs'), '.0f')} graph(s) for three masks; compiled / eager step "
-        f"{ratio(compiled.get('seconds'), 'compiled', 'eager')}.",
+        f"{ratio(compiled.get('seconds'), 'compiled', 'eager')}. Compiled alike, as nnU-Net does by default on a GPU: "
+        f"default / without our terms {ratio(compiled.get('seconds'), 'compiled', 'plain')}, "
+        f"default / stock nnU-Net {ratio(compiled.get('seconds'), 'compiled', 'stock')}.",
         f"The step on the cubes, as a CUDA graph / one by one: {_graphs(result.get('graph', {}))}.",
         f"Scan of `mamba_ssm` against the CPU, relative: {kernel}; ours on the GPU: "
         f"{shown(mamba.get('ours_relative_to_cpu'), '.1e')}.",

@@ -44,6 +44,8 @@ from nnunetv2_mgml.network.fusion.selective_scan import kernel_scan, mamba_kerne
 
 Entries = Iterator[tuple[str, Any]]
 DESIGN = "region_aware"
+_SET_UP_SECONDS = 25
+"""Of a training on the cubes: imports, reading, the capture of its step."""
 _REPEATABLE = {"mask_ratio": 0.0}
 """Options under which the losses draw no random numbers."""
 
@@ -309,7 +311,7 @@ def ddp_gradients(settings: Settings, samples: slice, distributed: bool) -> dict
     learner, batch = _ddp(settings, samples, distributed)
     learner.loss(batch).backward()
     return {
-        f"{index}.{name}": p.grad.cpu()
+        f"{index}.{name.replace('.module.', '.')}": p.grad.cpu()  # DDP's wrapper of what a loss term owns
         for index, module in enumerate(learner.modules())
         for name, p in module.named_parameters()
         if p.grad is not None
@@ -362,26 +364,24 @@ def mamba(settings: Settings) -> Entries:
 
 
 def compiled(settings: Settings) -> Entries:
-    """`torch.compile` of the network in the default's training step, as nnU-Net compiles it, against eager."""
+    """`torch.compile` of the network, as nnU-Net trains by default on a GPU: the default's step against eager.
+
+    Then, compiled alike, the step without our terms and stock nnU-Net's.
+    """
     size = next(iter(settings.sizes.values()))
-    backend = "inductor" if settings.cuda else "aot_eager"
-    yield "backend", backend
-    eager = settings.steps(size)
-    for full in (True, False):
+    yield "backend", _backend(settings)
+    eager, step = settings.steps(size), settings.steps(size)
+    start = time.monotonic()
+    try:
+        first = _compile(settings, step, full_graph=True)
+        yield "full_graph", True
+    except torch._dynamo.exc.TorchDynamoException:
+        yield "full_graph_error", traceback.format_exc()
+        yield "full_graph", False
+        torch._dynamo.reset()
         step = settings.steps(size)
-        step.learner.called = torch.compile(step.learner.network, backend=backend, fullgraph=full)
         start = time.monotonic()
-        try:
-            first = step()
-        except torch._dynamo.exc.TorchDynamoException:
-            if not full:
-                raise
-            yield "full_graph_error", traceback.format_exc()
-            torch._dynamo.reset()
-        else:
-            break
-    settings.synchronise()
-    yield "full_graph", full
+        first = _compile(settings, step, full_graph=False)
     yield "first_step_seconds", time.monotonic() - start
     yield "first_losses", {"eager": float(eager()), "compiled": float(first)}
     other = torch.tensor([[True, True, True, False], [False, False, False, True]], device=settings.device)
@@ -390,11 +390,28 @@ def compiled(settings: Settings) -> Entries:
         loss = step()
     yield "finite", bool(loss.isfinite())
     yield "graphs", int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    steps = {"eager": eager, "compiled": step}
+    if settings.cuda:  # on a CPU the compiler takes minutes for each
+        steps |= {"plain": settings.steps(size, terms="plain"), "stock": settings.stock(size)}
+        for name in ("plain", "stock"):
+            _compile(settings, steps[name], full_graph=False)
     while not settings.untimed_done.exists():
         time.sleep(0.2)
-    seconds = in_turns(settings, {"eager": eager, "compiled": step}, _turns(settings))
-    yield "seconds", seconds
-    yield "mebibytes", {name: _peak(settings, it) for name, it in (("eager", eager), ("compiled", step))}
+    _as_nnunet(settings)
+    yield "seconds", in_turns(settings, steps, _turns(settings))
+    yield "mebibytes", {name: _peak(settings, it) for name, it in steps.items()}
+
+
+def _backend(settings: Settings) -> str:
+    return "inductor" if settings.cuda else "aot_eager"
+
+
+def _compile(settings: Settings, step: TrainingStep, full_graph: bool) -> torch.Tensor:
+    """Compile the network of a step, do the step once and return its loss."""
+    step.learner.called = torch.compile(step.learner.network, backend=_backend(settings), fullgraph=full_graph)
+    loss = step()
+    settings.synchronise()
+    return loss
 
 
 def counter(settings: Settings) -> Entries:
@@ -610,7 +627,8 @@ def training(settings: Settings) -> Entries:
     if not settings.cuda and not settings.tiny:
         short = ["--steps", "1500", "--points", "6"]
     command += ["--variants", "mgml", "--seeds", "0", *short, "--device", settings.device.partition(":")[0]]
-    command += ["--seconds", str(settings.training_seconds), "--output", str(output), "--again", "--parts_only"]
+    seconds = settings.training_seconds + _SET_UP_SECONDS
+    command += ["--seconds", str(seconds), "--output", str(output), "--again", "--parts_only"]
     command += ["--commit", settings.commit] if settings.commit else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     part = output / "part_0.json"

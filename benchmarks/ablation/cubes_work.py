@@ -27,6 +27,8 @@ _CHUNK = 25
 """Steps that are put into a GPU's queue at once."""
 _TIMED = 40
 """Steps that are timed."""
+_SHARE_OF_POINTS = 0.2
+"""Of the time there is, the curve's points take no more than this; there are fewer of them otherwise."""
 _EQUAL_TIME_CAPACITY = 3
 """A variant may do up to this many times the steps of the reference in the same time."""
 
@@ -143,16 +145,20 @@ def together(
 
 
 def fit(trainings: Sequence[Progress], cubes: Cubes, parts: dict[str, list[int]], args: argparse.Namespace) -> None:
-    """Cut the steps of all trainings alike where they would take longer than ``--seconds`` allow."""
+    """Cut points and steps of all trainings alike where they would take longer than ``--seconds`` allow."""
     if args.deadline is None:
         return
     seconds = []
-    for _ in range(2):  # the first is slower
+    for _ in range(3):  # the first is slower
         start = time.time()
         evaluate(trainings[0], cubes, parts["validation"])
         seconds.append(time.time() - start)
-    scored = args.points + 1 + (len(parts["test"]) / len(parts["validation"]) if args.test else 0)
-    reserve = 5 + scored * seconds[-1] * len(trainings)
+    once = min(seconds) * len(trainings)
+    at_the_end = 1 + (len(parts["test"]) / len(parts["validation"]) if args.test else 0)
+    for_points = _SHARE_OF_POINTS * (args.deadline - time.time()) / max(once, 1e-6)
+    for progress in trainings:
+        progress.points = max(1, min(args.points, int(for_points)))
+    reserve = 5 + (trainings[0].points + at_the_end) * once
     rounds = min(_TIMED, min(p.training.steps - p.training.done for p in trainings) // 4)
     if rounds < 1:
         return

@@ -28,6 +28,7 @@ from nnunetv2_mgml.objective import random_subsets
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CUDA = torch.device("cuda", 0)
+_COPYING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,11 @@ def step() -> Iterator[SimpleNamespace]:
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses copies between devices; a CPU scalar as an operand is none."""
+    """Refuses copies between devices, those of indices too; a CPU scalar as an operand is none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.name in ("aten::_to_copy", "aten::copy_", "aten::_copy_from"):
+        if func._schema.name in _COPYING or "index" in func._schema.name:
             devices = {t.device.type for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)}
             assert len(devices) == 1, f"{func} between {' and '.join(sorted(devices))}"
         return result
@@ -88,7 +89,12 @@ TERMS: dict[str, dict[str, Any]] = {
     "paper": {"reading": "paper"},
     "reference": {"reading": "reference"},
 }
-CASES = {**{name: {"fusion": name} for name in fusion_designs()}, **TERMS}
+FORMS: dict[str, dict[str, Any]] = {
+    "region_aware_full": {"fusion": "region_aware", "fusion_options": {"full_resolution_regions": True}},
+    "demoseg_early": {"fusion": "demoseg", "network_form": "early_fusion"},
+}
+DESIGNS = {**{name: {"fusion": name} for name in fusion_designs()}, **FORMS}
+CASES = {**DESIGNS, **TERMS}
 cases = pytest.mark.parametrize("name", list(CASES))
 
 
@@ -126,10 +132,10 @@ def test_whole_step(step: SimpleNamespace, name: str) -> None:
     assert all(gradient.device == device for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", list(fusion_designs()))
+@pytest.mark.parametrize("name", list(DESIGNS))
 def test_prediction(step: SimpleNamespace, name: str) -> None:
     mode = FakeTensorMode()
-    training = fake_step(step, mode, {"fusion": name}, CUDA)
+    training = fake_step(step, mode, DESIGNS[name], CUDA)
     network, x = training.learner.network.eval(), training.batch.x
     network.decoder.deep_supervision = False
     with mode, torch.inference_mode(), training.autocast():
@@ -185,6 +191,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[[torch.Tensor], Any]]] = {
     "shape by value": (DynamicOutputShapeException, lambda x: x[x > 0].sum()),
     "copied there": (AssertionError, lambda x: x + torch.ones(len(x)).to(x.device)),
     "made from a list": (AssertionError, lambda x: x + torch.tensor([1.0, 2.0, 3.0], device=x.device)),
+    "indexed by a list": (AssertionError, lambda x: x[[0, 2]]),
     "copied back": (AssertionError, lambda x: x.cpu()),
 }
 
