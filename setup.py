@@ -99,6 +99,7 @@ if __name__ == "__main__":
             "pillow",
             "jinja2",
             "markupsafe>=2",
+            "tifffile",
             "tqdm",
         ],
         extras_require={

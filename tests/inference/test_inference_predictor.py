@@ -24,9 +24,9 @@ from inference_cases import (
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunetv2_mgml.inference import export
 from nnunetv2_mgml.inference.inputs import CaseError
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
+from nnunetv2_mgml.upstream import export
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,9 @@ class TestResuming:
         (tmp_path / "predictions" / "a.inputs.json").write_text("{")
         assert not kept({0: moved})
 
-    def test_the_call_of_the_first_version_still_works(self, tmp_path):
+    def test_the_call_of_the_first_version_still_works(self, tmp_path, monkeypatch):
         write_study(tmp_path)
+        monkeypatch.delitem(sys.modules, "nnunetv2_mgml.evaluation.evaluate", raising=False)  # it warns once a process
         with pytest.warns(DeprecationWarning, match="until 0.3"):
             from nnunetv2_mgml.evaluation.evaluate import EvaluationOptions, evaluate_predictions
         folders = {name: tmp_path / "predictions" / name for name in ("t1", "flair")}
