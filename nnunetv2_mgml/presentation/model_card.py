@@ -42,8 +42,8 @@ def model_card(
     lines = [
         f"# {name}",
         "",
-        "Segmentation from any non-empty subset of its modalities, with nnU-Net v2 and nnunetv2_mgml. Research use; not "
-        "a medical device.",
+        "Segmentation from any non-empty subset of its modalities, with nnU-Net v2 and nnunetv2_mgml. For research; "
+        "not a medical device.",
         "",
         "| | |",
         "|---|---|",
@@ -98,15 +98,16 @@ def _expectation(report: Mapping[str, Any] | None, channels: Sequence[str]) -> l
     }
     mirroring = "with" if report.get("mirroring") else "without"
     return [
-        f"{report['number_of_cases']} validation cases, {mirroring} mirroring, policy `{report['policy']}` for empty "
-        f"regions. Dice in percent (standard deviation over cases){'; absolute volume error in ml' if volumes else ''}.",
+        f"{report['number_of_cases']} validation cases, {mirroring} mirroring, policy `{report['policy']}` where a "
+        f"region is empty. Dice in percent (standard deviation over cases)"
+        f"{'; absolute volume error in ml' if volumes else ''}.",
         "",
         f"| from | {' | '.join(regions)} |",
         f"|---|{'---|' * len(regions)}",
         *(f"| {name} | {' | '.join(row)} |" for name, row in rows.items()),
         "",
-        "Predictions quote these numbers for the modalities of each case. They hold for cases like those it was trained "
-        "and validated on.",
+        "Predictions quote these numbers for the modalities of each case. They hold for cases like those of the "
+        "training and validation.",
     ]
 
 
