@@ -85,11 +85,18 @@ def raw_cases(folder: Path, part: str = "Tr") -> list[RawCase]:
 
 
 def incomplete_cases(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Return case -> names of the modalities it lacks, of the incomplete training cases; raises as `raw_cases`."""
+    """Return case -> names of the modalities it lacks, of the incomplete training cases; raises as `raw_cases`.
+
+    Where every case has one file and nothing is recorded, that file holds all channels (colours, four axes), and no
+    case is incomplete.
+    """
     channels = channel_names(read_dataset_json(folder))
+    cases = raw_cases(folder)
+    if not (folder / MISSING_FILE).is_file() and all(set(case.files) == {0} for case in cases):
+        return {}
     return {
         case.name: tuple(name for c, name in enumerate(channels) if c not in case.files)
-        for case in raw_cases(folder)
+        for case in cases
         if len(case.files) < len(channels)
     }
 

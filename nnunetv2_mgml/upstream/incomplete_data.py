@@ -76,7 +76,7 @@ def _fingerprint(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    missing = _missing(dataset_id)
+    missing = _missing(_raw_folder(dataset_id))
     if missing:
         _announce(missing)
         if fingerprint_extractor_class is DatasetFingerprintExtractor:
@@ -87,7 +87,7 @@ def _fingerprint(
 
 
 def _preprocess(stock: Callable[..., None], dataset_id: int, *args: Any, **kwargs: Any) -> None:
-    missing = _missing(dataset_id)
+    missing = _missing(_raw_folder(dataset_id))
     folder = nnunet_folder(PREPROCESSED) / maybe_convert_to_dataset_name(dataset_id)
     if missing:
         with _our_preprocessor():
@@ -99,14 +99,24 @@ def _preprocess(stock: Callable[..., None], dataset_id: int, *args: Any, **kwarg
 
 
 def _verify(stock: Callable[..., None], folder: str, num_processes: int = 8) -> None:
-    if incomplete_cases(Path(folder)):
+    if _missing(Path(folder)):
         verify_incomplete(Path(folder), num_processes)
     else:
         stock(folder, num_processes)
 
 
-def _missing(dataset_id: int) -> dict[str, tuple[str, ...]]:
-    return incomplete_cases(nnunet_folder(RAW) / maybe_convert_to_dataset_name(dataset_id))
+def _missing(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return case -> what it lacks. What only we cannot read, and nobody meant for us, is left to nnU-Net."""
+    try:
+        return incomplete_cases(folder)
+    except (ValueError, FileNotFoundError):
+        if (folder / MISSING_FILE).is_file():
+            raise
+        return {}
+
+
+def _raw_folder(dataset_id: int) -> Path:
+    return nnunet_folder(RAW) / maybe_convert_to_dataset_name(dataset_id)
 
 
 def _announce(missing: Mapping[str, Sequence[str]]) -> None:

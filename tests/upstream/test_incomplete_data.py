@@ -196,6 +196,20 @@ def test_complete_data_sets_are_left_to_stock_code(nnunet_folders: Path, caplog:
     assert json.loads((preprocessed / MISSING_FILE).read_text()) == {"b": ["t1"]}
 
 
+def test_what_only_we_cannot_read_is_left_to_stock_code(nnunet_folders: Path) -> None:
+    """Two spellings of one modality, and colours in one file, are nothing to us unless something is recorded."""
+    folder = write_raw(nnunet_folders / "raw" / DATASET, channels=("T1", "T1w"))
+    assert incomplete_data._missing(folder) == {}
+    (folder / MISSING_FILE).write_text(json.dumps({"a": ["T1"]}))
+    with pytest.raises(ValueError, match="the same modality twice"):
+        incomplete_data._missing(folder)
+    colours = write_raw(nnunet_folders / "raw" / "Dataset046_RGB", {case: ["G", "B"] for case in "abc"}, channels="RGB")
+    assert incomplete_data._missing(colours) == {}
+    (colours / MISSING_FILE).write_text(json.dumps({"a": ["R"]}))
+    with pytest.raises(ValueError, match="have no modality at all: a"):
+        incomplete_data._missing(colours)
+
+
 def test_integrity_of_what_is_there(nnunet_folders: Path) -> None:
     folder = write_raw(nnunet_folders / "raw" / DATASET, {"a": ["t1"]})
     incomplete_data.verify_incomplete(folder, 1)
