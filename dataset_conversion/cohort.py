@@ -321,7 +321,8 @@ def _read(path: Path, frame: int | None) -> sitk.Image:
     size = list(image.GetSize())
     if frame >= size[3]:
         raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names more modalities")
-    return sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame])
+    volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame])
+    return volume
 
 
 def _write_label(job: _LabelJob) -> None:

@@ -7,13 +7,13 @@ import argparse
 from nnunetv2_mgml.commands import convert_cohort
 from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
-from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
 from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
+from nnunetv2_mgml.plans.cohort import MISSING_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -116,7 +116,7 @@ def _missing(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _raw_folder(dataset_id: int) -> Path:
-    return nnunet_folder(RAW) / maybe_convert_to_dataset_name(dataset_id)
+    return nnunet_folder(RAW) / str(maybe_convert_to_dataset_name(dataset_id))
 
 
 def _announce(missing: Mapping[str, Sequence[str]]) -> None:
