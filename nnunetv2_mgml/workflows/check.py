@@ -216,18 +216,17 @@ def _findings(checks: Sequence[CaseCheck], channels: Sequence[str]) -> dict[str,
             first, other = owners[0]
             if name != first:
                 found[name].append(f"{channels[c]} is the same volume as {channels[other]} of {first}")
+    unusual: dict[str, list[str]] = defaultdict(list)
     for c, name in enumerate(channels):
         there = [check for check in checks if c in check.channels]
-        for what, values in (
-            ("brightest intensities", [check.channels[c].high for check in there]),
-            ("median intensity", [check.channels[c].median for check in there]),
-        ):
-            for check, distance, value in zip(there, outlying(values), values, strict=True):
-                if abs(distance) > OUTLIER:
-                    found[check.name].append(
-                        f"{name} has unusual {what}: {value:.4g}, {abs(distance):.0f} robust standard deviations "
-                        f"{'above' if distance > 0 else 'below'} the others"
-                    )
+        medians = outlying([check.channels[c].median for check in there])
+        brightest = outlying([check.channels[c].high for check in there])
+        for check, *distances in zip(there, medians, brightest, strict=True):
+            largest = max(distances, key=abs)
+            if abs(largest) > OUTLIER:
+                unusual[check.name].append(f"{name} {largest:+.0f}")
+    for case, texts in unusual.items():
+        found[case].append(f"unusual intensities, in robust standard deviations from the median: {', '.join(texts)}")
     return {name: tuple(texts) for name, texts in found.items() if texts}
 
 
@@ -276,7 +275,7 @@ def _by_label(name: str, has: NDArray[np.bool_], tumour: NDArray[np.bool_], valu
     table.append([int(np.sum(~has & tumour)), int(np.sum(~has & ~tumour))])
     shares = [row[0] / sum(row) for row in table]
     text = f"label {value} is in {shares[0]:.0%} of the cases with {name} and in {shares[1]:.0%} of those without"
-    return Association(name, f"label {value}", float(fisher_exact(table)[1]), text)
+    return Association(name, f"label {value}", float(fisher_exact(np.array(table))[1]), text)
 
 
 def _by_volume(name: str, has: NDArray[np.bool_], volumes: NDArray[np.float64]) -> Association:

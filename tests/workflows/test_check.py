@@ -87,7 +87,7 @@ def test_copies_coverage_placeholders_and_outliers(raw: Path) -> None:
     assert findings["e"][0] == "t1 and flair are the same volume, voxel for voxel"
     assert findings["f"][0].startswith("ct and t1 are one volume up to brightness and contrast")
     assert findings["g"][0] == "ct has one value everywhere and counts as absent"
-    assert findings["h"][0].startswith("ct has unusual brightest intensities: 40")
+    assert findings["h"][0].startswith("unusual intensities, in robust standard deviations from the median: ct +")
     assert findings["i"][0] == "the label map is empty"
     assert findings["j"][0] == "flair is the same volume as flair of i"
     check = check_dataset(45, num_processes=1)

@@ -60,7 +60,9 @@ def _parts(axes: Axes, channels: Sequence[str], parts: Mapping[str, tuple[int, M
             share = shares[row, column]
             text = f"{parts[name][1][channel]}\n{share:.0%}" if len(names) < 7 else f"{share:.0%}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if share > 0.75 else BLACK)
+    axes.set_ylim(max(len(names), 4) - 0.5, -0.5)
     axes.set_xticks(range(len(channels)), channels)
+    axes.xaxis.tick_top()
     axes.set_yticks(range(len(names)), [f"{name} ({parts[name][0]})" for name in names])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -81,7 +83,7 @@ def _combinations(axes: Axes, channels: Sequence[str], subsets: Sequence[Subset]
             axes.scatter(x, row, s=30, edgecolors=GREY, linewidths=0.8, facecolors=BLACK if there else "white")
     for column, name in enumerate(channels):
         axes.text(left * (len(channels) - column), -0.75, name, rotation=45, ha="left", va="bottom", fontsize=8)
-    axes.set_ylim(max(len(shown), 4) - 0.5, -0.6)
+    axes.set_ylim(max(len(shown), 8) - 0.5, -0.6)
     axes.set_xlim(left * (len(channels) + 0.7), 1.12 * max(counts, default=1))
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
@@ -126,7 +128,7 @@ def _volumes(
     axes.set_title("Volume of the labels in cases with and without a sequence")
     if drawn:
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right", ncols=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
 def _findings(axes: Axes, findings: Sequence[str]) -> None:
