@@ -74,11 +74,12 @@ class MetaNetwork(nn.Module):
             nn.Linear(num_modalities * (num_classes + availability_bits), hidden), nn.ReLU(), nn.Linear(hidden, 5)
         )
         # Small weights: the start values hold whatever the first batch shows, and gradients still reach both layers.
-        nn.init.normal_(self.layers[2].weight, std=1e-3)
+        last = cast(nn.Linear, self.layers[2])
+        nn.init.normal_(last.weight, std=1e-3)
         share = (start - low) / (high - low)
         starts = torch.tensor([_START_T1, _START_T2, _START_CONFIDENCE, share, share])
         with torch.no_grad():
-            self.layers[2].bias.copy_(torch.logit(starts))
+            last.bias.copy_(torch.logit(starts))
 
     def forward(self, mean_probabilities: torch.Tensor, available: torch.Tensor) -> MetaParameters:
         """Predict the meta-parameters.
@@ -94,6 +95,6 @@ class MetaNetwork(nn.Module):
             inputs = torch.where(available[:, :, None], mean_probabilities, 0).flatten(1)
             if self.availability_bits:
                 inputs = torch.cat((inputs, available.to(inputs.dtype)), 1)
-            t1, t2, w_f, beta, alpha = self.layers(inputs.to(self.layers[0].weight.dtype)).sigmoid().unbind(1)
+            t1, t2, w_f, beta, alpha = self.layers(inputs.to(next(self.layers.parameters()).dtype)).sigmoid().unbind(1)
             low, high = self.sharpness
             return MetaParameters(t1, t2, w_f, beta * (high - low) + low, alpha * (high - low) + low)

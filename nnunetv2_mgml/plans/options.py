@@ -354,8 +354,12 @@ class Options:
         unknown = _unknown(changes)
         if unknown:
             raise ValueError(_unknown_text(unknown))
-        training, network, sampling = (_changed(g, changes) for g in (self.training, self.network, self.sampling))
-        return Options(training, network, sampling, ObjectiveOptions([_changed(g, changes) for g in self.objective]))
+        return Options(
+            _changed(self.training, changes),
+            _changed(self.network, changes),
+            _changed(self.sampling, changes),
+            ObjectiveOptions([_changed(group, changes) for group in self.objective]),
+        )
 
     def overridden(self, fixed: dict[str, Any]) -> Options:
         """Return a copy with what a trainer fixes.
@@ -434,7 +438,7 @@ def _explain(metadata: Any) -> str:
         limits.append(f">= {metadata['low']:g}")
     if metadata["high"] is not None:
         limits.append(f"<= {metadata['high']:g}")
-    return metadata["doc"] + (f" [{'; '.join(limits)}]" if limits else "")
+    return str(metadata["doc"]) + (f" [{'; '.join(limits)}]" if limits else "")
 
 
 def _check(name: str, value: Any, metadata: Any) -> None:

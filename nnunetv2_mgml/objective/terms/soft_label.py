@@ -112,7 +112,7 @@ class SoftLabel(Term):
         shared = spec.options.objective[SharedOptions]
         self.temperature = shared.temperature
         self.only_where_better = shared.teaching == "better"
-        self.meta_network: nn.Module | None = None
+        self.meta_network: MetaNetwork | None = None
         if self.options.has_meta_network:
             self.meta_network = self.build_meta_network()
             self.optimizer = torch.optim.Adam(self.meta_network.parameters(), self.options.meta_lr)
