@@ -92,9 +92,7 @@ def build_network(
     if needs.modality:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
     network = MultiEncoderUNet(
-        encoders=[
-            NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)
-        ],
+        encoders=[NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)],
         fusion=build_fusion(
             options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options)
         ),

@@ -23,7 +23,6 @@ from nnunetv2_mgml.network.fusion.channel_shuffle import ChannelShuffle
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
 
-
 _TRANSPOSED: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: nn.ConvTranspose2d,
     nn.Conv3d: nn.ConvTranspose3d,

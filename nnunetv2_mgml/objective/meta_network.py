@@ -8,7 +8,7 @@ as eq. 2 names them, but no equation uses them: their gradient is exactly zero, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn

@@ -169,8 +169,8 @@ class SubsetLearner(Learner):
     def describe(self) -> list[str]:
         """Return the number of parameters of each part."""
 
-        def millions(module: nn.Module | None) -> float:
-            return 0.0 if module is None else sum(p.numel() for p in module.parameters()) / 1e6
+        def millions(module: nn.Module | torch.Tensor | None) -> float:
+            return 0.0 if not isinstance(module, nn.Module) else sum(p.numel() for p in module.parameters()) / 1e6
 
         network = self._bare_network
         return [

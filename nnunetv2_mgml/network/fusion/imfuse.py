@@ -107,9 +107,7 @@ class ImFuseFusion(FusionDesign):
         self.mamba = nn.ModuleDict(
             {str(s): InterleavedMamba(spec.feature_size(s), spec.channels[s], self.options["d_state"]) for s in scanned}
         )
-        self.scales = layers(
-            skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales)
-        )
+        self.scales = layers(skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales))
         self.pyramid = PyramidHeads(spec, published_scales(spec) if self.options["pyramid_heads"] else ())
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -132,6 +132,6 @@ class CellScores(nn.Module):
             tokens = layer(tokens, keep)
         spread = self.spread(tokens).unflatten(1, (modalities, voxels)).flatten(0, 1)
         scores = depth_to_space(spread, self.grid(size), self.cell)
-        inside = tuple([..., *(slice(n) for n in size)])
+        inside: tuple[Any, ...] = (..., *(slice(n) for n in size))
         cut: torch.Tensor = scores[inside].unflatten(0, (batch, modalities))
         return cut

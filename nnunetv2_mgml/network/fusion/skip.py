@@ -56,7 +56,8 @@ class SkipFusion(nn.Sequential):
         mixed = mixed.unflatten(2, features.shape[3:])
         for layer in (*rest, *self[1:]):
             mixed = layer(mixed)
-        return mixed
+        result: torch.Tensor = mixed
+        return result
 
 
 def skip_fusion(

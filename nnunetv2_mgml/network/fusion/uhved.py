@@ -141,7 +141,8 @@ class UHvedFusion(FusionDesign):
         """Start the log-variances below the prior's, so that the data outweighs it."""
         for head in self.scales:
             with torch.no_grad():
-                cast(torch.Tensor, head.bias).unflatten(0, (self.spec.num_modalities, 2, -1))[:, 1].fill_(_START_LOG_VARIANCE)
+                bias = cast(torch.Tensor, head.bias).unflatten(0, (self.spec.num_modalities, 2, -1))
+                bias[:, 1].fill_(_START_LOG_VARIANCE)
 
     def share(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """See `FusionDesign.share`: precision, and precision times mean, float32; nothing where samples are drawn."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View, bare
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
@@ -143,7 +142,8 @@ class SoftLabel(Term):
             return MetaParameters.fixed(
                 len(means), self.options.fixed_confidence, self.options.fixed_sharpness, means.device
             )
-        return self.meta_network(self.meta_input(means), self.present(step))
+        parameters: MetaParameters = self.meta_network(self.meta_input(means), self.present(step))
+        return parameters
 
     def meta_input(self, means: torch.Tensor) -> torch.Tensor:
         """Return what the MetaNetwork sees of the mean probabilities ``(B, M, K)``: no gradient passes."""
