@@ -10,12 +10,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import subset_name
 
 REPORT_NAME = "subset_report.json"
+CARRIER = "dataset_fingerprint.json"
+"""A file of the model folder that nnU-Net exports and installs with a model, and never reads there. It carries a copy
+of the report, under `CARRIED_KEY`, since ``nnUNetv2_export_model_to_zip`` leaves `REPORT_NAME` out."""
+CARRIED_KEY = "mgml_subset_report"
 RELIABILITY_BOUND = 0.5
 """Expected Dice below which a region is called unreliable: fewer voxels right than wrong."""
+
+
+def stored_report(model_folder: Path | str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the report of a model folder and the file it is from: its own, or the copy that travelled with the model.
+
+    Raises:
+        ValueError: the report is damaged; the message names it and says what to do.
+    """
+    path = Path(model_folder) / REPORT_NAME
+    try:
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            path = Path(model_folder) / CARRIER
+            if not path.is_file():
+                return None
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content = content.get(CARRIED_KEY) if isinstance(content, dict) else None
+            if content is None:
+                return None
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise damaged(path, error) from error
+    return path, content
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error for a report that cannot be used."""
+    return ValueError(
+        f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "
+        f"--write_subset_report', or delete it."
+    )
 
 
 def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[str, dict[str, Any]] | None:
@@ -32,19 +68,29 @@ def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[s
     Raises:
         ValueError: the stored report is damaged or of another number of modalities.
     """
-    path = Path(model_folder) / REPORT_NAME
-    if not path.is_file():
+    stored = stored_report(model_folder)
+    if stored is None:
         return None
+    path, content = stored
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         name = subset_name(subset, content["channels"])
         found: dict[str, dict[str, Any]] | None = content["subsets"].get(name)
         return found
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "
-            f"--write_subset_report', or delete it."
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def expected_volume_error(model_folder: Path | str, subset: Sequence[bool]) -> dict[str, dict[str, Any]] | None:
+    """Return the absolute volume error of a subset in the stored evaluation, shaped as `expected_quality`, in ml.
+
+    None where nothing is stored: reports written before 0.2 have no volumes.
+    """
+    stored = stored_report(model_folder)
+    if stored is None:
+        return None
+    volumes = stored[1].get("absolute_volume_error_ml") or {}
+    found: dict[str, dict[str, Any]] | None = volumes.get(subset_name(subset, stored[1]["channels"]))
+    return found
 
 
 def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) -> dict[str, Any]:
@@ -58,7 +104,10 @@ def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) ->
     Raises:
         FileNotFoundError, ValueError: no stored report, or a damaged one.
     """
-    content = read_json(Path(model_folder) / REPORT_NAME)
+    stored = stored_report(model_folder)
+    if stored is None:
+        raise FileNotFoundError(f"{model_folder} holds no {REPORT_NAME}.")
+    content = stored[1]
     names = ("policy", "min_region_voxels", "shared_preprocessing", "folds", "checkpoint", "mirroring")
     return {"reliability_bound": bound, **{name: content.get(name) for name in names}}
 
@@ -83,13 +132,14 @@ def quality_line(model_folder: Path | str, subset: Sequence[bool], bound: float 
     counts = {entry["n"] for entry in expected.values()}
     return (
         f"expected Dice: {', '.join(parts)}; over {' to '.join(map(str, sorted(counts)))} cases"
-        f"{_made_with(Path(model_folder) / REPORT_NAME)}"
+        f"{_made_with(model_folder)}"
     )
 
 
-def _made_with(path: Path) -> str:
+def _made_with(model_folder: Path | str) -> str:
     """Say which weights and rules the report is of: predictions may use others."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    stored = stored_report(model_folder)
+    content: dict[str, Any] = {} if stored is None else stored[1]
     parts = []
     if content.get("folds"):
         parts += [f"fold {', '.join(content['folds'])}", content["checkpoint"]]
