@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
+from nnunetv2_mgml.plans.regions import check_scored_regions
 from nnunetv2_mgml.scoring.cases import CaseTask
 from nnunetv2_mgml.scoring.results import Evaluation
 
@@ -250,4 +251,6 @@ def find_files(
     model = evaluation.info.model
     candidates += [model.folder] if model is not None and model.folder is not None else []
     file = find_dataset_json([dataset_json] if dataset_json else candidates)
-    return EvaluationFiles(images, labels, folders, file_ending(load_dataset_json(file)))
+    content = load_dataset_json(file)
+    check_scored_regions(content)
+    return EvaluationFiles(images, labels, folders, file_ending(content))

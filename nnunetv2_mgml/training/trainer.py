@@ -21,6 +21,7 @@ from nnunetv2_mgml.modalities import Subset, channel_names
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.plans.regions import check_regions
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.training import checkpoint, optimisation
@@ -121,6 +122,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
                 f"{type(self).__name__} needs at least two modalities; {self.plans_manager.dataset_name} "
                 f"has {len(self.channels)} ({', '.join(self.channels)}). Use nnUNetTrainer."
             )
+        check_regions(self.dataset_json)
         seed_epoch(self.options.training.seed, self.current_epoch, self.local_rank)
         super().initialize()
         self.learner = self.learner_class(self)
