@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mgml.dataset_conversion.discovery import nifti_stem
 from nnunetv2_mgml.dataset_conversion.labels import allowed_values, from_nnunet
-from nnunetv2_mgml.io.files import only_writer, scratch
+from nnunetv2_mgml.io.files import naming, only_writer, scratch
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.io.workers import run_jobs
 
@@ -63,7 +63,11 @@ def convert_back(
             f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. Give --overwrite to replace them."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(target.absolute()), scratch(target.absolute().parent) as building:
+    with (
+        only_writer(target.absolute()),
+        scratch(target.absolute().parent) as building,
+        naming(target, building),
+    ):
         problems = run_jobs(
             _convert,
             [_Job(path, building / path.name, convention) for path in files],

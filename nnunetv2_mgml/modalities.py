@@ -71,6 +71,11 @@ def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
             "dataset.json has neither 'channel_names' nor 'modality'; add channel_names, for example "
             '{"0": "T1", "1": "FLAIR"}.'
         )
+    if not isinstance(names, dict):
+        raise ValueError(
+            f"channel_names of dataset.json must be an object, found {str(names)[:60]}. "
+            f'Write, for example, {{"0": "T1", "1": "FLAIR"}}.'
+        )
     wrong = [str(index) for index in names if not str(index).isdecimal()]
     if wrong:
         raise ValueError(

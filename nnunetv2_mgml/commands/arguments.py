@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.scoring.sources import PredictionFolders
+
+
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """Add ``--trust_checkpoint``."""
+    parser.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="let the model folder run code, as nnU-Net does: only for models of people whose programs you would run",
+    )
 
 
 def parse_predictions(entries: Sequence[str]) -> PredictionFolders:

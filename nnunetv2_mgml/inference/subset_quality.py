@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,66 @@ def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[s
     Raises:
         ValueError: the stored report is damaged or of another number of modalities.
     """
-    path = Path(model_folder) / REPORT_NAME
+    content = _stored(Path(model_folder))
+    if content is None:
+        return None
+    try:
+        found: dict[str, dict[str, Any]] | None = content["subsets"].get(subset_name(subset, content["channels"]))
+    except ValueError as error:
+        raise _damaged(Path(model_folder), str(error)) from error
+    return found
+
+
+def _stored(model_folder: Path) -> dict[str, Any] | None:
+    """Read the stored report, checked; None where there is none."""
+    path = model_folder / REPORT_NAME
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        name = subset_name(subset, content["channels"])
-        found: dict[str, dict[str, Any]] | None = content["subsets"].get(name)
-        return found
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "
-            f"--write_subset_report', or delete it."
-        ) from error
+        content = read_json(path)
+    except (ValueError, OSError) as error:
+        raise _damaged(model_folder, str(error)) from error
+    wrong = _wrong_entry(content)
+    if wrong:
+        raise _damaged(model_folder, f"'{wrong}' is missing or of another kind")
+    return dict(content)
+
+
+def _damaged(model_folder: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{model_folder / REPORT_NAME} is damaged or of another model ({reason}). Write it again with 'mgml evaluate "
+        f"--write_subset_report', or delete it."
+    )
+
+
+def _wrong_entry(content: Any) -> str:
+    """Name the first entry that is not what `scoring.subset_report` writes, or return an empty string."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+    def amount(value: Any) -> bool:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value))
+
+    if not isinstance(content, dict):
+        return "the file"
+    sizes = content.get("min_region_voxels")
+    for name, holds in (
+        ("channels", texts(content.get("channels"))),
+        ("subsets", isinstance(content.get("subsets"), dict)),
+        ("folds", content.get("folds") is None or texts(content["folds"])),
+        ("checkpoint", content.get("checkpoint") is None or isinstance(content["checkpoint"], str)),
+        ("min_region_voxels", sizes is None or (isinstance(sizes, dict) and all(map(amount, sizes.values())))),
+    ):
+        if not holds:
+            return name
+    for subset, regions in content["subsets"].items():
+        if not isinstance(regions, dict):
+            return f"subsets.{subset}"
+        for region, entry in regions.items():
+            if not isinstance(entry, dict) or not all(n in entry and amount(entry[n]) for n in ("mean", "sd", "n")):
+                return f"subsets.{subset}.{region}"
+    return ""
 
 
 def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) -> dict[str, Any]:
@@ -58,7 +105,9 @@ def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) ->
     Raises:
         FileNotFoundError, ValueError: no stored report, or a damaged one.
     """
-    content = read_json(Path(model_folder) / REPORT_NAME)
+    content = _stored(Path(model_folder))
+    if content is None:
+        raise FileNotFoundError(f"{Path(model_folder) / REPORT_NAME} does not exist.")
     names = ("policy", "min_region_voxels", "shared_preprocessing", "folds", "checkpoint", "mirroring")
     return {"reliability_bound": bound, **{name: content.get(name) for name in names}}
 
@@ -83,16 +132,16 @@ def quality_line(model_folder: Path | str, subset: Sequence[bool], bound: float 
     counts = {entry["n"] for entry in expected.values()}
     return (
         f"expected Dice: {', '.join(parts)}; over {' to '.join(map(str, sorted(counts)))} cases"
-        f"{_made_with(Path(model_folder) / REPORT_NAME)}"
+        f"{_made_with(Path(model_folder))}"
     )
 
 
-def _made_with(path: Path) -> str:
+def _made_with(model_folder: Path) -> str:
     """Say which weights and rules the report is of: predictions may use others."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _stored(model_folder) or {}
     parts = []
     if content.get("folds"):
-        parts += [f"fold {', '.join(content['folds'])}", content["checkpoint"]]
+        parts += [f"fold {', '.join(content['folds'])}", str(content.get("checkpoint"))]
         parts += [] if content.get("mirroring") else ["without mirroring"]
         parts += ["shared preprocessing"] if content.get("shared_preprocessing") else []
     parts += [

@@ -33,6 +33,7 @@ from nnunetv2_mgml.training.loaders import build_loaders
 from nnunetv2_mgml.training.repetition import make_deterministic, seed_epoch
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
+from nnunetv2_mgml.upstream.checkpoints import loading
 
 FIGURE_NAME = "mgml_progress.png"
 
@@ -243,7 +244,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         if not self.was_initialized:
             self.initialize()
         same = self.stored_optimizer == self.options.training.optimizer
-        with nullcontext() if same else checkpoint.without_optimizer_state(self):
+        name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "checkpoint"
+        with loading(name), nullcontext() if same else checkpoint.without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
         self.learner.load_state_dict(stored.training_state, stored.options)
 

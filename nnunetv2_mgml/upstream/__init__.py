@@ -7,6 +7,7 @@ bends, why, and which test fails when a new release changes it:
 - `registration`: nnU-Net's search path for trainers, and its predict commands, from the start-up line on.
 - `predict_command`: the parser and the predictor inside nnU-Net's predict commands.
 - `sliding_window`: the number of output channels nnU-Net's sliding window allocates.
+- `checkpoints`: ``torch.load`` while nnU-Net loads a model, so that no file runs code.
 - `export`: the writer inside nnU-Net's export of a prediction.
 - `decoder`: the steps of nnU-Net's decoder.
 - `wrappers`: the network behind ``torch.compile`` and DistributedDataParallel.

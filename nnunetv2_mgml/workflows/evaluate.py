@@ -141,6 +141,8 @@ class ModelRequest(ScoringRequest):
     """Crop and normalise once from all modalities instead of exactly as prediction from a subset does."""
     num_processes_preprocessing: int = 1
     num_processes_export: int = 2
+    trust_checkpoint: bool = False
+    """Let the model folder run code; see `inference.predictor.MGMLPredictor`."""
     write_subset_report: bool = False
     """Store the quality per subset in the model folder, for predictions to quote."""
 
@@ -385,4 +387,5 @@ def _predictor(request: ModelRequest) -> SubsetPredictor:
         device=torch.device(request.device),
         allow_tqdm=False,
         cpu_bfloat16=request.cpu_bfloat16,
+        trust_checkpoint=request.trust_checkpoint,
     )
