@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cubes_table
 import figure
 import pages
 from collect import Result, finished, select, statistics
@@ -19,6 +20,8 @@ from settings import FOLDER, RESULTS, read_settings
 from nnunetv2_mgml.io.files import write_json, write_text
 
 DOCS = FOLDER.parents[1] / "docs"
+REFERENCE = "region_aware"
+"""The design beside which the stock network stands, as in the phantoms' table."""
 
 
 def main() -> None:
@@ -31,8 +34,11 @@ def main() -> None:
     print(f"{len(results)} results; wrote {RESULTS / 'summary.json'} and {DOCS / 'results.md'}")
 
 
-def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return, per fusion design and variant, percent Dice on the held-out phantoms: mean, sd over seeds, regions."""
+def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Return, per fusion design and variant, percent Dice on the held-out phantoms: mean, sd over seeds, regions.
+
+    The key ``cubes`` has the same for the test patients of the cubes, at equal time; see `of_cubes`.
+    """
     found = [r for r in results if r.run.group in ("main", "designs")]
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     for design in dict.fromkeys(r.run.design for r in found):
@@ -43,7 +49,42 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
                     key: value if key == "seeds" else None if value != value else round(value, 2)
                     for key, value in statistics(chosen).items()
                 }
-    return entries
+    return {**entries, "cubes": of_cubes()}
+
+
+def of_cubes() -> dict[str, Any]:
+    """Return design -> variant -> figures on the test patients, of the largest budget of equal time there is.
+
+    ``budget`` says what that is, and on which device; ``specialists_gap`` is None until networks trained on one subset
+    have been scored with that budget.
+    """
+    results = [r for folder in sorted(cubes_table.RESULTS.iterdir()) for r in cubes_table.read(folder.name)]
+    scored = [r for r in results if "test" in r and r["equal_time"]]
+    if not scored:
+        return {}
+    largest = max(scored, key=lambda r: r["seconds_per_step_alone"] * r["steps"])
+    [(budget, chosen)] = cubes_table.budgets(
+        r for r in scored if all(r[key] == largest[key] for key in ("device", "nominal_steps", "equal_time"))
+    ).items()
+    designs: dict[str, dict[str, Any]] = {}
+    for result in chosen:
+        variants = designs.setdefault(REFERENCE if result["design"] == "none" else result["design"], {})
+        if result["variant"] not in variants:
+            variants[result["variant"]] = _figures([r for r in chosen if r["variant"] == result["variant"]])
+    return {**designs, "specialists_gap": None, "budget": f"{budget}, {largest['device']}"}
+
+
+def _figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    told = cubes_table.summary(results, "test")
+    regions = {name: round(value, 2) for name, value in told["regions"].items()}
+    return {
+        "mean": round(told["mean"], 2),
+        "sd": None if told["sd"] is None else round(told["sd"], 2),
+        "seeds": told["seeds"],
+        **regions,
+        "inversions": None if told["inversions"] is None else round(told["inversions"], 2),
+        "by_count": {count: round(value, 2) for count, value in told["by_count"].items()},
+    }
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     )
     _say(
         f"\n{result.table}\nFigure: {result.figure}\nCurves: {result.model_folder / 'fold_0' / 'mgml_progress.png'}\n"
-        f"Model:  {result.model_folder}\nEverything took {result.minutes:.1f} minutes."
+        f"Model:  {result.model_folder}\nReport: {result.report} (open it in a browser)\n"
+        f"Everything took {result.minutes:.1f} minutes."
     )
     for subset, dice in result.too_low.items():
         _say(f"The model has not learned: whole-tumour Dice {dice:.2f} from {subset}, expected {LEARNED[subset]}.")

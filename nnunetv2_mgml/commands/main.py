@@ -35,6 +35,11 @@ COMMANDS: dict[str, _Command] = {
         f"nnUNetv2_train, with -tr {_TRAINER} unless another is given",
         "mgml train 137 3d_fullres 0",
     ),
+    "warmstart": _Command(
+        "nnunetv2_mgml.commands.warmstart",
+        "weights to start a training from: of a stock nnU-Net, of another model, self-supervised",
+        "mgml warmstart checkpoint_final.pth -d 137 -c 3d_fullres -o start.pth",
+    ),
     "predict": _Command(
         "nnunetv2_mgml.commands.predict",
         f"nnUNetv2_predict (with -m: nnUNetv2_predict_from_modelfolder), -tr {_TRAINER} unless given",

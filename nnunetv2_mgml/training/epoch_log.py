@@ -95,6 +95,21 @@ def epoch_row(epoch: int, learning_rate: float, means: Row, logger: Any, regions
     return row
 
 
+def tell_loggers(logger: Any, row: Row) -> None:
+    """Give an epoch's row to every logger behind nnU-Net's (Weights & Biases, say), as ``mgml/COLUMN``.
+
+    nnU-Net's own local one takes its own values only.
+
+    Args:
+        logger: nnU-Net's ``MetaLogger`` of this process.
+        row: as `epoch_row` returns it.
+    """
+    for other in logger.loggers:
+        for name, value in row.items():
+            if name != "epoch":
+                other.log(f"mgml/{name}", value, int(row["epoch"]))
+
+
 def region_names(dataset_json: Mapping[str, Any], label_manager: LabelManager) -> list[str]:
     """Return the names of the regions, or of the foreground labels, in the order of nnU-Net's pseudo Dice."""
     labels = dataset_json["labels"]

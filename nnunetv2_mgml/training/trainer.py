@@ -26,14 +26,16 @@ from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.training import checkpoint, optimisation
 from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
-from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names
+from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names, tell_loggers
 from nnunetv2_mgml.training.final_validation import announcing_cases
 from nnunetv2_mgml.training.learners import Learner, SubsetLearner
 from nnunetv2_mgml.training.loaders import build_loaders
 from nnunetv2_mgml.training.repetition import make_deterministic, seed_epoch
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
+from nnunetv2_mgml.training.warm_start import Start, read_donor
 from nnunetv2_mgml.upstream.checkpoints import loading
+from nnunetv2_mgml.upstream.pretrained_weights import let_take
 
 FIGURE_NAME = "mgml_progress.png"
 
@@ -129,6 +131,19 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         self.learner = self.learner_class(self)
         for line in self.learner.describe():
             self.print_to_log_file(line)
+        let_take(self.network, self.take_pretrained_weights)
+
+    def take_pretrained_weights(self, filename: str) -> None:
+        """Start from a checkpoint of a stock nnU-Net, of ours or of self-supervised pretraining (-pretrained_weights).
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a checkpoint, or one of which nothing fits this network.
+        """
+        taken = Start(self.network, self.dataset_json).take(read_donor(filename))
+        self.print_to_log_file(f"Pretrained weights of {filename}, matched by the names of modalities:")
+        for line in taken.lines():
+            self.print_to_log_file(line)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's SGD, or the paper's Adam (section 4.1), under nnU-Net's poly schedule."""
@@ -170,6 +185,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
                 self.configuration_name,
             )
         super().on_train_start()
+        self.logger.update_config({PLANS_KEY: self.options.as_dict()})
         self.training_log.resume(self.current_epoch)
         self.learner.start_training(self.training_availability.values())
 
@@ -215,7 +231,9 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         )
         super().on_epoch_end()
         start, end = (self.logger.get_value(f"epoch_{side}_timestamps", step=-1) for side in ("start", "end"))
-        self.training_log.end_epoch({**row, "seconds": end - start}, write=self.local_rank == 0)
+        row = {**row, "seconds": end - start}
+        self.training_log.end_epoch(row, write=self.local_rank == 0)
+        tell_loggers(self.logger, row)
         if self.local_rank == 0:
             save(training_curves(self.training_log.rows), os.path.join(self.output_folder, FIGURE_NAME))
 

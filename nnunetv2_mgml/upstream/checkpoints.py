@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+from nnunetv2_mgml.io.checkpoints import numpy_classes
 
 TRUST_VARIABLE = "MGML_TRUST_CHECKPOINT"
 """Environment variable: ``1`` loads checkpoints as programs, also where no flag can be given (``nnUNetv2_train``)."""
 _FORCE, _NEVER = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_NUMBERS = "?bhilqBHILQefdg"
 
 
 def trusted(trust: bool = False) -> bool:
@@ -49,7 +49,7 @@ def loading(file: str | os.PathLike[str], trust: bool = False) -> Iterator[None]
         own = {name: os.environ.pop(name, None) for name in (_FORCE, _NEVER)}
         os.environ[_FORCE] = "1"
         try:
-            with torch.serialization.safe_globals(_numbers_of_numpy()):
+            with torch.serialization.safe_globals(numpy_classes()):
                 yield
         finally:
             for name, value in own.items():
@@ -96,14 +96,6 @@ def _whole(file: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-
-
-def _numbers_of_numpy() -> list[Any]:
-    """Return what nnU-Net's logs need: NumPy's numbers, under the names of NumPy 1 and 2; no arrays, no objects."""
-    scalar: Any = np.float64(0).__reduce__()[0]
-    kinds = sorted({type(np.dtype(code)) for code in _NUMBERS}, key=lambda kind: kind.__name__)
-    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-    return [np.dtype, *kinds, *((scalar, name) for name in names)]
 
 
 def _refusal(file: str | os.PathLike[str], error: Exception) -> ValueError:

@@ -45,7 +45,7 @@ SUBSETS: dict[str, tuple[str, ...]] = {
 }
 """Subset -> the names given to ``--missing_modalities``."""
 
-STEPS = 7
+STEPS = 8
 MARKER = "mgml_demo.txt"
 LEARNED = {"t1+t1ce+t2+flair": 0.75, "t1": 0.4}
 """Subset -> mean whole-tumour Dice that a working installation reaches at least."""
@@ -73,6 +73,8 @@ class DemoResult:
     table: str
     """Dice of every subset, as Markdown."""
     figure: Path
+    report: Path
+    """The page with all scores and a slice viewer."""
     model_folder: Path
     minutes: float
     too_low: dict[str, float]
@@ -101,7 +103,8 @@ def run_demo(request: DemoRequest, say: Callable[[str], None]) -> DemoResult:
     demo.predict()
     table = demo.evaluate()
     figure = demo.draw()
-    return DemoResult(table, figure, demo.model_folder, (time.perf_counter() - started) / 60, demo.too_low())
+    report = demo.report()
+    return DemoResult(table, figure, report, demo.model_folder, (time.perf_counter() - started) / 60, demo.too_low())
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -125,6 +128,7 @@ class _Demo:
         self.environment = {**os.environ, "nnUNet_def_n_proc": "2", "PYTHONUNBUFFERED": "1", **folders}
         self.raw = root / "nnUNet_raw" / DATASET
         self.model_folder = root / "nnUNet_results" / DATASET / f"nnUNetTrainerMGML__{PLANS}__3d_fullres"
+        self.evaluation = root / "evaluation"
         self.step = 0
 
     def write_phantoms(self) -> None:
@@ -220,23 +224,32 @@ class _Demo:
 
     def evaluate(self) -> str:
         """Step 6: scores of all subsets; returns the Dice table, the first of ``table.md``."""
-        self._announce("scoring")
+        self._announce("predicting the held-out patients from all 15 subsets, and scoring")
         self._call(
             "evaluate",
             "mgml",
             "evaluate",
+            "-m",
+            str(self.model_folder),
+            "-f",
+            "0",
+            "-i",
+            str(self.raw / "imagesTs"),
             "-l",
             str(self.raw / "labelsTs"),
-            "--predictions",
-            str(self.root / "predictions"),
             "-o",
-            str(self.root / "evaluation"),
-            "--dataset_json",
-            str(self.raw / "dataset.json"),
+            str(self.evaluation),
+            "-device",
+            self.request.device,
+            "--disable_tta",
+            "-npp",
+            "0",
+            "-nps",
+            "0",
             "--name",
             "MGML demo",
         )
-        return (self.root / "evaluation" / "table.md").read_text().partition("\n\n**HD95")[0]
+        return (self.evaluation / "table.md").read_text().partition("\n\n**HD95")[0]
 
     def draw(self) -> Path:
         """Step 7: one figure to look at."""
@@ -244,14 +257,22 @@ class _Demo:
 
         self._announce("drawing")
         path = self.root / "demo.png"
-        draw_demo_figure(self.raw, self.root / "predictions", self.root / "evaluation", list(SUBSETS), path)
+        draw_demo_figure(self.raw, self.root / "predictions", self.evaluation, list(SUBSETS), path)
+        return path
+
+    def report(self) -> Path:
+        """Step 8: one page with all scores and a slice viewer of the held-out patients."""
+        self._announce("writing the report, with a slice viewer of the held-out patients")
+        path = self.root / "report.html"
+        cases = str(SPLIT[2])
+        self._call("report", "mgml", "report", str(self.evaluation), "-o", str(path), "--max_cases", cases)
         return path
 
     def too_low(self) -> dict[str, float]:
         """Return subset -> mean whole-tumour Dice where it is not what it should be."""
         from nnunetv2_mgml.scoring.results import load_evaluation
 
-        reached = load_evaluation(self.root / "evaluation").summary("dice", "whole_tumor")
+        reached = load_evaluation(self.evaluation).summary("dice", "whole_tumor")
         return {subset: reached[subset]["mean"] for subset, bound in LEARNED.items() if reached[subset]["mean"] < bound}
 
     def _announce(self, what: str) -> None:

@@ -120,9 +120,14 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
         finish(ablation, run, np.full((3, len(run.subsets or SUBSETS), cases), 0.5 + 0.001 * number))
     results = ablation.collect.finished(settings)
     summary = ablation.report.summary(settings, results)
+    cubes = summary.pop("cubes")
     assert set(summary) == set(own_designs()), "every design is in benchmarks/ablation/settings.json"
     assert set(summary["region_aware"]) == set(settings["variants"])
     assert set(summary["region_aware"]["mgml"]) == {"mean", "sd", "seeds", "WT", "TC", "ET"}
+    assert {"modality_dropout", "baseline", "mgml"} <= set(cubes["region_aware"])
+    for figures in cubes["region_aware"].values():
+        assert set(figures) == {"mean", "sd", "seeds", "WT", "TC", "ET", "inversions", "by_count"}
+        assert figures["mean"] == pytest.approx(sum(figures[r] for r in ("WT", "TC", "ET")) / 3, abs=0.02)
     assert summary["region_aware"]["baseline"]["seeds"] >= 3
     page = ablation.pages.page(settings, results)
     assert "No finished runs" not in page

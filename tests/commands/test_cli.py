@@ -21,11 +21,12 @@ from nnunetv2_mgml.upstream.registration import DISABLE_VARIABLE, EXT_DIR, EXT_V
 
 
 def test_help_lists_every_command_on_one_line(capsys):
+    width = max(map(len, COMMANDS))
     for arguments in (["--help"], ["-h"], []):
         assert main(arguments) == 0
         lines = capsys.readouterr().out.splitlines()
         for name, command in COMMANDS.items():
-            assert [line for line in lines if line.split()[:1] == [name]] == [f"  {name:<8}  {command.summary}"]
+            assert [line for line in lines if line.split()[:1] == [name]] == [f"  {name:<{width}}  {command.summary}"]
         assert lines[-1].startswith("example: mgml ")
 
 

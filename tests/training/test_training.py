@@ -38,8 +38,26 @@ LABELS_JSON: dict[str, Any] = {**BRATS_JSON, "labels": {"background": 0, "edema"
 LABELS_JSON.pop("regions_class_order")
 
 
+class RecordingLogger:
+    """Stands for Weights & Biases: the methods nnU-Net's `MetaLogger` calls."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, float, int]] = []
+        self.config: dict[str, Any] = {}
+
+    def log(self, key: str, value: float, step: int) -> None:
+        self.logged.append((key, value, step))
+
+    def log_summary(self, key: str, value: Any) -> None: ...
+
+    def update_config(self, config: dict[str, Any]) -> None:
+        self.config.update(config)
+
+
 def test_a_run_writes_what_a_user_looks_for(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, absent={"case_1": 3}))
+    logger = RecordingLogger()
+    trainer.logger.loggers.append(logger)
     trainer.run_training()
     folder = Path(trainer.output_folder)
     assert {"checkpoint_best.pth", "checkpoint_final.pth", "progress.png", "mgml_progress.png", LOG_NAME} <= {
@@ -65,6 +83,9 @@ def test_a_run_writes_what_a_user_looks_for(nnunet_folders: Path) -> None:
     assert needed <= set(rows[-1])
     assert all(np.isfinite(row[name]) for row in rows for name in ("train_total", "train_soft_label", "w_f", "beta"))
     assert "1 of 2 training cases are incomplete" in Path(trainer.log_file).read_text()
+    told = {(key, step): value for key, value, step in logger.logged if key.startswith("mgml/")}
+    assert told == {(f"mgml/{key}", int(row["epoch"])): row[key] for row in rows for key in row if key != "epoch"}
+    assert logger.config["mgml"]["fusion"] == "concat"
 
 
 @pytest.mark.parametrize("cls", VARIANTS)

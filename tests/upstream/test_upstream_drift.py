@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.run import run_training
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.logging import nnunet_logger
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -43,6 +46,7 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     nnUNetDataLoader.__init__: "(self, data, batch_size, patch_size, final_patch_size, label_manager, "
     "oversample_foreground_percent, sampling_probabilities, pad_sides, "
     "probabilistic_oversampling, transforms)",
+    load_pretrained_weights: "(network, fname, verbose)",
     UNetDecoder.__init__: "(self, encoder, num_classes, n_conv_per_stage, deep_supervision, nonlin_first, norm_op, "
     "norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs, conv_bias)",
     PolyLRScheduler.__init__: "(self, optimizer, initial_lr, max_steps, exponent, current_step)",
@@ -79,6 +83,13 @@ def test_a_compiled_network_is_found_behind_its_wrappers() -> None:
     assert bare(torch.compile(network)) is network
 
 
+def test_loggers_still_stand_in_a_list() -> None:
+    source = inspect.getsource(nnunet_logger.MetaLogger)
+    assert "self.loggers.append(WandbLogger(" in source
+    assert "logger.log(key, value, step)" in source
+    assert "logger.update_config(config)" in source
+
+
 def test_attributes_we_read() -> None:
     source = inspect.getsource(nnUNetTrainer.__init__) + inspect.getsource(nnUNetTrainer.initialize)
     for name in (
@@ -107,6 +118,12 @@ def test_attributes_we_read() -> None:
     ):
         assert f"self.{name}" in source, f"nnUNetTrainer no longer has {name} ({VERSIONS})"
     assert 'plans.pop("continue_training")' in source, f"nnUNetTrainer no longer pops continue_training ({VERSIONS})"
+
+
+def test_training_still_loads_pretrained_weights_by_the_name_we_replace() -> None:
+    source = inspect.getsource(run_training.maybe_load_checkpoint)
+    assert "load_pretrained_weights(nnunet_trainer.network, pretrained_weights_file" in source
+    assert "nnunet_trainer.initialize()" in source, "our trainers offer to take weights when they are initialised"
 
 
 def test_final_validation_still_loads_cases_through_the_dataset_class() -> None:

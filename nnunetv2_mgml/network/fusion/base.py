@@ -101,6 +101,9 @@ class FusionDesign(nn.Module):
     weights_depend_on_modality: ClassVar[bool] = False
     """Whether a parameter's shape depends on ``num_modalities``. Without such, hiding a modality must give what a
     network without it gives."""
+    order_matters: ClassVar[bool] = False
+    """Whether the order of the channels itself means something to the design, so that weights trained with another
+    order mean something else (`nnunetv2_mgml.network.transfer`)."""
     reads_zeros: ClassVar[bool] = False
     """Whether the mask is not used: absent modalities are read as the zeros they are. Any other design must hide them
     by the mask itself, so that a mask used for the wrong modality or sample shows."""

@@ -85,6 +85,7 @@ class DeMoSegFusion(FusionDesign):
     default_options: ClassVar[dict[str, Any]] = {"stand_in": "partners", "gating": "published", "kl_weight": 0.5}
     option_choices: ClassVar[dict[str, tuple[str, ...]]] = {"stand_in": ("partners", "none"), "gating": GATINGS}
     weights_depend_on_modality = True
+    order_matters = True
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -92,6 +92,7 @@ class ImFuseFusion(FusionDesign):
     )
     default_options: ClassVar[dict[str, Any]] = {"d_state": 16, "max_voxels": 4096, "pyramid_heads": False}
     weights_depend_on_modality = True
+    order_matters = True
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:

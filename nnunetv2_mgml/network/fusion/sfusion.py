@@ -89,6 +89,7 @@ class SelfAttentionFusion(FusionDesign):
     }
     defaults_before: ClassVar[dict[int, dict[str, Any]]] = {1: {"form": "interpolated", "heads": 8}}
     option_choices: ClassVar[dict[str, tuple[str, ...]]] = {"form": ("published", "interpolated")}
+    order_matters = True
     hides_absent = True
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -1,0 +1,85 @@
+"""Warm start on cubes of real patients: is a model that starts from a stock nnU-Net ahead early in the training?
+
+A stock network is trained on one half of the training patients, with all modalities. Our model is then trained on some
+patients of the other half, once from scratch and once from the stock weights (`nnunetv2_mgml.network.transfer`), with
+the same draws, and scored on the validation patients, all 15 subsets, after a quarter, a half and all of the steps.
+
+    MGML_REAL_DATA=... python benchmarks/ablation/cubes_warm_start.py --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cubes_data import cubes_file, read_cubes, split
+from cubes_scores import dice
+from cubes_training import Training
+from cubes_variants import CHANNELS, Run
+
+from nnunetv2_mgml.network.transfer import Donor, transfer
+
+RESULT = Path(__file__).parent / "results" / "warm_start.json"
+WIDTHS = "width_factor=0.5"
+"""Of our encoders, in the stock network's width (`stock_width_factor` of cubes.json)."""
+_LABELS = (("whole_tumor", (1,)), ("tumor_core", (2,)), ("enhancing_tumor", (3,)))
+
+
+def main() -> None:
+    """Train, score, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--stock_steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--patch", type=int, default=16, help="edge of the training patches, voxels")
+    parser.add_argument("--scored", type=int, default=18, help="validation patients that are scored")
+    parser.add_argument("--patients", type=int, default=40, help="patients our model is trained on")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    args = parser.parse_args()
+    cubes = read_cubes(cubes_file())
+    parts = split(cubes.patients)
+    half = len(parts["train"]) // 2
+    theirs, ours = parts["train"][:half], parts["train"][half : half + args.patients]
+    scored = parts["validation"][: args.scored]
+    checkpoints = [args.steps // 4, args.steps // 2, args.steps]
+    rows = []
+    for seed in args.seeds:
+        stock = Training(
+            Run(f"modality_dropout:only=t1+t1ce+t2+flair,patch={args.patch}", seed, args.stock_steps), cubes, theirs
+        )
+        stock.advance(args.stock_steps)
+        donor = Donor(stock.learner.network.state_dict(), CHANNELS, _LABELS)
+        for start in ("scratch", "stock weights"):
+            training = Training(Run(f"mgml:{WIDTHS},patch={args.patch}", seed, args.steps), cubes, ours)
+            if start != "scratch":
+                taken = transfer(training.learner.network, CHANNELS, (), donor)
+                taken.apply(training.learner.network)
+                print("\n".join(taken.lines()), flush=True)
+            began = time.monotonic()
+            for steps in checkpoints:
+                training.advance(steps - training.done)
+                values = dice(training.learner, cubes, scored, training.run.subsets, training.precision, batch=4)
+                mean = 100 * float(values.mean())
+                rows.append({"seed": seed, "start": start, "steps": steps, "dice": round(mean, 2)})
+                print(f"seed {seed}, {start}, {steps} steps: {mean:.2f} ({time.monotonic() - began:.0f} s)", flush=True)
+    content = {
+        "patients": {"stock": len(theirs), "ours": len(ours), "validation": len(scored)},
+        "patch": args.patch,
+        "stock_steps": args.stock_steps,
+        "rows": rows,
+    }
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    for steps in checkpoints:
+        for start in ("scratch", "stock weights"):
+            found = [row["dice"] for row in rows if row["steps"] == steps and row["start"] == start]
+            print(f"{steps:>6} steps, {start:<13}: {np.mean(found):.2f} ({', '.join(map(str, found))})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,467 @@
+"""Weights of another network for this one: what is taken from where, matched by the names of modalities.
+
+A network can start from a stock nnU-Net of the same plans (each encoder is the stock encoder, its first convolution
+the column of that modality), from one of ours with other modalities or labels, or from a self-supervised encoder of one
+channel. Nothing is matched by position: encoders, and the parts of a fusion design that belong to a modality, go by
+name. Parts that belong to classes (heads, class maps) are taken only where the labels are the same.
+
+Which numbers of a fusion design belong to a modality or to a class is read off the design: it is built once more for
+one modality more, and for one class more, and what changes belongs to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nnunetv2_mgml.modalities import channel_index
+from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet
+from nnunetv2_mgml.network.fusion.base import FusionDesign
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+
+Labels = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and values of labels or regions in the order of the network's heads; see `labels_of`."""
+
+_FORMS = {
+    "stock": "a stock nnU-Net",
+    "multi_encoder": "the multi-encoder form",
+    "early_fusion": "the early-fusion form",
+}
+
+
+def labels_of(dataset_json: Mapping[str, Any]) -> Labels:
+    """Return what the heads of a network mean: names and values, regions in their order, labels by value."""
+    entries = [
+        (str(name), tuple(value) if isinstance(value, (list, tuple)) else (value,))
+        for name, value in dataset_json["labels"].items()
+        if name != "ignore"
+    ]
+    if all(len(value) == 1 for _, value in entries):
+        entries.sort(key=lambda entry: entry[1])
+    else:
+        entries.append(("order", tuple(dataset_json.get("regions_class_order", ()))))
+    return tuple(entries)
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A trained network whose weights are on offer."""
+
+    weights: Mapping[str, torch.Tensor]
+    """Its state dict."""
+    channels: tuple[str, ...] | None
+    """Its modalities in channel order; None: one channel, of no modality in particular (self-supervised)."""
+    labels: Labels | None = None
+    """See `labels_of`; None: unknown, or none."""
+    fusion: str | None = None
+    """Name of its fusion design, where it is one of our networks."""
+
+    @property
+    def form(self) -> str:
+        """``multi_encoder``, ``early_fusion``, or ``stock``.
+
+        Raises:
+            ValueError: these are weights of another kind of network.
+        """
+        for name, start in (
+            ("multi_encoder", "encoders.0.encoder."),
+            ("early_fusion", "encoders.0.convolution."),
+            ("stock", "encoder."),
+        ):
+            if any(key.startswith(start) for key in self.weights):
+                return name
+        raise ValueError(
+            f"These are not weights of a U-Net of nnU-Net, or of ours: no name begins with 'encoder.', the first are "
+            f"{', '.join(list(self.weights)[:3]) or 'missing'}."
+        )
+
+
+class Part(NamedTuple):
+    """One part of the network and where it starts from."""
+
+    name: str
+    source: str
+    """Whose weights, in words; empty where none were taken."""
+    taken: int
+    """Numbers taken."""
+    total: int
+    """Numbers the part has."""
+
+
+@dataclass
+class Transfer:
+    """What a network takes."""
+
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Key of the network -> tensor of the same shape; a part of the network's own keys."""
+    parts: list[Part] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def taken(self) -> int:
+        """Numbers taken."""
+        return sum(part.taken for part in self.parts)
+
+    def apply(self, network: nn.Module) -> None:
+        """Write the weights into the network, in place."""
+        network.load_state_dict(self.weights, strict=False)
+
+    def lines(self) -> list[str]:
+        """Return the table of parts and the notes, as lines for people."""
+        width = max(len(part.name) for part in self.parts)
+        table = [
+            f"  {part.name:<{width}}  {part.taken / 1e6:8.3f} of {part.total / 1e6:8.3f} million numbers"
+            f"  {'from ' + part.source if part.taken else 'starts anew'}"
+            for part in self.parts
+        ]
+        return [*table, *(f"  {note}" for note in self.notes)]
+
+
+def transfer(
+    network: nn.Module,
+    channels: Sequence[str],
+    labels: Labels,
+    donor: Donor,
+    stands_for: Mapping[str, str] | None = None,
+) -> Transfer:
+    """Work out what a network takes from a donor; nothing is changed yet.
+
+    Args:
+        network: one of ours, or the stock network.
+        channels: its ``M`` modalities in channel order.
+        labels: its `labels_of`.
+        donor: whose weights are on offer.
+        stands_for: modality -> the donor's modality it starts from, where that is not the one of its name.
+
+    Raises:
+        ValueError: an unknown modality, a donor of a form this network cannot start from, or one of which nothing fits.
+    """
+    form = _form(network)
+    if donor.form not in (form, "stock"):
+        raise ValueError(
+            f"The checkpoint is {_FORMS[donor.form]}, this network {_FORMS[form]}; it can start from a checkpoint of "
+            f"its own form or from a stock nnU-Net. Plan with the network_form of the checkpoint."
+        )
+    pairs = _pairs(channels, donor.channels, stands_for or {})
+    result = Transfer()
+    source_of = _Rules(network, channels, labels, donor, pairs)
+    keys: dict[str, dict[str, int]] = defaultdict(dict)
+    sources: dict[str, str] = {}
+    for key, own in unique_tensors(network).items():
+        part, source, found = source_of(key, own)
+        keys[part][key] = own.numel()
+        if found is not None and found.shape == own.shape:
+            result.weights[key] = found.to(own.dtype)
+            sources[part] = source
+    if donor.form != form == "multi_encoder":  # a decoder of another width of which a layer fits by chance
+        for part in ("decoder", "modality decoder"):
+            if not set(keys[part]) <= set(result.weights):
+                result.weights = {key: found for key, found in result.weights.items() if key not in keys[part]}
+    for part, sizes in keys.items():
+        taken = sum(size for key, size in sizes.items() if key in result.weights)
+        result.parts.append(Part(part, sources.get(part, ""), taken, sum(sizes.values())))
+    if not any(part.taken for part in result.parts if part.name.startswith(("encoder", "stem"))):
+        raise ValueError(_nothing_fits(network, form, donor))
+    result.notes = source_of.notes(result)
+    return result
+
+
+def unique_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state dict with every tensor once, under its first name (nnU-Net's blocks list theirs twice)."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in network.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        found[key] = tensor
+    return found
+
+
+def _form(network: nn.Module) -> str:
+    if isinstance(network, EarlyFusionUNet):
+        return "early_fusion"
+    return "multi_encoder" if isinstance(network, MultiEncoderUNet) else "stock"
+
+
+def _pairs(
+    channels: Sequence[str], offered: Sequence[str] | None, stands_for: Mapping[str, str]
+) -> dict[int, int | None]:
+    """Return channel -> the donor's channel it starts from, or None where the donor has none for it."""
+    if offered is None:
+        return dict.fromkeys(range(len(channels)), 0)
+    chosen = {channel_index(name, channels): channel_index(source, offered) for name, source in stands_for.items()}
+    by_name = {name: index for index, name in enumerate(offered)}
+    return {m: chosen.get(m, by_name.get(name)) for m, name in enumerate(channels)}
+
+
+class _Rules:
+    """Which of the donor's tensors a tensor of the network starts from: ``(part, source, tensor or None)``."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        channels: Sequence[str],
+        labels: Labels,
+        donor: Donor,
+        pairs: dict[int, int | None],
+    ) -> None:
+        self.network, self.channels, self.donor, self.pairs = network, tuple(channels), donor, pairs
+        self.form = _form(network)
+        self.same_labels = donor.labels is not None and donor.labels == labels
+        self.classes_skipped = False
+        self.first = next((key for key in unique_tensors(network) if self._is_first(key)), None)
+        self.design = self._design()
+
+    def __call__(self, key: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
+        modality = re.fullmatch(r"encoders\.(\d+)\.(.+)", key)
+        if modality:
+            return self._of_encoder(int(modality[1]), modality[2], own)
+        if key.startswith("fusion."):
+            return "fusion design", f"its {self.donor.fusion}", self._of_fusion(key.removeprefix("fusion."), own)
+        part, source, head = self._of_trunk(key)
+        if head:
+            part = "heads"
+            self.classes_skipped |= not self.same_labels
+            return part, "its heads (same labels)", self.donor.weights.get(source) if self.same_labels else None
+        found = self.donor.weights.get(source)
+        if self.form == "stock" and key == self.first and found is not None:
+            found = self._columns(found, own, list(range(len(self.channels))))
+        return part, f"its {part}", found
+
+    # --- encoders -----------------------------------------------------------------------------------------------------
+    def _of_encoder(self, m: int, rest: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
+        part = f"{'stem' if self.form == 'early_fusion' else 'encoder'} of {self.channels[m]}"
+        j = self.pairs[m]
+        if self.donor.form != "stock":
+            if j is None:
+                return part, "", None
+            assert self.donor.channels is not None
+            return part, f"its {self.donor.channels[j]}", self.donor.weights.get(f"encoders.{j}.{rest}")
+        if self.donor.channels is None:
+            source = "its one channel"
+        else:
+            source = f"its column {self.donor.channels[j]}" if j is not None else "the mean of its columns"
+        stock = self._stock_key(rest)
+        found = self.donor.weights.get(stock)
+        if found is not None and self._is_first_stock(stock):
+            found = self._columns(found, own, [m])
+        return part, source, found
+
+    def _stock_key(self, rest: str) -> str:
+        if self.form == "multi_encoder":
+            return rest
+        layer = re.fullmatch(r"convolution\.([01])\.(.+)", rest)
+        if layer is None:
+            return ""
+        name = f"{('conv', 'norm')[int(layer[1])]}.{layer[2]}"
+        stem = f"encoder.stem.convs.0.{name}"
+        return stem if stem in self.donor.weights else f"encoder.stages.0.0.convs.0.{name}"
+
+    def _is_first(self, key: str) -> bool:
+        return key.startswith("encoder.") and self.network.state_dict()[key].ndim >= 4
+
+    def _is_first_stock(self, key: str) -> bool:
+        weights = self.donor.weights
+        own = [k for k in weights if k.startswith(("encoder.stem.", "encoder.stages.0.")) and weights[k].ndim >= 4]
+        return bool(own) and key == own[0]
+
+    def _columns(self, found: torch.Tensor, own: torch.Tensor, wanted: list[int]) -> torch.Tensor | None:
+        """Return the first convolution of the network, ``(O, len(wanted) + P, ...)``, from the donor's columns."""
+        if found.shape[0] != own.shape[0] or found.shape[2:] != own.shape[2:]:
+            return None
+        images = 1 if self.donor.channels is None else len(self.donor.channels)
+        mean = found[:, :images].mean(1)
+        indices = [self.pairs[m] for m in wanted]
+        columns = torch.stack([mean if j is None else found[:, j] for j in indices], 1)
+        previous, offered = own[:, len(wanted) :], found[:, images:]
+        if self.same_labels and offered.shape == previous.shape:
+            previous = offered
+        return torch.cat((columns, previous.to(columns)), 1)
+
+    # --- fusion -------------------------------------------------------------------------------------------------------
+    def _design(self) -> _DesignLayout | None:
+        if not isinstance(self.network, MultiEncoderUNet) or self.donor.form != self.form:
+            return None
+        fusion = self.network.fusion
+        return _DesignLayout.of(fusion) if self.donor.fusion == fusion.name else None
+
+    def _of_fusion(self, key: str, own: torch.Tensor) -> torch.Tensor | None:
+        if self.design is None:
+            return None
+        if self.design.of_classes(key) and not self.same_labels:
+            self.classes_skipped = True
+            return None
+        assert self.donor.channels is not None
+        return self.design.take(key, own, self.donor.weights, self.pairs, len(self.donor.channels))
+
+    # --- decoder ------------------------------------------------------------------------------------------------------
+    def _of_trunk(self, key: str) -> tuple[str, str, bool]:
+        """Return part, the donor's key and whether it is a head."""
+        is_head = ".seg_layers." in key or key.startswith("decoder.heads.")
+        if self.donor.form == self.form:
+            alone = key.startswith("modality_decoder.")
+            is_head = is_head or (alone and self.form == "early_fusion")
+            part = "modality decoder" if alone else "encoder" if key.startswith("encoder.") else "decoder"
+            return part, key, is_head
+        if self.form == "multi_encoder":
+            if not key.startswith("modality_decoder."):
+                return "decoder", key, is_head
+            return "modality decoder", key.removeprefix("modality_"), is_head
+        return "decoder", self._stock_key_of_trunk(key), is_head
+
+    def _stock_key_of_trunk(self, key: str) -> str:
+        layer = re.fullmatch(r"decoder\.(down|up|merge|heads)\.(\d+)\.(.+)", key)
+        if layer is None:
+            return ""
+        kind, scale, rest = layer[1], int(layer[2]), layer[3]
+        assert isinstance(self.network, EarlyFusionUNet)
+        mirrored = len(self.network.decoder.up) - 1 - scale
+        if kind == "up":
+            return f"decoder.transpconvs.{mirrored}.{rest}"
+        if kind == "heads":
+            return f"decoder.seg_layers.{mirrored}.{rest}"
+        block = re.fullmatch(r"(0|1\.0)\.([01])\.(.+)", rest)
+        if block is None:  # the channel shuffle
+            return ""
+        stage = f"encoder.stages.{scale + 1}.0" if kind == "down" else f"decoder.stages.{mirrored}"
+        return f"{stage}.convs.{int(block[1] != '0')}.{('conv', 'norm')[int(block[2])]}.{block[3]}"
+
+    # --- words --------------------------------------------------------------------------------------------------------
+    def notes(self, result: Transfer) -> list[str]:
+        """Return what a user should know beside the table."""
+        notes = []
+        missing = [name for m, name in enumerate(self.channels) if self.pairs[m] is None]
+        if missing and self.donor.form != "stock":
+            offered = ", ".join(self.donor.channels or ())
+            notes.append(
+                f"The checkpoint has no {', '.join(missing)} (it has {offered}): new encoders. Another one can stand "
+                f"in: mgml warmstart --use {missing[0]}=MODALITY."
+            )
+        if self.classes_skipped:
+            notes.append("The labels are others, or unknown, there: what belongs to classes starts anew.")
+        taken = {part.name for part in result.parts if part.taken}
+        if self.donor.form == "stock" and self.form == "multi_encoder" and "decoder" not in taken:
+            notes.append(
+                "The decoder is narrower than the checkpoint's and starts anew; mgml plan --set decoder_width_ratio=1 "
+                "decoder_convs=null makes it fit, and the network larger."
+            )
+        if self.design is not None and self.design.order_matters and self._order_differs():
+            notes.append("The fusion design reads the order of the modalities, which differs: it has to learn it anew.")
+        return notes
+
+    def _order_differs(self) -> bool:
+        return self.donor.channels is not None and tuple(self.donor.channels) != self.channels
+
+
+class _DesignLayout:
+    """Which tensors of a fusion design belong to modalities, and along which axis, and which to classes."""
+
+    def __init__(self, fusion: FusionDesign, more: Mapping[str, Any], classes: Mapping[str, Any] | None) -> None:
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in fusion.state_dict().items()}
+        self.modalities = fusion.spec.num_modalities
+        self.more, self.classes = more, classes
+        self.order_matters = fusion.order_matters
+        self.lists = self._lists()
+
+    @classmethod
+    def of(cls, fusion: FusionDesign) -> _DesignLayout:
+        """Build the design for one modality, and for one class, more."""
+        spec = fusion.spec
+        more = _shapes(fusion, dataclasses.replace(spec, num_modalities=spec.num_modalities + 1))
+        classes = _shapes(fusion, dataclasses.replace(spec, num_classes=spec.num_classes + 1))
+        return cls(fusion, more or {}, classes)
+
+    def _lists(self) -> dict[str, Callable[[int], str]]:
+        """Return, for keys of modules there is one of per modality, how the key of modality ``j`` reads."""
+        found: dict[str, Callable[[int], str]] = {}
+        for key in self.more:
+            parts = key.split(".")
+            for place, part in enumerate(parts):
+                if key in self.shapes or part != str(self.modalities):
+                    continue
+
+                def named(j: int, parts: list[str] = parts, place: int = place) -> str:
+                    return ".".join([*parts[:place], str(j), *parts[place + 1 :]])
+
+                own = [named(j) for j in range(self.modalities)]
+                if all(name in self.shapes for name in own):
+                    found.update(dict.fromkeys(own, named))
+                    break
+        return found
+
+    def of_classes(self, key: str) -> bool:
+        """Whether a tensor has to do with the classes; all have where the design could not be asked."""
+        return self.classes is None or self.classes.get(key) != self.shapes[key]
+
+    def take(
+        self,
+        key: str,
+        own: torch.Tensor,
+        weights: Mapping[str, torch.Tensor],
+        pairs: Mapping[int, int | None],
+        offered: int,
+    ) -> torch.Tensor | None:
+        """Return a tensor of the design from a donor with ``offered`` modalities; None where there is none."""
+        if key in self.lists:
+            named = self.lists[key]
+            m = next(m for m in range(self.modalities) if named(m) == key)
+            j = pairs[m]
+            return None if j is None else weights.get(f"fusion.{named(j)}")
+        found = weights.get(f"fusion.{key}")
+        wide = self.more.get(key, self.shapes[key])
+        axes = [axis for axis, (a, b) in enumerate(zip(self.shapes[key], wide, strict=True)) if a != b]
+        if found is None or not axes:
+            return found
+        if len(axes) > 1 or found.ndim != own.ndim:
+            return None
+        return _blocks(own, found, axes[0], wide[axes[0]] - own.shape[axes[0]], pairs, offered)
+
+
+def _blocks(
+    own: torch.Tensor, found: torch.Tensor, axis: int, size: int, pairs: Mapping[int, int | None], offered: int
+) -> torch.Tensor | None:
+    """Copy the blocks of ``size`` that belong to modalities along an axis, and what follows them."""
+    rest = own.shape[axis] - size * len(pairs)
+    shape = list(own.shape)
+    shape[axis] = size * offered + rest
+    if rest < 0 or list(found.shape) != shape:
+        return None
+    result = own.detach().clone()
+    for m, j in pairs.items():
+        if j is not None:
+            result.narrow(axis, m * size, size).copy_(found.narrow(axis, j * size, size))
+    if rest:
+        result.narrow(axis, size * len(pairs), rest).copy_(found.narrow(axis, size * offered, rest))
+    return result
+
+
+def _shapes(fusion: FusionDesign, spec: Any) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of a design built anew, None where it cannot be built so."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return {key: tuple(tensor.shape) for key, tensor in type(fusion)(spec).state_dict().items()}
+        except ValueError:
+            return None
+
+
+def _nothing_fits(network: nn.Module, form: str, donor: Donor) -> str:
+    def widths(weights: Mapping[str, torch.Tensor]) -> str:
+        first = [tensor for key, tensor in weights.items() if key.startswith("encoder") and tensor.ndim >= 4]
+        return f"{first[0].shape[0]} channels wide with kernel {'x'.join(map(str, first[0].shape[2:]))}"
+
+    advice = "the same plans (-p) as the checkpoint's"
+    if form != "stock" and donor.form == "stock":
+        ratio = " decoder_width_ratio=1" if form == "early_fusion" else ""
+        advice += f", and encoders of their width: mgml plan --set width_factor=1{ratio}"
+    return (
+        f"Nothing of the checkpoint fits this network: its first convolution is {widths(donor.weights)}, the network's "
+        f"{widths(network.state_dict())}. Use {advice}."
+    )
