@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
+from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_OTHER_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 _CONTENT = {
     suffix: (naming, modality)
     for naming, table in BRATS_FILE_SUFFIXES.items()
     for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()
+}
+_CONTENT |= {
+    suffix: (naming, modality) for naming, table in BRATS_OTHER_SUFFIXES.items() for suffix, modality in table.items()
 }
 _STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, _CONTENT))})", re.IGNORECASE)
 
@@ -29,12 +32,14 @@ class Case:
         convention: what the label values mean, one of `labels.CONVENTIONS`.
         images: canonical modality name -> file; sequences that do not exist are not in it.
         segmentation: label file, or None.
+        unknown: other files of the case, whose names say nothing.
     """
 
     name: str
     convention: str
     images: dict[str, Path]
     segmentation: Path | None
+    unknown: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -158,7 +163,8 @@ def _add_case(
             strangers[folder].remove(segmentation)
             result.notes.append(f"{name}: took {segmentation.name} for its segmentation")
     convention = next(iter(files.namings)) if label_convention == "auto" else label_convention
-    result.cases.append(Case(name, convention, images, segmentation))
+    unknown = tuple(path for path in strangers[folder] if folder.name == name or path.name.startswith(name))
+    result.cases.append(Case(name, convention, images, segmentation, unknown))
 
 
 def edition(case: str) -> str:

@@ -30,6 +30,17 @@ BRATS_FILE_SUFFIXES: dict[str, dict[str, str]] = {
 }
 """File naming of the challenge (``<case><suffix>.nii.gz``): up to 2021 and since 2023 -> modality -> suffix."""
 
+BRATS_OTHER_SUFFIXES: dict[str, dict[str, str]] = {
+    naming: {
+        f"{separator}{alias}": name
+        for name, aliases in ALIASES.items()
+        for alias in aliases
+        if f"{separator}{alias}" != BRATS_FILE_SUFFIXES[naming][name]
+    }
+    for naming, separator in (("brats2021", "_"), ("brats2023", "-"))
+}
+"""What others call them, such as ``_t1Gd`` and ``-t1post``: naming -> suffix in lower case -> modality."""
+
 BRATS_SEGMENTATION_SUFFIX: dict[str, str] = {"brats2021": "_seg", "brats2023": "-seg"}
 """The same for the segmentation."""
 
