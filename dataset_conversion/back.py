@@ -111,7 +111,7 @@ def _refuse_other_values(source: Path, found: set[int]) -> None:
         why = "but none has 3, the enhancing tumour" if known is None else "which its dataset.json does not have"
         raise ValueError(
             f"Label maps in {source} have the value 4, nnU-Net's resection cavity, {why}. Are these the values of "
-            f"BraTS up to 2021, where 4 is the enhancing tumour? mgml convert back takes nnU-Net's. If they are, put the "
+            f"BraTS up to 2021, where 4 is the enhancing tumour? mgml convert back takes nnU-Net's. If so, put the "
             f"dataset.json of their data set beside them. Nothing has been written."
         )
 

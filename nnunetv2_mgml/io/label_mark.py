@@ -29,9 +29,7 @@ def marked(folder: Path) -> str | None:
     content = read_json(file)
     convention = content.get("convention") if isinstance(content, dict) else None
     if not isinstance(convention, str):
-        raise ValueError(
-            f'{file} must hold {{"convention": NAME}}. Delete it if the label maps beside it are nnU-Net\'s.'
-        )
+        raise ValueError(f'{file} must hold {{"convention": NAME}}. Delete it if the label maps are nnU-Net\'s.')
     return convention
 
 

@@ -102,9 +102,9 @@ def test_converting_twice_is_refused_and_so_is_scoring_what_was_converted(tmp_pa
     with pytest.raises(ValueError, match=r"t1 have the values of brats2023 \(mgml_labels\.json.*not nnU-Net's"):
         convert_back(tmp_path / "t1", tmp_path / "twice", "brats2023", num_processes=0)
     assert not (tmp_path / "twice").exists()
-    with pytest.raises(ValueError, match="values of brats2023.*scoring by dataset.json needs"):
+    with pytest.raises(ValueError, match=r"values of brats2023.*scoring by dataset\.json needs"):
         prediction_folders({"t1": tmp_path / "t1"}, ("t1", "t2"))
-    with pytest.raises(ValueError, match="values of brats2023.*scoring by dataset.json needs"):
+    with pytest.raises(ValueError, match=r"values of brats2023.*scoring by dataset\.json needs"):
         find_references(tmp_path / "t1", ".nii.gz")
     (tmp_path / "t1" / MARK_FILE).write_text("[]")
     with pytest.raises(ValueError, match=r"mgml_labels\.json must hold"):
@@ -125,14 +125,14 @@ def test_one_folder_has_one_convention(tmp_path: Path) -> None:
 def test_values_of_2021_are_not_taken_for_a_cavity(tmp_path: Path) -> None:
     source = tmp_path / "in"
     _prediction(source / "a.nii.gz", [0, 1, 2, 4])
-    with pytest.raises(ValueError, match="value 4, nnU-Net's resection cavity, but none has 3.*2021"):
+    with pytest.raises(ValueError, match=r"value 4, nnU-Net's resection cavity, but none has 3.*2021"):
         convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
     assert not (tmp_path / "out").exists()
     for with_cavity in (False, True):
         labels, order = dataset_labels(with_cavity)
         (source / "dataset.json").write_text(json.dumps({"labels": labels, "regions_class_order": order}))
         if not with_cavity:
-            with pytest.raises(ValueError, match="which its dataset.json does not have"):
+            with pytest.raises(ValueError, match=r"which its dataset\.json does not have"):
                 convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
     convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
     assert array_of(tmp_path / "out" / "a.nii.gz").ravel().tolist() == [0, 2, 1, 4]
