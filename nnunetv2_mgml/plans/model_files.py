@@ -8,7 +8,6 @@ belongs there, and nothing else.
 from __future__ import annotations
 
 import inspect
-import math
 import pydoc
 import re
 from collections.abc import Callable, Mapping
@@ -21,6 +20,8 @@ from nnunetv2_mgml.modalities import channel_names
 _NETWORKS = ("dynamic_network_architectures.", "nnunetv2_mgml.", "nnunetv2.")
 _LAYERS = ("torch.nn.", *_NETWORKS)
 _ARCHITECTURE = "architecture"
+_LARGEST = 4096
+"""Of patch sizes, spacings and batch sizes: more is no plan of anybody."""
 _RESAMPLING = ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities")
 
 
@@ -100,25 +101,23 @@ def _check_configuration(configuration: Mapping[str, Any], where: str, channels:
         if name in configuration:
             _need(holds(configuration[name]), f"{where}.{name}", configuration[name], needed)
 
-    def numbers(value: Any, kind: type | tuple[type, ...], lowest: float) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) in (2, 3)
-            and all(isinstance(v, kind) and not isinstance(v, bool) and math.isfinite(v) and v >= lowest for v in value)
-        )
+    def numbers(value: Any, kind: tuple[type, ...], lowest: float) -> bool:
+        return isinstance(value, list) and len(value) in (2, 3) and all(number(v, kind, lowest) for v in value)
 
-    check("patch_size", lambda v: numbers(v, int, 1) and max(v) <= 4096, "2 or 3 whole numbers from 1 to 4096")
-    check("spacing", lambda v: numbers(v, (int, float), 1e-6), "2 or 3 numbers above 0, in mm")
-    check("batch_size", lambda v: type(v) is int and v >= 1, "a whole number of at least 1")
+    def number(value: Any, kind: tuple[type, ...], lowest: float) -> bool:
+        return type(value) in kind and lowest <= value <= _LARGEST
+
+    def entries(value: Any, kind: type) -> bool:
+        return isinstance(value, list) and len(value) == channels and all(isinstance(entry, kind) for entry in value)
+
+    check("patch_size", lambda v: numbers(v, (int,), 1), f"2 or 3 whole numbers from 1 to {_LARGEST}")
+    check("spacing", lambda v: numbers(v, (int, float), 1e-6), f"2 or 3 numbers above 0, in mm, at most {_LARGEST}")
+    check("batch_size", lambda v: type(v) is int and 1 <= v <= _LARGEST, "a whole number of at least 1")
     check("batch_dice", lambda v: isinstance(v, bool), "true or false")
     check("inherits_from", lambda v: isinstance(v, str), "a text")
-    for name in ("normalization_schemes", "use_mask_for_norm"):
-        kind = str if name == "normalization_schemes" else bool
-        check(
-            name,
-            lambda v, kind=kind: isinstance(v, list) and len(v) == channels and all(isinstance(e, kind) for e in v),
-            f"a list of {channels}, one for each channel",
-        )
+    needed = f"a list of {channels}, one for each channel"
+    check("normalization_schemes", lambda v: entries(v, str), needed)
+    check("use_mask_for_norm", lambda v: entries(v, bool), needed)
     check(_ARCHITECTURE, lambda v: isinstance(v, dict), "an object")
     for name in (f"{fn}_kwargs" for fn in _RESAMPLING):
         check(name, lambda v: isinstance(v, dict), "an object")
@@ -171,15 +170,28 @@ def _check_architecture(architecture: Any, where: str) -> None:
     _need(isinstance(arguments, dict), f"{where}.arch_kwargs", arguments, "an object")
     lists = isinstance(required, (list, tuple)) and all(isinstance(key, str) for key in required)
     _need(lists, f"{where}._kw_requires_import", required, "a list of texts")
-    named = [("network_class_name", architecture.get("network_class_name"), _NETWORKS)]
+    named: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("network_class_name", architecture.get("network_class_name"), _NETWORKS)
+    ]
     named += [(f"arch_kwargs.{key}", arguments.get(key), _LAYERS) for key in required if arguments.get(key) is not None]
     for entry, name, packages in named:
         known = isinstance(name, str) and name.startswith(packages)
-        found = pydoc.locate(name) if known else None
+        found = _locate(name, entry == "network_class_name") if known else None
         holds = inspect.isclass(found) and issubclass(found, nn.Module)
-        if known and found is None and entry == "network_class_name":
-            continue  # of an older version: nnU-Net looks for its last name in dynamic_network_architectures
         _need(holds, f"{where}.{entry}", name, f"a network part of {', '.join(packages).replace('.,', ',')[:-1]}", True)
+
+
+def _locate(name: str, is_network: bool) -> Any:
+    """Return what nnU-Net would find; a network that has moved it looks for by its last name."""
+    found = pydoc.locate(name)
+    if found is None and is_network:
+        import dynamic_network_architectures as architectures
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        folder = str(Path(architectures.__path__[0], "architectures"))
+        last = name.rpartition(".")[2]
+        found = recursive_find_python_class(folder, last, "dynamic_network_architectures.architectures")
+    return found
 
 
 def _need(holds: bool, where: str, value: Any, needed: str, may_trust: bool = False) -> None:

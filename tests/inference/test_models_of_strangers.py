@@ -24,7 +24,7 @@ class Program:
         self.file = file
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.file),)
+        return os.makedirs, (str(self.file), 0o777, True)
 
 
 @pytest.fixture
