@@ -10,10 +10,11 @@ the same draws, and scored on the validation patients, all 15 subsets, after a q
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,12 @@ from cubes_variants import CHANNELS, Run
 from nnunetv2_mgml.network.transfer import Donor, transfer
 
 RESULT = Path(__file__).parent / "results" / "warm_start.json"
-WIDTHS = "width_factor=0.5"
-"""Of our encoders, in the stock network's width (`stock_width_factor` of cubes.json)."""
+FORMS = {
+    "multi_encoder": "width_factor=0.5",
+    "early_fusion": "network_form=early_fusion,fusion=mean,width_factor=0.5,decoder_width_ratio=1",
+}
+"""Our networks, in the stock network's width (`stock_width_factor` of cubes.json)."""
+STARTS = ("scratch", "stock weights")
 _LABELS = (("whole_tumor", (1,)), ("tumor_core", (2,)), ("enhancing_tumor", (3,)))
 
 
@@ -35,6 +40,7 @@ def main() -> None:
     """Train, score, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--forms", nargs="+", choices=tuple(FORMS), default=list(FORMS))
     parser.add_argument("--stock_steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--patch", type=int, default=16, help="edge of the training patches, voxels")
@@ -48,37 +54,34 @@ def main() -> None:
     theirs, ours = parts["train"][:half], parts["train"][half : half + args.patients]
     scored = parts["validation"][: args.scored]
     checkpoints = [args.steps // 4, args.steps // 2, args.steps]
-    rows = []
+    about = {
+        "patients": {"stock": len(theirs), "ours": len(ours), "validation": len(scored)},
+        "patch": args.patch,
+        "stock_steps": args.stock_steps,
+    }
+    rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         stock = Training(
             Run(f"modality_dropout:only=t1+t1ce+t2+flair,patch={args.patch}", seed, args.stock_steps), cubes, theirs
         )
         stock.advance(args.stock_steps)
         donor = Donor(stock.learner.network.state_dict(), CHANNELS, _LABELS)
-        for start in ("scratch", "stock weights"):
-            training = Training(Run(f"mgml:{WIDTHS},patch={args.patch}", seed, args.steps), cubes, ours)
+        for form, start in itertools.product(args.forms, STARTS):
+            training = Training(Run(f"mgml:{FORMS[form]},patch={args.patch}", seed, args.steps), cubes, ours)
             if start != "scratch":
                 taken = transfer(training.learner.network, CHANNELS, (), donor)
                 taken.apply(training.learner.network)
                 print("\n".join(taken.lines()), flush=True)
-            began = time.monotonic()
             for steps in checkpoints:
                 training.advance(steps - training.done)
                 values = dice(training.learner, cubes, scored, training.run.subsets, training.precision, batch=4)
-                mean = 100 * float(values.mean())
-                rows.append({"seed": seed, "start": start, "steps": steps, "dice": round(mean, 2)})
-                print(f"seed {seed}, {start}, {steps} steps: {mean:.2f} ({time.monotonic() - began:.0f} s)", flush=True)
-    content = {
-        "patients": {"stock": len(theirs), "ours": len(ours), "validation": len(scored)},
-        "patch": args.patch,
-        "stock_steps": args.stock_steps,
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
-    for steps in checkpoints:
-        for start in ("scratch", "stock weights"):
-            found = [row["dice"] for row in rows if row["steps"] == steps and row["start"] == start]
-            print(f"{steps:>6} steps, {start:<13}: {np.mean(found):.2f} ({', '.join(map(str, found))})")
+                mean = round(100 * float(values.mean()), 2)
+                rows.append({"form": form, "seed": seed, "start": start, "steps": steps, "dice": mean})
+                print(f"seed {seed}, {form}, {start}, {steps} steps: {mean:.2f}", flush=True)
+                args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    for form, steps, start in itertools.product(args.forms, checkpoints, STARTS):
+        found = [r["dice"] for r in rows if (r["form"], r["steps"], r["start"]) == (form, steps, start)]
+        print(f"{form}, {steps:>4} steps, {start:<13}: {np.mean(found):.2f} ({', '.join(map(str, found))})")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.scoring.sources import PredictionFolders
 
 
@@ -35,3 +36,26 @@ def parse_predictions(entries: Sequence[str]) -> PredictionFolders:
             raise ValueError(f"Subset {subset} is given twice: {folders[subset]} and {folder}.")
         folders[subset] = Path(folder)
     return folders
+
+
+def add_model_choice(parser: argparse.ArgumentParser) -> None:
+    """Add ``-d -c -tr -p``, or ``-m``: which trained model a command is about."""
+    parser.add_argument("-d", metavar="DATASET", help="id or name of the dataset the model was trained on")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="configuration of the model")
+    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerMGML", help="trainer of the model")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans of the model")
+    parser.add_argument("-m", metavar="MODEL_FOLDER", type=Path, help="instead: TRAINER__PLANS__CONFIGURATION itself")
+
+
+def chosen_model_folder(args: argparse.Namespace) -> Path:
+    """Return the model folder that the arguments of `add_model_choice` name.
+
+    Raises:
+        ValueError: neither or both are given, or nnUNet_results is not set.
+        FileNotFoundError: no such data set.
+    """
+    if (args.m is None) == (args.d is None):
+        raise ValueError("Name the model with -d DATASET (and -c, -tr, -p), or with -m MODEL_FOLDER: one of the two.")
+    if args.m is not None:
+        return Path(args.m)
+    return dataset_folder(args.d, RESULTS) / f"{args.tr}__{args.p}__{args.c}"

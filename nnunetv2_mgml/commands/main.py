@@ -60,6 +60,11 @@ COMMANDS: dict[str, _Command] = {
         "one HTML page with tables and figures of an evaluation",
         "mgml report evaluation_of_mgml -i imagesTr",
     ),
+    "export-model": _Command(
+        "nnunetv2_mgml.commands.export_model",
+        "one zip with a model, its expected quality and a model card, to be installed elsewhere",
+        "mgml export-model -d 137 -c 3d_fullres -o model.zip --license CC-BY-4.0",
+    ),
     "demo": _Command(
         "nnunetv2_mgml.commands.demo",
         "convert, plan, train, predict and evaluate synthetic cases, on a CPU",

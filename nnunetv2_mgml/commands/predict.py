@@ -35,13 +35,17 @@ class _Session:
 
     @property
     def ours(self) -> bool:
-        return self.args is not None and (self.args.missing_modalities is not None or self.args.cpu_bfloat16)
+        if self.args is None:
+            return False
+        return self.args.missing_modalities is not None or self.args.cpu_bfloat16 or self.args.preview
 
     def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build | None]:
         add_arguments(parser)
         self.args = parser.parse_args()
         if not self.ours:
             return self.args, None
+        if self.args.preview and self.args.missing_modalities is None:
+            raise ValueError("--preview needs --missing_modalities; 'auto' goes by the files that exist.")
         check_folds(self.args.f)
         check_step_size(self.args.step_size)
         _show_log()
@@ -60,6 +64,16 @@ class _Session:
         # upstream forgets -part_id and -num_parts when -npp 0 -nps 0 make it run without worker processes
         self.predictor.sequential_part = (getattr(self.args, "part_id", 0), getattr(self.args, "num_parts", 1))
         return self.predictor
+
+    def draw(self) -> None:
+        """Draw the cases that this call has predicted, where that was asked for."""
+        if self.args is None or not self.args.preview or self.predictor is None or self.predictor.report_file is None:
+            return
+        from nnunetv2_mgml.presentation.preview import FOLDER, write_previews  # matplotlib is slow to import
+
+        report = self.predictor.report_file
+        written, _ = write_previews(report, self.predictor.dataset_json, self.predictor.report_cases)
+        print(f"{len(written)} previews: {report.parent / FOLDER}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nnUNetv2_predict takes it together with --missing_modalities, mgml predict also alone.",
     )
     add_trust(group)
+    group.add_argument(
+        "--preview",
+        action="store_true",
+        help="Write OUT/preview/CASE.png: every sequence the case was predicted from, the segmentation over it, its "
+        "volumes and the quality to expect. Together with --missing_modalities.",
+    )
     try:
         # --c has always been short for --continue_prediction; our --cpu_bfloat16 would make it ambiguous
         parser.add_argument(
@@ -105,6 +125,7 @@ def main(entry_point_name: str) -> NoReturn:
     try:
         with _own_log(), intercepted(session.parse):
             entry_point()
+            session.draw()
     except KeyboardInterrupt:
         if not session.ours:
             raise

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ class SubsetEngine(nnUNetPredictor):
         self.sequential_part = (0, 1)
         self._origin: dict[str, Any] = {}
         self._report: PredictionReport | None = None
+        self.report_file: Path | None = None
+        self.report_cases: list[str] = []
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ class MGMLPredictor(SubsetEngine):
 
     Attributes:
         failures: case name -> message of the cases the last call could not predict; the others were predicted.
+        report_file: ``mgml_prediction.json`` of the last call that wrote files.
+        report_cases: the cases that call was to predict.
         sequential_part: ``(part_id, num_parts)`` for `predict_from_files_sequential`, which upstream does not split.
 
     Raises:
@@ -204,9 +206,8 @@ class MGMLPredictor(SubsetEngine):
             self._report = PredictionReport(
                 folder, about, self.channels, keep=not overwrite, part_id=part_id, num_parts=num_parts
             )
-            self._report.begin(
-                [planned.case.name for planned in plan.todo], [planned.case.name for planned in plan.done]
-            )
+            self.report_file, self.report_cases = self._report.path, [planned.case.name for planned in plan.todo]
+            self._report.begin(self.report_cases, [planned.case.name for planned in plan.done])
         _log.info("%d cases to predict, %d are there already", len(plan.todo), len(plan.done))
         return tuple([planned[i] for planned in plan.todo] for i in range(3))
 

@@ -21,6 +21,7 @@ from typing import Any
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.inference.subset_quality import (
     expected_quality,
+    expected_volume_error,
     quality_line,
     quality_terms,
     unreliable_regions,
@@ -107,7 +108,12 @@ class PredictionReport:
                 self._told.add(tuple(subset))
                 _log.info("%s: %s", subset_name(subset, self.channels), quality_line(folder, subset))
                 self._head["expected_dice_from"] = quality_terms(folder)
-            return {"expected_dice": expected, "unreliable_regions": unreliable_regions(folder, subset)}
+            volumes = expected_volume_error(folder, subset)
+            return {
+                "expected_dice": expected,
+                **({} if volumes is None else {"expected_volume_error_ml": volumes}),
+                "unreliable_regions": unreliable_regions(folder, subset),
+            }
         except (ValueError, OSError) as error:  # a note that cannot be read must not cost the prediction
             _log.warning("%s", error)
             return {}

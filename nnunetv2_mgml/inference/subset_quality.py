@@ -5,17 +5,90 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import subset_name
 
 REPORT_NAME = "subset_report.json"
+CARRIER = "dataset_fingerprint.json"
+"""A file of the model folder that nnU-Net exports and installs with a model, and never reads there. It carries a copy
+of the report, under `CARRIED_KEY`, since ``nnUNetv2_export_model_to_zip`` leaves `REPORT_NAME` out."""
+CARRIED_KEY = "mgml_subset_report"
 RELIABILITY_BOUND = 0.5
 """Expected Dice below which a region is called unreliable: fewer voxels right than wrong."""
+
+
+def stored_report(model_folder: Path | str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the report of a model folder and the file it is from: its own, or the copy that travelled with the model.
+
+    Raises:
+        ValueError: the report is damaged; the message names it and says what to do.
+    """
+    path = Path(model_folder) / REPORT_NAME
+    try:
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            path = Path(model_folder) / CARRIER
+            if not path.is_file():
+                return None
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content = content.get(CARRIED_KEY) if isinstance(content, dict) else None
+            if content is None:
+                return None
+        wrong = _wrong_entry(content)
+        if wrong:
+            raise TypeError(f"'{wrong}' is missing or of another kind")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
+        raise damaged(path, error) from error
+    return path, content
+
+
+def _wrong_entry(content: Any) -> str:
+    """Name the first entry that is not what `scoring.subset_report` writes, or return an empty string."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+    def amount(value: Any) -> bool:
+        return value is None or (type(value) in (int, float) and abs(value) < math.inf)
+
+    if not isinstance(content, dict):
+        return "the report"
+    sizes = content.get("min_region_voxels")
+    for name, holds in (
+        ("channels", texts(content.get("channels"))),
+        ("folds", content.get("folds") is None or texts(content["folds"])),
+        ("checkpoint", content.get("checkpoint") is None or isinstance(content["checkpoint"], str)),
+        ("min_region_voxels", sizes is None or (isinstance(sizes, dict) and all(map(amount, sizes.values())))),
+    ):
+        if not holds:
+            return name
+    for name in ("subsets", "absolute_volume_error_ml"):
+        subsets = content.get(name)
+        if subsets is None and name != "subsets":
+            continue
+        if not isinstance(subsets, dict):
+            return name
+        for subset, regions in subsets.items():
+            entries = list(regions.values()) if isinstance(regions, dict) else [None]
+            if not all(
+                isinstance(e, dict) and all(n in e and amount(e[n]) for n in ("mean", "sd", "n")) for e in entries
+            ):
+                return f"{name}.{subset}"
+    return ""
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error for a report that cannot be used."""
+    return ValueError(
+        f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "
+        f"--write_subset_report', or delete it."
+    )
 
 
 def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[str, dict[str, Any]] | None:
@@ -32,66 +105,29 @@ def expected_quality(model_folder: Path | str, subset: Sequence[bool]) -> dict[s
     Raises:
         ValueError: the stored report is damaged or of another number of modalities.
     """
-    content = _stored(Path(model_folder))
-    if content is None:
+    stored = stored_report(model_folder)
+    if stored is None:
         return None
+    path, content = stored
     try:
-        found: dict[str, dict[str, Any]] | None = content["subsets"].get(subset_name(subset, content["channels"]))
-    except ValueError as error:
-        raise _damaged(Path(model_folder), str(error)) from error
+        name = subset_name(subset, content["channels"])
+        found: dict[str, dict[str, Any]] | None = content["subsets"].get(name)
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def expected_volume_error(model_folder: Path | str, subset: Sequence[bool]) -> dict[str, dict[str, Any]] | None:
+    """Return the absolute volume error of a subset in the stored evaluation, shaped as `expected_quality`, in ml.
+
+    None where nothing is stored: reports written before 0.2 have no volumes.
+    """
+    stored = stored_report(model_folder)
+    if stored is None:
+        return None
+    volumes = stored[1].get("absolute_volume_error_ml") or {}
+    found: dict[str, dict[str, Any]] | None = volumes.get(subset_name(subset, stored[1]["channels"]))
     return found
-
-
-def _stored(model_folder: Path) -> dict[str, Any] | None:
-    """Read the stored report, checked; None where there is none."""
-    path = model_folder / REPORT_NAME
-    if not path.is_file():
-        return None
-    try:
-        content = read_json(path)
-    except (ValueError, OSError) as error:
-        raise _damaged(model_folder, str(error)) from error
-    wrong = _wrong_entry(content)
-    if wrong:
-        raise _damaged(model_folder, f"'{wrong}' is missing or of another kind")
-    return dict(content)
-
-
-def _damaged(model_folder: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{model_folder / REPORT_NAME} is damaged or of another model ({reason}). Write it again with 'mgml evaluate "
-        f"--write_subset_report', or delete it."
-    )
-
-
-def _wrong_entry(content: Any) -> str:
-    """Name the first entry that is not what `scoring.subset_report` writes, or return an empty string."""
-
-    def texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-    def amount(value: Any) -> bool:
-        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value))
-
-    if not isinstance(content, dict):
-        return "the file"
-    sizes = content.get("min_region_voxels")
-    for name, holds in (
-        ("channels", texts(content.get("channels"))),
-        ("subsets", isinstance(content.get("subsets"), dict)),
-        ("folds", content.get("folds") is None or texts(content["folds"])),
-        ("checkpoint", content.get("checkpoint") is None or isinstance(content["checkpoint"], str)),
-        ("min_region_voxels", sizes is None or (isinstance(sizes, dict) and all(map(amount, sizes.values())))),
-    ):
-        if not holds:
-            return name
-    for subset, regions in content["subsets"].items():
-        if not isinstance(regions, dict):
-            return f"subsets.{subset}"
-        for region, entry in regions.items():
-            if not isinstance(entry, dict) or not all(n in entry and amount(entry[n]) for n in ("mean", "sd", "n")):
-                return f"subsets.{subset}.{region}"
-    return ""
 
 
 def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) -> dict[str, Any]:
@@ -105,9 +141,10 @@ def quality_terms(model_folder: Path | str, bound: float = RELIABILITY_BOUND) ->
     Raises:
         FileNotFoundError, ValueError: no stored report, or a damaged one.
     """
-    content = _stored(Path(model_folder))
-    if content is None:
-        raise FileNotFoundError(f"{Path(model_folder) / REPORT_NAME} does not exist.")
+    stored = stored_report(model_folder)
+    if stored is None:
+        raise FileNotFoundError(f"{model_folder} holds no {REPORT_NAME}.")
+    content = stored[1]
     names = ("policy", "min_region_voxels", "shared_preprocessing", "folds", "checkpoint", "mirroring")
     return {"reliability_bound": bound, **{name: content.get(name) for name in names}}
 
@@ -132,13 +169,14 @@ def quality_line(model_folder: Path | str, subset: Sequence[bool], bound: float 
     counts = {entry["n"] for entry in expected.values()}
     return (
         f"expected Dice: {', '.join(parts)}; over {' to '.join(map(str, sorted(counts)))} cases"
-        f"{_made_with(Path(model_folder))}"
+        f"{_made_with(model_folder)}"
     )
 
 
-def _made_with(model_folder: Path) -> str:
+def _made_with(model_folder: Path | str) -> str:
     """Say which weights and rules the report is of: predictions may use others."""
-    content = _stored(model_folder) or {}
+    stored = stored_report(model_folder)
+    content: dict[str, Any] = {} if stored is None else stored[1]
     parts = []
     if content.get("folds"):
         parts += [f"fold {', '.join(content['folds'])}", str(content.get("checkpoint"))]

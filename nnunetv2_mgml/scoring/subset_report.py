@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from nnunetv2_mgml.inference.subset_quality import REPORT_NAME
+from nnunetv2_mgml.inference.subset_quality import CARRIED_KEY, CARRIER, REPORT_NAME
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.scoring.info import EvaluatedModel, as_json
 from nnunetv2_mgml.scoring.results import Evaluation
 
 _METRIC = "dice"
+_VOLUME = "absolute_volume_error"
 
 
 def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Path:
@@ -44,7 +46,7 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
     summaries = {region: evaluation.summary(_METRIC, region) for region in evaluation.region_names}
     info = evaluation.info
     model = info.model or EvaluatedModel()
-    content = {
+    content: dict[str, Any] = {
         "folds": model.folds,
         "checkpoint": model.checkpoint,
         "mirroring": model.mirroring,
@@ -62,9 +64,44 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
             name: {region: summary[name] for region, summary in summaries.items()} for name in evaluation.subset_names
         },
     }
+    if _VOLUME in evaluation.metrics:
+        volumes = {region: evaluation.summary(_VOLUME, region) for region in evaluation.region_names}
+        content["absolute_volume_error_ml"] = {
+            name: {region: summary[name] for region, summary in volumes.items()} for name in evaluation.subset_names
+        }
     path = folder / REPORT_NAME
     write_json(path, content)
+    carry_report(folder)
     return path
+
+
+def carry_report(model_folder: Path | str) -> None:
+    """Put a copy of the stored report into the file that nnU-Net exports with a model, or take it out of there.
+
+    Nothing happens where the folder has no such file. Call it whenever the report or that file has been written anew.
+    """
+    folder = Path(model_folder)
+    carrier, report = folder / CARRIER, folder / REPORT_NAME
+    if not carrier.is_file():
+        return
+    try:
+        content = read_json(carrier)
+        copy = without_paths(read_json(report)) if report.is_file() else None
+    except ValueError:  # nothing that can be read, nothing that can be shared
+        return
+    if not isinstance(content, dict) or content.get(CARRIED_KEY) == copy:
+        return
+    content.pop(CARRIED_KEY, None)
+    write_json(carrier, content if copy is None else {**content, CARRIED_KEY: copy}, indent=4)
+
+
+def without_paths(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report without the folders of the machine it was made on."""
+    evaluated = report.get("evaluated")
+    if not isinstance(evaluated, dict):
+        return report
+    kept = {name: value for name, value in evaluated.items() if name not in ("images", "labels", "folders")}
+    return {**report, "evaluated": kept}
 
 
 def drop_outdated_report(model_folder: Path | str, fold: int | str) -> bool:
@@ -89,4 +126,5 @@ def drop_outdated_report(model_folder: Path | str, fold: int | str) -> bool:
         outdated = True
     if outdated:
         path.unlink()
+        carry_report(folder)
     return outdated

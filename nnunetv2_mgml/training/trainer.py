@@ -24,6 +24,7 @@ from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.plans.regions import check_regions
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
+from nnunetv2_mgml.scoring.subset_report import carry_report
 from nnunetv2_mgml.training import checkpoint, optimisation
 from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
 from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names, tell_loggers
@@ -185,6 +186,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
                 self.configuration_name,
             )
         super().on_train_start()
+        if self.local_rank == 0:
+            carry_report(self.output_folder_base)  # nnU-Net has just written the file that carries it
         self.logger.update_config({PLANS_KEY: self.options.as_dict()})
         self.training_log.resume(self.current_epoch)
         self.learner.start_training(self.training_availability.values())

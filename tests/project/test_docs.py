@@ -34,7 +34,7 @@ def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES)
     found = re.findall(r"^(mgml .+?)(?:\s+#.*)?$|`(mgml [^`\n]+)`", text, flags=re.MULTILINE)
     lines = {(block or inline).strip() for block, inline in found}
-    checked = ("convert", "plan", "warmstart", "evaluate", "compare", "report", "info", "demo")
+    checked = ("convert", "plan", "warmstart", "evaluate", "compare", "report", "export-model", "info", "demo")
     return sorted(
         line
         for line in lines - MENTIONS

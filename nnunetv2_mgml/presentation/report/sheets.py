@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nnunetv2_mgml.modalities import Subset, subset_name
 from nnunetv2_mgml.presentation.figures.qualitative import Case, case_rows, qualitative_sheet
@@ -25,8 +25,13 @@ def label_names(evaluation: Evaluation) -> dict[int, str]:
     A value is named after the smallest region it belongs to, without the regions nested in that one which it does not
     belong to: for BraTS ``WT without TC``, ``TC without ET`` and ``ET``.
     """
+    return names_of_values(evaluation.regions)
+
+
+def names_of_values(regions_by_name: Mapping[str, Iterable[int]]) -> dict[int, str]:
+    """Return a name for each label value of regions; see `label_names`."""
     names = {}
-    regions = {short_name(name): set(labels) for name, labels in evaluation.regions.items()}
+    regions = {short_name(name): set(labels) for name, labels in regions_by_name.items()}
     for value in sorted(set().union(*regions.values()) - {0}):
         name, labels = min(((n, v) for n, v in regions.items() if value in v), key=lambda item: len(item[1]))
         inner = [n for n, v in regions.items() if v < labels and value not in v]

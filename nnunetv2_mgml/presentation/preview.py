@@ -1,0 +1,106 @@
+"""``--preview``: one PNG per predicted case, from ``mgml_prediction.json`` and the files it names."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.presentation.figures.preview import preview_sheet
+from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
+from nnunetv2_mgml.presentation.figures.style import save
+from nnunetv2_mgml.presentation.report.sheets import names_of_values
+from nnunetv2_mgml.scoring.regions import label_set, short_name
+
+FOLDER = "preview"
+_log = logging.getLogger(__name__)
+
+
+def write_previews(
+    report: Path, dataset_json: Mapping[str, Any], cases: Sequence[str] | None = None
+) -> tuple[list[Path], dict[str, str]]:
+    """Draw the predicted cases of a report into ``preview/CASE.png`` beside their segmentations.
+
+    A case that cannot be drawn (its images have been moved, say) costs its picture, nothing else.
+
+    Args:
+        report: ``mgml_prediction.json`` in the output folder.
+        dataset_json: the model's.
+        cases: only these.
+
+    Returns:
+        The files written, and case -> message of those that could not be drawn.
+
+    Raises:
+        ValueError: a report that cannot be read.
+    """
+    content = read_json(report)
+    written, failures = [], {}
+    for case, entry in content["cases"].items():
+        if entry.get("status") != "predicted" or (cases is not None and case not in cases):
+            continue
+        target = report.parent / FOLDER / f"{case}.png"
+        try:
+            written.append(_draw(case, entry, report.parent, dataset_json, target))
+        except (ValueError, OSError, KeyError) as error:
+            failures[case] = str(error)
+            _log.warning("No preview of %s: %s", case, error)
+    return written, failures
+
+
+def _draw(case: str, entry: Mapping[str, Any], folder: Path, dataset_json: Mapping[str, Any], target: Path) -> Path:
+    segmentation, spacing = read_axial(folder / f"{case}{dataset_json['file_ending']}")
+    segmentation = segmentation.astype(np.int64)
+    index = telling_slice(segmentation)
+    images = {name: read_axial(file)[0][index] for name, file in entry["files"].items() if name in entry["present"]}
+    if not images:
+        raise ValueError("its report names no image files.")
+    regions = label_set(dict(dataset_json)).regions
+    names = names_of_values(regions)
+    millilitres = float(np.prod(spacing)) / 1000
+    volumes = [
+        f"{short_name(name)} {np.isin(segmentation, labels).sum() * millilitres:.1f} ml"
+        for name, labels in regions.items()
+    ]
+    missing = f", without {', '.join(entry['missing'])}" if entry["missing"] else ""
+    lines = [
+        f"Segmented: {', '.join(volumes)}.",
+        *quality_lines(entry),
+    ]
+    width = max(70, 34 * len(images))
+    figure = preview_sheet(
+        images,
+        segmentation[index],
+        names,
+        title=f"{case}: from {', '.join(entry['present'])}{missing} (slice {index + 1} of {len(segmentation)})",
+        notes="\n".join(part for line in lines for part in textwrap.wrap(line, width)),
+        pixel_aspect=spacing[1] / spacing[2],
+    )
+    return save(figure, target, dpi=130)
+
+
+def quality_lines(entry: Mapping[str, Any]) -> list[str]:
+    """Return what a case's entry in the report says of its quality, as sentences."""
+    expected = entry.get("expected_dice")
+    if not expected:
+        return ["Quality: not known (the model folder holds no subset_report.json)."]
+    parts = []
+    volumes = entry.get("expected_volume_error_ml") or {}
+    for region, values in expected.items():
+        if values["mean"] is None:
+            parts.append(f"{short_name(region)} unknown")
+            continue
+        error = volumes.get(region, {}).get("mean")
+        spread = "" if values["sd"] is None else f" ± {values['sd']:.2f}"
+        parts.append(
+            f"{short_name(region)} {values['mean']:.2f}{spread}" + ("" if error is None else f" (± {error:.1f} ml)")
+        )
+    lines = [f"Dice of validation cases with these sequences: {', '.join(parts)}."]
+    if entry.get("unreliable_regions"):
+        lines.append(f"Unreliable from these sequences: {', '.join(map(short_name, entry['unreliable_regions']))}.")
+    return lines

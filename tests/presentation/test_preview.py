@@ -1,0 +1,110 @@
+"""One picture per predicted case."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from kept_model_cases import FIXTURE, MODEL
+
+from nnunetv2_mgml.commands.main import main
+from nnunetv2_mgml.presentation.figures.preview import preview_sheet
+from nnunetv2_mgml.presentation.preview import quality_lines, write_previews
+
+PRESENT = {"t1": 0, "flair": 3}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "IN"
+    folder.mkdir()
+    for channel in PRESENT.values():
+        shutil.copy(FIXTURE / "images" / f"Phantom_00001_{channel:04d}.nii.gz", folder)
+    return folder
+
+
+def predict(images: Path, *options: str) -> int:
+    command = ["predict", "-i", str(images), "-o", str(images.parent / "OUT"), "-m", str(FIXTURE / MODEL), "-f", "0"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "-device", "cpu", "--disable_tta", "-npp", "0", "-nps", "0", *options])
+    return int(stopped.value.code or 0)
+
+
+def test_the_command_draws_what_it_predicts(images: Path, capsys: Any) -> None:
+    assert predict(images, "--missing_modalities", "auto", "--preview") == 0
+    out = images.parent / "OUT"
+    picture = out / "preview" / "Phantom_00001.png"
+    assert f"1 previews: {picture.parent}" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    assert predict(images, "--missing_modalities", "auto", "--preview", "--continue_prediction") == 0
+    assert not picture.exists(), "nothing was predicted"
+
+
+def test_it_goes_with_our_way_of_predicting(images: Path, capsys: Any) -> None:
+    assert predict(images, "--preview") == 2
+    assert "--preview needs --missing_modalities" in capsys.readouterr().err
+
+
+def test_a_case_whose_images_are_gone_costs_its_picture_only(tmp_path: Path) -> None:
+    labels = FIXTURE / "labels" / "Phantom_00001.nii.gz"
+    shutil.copy(labels, tmp_path / "a.nii.gz")
+    shutil.copy(labels, tmp_path / "b.nii.gz")
+    there = str(FIXTURE / "images" / "Phantom_00001_0000.nii.gz")
+    entry = {"status": "predicted", "present": ["t1"], "missing": ["flair"]}
+    cases = {
+        "a": {**entry, "files": {"t1": there}},
+        "b": {**entry, "files": {"t1": str(tmp_path / "gone.nii.gz")}},
+        "c": {"status": "failed"},
+    }
+    report = tmp_path / "mgml_prediction.json"
+    report.write_text(json.dumps({"cases": cases}))
+    dataset_json = json.loads((FIXTURE / MODEL / "dataset.json").read_text())
+    written, failures = write_previews(report, dataset_json)
+    assert [path.name for path in written] == ["a.png"]
+    assert list(failures) == ["b"]
+    assert "gone.nii.gz" in failures["b"]
+    assert write_previews(report, dataset_json, ["b"])[0] == []
+
+
+def test_what_is_said_of_the_quality() -> None:
+    entry = {
+        "expected_dice": {"whole_tumor": {"mean": 0.9, "sd": 0.05}, "enhancing_tumor": {"mean": None, "sd": None}},
+        "expected_volume_error_ml": {"whole_tumor": {"mean": 3.26}},
+        "unreliable_regions": ["enhancing_tumor"],
+    }
+    assert quality_lines(entry) == [
+        "Dice of validation cases with these sequences: WT 0.90 ± 0.05 (± 3.3 ml), ET unknown.",
+        "Unreliable from these sequences: ET.",
+    ]
+    assert "not known" in quality_lines({})[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_sheet_has_every_sequence_twice(count: int) -> None:
+    rng = np.random.default_rng(0)
+    images = {f"s{i}": rng.normal(size=(20, 16)) for i in range(count)}
+    labels = np.zeros((20, 16), int)
+    labels[5:9, 5:9] = 1
+    figure = preview_sheet(images, labels, {1: "lesion"}, title="case", notes="one\ntwo", pixel_aspect=2.0)
+    shown = [axes.get_images()[0].get_array().shape for axes in figure.axes]
+    assert len(shown) == 2 * count
+    assert [axes.get_title() for axes in figure.axes[:count]] == list(images)
+    assert all(shape[-1] == 3 for shape in shown[count:])
+    empty = preview_sheet(images, np.zeros((20, 16), int), {1: "lesion"}, title="nothing found")
+    assert len(empty.axes) == 2 * count
+
+
+def test_flat_images_are_drawn_too(tmp_path: Path) -> None:
+    for name in ("a", "a_image"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((9, 9), np.uint8)), str(tmp_path / f"{name}.nii.gz"))
+    entry = {"status": "predicted", "present": ["t1"], "missing": [], "files": {"t1": str(tmp_path / "a_image.nii.gz")}}
+    report = tmp_path / "mgml_prediction.json"
+    report.write_text(json.dumps({"cases": {"a": entry}}))
+    labels = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
+    assert [path.name for path in write_previews(report, labels)[0]] == ["a.png"]
