@@ -221,10 +221,12 @@ def preprocess_volumes(
 def _check_normalised(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> None:
     """Raise a CaseError where intensities are too large for what nnU-Net computes with, float32."""
     for channel, volume in sorted(volumes.items()):
-        if not np.isfinite(data[channel]).all():
+        largest = float(np.abs(volume).max())
+        too_large = largest * largest * volume.size > np.finfo(np.float32).max  # a z-score sums squares: all is zero
+        if not np.isfinite(data[channel]).all() or (too_large and not data[channel].any()):
             raise CaseError(
-                f"Case {name}: {channels[channel]} cannot be normalised, its intensities reach "
-                f"{float(np.abs(volume).max()):.3g}, too large for float32. Rescale it."
+                f"Case {name}: {channels[channel]} cannot be normalised, its intensities reach {largest:.3g}, too large "
+                f"for float32. Rescale it."
             )
 
 
