@@ -222,7 +222,7 @@ def _check_normalised(name: str, data: np.ndarray, volumes: Mapping[int, np.ndar
     """Raise a CaseError where intensities are too large for what nnU-Net computes with, float32."""
     for channel, volume in sorted(volumes.items()):
         largest = float(np.abs(volume).max())
-        too_large = largest * largest * volume.size > np.finfo(np.float32).max  # a z-score sums squares: all is zero
+        too_large = largest * largest * volume.size > np.finfo(np.float32).max  # squares are summed, all gets 0
         if not np.isfinite(data[channel]).all() or (too_large and not data[channel].any()):
             raise CaseError(
                 f"Case {name}: {channels[channel]} cannot be normalised, its intensities reach {largest:.3g}, too large "
