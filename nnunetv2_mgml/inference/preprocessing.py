@@ -225,8 +225,8 @@ def _check_normalised(name: str, data: np.ndarray, volumes: Mapping[int, np.ndar
         too_large = largest * largest * volume.size > np.finfo(np.float32).max  # squares are summed, all gets 0
         if not np.isfinite(data[channel]).all() or (too_large and not data[channel].any()):
             raise CaseError(
-                f"Case {name}: {channels[channel]} cannot be normalised, its intensities reach {largest:.3g}, too large "
-                f"for float32. Rescale it."
+                f"Case {name}: {channels[channel]} cannot be normalised, its intensities reach {largest:.3g}, too "
+                f"large for float32. Rescale it."
             )
 
 
