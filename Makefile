@@ -31,6 +31,7 @@ lint: $(dev-tools)
 	$(VENV)/$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV)/$(BIN)/zizmor --offline --quiet .github
+	$(VENV)/$(BIN)/hadolint containers/Dockerfile
 
 types: $(dev-tools)
 	$(PYTHON) .ci/check_types.py

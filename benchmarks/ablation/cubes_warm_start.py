@@ -29,9 +29,10 @@ from nnunetv2_mgml.network.transfer import Donor, transfer
 RESULT = Path(__file__).parent / "results" / "warm_start.json"
 FORMS = {
     "multi_encoder": "width_factor=0.5",
+    "multi_encoder_whole": "fusion=mean,width_factor=0.5,decoder_width_ratio=1,decoder_convs=2",
     "early_fusion": "network_form=early_fusion,fusion=mean,width_factor=0.5,decoder_width_ratio=1",
 }
-"""Our networks, in the stock network's width (`stock_width_factor` of cubes.json)."""
+"""Our networks, in the stock network's width (`stock_width_factor` of cubes.json); ``whole`` has its decoder too."""
 STARTS = ("scratch", "stock weights")
 _LABELS = (("whole_tumor", (1,)), ("tumor_core", (2,)), ("enhancing_tumor", (3,)))
 
@@ -69,7 +70,7 @@ def main() -> None:
         for form, start in itertools.product(args.forms, STARTS):
             training = Training(Run(f"mgml:{FORMS[form]},patch={args.patch}", seed, args.steps), cubes, ours)
             if start != "scratch":
-                taken = transfer(training.learner.network, CHANNELS, (), donor)
+                taken = transfer(training.learner.network, CHANNELS, _LABELS, donor)
                 taken.apply(training.learner.network)
                 print("\n".join(taken.lines()), flush=True)
             for steps in checkpoints:

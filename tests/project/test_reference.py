@@ -41,7 +41,7 @@ def test_every_registered_thing_has_its_row(tables: ModuleType) -> None:
     assert re.findall(r"^\| `(\w+)` \|", pages["terms"], re.MULTILINE) == list(loss_terms())
     assert first_column(pages["metrics"]) == list(all_metrics())
     assert first_column(pages["trainers"]) == sorted(TRAINERS)
-    assert re.findall(r"^## mgml (\w+)$", pages["commands"], re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^## mgml ([\w-]+)$", pages["commands"], re.MULTILINE) == list(COMMANDS)
     assert re.findall(r"^## `(\w+)`", pages["api"], re.MULTILINE) == nnunetv2_mgml.__all__
     assert {"fusion", "num_epochs", "temperature"} < set(first_column(pages["options"]))
 
