@@ -27,6 +27,9 @@ class MultiEncoderUNet(nn.Module):
         fusion: the fusion design.
         decoder: the fusion decoder; ``decoder.deep_supervision`` is the switch nnU-Net sets.
         modality_decoder: decoder shared by all modalities, or None where no loss needs it.
+
+    Attributes:
+        channel_names: of the modalities, for messages; whoever knows them sets them.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class MultiEncoderUNet(nn.Module):
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
+        self.channel_names: tuple[str, ...] = ()
         self._visible: torch.Tensor | None = None
         self._visible_subset: tuple[bool, ...] | None = None
 
@@ -167,6 +171,8 @@ class MultiEncoderUNet(nn.Module):
             Without ``needs``, what nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list,
             highest resolution first. With them a `TrainingOutput`.
         """
+        if x.shape[1] < self.num_modalities:  # a shape: no compiled graph breaks at it
+            raise ValueError(self._too_few_channels(x.shape[1]))
         subset = None
         view = modality_mask if view is None else view
         if view is None:
@@ -194,6 +200,14 @@ class MultiEncoderUNet(nn.Module):
             None if complete is None else complete.outputs,
             single,
             None if view.subsets is None else self._decode_further(features, view.subsets),
+        )
+
+    def _too_few_channels(self, given: int) -> str:
+        names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
+        return (
+            f"The network was given {given} channels; it has {self.num_modalities} modalities{names}. Where files are "
+            f"missing, say so: --missing_modalities auto goes by the files that exist, --missing_modalities NAME names "
+            f"what is missing (missing_modalities of MGMLPredictor)."
         )
 
     def _default_view(self, x: torch.Tensor) -> View:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -424,7 +425,7 @@ def _changed(group: G, changes: dict[str, Any]) -> G:
 
 def _coerce(value: Any, kinds: tuple[type, ...]) -> Any:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf
     if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -448,7 +449,8 @@ def _check(name: str, value: Any, metadata: Any) -> None:
     out_of_range = False
     if not wrong_kind and isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = metadata["low"], metadata["high"]
-        out_of_range = value != value or (low is not None and value < low) or (high is not None and value > high)
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        out_of_range = infinite or (low is not None and value < low) or (high is not None and value > high)
     bad_choice = not wrong_kind and metadata["choices"] is not None and value not in metadata["choices"]
     if wrong_kind or out_of_range or bad_choice:
         raise ValueError(f"Bad value for option {name}: {value!r}. Expected {expected}: {_explain(metadata)}.")

@@ -156,7 +156,7 @@ class SubsetLearner(Learner):
                 f"model folder, not those in nnUNet_preprocessed."
             )
         options = Options.from_plans(plans)
-        return build_network(
+        network = build_network(
             configuration_manager,
             options.network,
             num_input_channels,
@@ -165,6 +165,8 @@ class SubsetLearner(Learner):
             deep_supervision,
             needs_of(options),
         )
+        network.channel_names = tuple(map(str, plans[PLANS_KEY].get("channels", ())))
+        return network
 
     def describe(self) -> list[str]:
         """Return the number of parameters of each part."""
