@@ -16,7 +16,7 @@ from torch import nn
 from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
-from nnunetv2_mgml.network.silence import silence
+from nnunetv2_mgml.network.silence import noise, silence
 
 
 class MultiEncoderUNet(nn.Module):
@@ -218,9 +218,9 @@ class MultiEncoderUNet(nn.Module):
     def _decode_complete(
         self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs
     ) -> Decoded:
-        """Predict from all that a case has, without dropout: a target, also where it learns itself."""
+        """Predict from all that a case has, without dropout unless asked: a target, also where it learns itself."""
         learns = needs.complete == "learns"
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), silence():
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), noise() if needs.noisy else silence():
             if view.own_images is not None:
                 features = self.encode(zero_absent(view.own_images, available))
             own = features if learns else [f.detach() for f in features]
