@@ -19,6 +19,7 @@ from nnunetv2_mgml.modalities import channel_index, channel_names
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import EXACT_REPETITION, FUSION_REVISION, PLANS_KEY, NetworkOptions, parse_assignments
 from nnunetv2_mgml.plans.presets import PAPER, PRESETS, presets
+from nnunetv2_mgml.plans.regions import check_regions
 
 NNUNET_KEYS: dict[str, str] = {
     "batch_size": "samples per training step, a whole number >= 1",
@@ -85,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     changes = {**presets(args.preset), **wanted}
     target = folder / f"{args.plans_name}.json"
     replaced = _plans_to_replace(target)
-    channels = channel_names(_read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess"))
+    dataset_json = _read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess")
+    check_regions(dataset_json)
+    channels = channel_names(dataset_json)
     if "nnunet" in args.preset and PLANS_KEY in source:
         stock = _read_json(
             folder / f"{source[PLANS_KEY].get(STOCK_KEY, _STOCK_PLANS)}.json", "nnUNetv2_plan_and_preprocess"

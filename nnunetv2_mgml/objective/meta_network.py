@@ -8,7 +8,7 @@ as eq. 2 names them, but no equation uses them: their gradient is exactly zero, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -80,15 +80,16 @@ class MetaNetwork(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(num_modalities * (num_classes + availability_bits), hidden), nn.ReLU(), nn.Linear(hidden, 5)
         )
+        last = cast(nn.Linear, self.layers[2])
         if not published_start:
             # Small: the start values hold whatever the first batch shows, and gradients still reach both layers.
-            nn.init.normal_(self.layers[2].weight, std=_SMALL_START)
+            nn.init.normal_(last.weight, std=_SMALL_START)
         share = (start - low) / (high - low)
         lowest, highest = self.t_range
         t1, t2 = ((t - lowest) / (highest - lowest) for t in (_START_T1, _START_T2))
         starts = torch.tensor([t1, t2, _START_CONFIDENCE, share, share])
         with torch.no_grad():
-            self.layers[2].bias.copy_(torch.logit(starts))
+            last.bias.copy_(torch.logit(starts))
 
     def forward(self, mean_probabilities: torch.Tensor, available: torch.Tensor) -> MetaParameters:
         """Predict the meta-parameters.
@@ -104,7 +105,7 @@ class MetaNetwork(nn.Module):
             inputs = torch.where(available[:, :, None], mean_probabilities, 0).flatten(1)
             if self.availability_bits:
                 inputs = torch.cat((inputs, available.to(inputs.dtype)), 1)
-            t1, t2, w_f, beta, alpha = self.layers(inputs.to(self.layers[0].weight.dtype)).sigmoid().unbind(1)
+            t1, t2, w_f, beta, alpha = self.layers(inputs.to(next(self.layers.parameters()).dtype)).sigmoid().unbind(1)
             return MetaParameters(
                 *(_into(t, self.t_range) for t in (t1, t2)), w_f, *(_into(s, self.sharpness) for s in (beta, alpha))
             )

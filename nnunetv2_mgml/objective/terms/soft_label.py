@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View, bare
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
@@ -136,7 +135,7 @@ class SoftLabel(Term):
         self.temperature = shared.temperature
         self.weight = self.options.weight(shared.temperature)
         self.only_where_better = shared.teaching == "better"
-        self.meta_network: nn.Module | None = None
+        self.meta_network: MetaNetwork | None = None
         if self.options.has_meta_network:
             self.meta_network = self.build_meta_network()
             self.optimizer = torch.optim.Adam(
@@ -175,7 +174,8 @@ class SoftLabel(Term):
             return MetaParameters.fixed(
                 len(means), self.options.fixed_confidence, self.options.fixed_sharpness, means.device
             )
-        return self.meta_network(self.meta_input(means), self.present(step))
+        parameters: MetaParameters = self.meta_network(self.meta_input(means), self.present(step))
+        return parameters
 
     def meta_input(self, means: torch.Tensor) -> torch.Tensor:
         """Return what the MetaNetwork sees of the mean probabilities ``(B, M, K)``: no gradient passes."""
