@@ -18,7 +18,7 @@ from nnunetv2_mgml.dataset_conversion.discovery import Case, edition, may_have_c
 from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, to_nnunet
 from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
-from nnunetv2_mgml.modalities import BRATS_CHANNELS
+from nnunetv2_mgml.modalities import BRATS_CHANNELS, BRATS_FILE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,24 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
     if result.missing and not job.missing_ok:
         absent = [name for name in result.missing if name not in empty]
         if absent:
-            result.problems.append(f"no file for {', '.join(absent)} (allow with --missing_ok)")
+            unknown = ", ".join(path.name for path in job.case.unknown)
+            if unknown:  # most likely the one that is sought: zeros in its place would be a pity
+                result.problems.append(
+                    f"no file for {', '.join(absent)}, but {unknown} is there, whose name says no sequence: name it "
+                    f"{job.case.name}{_suffixes(job.case, absent)}, or allow the case with --missing_ok"
+                )
+            else:
+                result.problems.append(f"no file for {', '.join(absent)} (allow with --missing_ok)")
         if empty:
             result.problems.append(f"zero all over: {', '.join(empty)} (allow with --missing_ok)")
     return volumes
+
+
+def _suffixes(case: Case, modalities: Sequence[str]) -> str:
+    """Return how the files of modalities are to end, in the naming of a case's other files."""
+    files = [path.name[len(case.name) :] for path in case.images.values() if path.name.startswith(case.name)]
+    naming = "brats2023" if files and files[0].startswith("-") else "brats2021"
+    return " or ".join(f"{BRATS_FILE_SUFFIXES[naming][name]}{FILE_ENDING}" for name in modalities)
 
 
 def _write_image(

@@ -11,6 +11,7 @@ from nnunetv2_mgml.io.files import replacing_folder, write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
 from nnunetv2_mgml.plans.folders import names_in_use
+from nnunetv2_mgml.plans.regions import check_regions
 
 FILE_ENDING = ".nii.gz"
 
@@ -79,18 +80,17 @@ def write_description(
         channels: canonical modality names in channel order.
     """
     labels, order = dataset_labels(with_cavity)
-    write_json(
-        folder / "dataset.json",
-        {
-            # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
-            "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(channels)},
-            "labels": labels,
-            "regions_class_order": order,
-            "numTraining": num_training,
-            "file_ending": FILE_ENDING,
-            "name": name,
-            "description": f"Converted by mgml convert brats from {origin}",
-        },
-    )
+    content = {
+        # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
+        "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(channels)},
+        "labels": labels,
+        "regions_class_order": order,
+        "numTraining": num_training,
+        "file_ending": FILE_ENDING,
+        "name": name,
+        "description": f"Converted by mgml convert brats from {origin}",
+    }
+    check_regions(content)
+    write_json(folder / "dataset.json", content)
     if missing:
         write_json(folder / MISSING_FILE, missing)

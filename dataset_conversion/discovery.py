@@ -22,12 +22,14 @@ class Case:
         convention: what the label values mean, one of `labels.CONVENTIONS`.
         images: canonical modality name -> file; sequences that do not exist are not in it.
         segmentation: label file, or None.
+        unknown: other files of the case, whose names say nothing.
     """
 
     name: str
     convention: str
     images: dict[str, Path]
     segmentation: Path | None
+    unknown: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -131,7 +133,8 @@ def _add_case(
             strangers[folder].remove(segmentation)
             result.notes.append(f"{name}: took {segmentation.name} for its segmentation")
     convention = next(iter(files.namings)) if label_convention == "auto" else label_convention
-    result.cases.append(Case(name, convention, images, segmentation))
+    unknown = tuple(path for path in strangers[folder] if folder.name == name or path.name.startswith(name))
+    result.cases.append(Case(name, convention, images, segmentation, unknown))
 
 
 def edition(case: str) -> str:

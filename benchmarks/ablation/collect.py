@@ -27,6 +27,11 @@ class Result:
         return 100 * np.array([list(subsets.values()) for subsets in self.content["dice"].values()])
 
     @property
+    def of_old_design(self) -> bool:
+        """Whether it was trained before its design changed: version 0.1 kept no ``fusion_revision``."""
+        return self.run.design_changed and "fusion_revision" not in self.content["resolved"]["config"]
+
+    @property
     def regions(self) -> list[str]:
         """WT, TC, ET, in the order of `dice`."""
         return [short_name(region) for region in self.content["dice"]]

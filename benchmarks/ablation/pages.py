@@ -286,7 +286,8 @@ validation and test patients (`benchmarks/ablation/cubes_data.py`); `python benc
 --test`. All runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A
 step of four narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the
 stock network does more steps in the same time and is far ahead, and the default, with the most work in a step, is
-behind its own baseline. More in [gpu.md](gpu.md).
+behind its own baseline. More in [gpu.md](gpu.md). The whole table, with a specialist for each of the 15 subsets, on a
+cluster: `benchmarks/ablation/cubes.sbatch`, an array of jobs; the command that collects what they wrote stands in it.
 
 {tables or "No finished runs yet."}"""
 

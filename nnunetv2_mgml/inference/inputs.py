@@ -239,10 +239,10 @@ def resolve(case: Case, missing: str | Sequence[str] | None, channels: Sequence[
 
 
 def _patterns(file_ending: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    endings = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings} - {file_ending}
+    endings = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings} | {file_ending}
     name = r"(?P<case>.+)_(?P<channel>\d{4})"
     others = "|".join(re.escape(ending) for ending in sorted(endings))
-    return re.compile(name + re.escape(file_ending)), re.compile(f"{name}(?:{others})")
+    return re.compile(name + re.escape(file_ending)), re.compile(f"{name}(?i:{others})")
 
 
 def _case(name: str, paths: Sequence[str], file_ending: str) -> Case:

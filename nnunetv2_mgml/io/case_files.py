@@ -17,6 +17,7 @@ from pathlib import Path
 from nnunetv2_mgml.modalities import (
     BRATS_CHANNELS,
     BRATS_FILE_SUFFIXES,
+    BRATS_OTHER_SUFFIXES,
     BRATS_SEGMENTATION_SUFFIX,
     canonical_name,
 )
@@ -27,7 +28,7 @@ BRATS_CONTENT = {
     suffix: (naming, modality)
     for naming, table in BRATS_FILE_SUFFIXES.items()
     for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()
-}
+} | {suffix: (naming, modality) for naming, table in BRATS_OTHER_SUFFIXES.items() for suffix, modality in table.items()}
 """Ending of a file's stem -> (naming, modality or ``seg``)."""
 
 BRATS_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, BRATS_CONTENT))})", re.IGNORECASE)

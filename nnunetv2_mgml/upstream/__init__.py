@@ -8,6 +8,7 @@ bends, why, and which test fails when a new release changes it:
 - `incomplete_data`: fingerprint and preprocessing of data sets in which modalities are missing.
 - `predict_command`: the parser and the predictor inside nnU-Net's predict commands.
 - `sliding_window`: the number of output channels nnU-Net's sliding window allocates.
+- `checkpoints`: ``torch.load`` while nnU-Net loads a model, so that no file runs code.
 - `export`: the writer inside nnU-Net's export of a prediction.
 - `decoder`: the steps of nnU-Net's decoder.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
