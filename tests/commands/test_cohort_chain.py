@@ -140,3 +140,36 @@ def test_slices(real_data: Path, nnunet_folders: Path, monkeypatch: pytest.Monke
     shutil.copy(source / "BRATS_HG0001" / "BRATS_HG0001_FLAIR_slice90.nii.gz", images / "a_0003.nii.gz")
     assert predict(model, images, nnunet_folders / "out")["a"]["present"] == ["flair"]
     assert sitk.ReadImage(str(nnunet_folders / "out" / "a.nii.gz")).GetDimension() == 2
+
+
+def test_prostate(real_data: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Label maps on another grid are refused by name; put right, they go through, one of them empty, one ADC gone."""
+    quiet(monkeypatch)
+    source = shutil.copytree(real_data / "awkward" / "prostate", nnunet_folders / "src")
+    patterns = ["t2w=*_0000.nii.gz", "adc=*_0001.nii.gz", "hbv=*_0002.nii.gz"]
+    for case in ("case0", "case1"):
+        for path in (source / "imagesTr").glob(f"{case}_*"):
+            (source / case).mkdir(exist_ok=True)
+            shutil.copy(path, source / case)
+        shutil.copy(source / "labelsTr" / f"{case}.nii.gz", source / case / "lesion.nii.gz")
+    shutil.rmtree(source / "imagesTr")
+    shutil.rmtree(source / "labelsTr")
+    command = ["convert", "folders", str(source), "-d", "53", "--name", "Prostate", "--label", "lesion.nii.gz"]
+    command += ["-np", "1", "--labels", "lesion=1", "--modalities", *patterns]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "lesion.nii.gz is not on the grid of the images" in error
+    for case in ("case0", "case1"):
+        image = sitk.ReadImage(str(source / case / f"{case}_0000.nii.gz"))
+        mask = sitk.ReadImage(str(source / case / "lesion.nii.gz"))
+        mask.CopyInformation(image)  # the same voxels under another header
+        sitk.WriteImage(mask, str(source / case / "lesion.nii.gz"))
+    (source / "case1" / "case1_0001.nii.gz").unlink()
+    assert main(command) == 0, capsys.readouterr().err
+    assert main(["check", "53", "-np", "1"]) == 0
+    assert "the label map is empty" in capsys.readouterr().out
+    plans = plan_and_preprocess(nnunet_folders, "Dataset053_Prostate", "3d_fullres", [8, 32, 32])
+    model = train(nnunet_folders, plans, "3d_fullres")
+    raw = nnunet_folders / "raw" / "Dataset053_Prostate"
+    report = predict(model, raw / "imagesTr", nnunet_folders / "out")
+    assert report["case1"]["present"] == ["t2", "hbv"]
