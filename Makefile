@@ -3,6 +3,7 @@
 #   make test       the tests                          make demo    synthetic patients, end to end, on a CPU
 #   make lint       style, format, workflow files      make types   mypy --strict on the whole package
 #   make docs       the documentation site, in site/   make coverage
+#   make fuzz       inputs at random, FUZZ=5000 of each kind
 #   make dist       wheel and sdist, checked
 
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -15,10 +16,14 @@ endif
 PYTHON := $(VENV)/$(BIN)/python
 PYTEST := -m pytest -ra --numprocesses 2 --dist loadfile
 
-.PHONY: test lint types docs coverage dist demo
+.PHONY: test fuzz lint types docs coverage dist demo
 
 test: $(test-tools)
 	$(PYTHON) $(PYTEST)
+
+FUZZ ?= 5000
+fuzz: $(test-tools)
+	MGML_FUZZ_EXAMPLES=$(FUZZ) $(PYTHON) -m pytest -rP tests/fuzz
 
 lint: $(dev-tools)
 	$(PYTHON) -m ruff check .

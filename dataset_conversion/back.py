@@ -6,11 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mgml.dataset_conversion.discovery import nifti_stem
-from nnunetv2_mgml.dataset_conversion.labels import allowed_values, from_nnunet
-from nnunetv2_mgml.io.files import only_writer, scratch
+from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, allowed_values, from_nnunet
+from nnunetv2_mgml.io.files import naming, only_writer, read_json, scratch
+from nnunetv2_mgml.io.label_mark import mark, marked, refuse_marked
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.io.workers import run_jobs
 
@@ -32,6 +34,8 @@ def convert_back(
     progress: bool = False,
 ) -> list[Path]:
     """Write all segmentations of a folder with BraTS values; file names and geometry stay.
+
+    The new folder is marked (`io.label_mark`), so that it is not taken for label maps with nnU-Net's values.
 
     Args:
         source: folder of nnU-Net predictions or labels (``.nii.gz`` or ``.nii``, values 0 to 4).
@@ -62,28 +66,69 @@ def convert_back(
         raise ValueError(
             f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. Give --overwrite to replace them."
         )
+    refuse_marked(source, "mgml convert back")
+    before = marked(target)
+    kept = sorted({p.name for p in target.glob("*.nii*")} - {p.name for p in files}) if before else []
+    if before != convention and kept:
+        raise ValueError(
+            f"{target} holds label maps with the values of {before} that would stay, such as {kept[0]}. Choose another "
+            f"folder, so that all label maps of one have the same values."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(target.absolute()), scratch(target.absolute().parent) as building:
-        problems = run_jobs(
+    with (
+        only_writer(target.absolute()),
+        scratch(target.absolute().parent) as building,
+        naming(target, building),
+    ):
+        done = run_jobs(
             _convert,
             [_Job(path, building / path.name, convention) for path in files],
             num_processes,
             "Converting back",
             progress,
         )
-        bad = [f"  {problem}" for problem in problems if problem]
+        bad = [f"  {problem}" for problem, _ in done if problem]
         if bad:
             raise ValueError(
                 "\n".join([f"{len(bad)} of {len(files)} file(s) are bad; nothing has been written.", *bad])
             )
+        _refuse_other_values(source, {label for _, labels in done for label in labels})
         target.mkdir(parents=True, exist_ok=True)
+        mark(target, convention)
         for path in files:
             os.replace(building / path.name, target / path.name)
     return [target / path.name for path in files]
 
 
-def _convert(job: _Job) -> str | None:
-    """Convert one file; return what is wrong with it, or None."""
+def _refuse_other_values(source: Path, found: set[int]) -> None:
+    """Raise a ValueError where values say that a folder does not hold nnU-Net's labels, but those of BraTS 2021."""
+    if RESECTION_CAVITY not in found:
+        return
+    known = _labels_of_data_set(source)
+    if known is None and ENHANCING in found:
+        return
+    if known is None or RESECTION_CAVITY not in known:
+        why = "but none has 3, the enhancing tumour" if known is None else "which its dataset.json does not have"
+        raise ValueError(
+            f"Label maps in {source} have the value 4, nnU-Net's resection cavity, {why}. Are these the values of "
+            f"BraTS up to 2021, where 4 is the enhancing tumour? mgml convert back takes nnU-Net's. If so, put the "
+            f"dataset.json of their data set beside them. Nothing has been written."
+        )
+
+
+def _labels_of_data_set(source: Path) -> set[int] | None:
+    """Return the labels that the ``dataset.json`` beside label maps knows; None where there is none."""
+    for file in (source / "dataset.json", source.parent / "dataset.json"):
+        try:
+            values = read_json(file)["labels"].values()
+            return {int(label) for value in values for label in (value if isinstance(value, list) else [value])}
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # none, or of something else
+            continue
+    return None
+
+
+def _convert(job: _Job) -> tuple[str | None, list[int]]:
+    """Convert one file; return what is wrong with it, or None, and the labels it holds."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
         image = read_image(job.source, (3,))
@@ -91,8 +136,8 @@ def _convert(job: _Job) -> str | None:
         labels = from_nnunet(values, job.convention)
     except (ValueError, FileNotFoundError) as error:
         text = str(error)
-        return text if text.startswith(str(job.source)) else f"{job.source}: {text}"
+        return text if text.startswith(str(job.source)) else f"{job.source}: {text}", []
     result = sitk.GetImageFromArray(labels)
     result.CopyInformation(image)
     write_image(result, job.target)
-    return None
+    return None, [int(label) for label in np.unique(values)]

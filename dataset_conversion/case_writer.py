@@ -18,7 +18,7 @@ from nnunetv2_mgml.dataset_conversion.discovery import Case, edition, may_have_c
 from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, to_nnunet
 from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
-from nnunetv2_mgml.modalities import BRATS_CHANNELS
+from nnunetv2_mgml.modalities import BRATS_CHANNELS, BRATS_FILE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Job:
     missing_ok: bool
     convention_stated: bool = False
     """Whether the user named the label convention, rather than leaving it to the file names."""
+    channels: tuple[str, ...] = BRATS_CHANNELS
+    """Canonical modality names to write, in channel order; other sequences are left alone."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ def convert_case(job: Job) -> CaseResult:
             result.problems.append(str(error))
     if result.problems:
         return result
-    for channel, modality in enumerate(BRATS_CHANNELS):
+    for channel, modality in enumerate(job.channels):
         target = job.images / f"{job.case.name}_{channel:04d}{FILE_ENDING}"
         _write_image(volumes.get(modality), job.case.images.get(modality), reference, target, job.link)
     if segmentation is not None and job.labels is not None:
@@ -103,7 +105,7 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
     """Read the sequences that exist, in channel order; those that are absent or empty go to ``result.missing``."""
     volumes: dict[str, sitk.Image] = {}
     empty: list[str] = []
-    for modality in BRATS_CHANNELS:
+    for modality in job.channels:
         path = job.case.images.get(modality)
         if path is None:
             result.missing.append(modality)
@@ -125,10 +127,24 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
     if result.missing and not job.missing_ok:
         absent = [name for name in result.missing if name not in empty]
         if absent:
-            result.problems.append(f"no file for {', '.join(absent)} (allow with --missing_ok)")
+            unknown = ", ".join(path.name for path in job.case.unknown)
+            if unknown:  # most likely the one that is sought: zeros in its place would be a pity
+                result.problems.append(
+                    f"no file for {', '.join(absent)}, but {unknown} is there, whose name says no sequence: name it "
+                    f"{job.case.name}{_suffixes(job.case, absent)}, or allow the case with --missing_ok"
+                )
+            else:
+                result.problems.append(f"no file for {', '.join(absent)} (allow with --missing_ok)")
         if empty:
             result.problems.append(f"zero all over: {', '.join(empty)} (allow with --missing_ok)")
     return volumes
+
+
+def _suffixes(case: Case, modalities: Sequence[str]) -> str:
+    """Return how the files of modalities are to end, in the naming of a case's other files."""
+    files = [path.name[len(case.name) :] for path in case.images.values() if path.name.startswith(case.name)]
+    naming = "brats2023" if files and files[0].startswith("-") else "brats2021"
+    return " or ".join(f"{BRATS_FILE_SUFFIXES[naming][name]}{FILE_ENDING}" for name in modalities)
 
 
 def _write_image(

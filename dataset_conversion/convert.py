@@ -26,7 +26,9 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     split_from_files,
     write_splits,
 )
+from nnunetv2_mgml.io.files import only_writer
 from nnunetv2_mgml.io.workers import run_jobs
+from nnunetv2_mgml.modalities import BRATS_CHANNELS, subset_from_present
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 
 Converted = list[tuple[Case, CaseResult]]
@@ -51,6 +53,7 @@ class ConversionSummary:
         left_out: labelled cases that are in none of the split lists.
         notes: remarks for the user.
         seconds: wall-clock time.
+        channels: canonical modality names in channel order.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class ConversionSummary:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+    channels: tuple[str, ...] = BRATS_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class ConversionRequest:
     """Modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
     (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases stay
     whole."""
+    subset_of: Sequence[str] | None = None
+    """Modalities to take, in BraTS's order whatever the order here; None for all four."""
     label_convention: str = "auto"
     """``auto`` (told by the file names), ``brats2021`` or ``brats2023``."""
     num_processes: int | None = None
@@ -117,6 +123,7 @@ def convert_brats(
     split_files: Sequence[str | Path] | None = None,
     seed: int = 0,
     missing_rates: Mapping[str, float] | None = None,
+    subset_of: Sequence[str] | None = None,
     label_convention: str = "auto",
     num_processes: int | None = None,
     progress: bool = False,
@@ -137,6 +144,7 @@ def convert_brats(
         split_files=split_files,
         seed=seed,
         missing_rates=missing_rates,
+        subset_of=subset_of,
         label_convention=label_convention,
         num_processes=num_processes,
     )
@@ -161,6 +169,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     """
     started = time.perf_counter()
     source = Path(request.source).expanduser().absolute()
+    channels = _channels(request)
     found = _discover(source, request.label_convention)
     folder_name = dataset_folder_name(request.dataset_id, request.name or _default_name(found))
     target = nnunet_folder(RAW) / folder_name
@@ -169,11 +178,13 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
     missing = _missing_by_rate(chosen, request)
-    with building(target) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # two names for one id would both pass the check of the target, so that the id is what is taken
+    with only_writer(target.with_name(f"Dataset{request.dataset_id:03d}")), building(target) as folder:
         check_target(source, target, request.dataset_id, request.overwrite)  # another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
         jobs = [
-            _job(without_missing(case, missing), folder, case.name in held_out, case.name in missing, request)
+            _job(without_missing(case, missing), folder, case.name in held_out, case.name in missing, channels, request)
             for case in found.cases
             if case.name not in left_out
         ]
@@ -190,6 +201,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
             summary.num_training,
             RESECTION_CAVITY in summary.labels,
             summary.missing,
+            channels,
         )
         if chosen is not None:  # fails here rather than after the dataset is in place
             (nnunet_folder(PREPROCESSED) / folder_name).mkdir(parents=True, exist_ok=True)
@@ -201,6 +213,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     return dataclasses.replace(
         summary,
         splits_file=splits_file,
+        channels=channels,
         seconds=time.perf_counter() - started,
         notes=(*summary.notes, *_notes_on_preprocessed(folder_name, splits_file)),
     )
@@ -261,11 +274,30 @@ def _missing_by_rate(split: Split | None, request: ConversionRequest) -> dict[st
     return draw_missing(split.train, request.missing_rates, request.seed)
 
 
-def _job(case: Case, folder: Path, held_out: bool, made_incomplete: bool, request: ConversionRequest) -> Job:
+def _channels(request: ConversionRequest) -> tuple[str, ...]:
+    """Return the modalities to write, in channel order."""
+    if request.subset_of is None:
+        return BRATS_CHANNELS
+    if request.missing_rates:
+        raise ValueError("Give either --subset_of or --missing_rate: its rates are of all four modalities.")
+    subset = subset_from_present(request.subset_of, BRATS_CHANNELS)
+    return tuple(name for name, taken in zip(BRATS_CHANNELS, subset, strict=True) if taken)
+
+
+def _job(
+    case: Case,
+    folder: Path,
+    held_out: bool,
+    made_incomplete: bool,
+    channels: tuple[str, ...],
+    request: ConversionRequest,
+) -> Job:
     part = "Ts" if held_out or case.segmentation is None else "Tr"
     labels = None if case.segmentation is None else folder / f"labels{part}"
     stated = request.label_convention != "auto"
-    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok or made_incomplete, stated)
+    return Job(
+        case, folder / f"images{part}", labels, request.link, request.missing_ok or made_incomplete, stated, channels
+    )
 
 
 def _bad_cases(bad: dict[str, list[str]], total: int) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
 from nnunetv2_mgml.io.files import replacing_folder, write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
+from nnunetv2_mgml.plans.cohort import MISSING_FILE
 from nnunetv2_mgml.plans.folders import names_in_use
+from nnunetv2_mgml.plans.regions import check_regions
 
 FILE_ENDING = ".nii.gz"
-MISSING_FILE = "missing_modalities.json"
 
 
 def check_target(source: Path, target: Path, dataset_id: int, overwrite: bool) -> None:
@@ -59,7 +60,13 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def write_description(
-    folder: Path, name: str, origin: str, num_training: int, with_cavity: bool, missing: Mapping[str, Sequence[str]]
+    folder: Path,
+    name: str,
+    origin: str,
+    num_training: int,
+    with_cavity: bool,
+    missing: Mapping[str, Sequence[str]],
+    channels: Sequence[str] = BRATS_CHANNELS,
 ) -> None:
     """Write ``dataset.json`` and, if a case lacks a sequence, ``missing_modalities.json``.
 
@@ -70,20 +77,20 @@ def write_description(
         num_training: number of cases in ``imagesTr``.
         with_cavity: whether there are resection cavities.
         missing: case -> absent modalities.
+        channels: canonical modality names in channel order.
     """
     labels, order = dataset_labels(with_cavity)
-    write_json(
-        folder / "dataset.json",
-        {
-            # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
-            "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(BRATS_CHANNELS)},
-            "labels": labels,
-            "regions_class_order": order,
-            "numTraining": num_training,
-            "file_ending": FILE_ENDING,
-            "name": name,
-            "description": f"Converted by mgml convert brats from {origin}",
-        },
-    )
+    content = {
+        # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
+        "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(channels)},
+        "labels": labels,
+        "regions_class_order": order,
+        "numTraining": num_training,
+        "file_ending": FILE_ENDING,
+        "name": name,
+        "description": f"Converted by mgml convert brats from {origin}",
+    }
+    check_regions(content)
+    write_json(folder / "dataset.json", content)
     if missing:
         write_json(folder / MISSING_FILE, missing)

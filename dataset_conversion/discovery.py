@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
+from nnunetv2_mgml.io.case_files import BRATS_CONTENT, BRATS_STEM, NIFTI_SUFFIXES, nifti_stem, walk_files
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-_CONTENT = {
-    suffix: (naming, modality)
-    for naming, table in BRATS_FILE_SUFFIXES.items()
-    for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()
-}
-_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, _CONTENT))})", re.IGNORECASE)
+__all__ = ["NIFTI_SUFFIXES", "Case", "Discovery", "discover", "edition", "may_have_cavity", "nifti_stem", "patient"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +22,14 @@ class Case:
         convention: what the label values mean, one of `labels.CONVENTIONS`.
         images: canonical modality name -> file; sequences that do not exist are not in it.
         segmentation: label file, or None.
+        unknown: other files of the case, whose names say nothing.
     """
 
     name: str
     convention: str
     images: dict[str, Path]
     segmentation: Path | None
+    unknown: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -53,36 +48,16 @@ class _Files:
     folders: set[Path] = field(default_factory=set)
 
 
-def nifti_stem(name: str) -> str | None:
-    """Return a file name without ``.nii`` or ``.nii.gz``; None for any other file."""
-    for suffix in NIFTI_SUFFIXES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return None
-
-
-def _raise(error: OSError) -> None:
-    raise ValueError(f"Folder {error.filename} cannot be read ({error.strerror}); its cases would be lost.") from error
-
-
 def _walk(source: Path) -> Iterator[tuple[str, Path, Path]]:
     """Yield (stem that names the content, file, folder of the case) of every NIfTI file, in sorted order."""
-    seen: set[str] = set()
-    for root, folders, files in os.walk(source, followlinks=True, onerror=_raise):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up
-            folders.clear()
+    for path in walk_files(source):
+        stem = nifti_stem(path.name)
+        if stem is None:
             continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
-        for name in sorted(files):
-            stem = nifti_stem(name)
-            if stem is None or name.startswith("."):
-                continue
-            folder = Path(root)
-            outer = nifti_stem(folder.name)
-            # Some mirrors pack every volume into a folder that bears the name of the file.
-            yield (outer, folder / name, folder.parent) if outer and folder != source else (stem, folder / name, folder)
+        outer = nifti_stem(path.parent.name)
+        # Some mirrors pack every volume into a folder that bears the name of the file.
+        packed = outer is not None and path.parent != source
+        yield (outer, path, path.parent.parent) if outer and packed else (stem, path, path.parent)
 
 
 def discover(source: Path, label_convention: str = "auto") -> Discovery:
@@ -104,11 +79,11 @@ def discover(source: Path, label_convention: str = "auto") -> Discovery:
     found: dict[str, _Files] = defaultdict(_Files)
     strangers: dict[Path, list[Path]] = defaultdict(list)
     for stem, path, folder in _walk(source):
-        match = _STEM.fullmatch(stem)
+        match = BRATS_STEM.fullmatch(stem)
         if match is None:
             strangers[folder].append(path)
             continue
-        naming, content = _CONTENT[match["suffix"].lower()]
+        naming, content = BRATS_CONTENT[match["suffix"].lower()]
         files = found[match["case"]]
         files.content[content].append(path)
         files.namings.add(naming)
@@ -158,7 +133,8 @@ def _add_case(
             strangers[folder].remove(segmentation)
             result.notes.append(f"{name}: took {segmentation.name} for its segmentation")
     convention = next(iter(files.namings)) if label_convention == "auto" else label_convention
-    result.cases.append(Case(name, convention, images, segmentation))
+    unknown = tuple(path for path in strangers[folder] if folder.name == name or path.name.startswith(name))
+    result.cases.append(Case(name, convention, images, segmentation, unknown))
 
 
 def edition(case: str) -> str:
@@ -187,5 +163,5 @@ def may_have_cavity(case: str) -> bool | None:
 
 
 def patient(case: str) -> str:
-    """Return the patient of a case: the name without the time point (``BraTS-GLI-00005-101``: ``BraTS-GLI-00005``)."""
-    return re.sub(r"^(brats-.+-\d+)-\d{3}$", r"\1", case, flags=re.IGNORECASE)
+    """Return the patient of a case: the name without BraTS's time point (``BraTS-GLI-00005-101``) or BIDS's session."""
+    return re.sub(r"^(brats-.+-\d+)-\d{3}$|^(sub-[^_]+)_ses-.+$", r"\1\2", case, flags=re.IGNORECASE)

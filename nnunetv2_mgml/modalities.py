@@ -30,6 +30,17 @@ BRATS_FILE_SUFFIXES: dict[str, dict[str, str]] = {
 }
 """File naming of the challenge (``<case><suffix>.nii.gz``): up to 2021 and since 2023 -> modality -> suffix."""
 
+BRATS_OTHER_SUFFIXES: dict[str, dict[str, str]] = {
+    naming: {
+        f"{separator}{alias}": name
+        for name, aliases in ALIASES.items()
+        for alias in aliases
+        if f"{separator}{alias}" != BRATS_FILE_SUFFIXES[naming][name]
+    }
+    for naming, separator in (("brats2021", "_"), ("brats2023", "-"))
+}
+"""What others call them, such as ``_t1Gd`` and ``-t1post``: naming -> suffix in lower case -> modality."""
+
 BRATS_SEGMENTATION_SUFFIX: dict[str, str] = {"brats2021": "_seg", "brats2023": "-seg"}
 """The same for the segmentation."""
 
@@ -70,6 +81,11 @@ def channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
         raise ValueError(
             "dataset.json has neither 'channel_names' nor 'modality'; add channel_names, for example "
             '{"0": "T1", "1": "FLAIR"}.'
+        )
+    if not isinstance(names, dict):
+        raise ValueError(
+            f"channel_names of dataset.json must be an object, found {str(names)[:60]}. "
+            f'Write, for example, {{"0": "T1", "1": "FLAIR"}}.'
         )
     wrong = [str(index) for index in names if not str(index).isdecimal()]
     if wrong:

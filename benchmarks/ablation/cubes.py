@@ -3,7 +3,10 @@
     python benchmarks/ablation/cubes.py --variants baseline mgml --seeds 0 1 2 --steps 6000
     python benchmarks/ablation/cubes.py --variants baseline baseline:learning_rate=0.005 --seeds 0 --steps 1500
     python benchmarks/ablation/cubes.py --variants baseline:only=t1+t2,patients=30 --steps 3000
+    python benchmarks/ablation/cubes.py --table --seeds 0 1 2 --steps 6000 --list      # the whole table, numbered
     python benchmarks/ablation/cubes.py --collect part_0.json --label h100          # results made on another machine
+
+`cubes.sbatch` runs the whole table as an array of jobs.
 
 Needs ``MGML_REAL_DATA``. A variant is a name of `cubes.json`, with changes after a colon: its settings of a training
 (learning_rate, batch, patch, width_factor, patients, only, ...) or options of the plugin. Choices rest on validation
@@ -26,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cubes_variants import Run
+from cubes_variants import Run, whole_table
 
 from nnunetv2_mgml.io.files import write_json
 
@@ -48,6 +51,13 @@ def main() -> int:
         return 0
     deadline = time.time() + args.seconds if args.seconds else None
     runs = [Run(name, seed, args.steps) for seed in args.seeds for name in args.variants]
+    if args.table:
+        runs = whole_table(args.seeds, args.steps)
+    if args.list:
+        print("\n".join(f"{number} {run.name} seed {run.seed}" for number, run in enumerate(runs)))
+        return 0
+    if args.job is not None:
+        runs = runs[args.job : args.job + 1]
     runs = [run for run in runs if args.again or not finished(run, label, bool(args.equal_time))]
     for run in runs:
         run.training  # noqa: B018  refuses unknown variants before anything starts
@@ -73,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--variants", nargs="+", default=["baseline", "mgml"], help="see cubes.json")
+    result.add_argument("--table", action="store_true", help="every variant, and a specialist for each subset")
+    result.add_argument("--list", action="store_true", help="only print the runs with their numbers")
+    result.add_argument("--job", type=int, metavar="NUMBER", help="only this run of the list, for arrays of jobs")
     result.add_argument("--seeds", nargs="+", type=int, default=[0])
     result.add_argument("--steps", type=int, default=1500, help="training steps (of the reference, with --equal_time)")
     result.add_argument(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.modalities import Subset, all_subsets, parse_subset
+from nnunetv2_mgml.modalities import Subset, all_subsets, parse_subset, subset_name
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
@@ -55,3 +55,14 @@ class Run:
         """What the run is scored on: all subsets, or the only one it was trained on."""
         only = self.training["only"]
         return [parse_subset(only, CHANNELS)] if only else list(all_subsets(len(CHANNELS)))
+
+
+def specialist(subset: Subset) -> str:
+    """Return the variant that is trained on one subset alone."""
+    return f"baseline:only={subset_name(subset, CHANNELS)}"
+
+
+def whole_table(seeds: list[int], steps: int) -> list[Run]:
+    """Return every run of the results page: all variants with all seeds, the 15 specialists with the first."""
+    runs = [Run(name, seed, steps) for seed in seeds for name in SETTINGS["variants"]]
+    return [*runs, *(Run(specialist(subset), seeds[0], steps) for subset in all_subsets(len(CHANNELS)))]

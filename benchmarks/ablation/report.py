@@ -5,6 +5,7 @@ python benchmarks/ablation/report.py
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cubes_table
 import figure
 import pages
-from collect import Result, finished, select, statistics
+from collect import Result, finished, select
+from collect import statistics as statistics_of
 from settings import FOLDER, RESULTS, read_settings
 
 from nnunetv2_mgml.io.files import write_json, write_text
@@ -47,7 +49,7 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
             if chosen:
                 entries.setdefault(design, {})[variant] = {
                     key: value if key == "seeds" else None if value != value else round(value, 2)
-                    for key, value in statistics(chosen).items()
+                    for key, value in statistics_of(chosen).items()
                 }
     return {**entries, "cubes": of_cubes()}
 
@@ -55,8 +57,7 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
 def of_cubes() -> dict[str, Any]:
     """Return design -> variant -> figures on the test patients, of the largest budget of equal time there is.
 
-    ``budget`` says what that is, and on which device; ``specialists_gap`` is None until networks trained on one subset
-    have been scored with that budget.
+    ``budget`` says what that is, and on which device; see `specialists_gap`.
     """
     results = [r for folder in sorted(cubes_table.RESULTS.iterdir()) for r in cubes_table.read(folder.name)]
     scored = [r for r in results if "test" in r and r["equal_time"]]
@@ -69,9 +70,33 @@ def of_cubes() -> dict[str, Any]:
     designs: dict[str, dict[str, Any]] = {}
     for result in chosen:
         variants = designs.setdefault(REFERENCE if result["design"] == "none" else result["design"], {})
-        if result["variant"] not in variants:
+        if result["variant"] not in variants and not result["training"]["only"]:
             variants[result["variant"]] = _figures([r for r in chosen if r["variant"] == result["variant"]])
-    return {**designs, "specialists_gap": None, "budget": f"{budget}, {largest['device']}"}
+    return {**designs, "specialists_gap": specialists_gap(chosen), "budget": f"{budget}, {largest['device']}"}
+
+
+def specialists_gap(results: Sequence[dict[str, Any]], variant: str = "mgml") -> dict[str, Any] | None:
+    """Return how far networks trained on one subset alone are ahead of the one model, in points of mean Dice.
+
+    Args:
+        results: of one budget.
+        variant: the one model.
+
+    Returns:
+        ``mean`` over ``subsets``, by name, the mean over seeds of each; None without specialists or the model.
+    """
+    one_model = [r["test"]["subsets"] for r in results if r["variant"] == variant]
+    alone: dict[str, list[float]] = {}
+    for result in results:
+        if result["variant"].startswith("baseline:only=") and "," not in result["variant"]:
+            alone.setdefault(result["training"]["only"], []).append(result["test"]["mean"])
+    if not one_model or not alone:
+        return None
+    gaps = {
+        subset: round(statistics.mean(means) - statistics.mean(told[subset] for told in one_model), 2)
+        for subset, means in alone.items()
+    }
+    return {"mean": round(statistics.mean(gaps.values()), 2), "subsets": gaps}
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from collect import Result
 from data import call, folder_name, prepare
 from settings import FOLDER, Run, all_runs, read_settings
 from tqdm import tqdm
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument("--groups", nargs="+", help="groups of settings.json (default: all)")
     parser.add_argument("--match", default="", help="only runs whose name (see --list) this regular expression finds")
     parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 2)), help="runs side by side")
+    parser.add_argument("--changed", action="store_true", help="train rows of changed designs again")
     parser.add_argument("--keep_models", action="store_true", help="keep checkpoints and predictions")
     parser.add_argument("--list", action="store_true", help="show what is finished and stop")
     args = parser.parse_args()
@@ -50,10 +52,10 @@ def main() -> int:
     runs = [run for run in all_runs(settings, args.groups) if re.search(args.match, run.name)]
     if args.list:
         for run in runs:
-            print("done" if run.finished() else "    ", run.name)
+            print("done" if run.finished() and not (args.changed and of_old_design(run)) else "    ", run.name)
         return 0
     work = args.work.resolve()
-    open_runs = [run for run in runs if not run.finished()]
+    open_runs = [run for run in runs if not run.finished() or (args.changed and of_old_design(run))]
     for dataset in dict.fromkeys(run.dataset for run in open_runs):
         prepare(work, settings["datasets"][dataset])
     failed = 0
@@ -68,6 +70,11 @@ def main() -> int:
                 failed += 1
                 bar.write(f"{tasks[task].name} FAILED\n{traceback.format_exc()}")
     return 1 if failed else 0
+
+
+def of_old_design(run: Run) -> bool:
+    """Return whether a finished run was trained before its design changed."""
+    return run.file.is_file() and Result(run, json.loads(run.file.read_text())).of_old_design
 
 
 def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:

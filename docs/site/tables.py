@@ -19,6 +19,7 @@ from nnunetv2_mgml.commands import main as command_line
 
 _TAKEN_OVER = {
     "train": "All arguments are those of `nnUNetv2_train`; `-tr nnUNetTrainerMGML` unless another is given.",
+    "preprocess": "All arguments are those of `nnUNetv2_plan_and_preprocess`.",
     "predict": "All arguments are those of `nnUNetv2_predict` (with `-m`: of `nnUNetv2_predict_from_modelfolder`), "
     "`-tr nnUNetTrainerMGML` unless another is given, and these:",
 }
@@ -85,7 +86,7 @@ def commands() -> str:
         text += [f"## mgml {name}", "", summary, "", f"```bash\n{command.example}\n```", ""]
         if name in _TAKEN_OVER:
             text += [_TAKEN_OVER[name], ""]
-        if name != "train":
+        if name not in ("train", "preprocess"):
             text += _arguments(_parser(name), f"mgml {name}")
     return "\n".join(text)
 

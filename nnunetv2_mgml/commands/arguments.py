@@ -10,6 +10,15 @@ from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.scoring.sources import PredictionFolders
 
 
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """Add ``--trust_checkpoint``."""
+    parser.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="let the model folder run code, as nnU-Net does: only for models of people whose programs you would run",
+    )
+
+
 def parse_predictions(entries: Sequence[str]) -> PredictionFolders:
     """Parse ``--predictions``: one root whose folders are named by subset, or ``SUBSET=FOLDER`` entries.
 

@@ -1,23 +1,26 @@
-"""The command ``mgml convert``: ``brats``, ``back`` and ``split``."""
+"""The command ``mgml convert``: ``brats``, ``back`` and ``split``; `convert_cohort` adds what knows no BraTS."""
 
 from __future__ import annotations
 
 import argparse
 
+from nnunetv2_mgml.commands import convert_cohort
 from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
-from nnunetv2_mgml.dataset_conversion.dataset_folder import MISSING_FILE
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
 from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
+from nnunetv2_mgml.plans.cohort import MISSING_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands of ``mgml convert``."""
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{brats,back,split}")
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar=f"{{brats,back,split,{','.join(convert_cohort.COMMANDS)}}}"
+    )
     brats = commands.add_parser(
         "brats",
         help="BraTS folder (2018 to 2025) -> nnUNet_raw dataset",
@@ -60,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let training cases of the split lack modalities at these rates, t1=0.2 t1ce=0.4 flair=0.6 t2=0.8 say; "
         f"drawn once per case by --seed, never all, listed in {MISSING_FILE}",
     )
+    brats.add_argument(
+        "--subset_of",
+        "--subset-of",
+        nargs="+",
+        metavar="NAME",
+        help=f"take these sequences only, of {', '.join(BRATS_CHANNELS)}",
+    )
     brats.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
     _add_processes(brats)
 
@@ -86,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("-d", type=int, required=True, dest="dataset_id", metavar="ID", help="nnU-Net dataset id")
     _add_split_arguments(split)
     split.add_argument("--overwrite", action="store_true", help="replace another existing split")
+    convert_cohort.add_arguments(commands, parser.formatter_class)
 
 
 def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.what == "brats":
         return _run_brats(args)
+    if args.what in convert_cohort.COMMANDS:
+        return convert_cohort.run(args)
     if args.what == "back":
         written = convert_back(
             args.source, args.target, args.to, overwrite=args.overwrite, num_processes=args.num_processes, progress=True
@@ -153,7 +166,7 @@ def describe(summary: ConversionSummary) -> list[str]:
     """Return the report of a conversion, one string a line."""
     lines = [
         f"Recognised: {', '.join(f'{name} ({count} cases)' for name, count in summary.editions.items())}",
-        f"Channels: {', '.join(f'{i} {name}' for i, name in enumerate(BRATS_CHANNELS))}",
+        f"Channels: {', '.join(f'{i} {name}' for i, name in enumerate(summary.channels))}",
     ]
     for convention in summary.conventions:
         pairs = [

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.commands.arguments import parse_predictions
+from nnunetv2_mgml.commands.arguments import add_trust, parse_predictions
 from nnunetv2_mgml.presentation.tables import summary_text
 from nnunetv2_mgml.scoring.metrics import all_metrics, default_metrics
 from nnunetv2_mgml.scoring.policy import POLICIES
@@ -29,6 +29,7 @@ _MODEL_OPTIONS = (
     "--shared_preprocessing",
     "-npp",
     "-nps",
+    "--trust_checkpoint",
     "--write_subset_report",
 )
 
@@ -147,6 +148,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("-npp", type=int, default=1, metavar="N", help="processes that preprocess; 0: only this one")
     model.add_argument("-nps", type=int, default=2, metavar="N", help="processes that write label maps; 0: this one")
+    add_trust(model)
     model.add_argument(
         "--write_subset_report",
         action="store_true",
@@ -204,6 +206,7 @@ def _model_request(args: argparse.Namespace) -> ModelRequest:
         num_processes_preprocessing=args.npp,
         num_processes_export=args.nps,
         write_subset_report=args.write_subset_report,
+        trust_checkpoint=args.trust_checkpoint,
         **_scoring(args),
     )
 

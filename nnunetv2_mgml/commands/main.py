@@ -22,8 +22,18 @@ class _Command(NamedTuple):
 COMMANDS: dict[str, _Command] = {
     "convert": _Command(
         "nnunetv2_mgml.commands.convert",
-        "BraTS folders to nnUNet_raw datasets, predictions back, splits",
+        "BraTS, BIDS, MSD, any folders or a sheet to nnUNet_raw datasets; predictions back; splits",
         "mgml convert brats /path/to/BraTS -d 137",
+    ),
+    "check": _Command(
+        "nnunetv2_mgml.commands.check",
+        "what a data set has and lacks: combinations, outliers, copies, coverage, headers",
+        "mgml check 137 -o check_of_137",
+    ),
+    "preprocess": _Command(
+        "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
+        "nnUNetv2_plan_and_preprocess, which knows missing modalities also where start-up lines are off",
+        "mgml preprocess -d 137 -c 3d_fullres",
     ),
     "plan": _Command(
         "nnunetv2_mgml.commands.plan",
@@ -121,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command '{name}'. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    if name in ("train", "predict"):
+    if name in ("train", "predict", "preprocess"):
         return _run_nnunet_like(name, rest)
     return _run(name, rest)
 
@@ -150,16 +160,20 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     """Run a command that parses ``sys.argv`` itself, as nnU-Net's entry points do."""
-    from nnunetv2_mgml.upstream.registration import add_ext_dir
+    from nnunetv2_mgml.upstream.registration import PREPROCESS_MODULE, add_ext_dir, install_preprocessing
 
     add_ext_dir()
     from_model_folder = name == "predict" and _given("-m", arguments)
-    if not from_model_folder and not _given("-tr", arguments):
+    if name == "preprocess":
+        install_preprocessing(importlib.import_module(PREPROCESS_MODULE))
+    elif not from_model_folder and not _given("-tr", arguments):
         arguments = [*arguments, "-tr", _TRAINER]
     sys.argv = [f"mgml {name}", *arguments]
     module = importlib.import_module(COMMANDS[name].module)
     if name == "train":
         module.run_training_entry()
+    elif name == "preprocess":
+        module.plan_and_preprocess_entry()
     else:
         module.main("predict_entry_point_modelfolder" if from_model_folder else "predict_entry_point")
     return 0

@@ -18,7 +18,8 @@ from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import channel_index, channel_names
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import EXACT_REPETITION, FUSION_REVISION, PLANS_KEY, NetworkOptions, parse_assignments
-from nnunetv2_mgml.plans.presets import PAPER, PRESETS, preset
+from nnunetv2_mgml.plans.presets import PAPER, PRESETS, presets
+from nnunetv2_mgml.plans.regions import check_regions
 
 NNUNET_KEYS: dict[str, str] = {
     "batch_size": "samples per training step, a whole number >= 1",
@@ -55,11 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="nnunet: back to nnU-Net's own training settings where the plans have those of paper; "
+        nargs="+",
+        default=[],
+        help="one or several. nnunet: back to nnU-Net's own training settings where the plans have those of paper; "
         "paper: those of the MGML paper ("
         + ", ".join(f"{key}={value}" for key, value in PAPER.items())
         + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips"
-        ". Default: what the plans have",
+        ". paper-losses: the total of the paper's text, reference-losses: that of its published code; both for "
+        "reproduction. Default: what the plans have",
     )
     parser.add_argument("--list", action="store_true", help="list all options with their defaults and stop")
 
@@ -77,13 +81,15 @@ def run(args: argparse.Namespace) -> int:
     source = _read_json(folder / f"{args.p}.json", "nnUNetv2_plan_and_preprocess")
     configurations = args.c or default_configurations(source)
     wanted = parse_assignments(args.set)
-    if args.preset == "paper" and "patch_size" not in wanted:
+    if "paper" in args.preset and "patch_size" not in wanted:
         _check_paper_patch(source, configurations)
-    changes = {**(preset(args.preset) if args.preset else {}), **wanted}
+    changes = {**presets(args.preset), **wanted}
     target = folder / f"{args.plans_name}.json"
     replaced = _plans_to_replace(target)
-    channels = channel_names(_read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess"))
-    if args.preset == "nnunet" and PLANS_KEY in source:
+    dataset_json = _read_json(folder / "dataset.json", "nnUNetv2_plan_and_preprocess")
+    check_regions(dataset_json)
+    channels = channel_names(dataset_json)
+    if "nnunet" in args.preset and PLANS_KEY in source:
         stock = _read_json(
             folder / f"{source[PLANS_KEY].get(STOCK_KEY, _STOCK_PLANS)}.json", "nnUNetv2_plan_and_preprocess"
         )

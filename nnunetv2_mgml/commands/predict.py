@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from nnunetv2_mgml.commands.arguments import add_trust
 from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.uncertainty import FOLDER as UNCERTAINTY_FOLDER
@@ -65,7 +66,11 @@ class _Session:
     def build(self, *args: Any, **kwargs: Any) -> MGMLPredictor:
         assert self.args is not None
         self.predictor = MGMLPredictor(
-            *args, missing_modalities=self.args.missing_modalities, cpu_bfloat16=self.args.cpu_bfloat16, **kwargs
+            *args,
+            missing_modalities=self.args.missing_modalities,
+            cpu_bfloat16=self.args.cpu_bfloat16,
+            trust_checkpoint=self.args.trust_checkpoint,
+            **kwargs,
         )
         check_device(self.args.device)
         # upstream forgets -part_id and -num_parts when -npp 0 -nps 0 make it run without worker processes
@@ -120,6 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="With -device cpu: run the network in bfloat16, faster on CPUs with instructions for it. "
         "nnUNetv2_predict takes it together with --missing_modalities, mgml predict also alone.",
     )
+    add_trust(group)
     group.add_argument(
         "--preview",
         action="store_true",
@@ -161,19 +167,24 @@ def main(entry_point_name: str) -> NoReturn:
         if not session.ours:
             raise
         _fail("interrupted; the cases finished so far are complete", _INTERRUPTED)
-    except (ValueError, FileNotFoundError, AssertionError, RuntimeError) as error:
+    except (ValueError, OSError, AssertionError, RuntimeError) as error:
         if not session.ours or not _by_user(error, session):
             raise
         if session.args is not None and session.args.verbose:
             traceback.print_exc()
-        _fail(str(error), _USAGE)
-    failures = {} if session.predictor is None else session.predictor.failures
+        _fail("\n".join(filter(None, [str(error), _failures(session)])), _USAGE)
+    failures = _failures(session)
     if failures:
-        _fail(
-            f"{len(failures)} cases were not predicted:\n" + "\n".join(f"  {text}" for text in failures.values()),
-            _FAILED,
-        )
+        _fail(failures, _FAILED)
     sys.exit(0)
+
+
+def _failures(session: _Session) -> str:
+    """Return a line for every case that was not predicted, under a heading; empty where there is none."""
+    failures = {} if session.predictor is None else session.predictor.failures
+    if not failures:
+        return ""
+    return "\n".join([f"{len(failures)} cases were not predicted:", *(f"  {text}" for text in failures.values())])
 
 
 @contextmanager
@@ -198,7 +209,7 @@ def _show_log() -> None:
 def _by_user(error: Exception, session: _Session) -> bool:
     """Whether an exception is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
     started = session.predictor is not None and session.predictor.network is not None
-    return isinstance(error, (ValueError, FileNotFoundError)) or not started
+    return isinstance(error, (ValueError, OSError)) or not started
 
 
 def _fail(message: str, code: int) -> NoReturn:

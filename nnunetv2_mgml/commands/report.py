@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mgml.commands.arguments import parse_predictions
+from nnunetv2_mgml.commands.arguments import add_trust, parse_predictions
 from nnunetv2_mgml.workflows.report import InternalsRequest, ReportRequest, make_report
 
 
@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inside.add_argument("-chk", metavar="FILE", help="checkpoint; by default the one that was evaluated")
     inside.add_argument("-device", default="cpu", choices=("cuda", "cpu", "mps"), help="where the network runs")
+    add_trust(inside)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("-i gives images and --no_images wants none. Leave one of the two out.")
     inside = None
     if args.internals is not None:
-        inside = InternalsRequest(args.internals or None, args.m, args.f, args.chk, args.device)
+        inside = InternalsRequest(args.internals or None, args.m, args.f, args.chk, args.device, args.trust_checkpoint)
     report = make_report(
         ReportRequest(
             evaluation=args.evaluation,

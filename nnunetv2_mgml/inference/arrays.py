@@ -45,6 +45,7 @@ def prepare_image(
             f"Case {name}: {len(image)} channels given, the model has {len(channels)} "
             f"({', '.join(channels)}). Give None in the place of a missing one."
         )
+    _check_spacing(properties)
     allowed = parse_missing(missing, channels).allowed
     volumes = {c: volume for c, volume in enumerate(image) if volume is not None and allowed[c]}
     return _from_volumes(name, volumes, properties, previous_stage, model, ofile)
@@ -98,9 +99,23 @@ def prepare_named(
             model.dataset_json,
             None if previous_stage is None else os.fspath(previous_stage),
         )
-    if properties is None or "spacing" not in properties:
-        raise ValueError("Arrays need their spacing in mm, in the order of the array axes: spacing=(z, y, x).")
+    _check_spacing(properties)
+    assert properties is not None
     return _from_volumes(name, used, properties, previous_stage, model, None)
+
+
+def _check_spacing(properties: Any) -> None:
+    """Raise a ValueError unless properties of an array hold its spacing."""
+    spacing = properties.get("spacing") if isinstance(properties, Mapping) else None
+    try:
+        good = spacing is not None and len(spacing) == 3 and all(0 < float(s) < np.inf for s in spacing)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"Arrays need their spacing, three numbers above 0 in mm and in the order of the array axes: spacing=(z, "
+            f'y, x), or properties={{"spacing": (z, y, x)}}; got {spacing!r}.'
+        )
 
 
 def _from_volumes(

@@ -37,6 +37,7 @@ class SubsetEngine(nnUNetPredictor):
         *args: Any,
         missing_modalities: Sequence[str] | str | None = None,
         cpu_bfloat16: bool = False,
+        trust_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -48,6 +49,7 @@ class SubsetEngine(nnUNetPredictor):
             missing_modalities = [missing_modalities]
         self.missing_modalities = None if missing_modalities is None else list(missing_modalities)
         self.cpu_bfloat16 = cpu_bfloat16
+        self.trust_checkpoint = trust_checkpoint
         self.failures: dict[str, str] = {}
         self.sequential_part = (0, 1)
         self._origin: dict[str, Any] = {}

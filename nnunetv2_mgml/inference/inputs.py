@@ -1,7 +1,8 @@
 """Find the cases to predict and decide which modalities each has. Files may be absent; their numbers never shift.
 
 nnU-Net names a file ``CASE_XXXX<file_ending>`` with the four-digit channel index ``XXXX``. The index is read from the
-name, never from the position in a sorted list, so a case without ``_0001`` keeps its ``_0002`` in channel 2.
+name, never from the position in a sorted list, so a case without ``_0001`` keeps its ``_0002`` in channel 2. Folders
+with the names of BraTS and sheets name the modality instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
-from nnunetv2_mgml.modalities import Subset, channel_index, subset_from_missing
+from nnunetv2_mgml.io.case_files import NIFTI_SUFFIXES, SHEET_SUFFIXES, FoundCases, find_brats, read_sheet
+from nnunetv2_mgml.modalities import BRATS_CHANNELS, Subset, canonical_name, channel_index, subset_from_missing
 
 AUTO = "auto"
 """The word that means: go by the files that exist, case by case."""
@@ -91,14 +93,17 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
     """Return the cases of an input folder, sorted by name.
 
     Args:
-        folder: flat folder of ``CASE_XXXX<file_ending>`` files.
+        folder: flat folder of ``CASE_XXXX<file_ending>`` files; or a folder of any depth with the file names of BraTS;
+            or a CSV or TSV sheet (`io.case_files.read_sheet`).
         file_ending: ``file_ending`` of the model's dataset.json, for example ``".nii.gz"``.
         channels: the model's modality names in channel order.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no file in it is named as nnU-Net expects.
+        ValueError: no file in it is named as nnU-Net or BraTS does, or the sheet is none.
     """
+    if os.path.isfile(folder) and str(folder).lower().endswith(SHEET_SUFFIXES):
+        return _named_cases(read_sheet(Path(folder)), channels)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"Input folder {folder} does not exist.")
     # A broken link is listed too: it is an unreadable file, not a missing modality.
@@ -115,11 +120,47 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
         elif name.endswith(file_ending):
             ignored.append(name)
     if not any(good.fullmatch(os.path.basename(p)) for paths in grouped.values() for p in paths):
+        if file_ending in NIFTI_SUFFIXES and (cases := _brats_cases(Path(folder), channels)):
+            return cases
         found = f"found {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "it is empty"
         raise ValueError(f"No case in {folder}: {found}. Name the files {_naming(file_ending, channels)}.")
     if ignored:
         _log.warning("Ignored in %s, no channel number _XXXX before %s: %s", folder, file_ending, ", ".join(ignored))
     return [_case(name, paths, file_ending) for name, paths in sorted(grouped.items())]
+
+
+def _brats_cases(folder: Path, channels: Sequence[str]) -> list[Case]:
+    """Return the cases with the file names of BraTS, none where there are none that the model knows."""
+    if not set(channels) & set(BRATS_CHANNELS):
+        return []
+    try:
+        return _named_cases(find_brats(folder), channels)
+    except ValueError:
+        return []
+
+
+def _named_cases(found: FoundCases, channels: Sequence[str]) -> list[Case]:
+    """Number the modalities of cases as the model does.
+
+    Raises:
+        ValueError: no modality of the cases is one of the model's.
+    """
+    numbers = {name: channels.index(known) for name in found.modalities if (known := canonical_name(name)) in channels}
+    if not numbers:
+        raise ValueError(
+            f"{found.origin} has {', '.join(found.modalities)}; the model's modalities are {', '.join(channels)}."
+        )
+    left = [name for name in found.modalities if name not in numbers]
+    if left:
+        _log.warning("Not of this model and left out: %s", ", ".join(left))
+    cases = [
+        Case(
+            case.name, dict(sorted((numbers[name], str(path)) for name, path in case.images.items() if name in numbers))
+        )
+        for case in found.cases
+    ]
+    bad = [Case(name, {}, tuple((None, text) for text in texts)) for name, texts in found.problems.items()]
+    return sorted(cases + bad, key=lambda case: case.name)
 
 
 def cases_from_lists(
@@ -198,10 +239,10 @@ def resolve(case: Case, missing: str | Sequence[str] | None, channels: Sequence[
 
 
 def _patterns(file_ending: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    endings = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings} - {file_ending}
+    endings = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings} | {file_ending}
     name = r"(?P<case>.+)_(?P<channel>\d{4})"
     others = "|".join(re.escape(ending) for ending in sorted(endings))
-    return re.compile(name + re.escape(file_ending)), re.compile(f"{name}(?:{others})")
+    return re.compile(name + re.escape(file_ending)), re.compile(f"{name}(?i:{others})")
 
 
 def _case(name: str, paths: Sequence[str], file_ending: str) -> Case:

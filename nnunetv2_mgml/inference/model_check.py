@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 
 from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.interface import subset_network
+from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 SUPPORTING_TRAINERS = "nnUNetTrainerMGML (and its variants), nnUNetTrainerModalityDropout"
 """Named in messages; what counts is the trainer's attribute ``supports_missing_modalities``."""
@@ -50,6 +53,45 @@ def check_model_folder(
             f"{', '.join(others) or 'nothing'}. Choose folds with -f and the file with -chk."
         )
     return [fold if fold == "all" else int(fold) for fold in wanted]
+
+
+def check_checkpoint(file: Path, trust: bool) -> None:
+    """Raise unless a file is a whole checkpoint of nnU-Net or ours; weights stay on the disk.
+
+    Raises:
+        ValueError: it is damaged, of another program, or would run code (see `upstream.checkpoints.loading`).
+    """
+    content = load_checkpoint(file, trust, mmap=True)
+    init_args, weights = content.get("init_args"), content.get("network_weights")
+    axes = content.get("inference_allowed_mirroring_axes")
+    for entry, holds in (
+        ("trainer_name", isinstance(content.get("trainer_name"), str)),
+        ("init_args.configuration", isinstance(init_args, dict) and isinstance(init_args.get("configuration"), str)),
+        ("network_weights", isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in weights.values())),
+        (
+            "inference_allowed_mirroring_axes",
+            axes is None or (isinstance(axes, (list, tuple)) and all(axis in (0, 1, 2) for axis in axes)),
+        ),
+    ):
+        if not holds:
+            raise ValueError(f"{file} is no checkpoint of nnU-Net: '{entry}' is missing or of another kind.")
+
+
+@contextmanager
+def building(folder: str | Path) -> Iterator[None]:
+    """Turn what nnU-Net raises while it builds a model into one line that names the folder.
+
+    Raises:
+        ValueError: plans, dataset.json and checkpoint do not fit together.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError, ImportError) as error:
+        reason = "; ".join(str(error).split("\n")[:2]) or "no reason given"
+        raise ValueError(
+            f"The model in {folder} cannot be built ({type(error).__name__}: {reason[:300]}). Its plans.json, "
+            f"dataset.json and checkpoint do not fit together, or are of another version."
+        ) from error
 
 
 def check_supported(network: nn.Module, trainer_name: str) -> None:

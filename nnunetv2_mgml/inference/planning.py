@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, find_cases
+from nnunetv2_mgml.io.volumes import not_finished, not_finished_archive
+
+_log = logging.getLogger(__name__)
 
 
 class PlannedCase(NamedTuple):
@@ -57,9 +61,23 @@ def plan_cases(
             case = replace(case, name=f"{case.name} [{number}]")
         planned.append(PlannedCase(case, ofile, segmentation))
     mine = planned[part_id::num_parts]
-    needed = (file_ending, ".npz") if save_probabilities else (file_ending,)
-    done = [] if overwrite else [p for p in mine if p.ofile and all(os.path.isfile(p.ofile + e) for e in needed)]
+    done = [] if overwrite else [p for p in mine if _is_finished(p, file_ending, save_probabilities)]
     return Plan([p for p in mine if p not in done], done)
+
+
+def _is_finished(planned: PlannedCase, file_ending: str, with_probabilities: bool) -> bool:
+    """Whether the output of an earlier run is there, whole and of the size of the images; says so where it is not."""
+    if not planned.ofile:
+        return False
+    segmentation, probabilities = planned.ofile + file_ending, planned.ofile + ".npz"
+    if not os.path.isfile(segmentation) or (with_probabilities and not os.path.isfile(probabilities)):
+        return False
+    wrong = not_finished(segmentation, next(iter(planned.case.files.values()), None))
+    if not wrong and with_probabilities:
+        wrong = not_finished_archive(probabilities)
+    if wrong:
+        _log.warning("%s The case is predicted again.", wrong)
+    return not wrong
 
 
 def output_folder(target: str | Path | list[str] | None) -> str | None:

@@ -22,10 +22,12 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2_mgml.inference.arrays import prepare_image, prepare_named
 from nnunetv2_mgml.inference.engine import SubsetEngine
 from nnunetv2_mgml.inference.inputs import AUTO, parse_missing
-from nnunetv2_mgml.inference.model_check import check_model_folder, check_supported
+from nnunetv2_mgml.inference.model_check import building, check_checkpoint, check_model_folder, check_supported
 from nnunetv2_mgml.inference.planning import output_folder, plan_cases
 from nnunetv2_mgml.inference.preprocessing import Item, Job, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
+from nnunetv2_mgml.plans.model_files import read_model_files
+from nnunetv2_mgml.upstream.checkpoints import loading, trusted
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class MGMLPredictor(SubsetEngine):
             goes by the files that exist, case by case; both may be combined. None: nnU-Net's own behaviour, every
             modality is needed.
         cpu_bfloat16: run the network in bfloat16 on a CPU (faster where the CPU has instructions for it).
+        trust_checkpoint: let a model folder run code, as nnU-Net does: only for models of people whose programs you
+            would run. Otherwise checkpoints are read as data and plans may name known classes only.
         **kwargs: as for ``nnUNetPredictor``.
 
     Attributes:
@@ -63,11 +67,18 @@ class MGMLPredictor(SubsetEngine):
 
         Raises:
             FileNotFoundError: no model there, or a fold without the checkpoint.
-            ValueError: an unknown modality name, or a trainer that does not support missing modalities.
+            ValueError: an unknown modality name, a trainer that does not support missing modalities, or files that are
+                damaged or would run code.
         """
         add_ext_dir()
         folds = check_model_folder(model_training_output_dir, use_folds, checkpoint_name)
-        super().initialize_from_trained_model_folder(str(model_training_output_dir), folds, checkpoint_name)
+        read_model_files(Path(model_training_output_dir), trusted(self.trust_checkpoint))
+        for fold in folds:
+            check_checkpoint(
+                Path(model_training_output_dir, f"fold_{fold}", checkpoint_name), trusted(self.trust_checkpoint)
+            )
+        with loading(model_training_output_dir, self.trust_checkpoint), building(model_training_output_dir):
+            super().initialize_from_trained_model_folder(str(model_training_output_dir), folds, checkpoint_name)
         self._origin = {
             "folder": os.path.abspath(model_training_output_dir),
             "folds": folds,

@@ -200,6 +200,7 @@ def preprocess_volumes(
     data, seg, properties = preprocessor.run_case_npy(
         stacked, previous, properties, model.plans_manager, model.configuration_manager, model.dataset_json
     )
+    _check_normalised(name, data, volumes, channels)
     present = _available(name, data, volumes, channels)
     for channel in range(len(channels)):
         if not present[channel]:
@@ -215,6 +216,18 @@ def preprocess_volumes(
         "availability": present,
         "files": {},
     }
+
+
+def _check_normalised(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> None:
+    """Raise a CaseError where intensities are too large for what nnU-Net computes with, float32."""
+    for channel, volume in sorted(volumes.items()):
+        largest = float(np.abs(volume).max())
+        too_large = largest * largest * volume.size > np.finfo(np.float32).max  # squares are summed, all gets 0
+        if not np.isfinite(data[channel]).all() or (too_large and not data[channel].any()):
+            raise CaseError(
+                f"Case {name}: {channels[channel]} cannot be normalised, its intensities reach {largest:.3g}, too "
+                f"large for float32. Rescale it."
+            )
 
 
 def varying(volumes: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:

@@ -6,7 +6,6 @@ regions are unreliable there. They are flagged, never dropped.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -27,7 +26,7 @@ from nnunetv2_mgml.inference.subset_quality import (
     quality_terms,
     unreliable_regions,
 )
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import subset_name
 
 REPORT_NAME = "mgml_prediction.json"
@@ -103,21 +102,21 @@ class PredictionReport:
         folder = self._head["model"].get("folder")
         try:
             expected = None if folder is None else expected_quality(folder, subset)
-        except ValueError as error:  # a note that cannot be read must not cost the prediction
+            if folder is None or expected is None:
+                return {}
+            if tuple(subset) not in self._told:
+                self._told.add(tuple(subset))
+                _log.info("%s: %s", subset_name(subset, self.channels), quality_line(folder, subset))
+                self._head["expected_dice_from"] = quality_terms(folder)
+            volumes = expected_volume_error(folder, subset)
+            return {
+                "expected_dice": expected,
+                **({} if volumes is None else {"expected_volume_error_ml": volumes}),
+                "unreliable_regions": unreliable_regions(folder, subset),
+            }
+        except (ValueError, OSError) as error:  # a note that cannot be read must not cost the prediction
             _log.warning("%s", error)
             return {}
-        if folder is None or expected is None:
-            return {}
-        if tuple(subset) not in self._told:
-            self._told.add(tuple(subset))
-            _log.info("%s: %s", subset_name(subset, self.channels), quality_line(folder, subset))
-            self._head["expected_dice_from"] = quality_terms(folder)
-        volumes = expected_volume_error(folder, subset)
-        return {
-            "expected_dice": expected,
-            **({} if volumes is None else {"expected_volume_error_ml": volumes}),
-            "unreliable_regions": unreliable_regions(folder, subset),
-        }
 
     def finish(self, case: str, error: str | None = None) -> None:
         """Note how a case ended."""
@@ -126,10 +125,18 @@ class PredictionReport:
         if error is not None:
             entry["error"] = error
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
-            self._write(None)
+            try:
+                self._write(None)
+            except OSError as error:  # must not cost the prediction; `save` tries again, and raises
+                _log.warning("%s", error)
+                self._written = time.monotonic()
 
     def save(self) -> None:
-        """Write the file for the last time. Cases that are still pending were interrupted."""
+        """Write the file for the last time. Cases that are still pending were interrupted.
+
+        Raises:
+            OSError: it cannot be written; it names the file.
+        """
         self._write(_now())
 
     def _write(self, finished: str | None) -> None:
@@ -138,10 +145,17 @@ class PredictionReport:
 
 
 def _earlier_cases(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["cases"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return {}
+    """Return the entries of a report, or of the parts of one; what is damaged tells nothing."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in [*sorted(path.parent.glob(f"{path.stem}_part*of*.json")), path] if path.name == REPORT_NAME else [path]:
+        try:
+            cases = read_json(file)["cases"].items()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+        for case, entry in cases:
+            if isinstance(entry, dict) and (case not in found or entry.get("status") == "predicted"):
+                found[case] = entry
+    return found
 
 
 def _now() -> str:

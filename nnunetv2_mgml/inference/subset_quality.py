@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,47 @@ def stored_report(model_folder: Path | str) -> tuple[Path, dict[str, Any]] | Non
             content = content.get(CARRIED_KEY) if isinstance(content, dict) else None
             if content is None:
                 return None
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        wrong = _wrong_entry(content)
+        if wrong:
+            raise TypeError(f"'{wrong}' is missing or of another kind")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise damaged(path, error) from error
     return path, content
+
+
+def _wrong_entry(content: Any) -> str:
+    """Name the first entry that is not what `scoring.subset_report` writes, or return an empty string."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+    def amount(value: Any) -> bool:
+        return value is None or (type(value) in (int, float) and abs(value) < math.inf)
+
+    if not isinstance(content, dict):
+        return "the report"
+    sizes = content.get("min_region_voxels")
+    for name, holds in (
+        ("channels", texts(content.get("channels"))),
+        ("folds", content.get("folds") is None or texts(content["folds"])),
+        ("checkpoint", content.get("checkpoint") is None or isinstance(content["checkpoint"], str)),
+        ("min_region_voxels", sizes is None or (isinstance(sizes, dict) and all(map(amount, sizes.values())))),
+    ):
+        if not holds:
+            return name
+    for name in ("subsets", "absolute_volume_error_ml"):
+        subsets = content.get(name)
+        if subsets is None and name != "subsets":
+            continue
+        if not isinstance(subsets, dict):
+            return name
+        for subset, regions in subsets.items():
+            entries = list(regions.values()) if isinstance(regions, dict) else [None]
+            if not all(
+                isinstance(e, dict) and all(n in e and amount(e[n]) for n in ("mean", "sd", "n")) for e in entries
+            ):
+                return f"{name}.{subset}"
+    return ""
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
@@ -142,7 +179,7 @@ def _made_with(model_folder: Path | str) -> str:
     content: dict[str, Any] = {} if stored is None else stored[1]
     parts = []
     if content.get("folds"):
-        parts += [f"fold {', '.join(content['folds'])}", content["checkpoint"]]
+        parts += [f"fold {', '.join(content['folds'])}", str(content.get("checkpoint"))]
         parts += [] if content.get("mirroring") else ["without mirroring"]
         parts += ["shared preprocessing"] if content.get("shared_preprocessing") else []
     parts += [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-def _numpy_classes() -> list[Any]:
+def numpy_classes() -> list[Any]:
     """Return what NumPy's numbers and arrays in a checkpoint's log are rebuilt with, under old and new names."""
     scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUSO"]
@@ -32,7 +32,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
-        with torch.serialization.safe_globals(_numpy_classes()):
+        with torch.serialization.safe_globals(numpy_classes()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

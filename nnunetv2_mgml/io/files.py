@@ -8,6 +8,7 @@ gets its process id, so what dead processes left behind is known, and goes with 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -22,6 +23,11 @@ from typing import Any
 _SCRATCH = ".mgml_????????.tmp"
 _LOCK = ".lock"
 _NEW, _REPLACED = "new", "replaced"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; make room (df -h) and run the command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; the folder must be one you may write to"),
+}
+"""What to do about an error of the system."""
 _swept: set[str] = set()
 
 
@@ -52,14 +58,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path, of the same name, to write a file to; it becomes ``path`` if nothing is raised.
 
     What was written is flushed to the disk first, because some systems report only then that it is full.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written to or does not exist; it names ``path``.
     """
     path = Path(path)
-    with scratch(path.parent) as folder:
+    with naming(path), scratch(path.parent) as folder:
         temporary = folder / path.name
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[None]:
+    """Let errors of the system about a temporary place, or about no file at all, name the place that is meant.
+
+    Args:
+        path: the file or folder that is to be written in the end.
+        temporary: what stands for it meanwhile; None for a file of that name in a scratch folder.
+
+    Raises:
+        OSError: of the same kind, with advice where there is any.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # one of ours
+            if temporary is None or str(temporary) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(temporary), str(path))) from error
+        names = [_meant(name, path, temporary) for name in (error.filename, error.filename2)]
+        if names == [error.filename, error.filename2] and (names[0] is not None or error.errno not in _ADVICE):
+            raise
+        told = f"{error.strerror}{_ADVICE.get(error.errno, '')}"
+        raise OSError(error.errno, told, names[0] or str(path), None, names[1]) from error
+
+
+def _meant(name: Any, path: str | os.PathLike[str], temporary: Path | None) -> Any:
+    if not isinstance(name, (str, os.PathLike)):
+        return name
+    if temporary is not None:
+        return os.fspath(name).replace(str(temporary), str(path))
+    return str(path) if any(Path(part).match(_SCRATCH) for part in Path(name).parts) else name
 
 
 @contextmanager
@@ -75,7 +117,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with only_writer(path), scratch(path.parent) as new:
         old = new.parent / _REPLACED / path.name
-        yield new
+        with naming(path, new):
+            yield new
         if path.exists():
             old.parent.mkdir()
             os.rename(path, old)

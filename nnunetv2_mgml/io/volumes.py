@@ -12,6 +12,7 @@ import gzip
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,46 @@ def check_finite(what: str | os.PathLike[str], values: NDArray[Any]) -> None:
     bad = values.size - int(np.isfinite(values).sum()) if np.issubdtype(values.dtype, np.inexact) else 0
     if bad:
         raise VolumeError(_not_finite(what, bad))
+
+
+def not_finished(path: str | os.PathLike[str], like: str | os.PathLike[str] | None = None) -> str:
+    """Say why a label map of an earlier run cannot be taken for finished, or return an empty string.
+
+    Args:
+        path: the label map; exists.
+        like: an image whose number of voxels it must have; None, or a file that cannot be read, asks for nothing.
+    """
+    try:
+        check_file(path)
+        if not Path(path).name.lower().endswith((".nii", ".nii.gz")):  # of which the file was read to its end
+            read_image(path)
+    except (VolumeError, FileNotFoundError) as error:
+        return str(error)
+    sizes = [_size(file) for file in (path, like) if file is not None]
+    if len(sizes) == 2 and None not in sizes and sizes[0] != sizes[1]:
+        return f"{os.fspath(path)} has {sizes[0]} voxels, its image {like} has {sizes[1]}."
+    return ""
+
+
+def not_finished_archive(path: str | os.PathLike[str]) -> str:
+    """Say why probabilities of an earlier run (``.npz``) cannot be taken for finished, or return an empty string."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"{os.fspath(path)} cannot be read ({error})."
+    return f"{os.fspath(path)} is damaged in {damaged}." if damaged else ""
+
+
+def _size(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """Return the number of voxels (x, y, z) by the header alone, without axes of one voxel; None if it has none."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(os.fspath(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    return tuple(n for n in reader.GetSize() if n > 1)
 
 
 def unreadable(path: str | os.PathLike[str], error: Exception, reader: str = "") -> VolumeError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
@@ -69,12 +70,13 @@ def build_network(
         num_classes,
         options.width_factor,
     )
-    spec = encoder_spec(unet.encoder)
+    encoder = cast(nn.Module, unet.encoder)  # `plan_unet` refuses others
+    spec = encoder_spec(encoder)
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     if options.network_form == "early_fusion":
-        network = _early_fusion(
+        early = _early_fusion(
             narrow,
             modalities,
             num_input_channels,
@@ -85,14 +87,12 @@ def build_network(
             options,
             needs,
         )
-        return _initialized(network, unet)
+        return _initialized(early, unet)
     shared = None
     if needs.modality:
         shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
     network = MultiEncoderUNet(
-        encoders=[
-            NarrowedEncoder(copy.deepcopy(unet.encoder), spec, narrow.output_channels) for _ in range(modalities)
-        ],
+        encoders=[NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)],
         fusion=build_fusion(
             options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options)
         ),
@@ -103,7 +103,7 @@ def build_network(
 
 
 def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet:
-    network.apply(unet.initialize)
+    network.apply(cast("Callable[[nn.Module], None]", unet.initialize))
     network.fusion.initialize()
     silence_dropout_of_the_teacher(network)
     return network

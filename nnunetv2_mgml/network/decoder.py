@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -26,6 +26,28 @@ class Decoded(NamedTuple):
     """The sum of the design's own losses, scalar float32."""
     features: torch.Tensor
     """What the full-resolution head reads, ``(B, C, *spatial)``."""
+
+
+class SubsetDecoder(Protocol):
+    """What the network calls of its decoder: `FusionDecoder`, or `TrunkDecoder` of the early-fusion form."""
+
+    deep_supervision: bool
+    """The switch nnU-Net sets, read at every call."""
+
+    def __call__(
+        self,
+        features: list[torch.Tensor],
+        mask: torch.Tensor,
+        fusion: FusionDesign,
+        images: torch.Tensor | None = None,
+        available: torch.Tensor | None = None,
+    ) -> Decoded:
+        """See `FusionDecoder.forward`."""
+
+    def decode_masks(
+        self, features: list[torch.Tensor], masks: torch.Tensor, fusion: FusionDesign, voxels: int
+    ) -> torch.Tensor:
+        """See `FusionDecoder.decode_masks`."""
 
 
 class FusionDecoder(StepwiseDecoder):
@@ -81,7 +103,9 @@ class FusionDecoder(StepwiseDecoder):
             if scale == 0 or (self.deep_supervision and scale < len(features) - 1):
                 outputs.append(self.logits(scale, context))
         if images is not None:
+            assert available is not None  # comes with the images
             loss = loss + fusion.image_loss(fused_scales[::-1], images, available)
+        assert context is not None  # there is at least the bottleneck
         return Decoded(outputs[::-1], auxiliary, loss, context)
 
     def decode_masks(

@@ -10,6 +10,7 @@ what is predicted from many subsets, and each modality's own prediction that MGM
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
 from nnunetv2_mgml.network.fusion.channel_shuffle import ChannelShuffle
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
+
+_TRANSPOSED: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Conv2d: nn.ConvTranspose2d,
+    nn.Conv3d: nn.ConvTranspose3d,
+}
 
 
 def _convolution(spec: EncoderSpec, inputs: int, outputs: int, scale: int, stride: Any = 1) -> nn.Sequential:
@@ -77,7 +83,7 @@ class TrunkDecoder(nn.Module):
             )
             for s in range(1, scales)
         )
-        transposed = {nn.Conv2d: nn.ConvTranspose2d, nn.Conv3d: nn.ConvTranspose3d}[spec.conv_op]
+        transposed = _TRANSPOSED[spec.conv_op]
         self.up = nn.ModuleList(
             transposed(widths[s + 1], widths[s], spec.strides[s + 1], spec.strides[s + 1], bias=spec.conv_bias)
             for s in range(scales - 1)
@@ -106,6 +112,7 @@ class TrunkDecoder(nn.Module):
         if fused.loss is not None:
             loss = loss + fused.loss
         if images is not None:
+            assert available is not None  # comes with the images
             loss = loss + fusion.image_loss([fused.fused], images, available)
         own = self.run(fused.fused)
         outputs = [head(feature) for head, feature in zip(self.heads, own, strict=True)]

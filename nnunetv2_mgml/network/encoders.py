@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -30,6 +30,14 @@ class EncoderSpec:
     dropout_op_kwargs: dict[str, Any] | None
     nonlin: type[nn.Module] | None
     nonlin_kwargs: dict[str, Any] | None
+
+
+@overload
+def scaled_widths(widths: int, factor: float) -> int: ...
+
+
+@overload
+def scaled_widths(widths: list[int], factor: float) -> list[int]: ...
 
 
 def scaled_widths(widths: list[int] | int, factor: float) -> list[int] | int:

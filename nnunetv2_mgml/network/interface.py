@@ -39,6 +39,8 @@ class Needs(NamedTuple):
     """Whether the complete prediction gets its own, more strongly augmented copy of the images."""
     subsets: int = 0
     """How many further subsets per sample to predict from, drawn by the term."""
+    noisy: bool = False
+    """Whether random layers, dropout above all, act in the complete prediction as in any other."""
 
     def union(self, other: Needs) -> Needs:
         """Return what serves both; further subsets are each term's own, so their numbers add up."""
@@ -48,6 +50,7 @@ class Needs(NamedTuple):
             self.modality or other.modality,
             self.own_view or other.own_view,
             self.subsets + other.subsets,
+            self.noisy or other.noisy,
         )
 
 

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import nn
 
-from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder
+from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
-from nnunetv2_mgml.network.silence import silence
+from nnunetv2_mgml.network.silence import noise, silence
 
 
 class MultiEncoderUNet(nn.Module):
@@ -28,20 +27,24 @@ class MultiEncoderUNet(nn.Module):
         fusion: the fusion design.
         decoder: the fusion decoder; ``decoder.deep_supervision`` is the switch nnU-Net sets.
         modality_decoder: decoder shared by all modalities, or None where no loss needs it.
+
+    Attributes:
+        channel_names: of the modalities, for messages; whoever knows them sets them.
     """
 
     def __init__(
         self,
         encoders: Sequence[nn.Module],
         fusion: FusionDesign,
-        decoder: FusionDecoder,
-        modality_decoder: UNetDecoder | None,
+        decoder: SubsetDecoder,
+        modality_decoder: nn.Module | None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
+        self.channel_names: tuple[str, ...] = ()
         self._visible: torch.Tensor | None = None
         self._visible_subset: tuple[bool, ...] | None = None
 
@@ -63,17 +66,17 @@ class MultiEncoderUNet(nn.Module):
         if subset is None:
             self._visible_subset = self._visible = None
             return
-        is_batch = isinstance(subset, torch.Tensor)
-        mask = subset if is_batch else torch.tensor([[bool(present) for present in subset]])
+        case = None if isinstance(subset, torch.Tensor) else tuple(bool(present) for present in subset)
+        mask = subset if isinstance(subset, torch.Tensor) else torch.tensor([case])
         if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities or not mask.any(1).all():
-            shown = mask.tolist() if is_batch else tuple(subset)
+            shown = mask.tolist() if case is None else case
             raise ValueError(
                 f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
                 f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
                 f"modality out."
             )
         self._visible = mask.to(next(self.parameters()).device)  # once: a copy in each patch would wait for a GPU
-        self._visible_subset = None if is_batch else tuple(mask[0].tolist())
+        self._visible_subset = case
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.
@@ -103,8 +106,8 @@ class MultiEncoderUNet(nn.Module):
         Returns:
             Logits ``(B, R, *spatial)``, or with deep supervision a list of them, highest resolution first.
         """
-        outputs = self.decoder(features, mask, self.fusion).outputs
-        return outputs if self.decoder.deep_supervision else outputs[0]
+        decoded = self.decoder(features, mask, self.fusion)
+        return decoded.outputs if self.decoder.deep_supervision else decoded.outputs[0]
 
     def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2**19) -> torch.Tensor:
         """Fuse and decode every sample for every subset.
@@ -130,8 +133,9 @@ class MultiEncoderUNet(nn.Module):
         if self.modality_decoder is None:
             raise RuntimeError("This network has no modality decoder (modality_decoder_weight 0, soft_label none).")
         batch, modalities = features[0].shape[:2]
-        logits = self.modality_decoder([f.flatten(0, 1) for f in features])
-        return logits.unflatten(0, (batch, modalities))
+        logits: torch.Tensor = self.modality_decoder([f.flatten(0, 1) for f in features])
+        own: torch.Tensor = logits.unflatten(0, (batch, modalities))
+        return own
 
     @overload
     def forward(self, x: torch.Tensor, view: View, needs: Needs) -> TrainingOutput: ...
@@ -167,6 +171,8 @@ class MultiEncoderUNet(nn.Module):
             Without ``needs``, what nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list,
             highest resolution first. With them a `TrainingOutput`.
         """
+        if x.shape[1] < self.num_modalities:  # a shape: no compiled graph breaks at it
+            raise ValueError(self._too_few_channels(x.shape[1]))
         subset = None
         view = modality_mask if view is None else view
         if view is None:
@@ -196,6 +202,14 @@ class MultiEncoderUNet(nn.Module):
             None if view.subsets is None else self._decode_further(features, view.subsets),
         )
 
+    def _too_few_channels(self, given: int) -> str:
+        names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
+        return (
+            f"The network was given {given} channels; it has {self.num_modalities} modalities{names}. Where files are "
+            f"missing, say so: --missing_modalities auto goes by the files that exist, --missing_modalities NAME names "
+            f"what is missing (missing_modalities of MGMLPredictor)."
+        )
+
     def _default_view(self, x: torch.Tensor) -> View:
         if self._visible is None:
             return View(in_band_mask(x, self.num_modalities))
@@ -204,12 +218,13 @@ class MultiEncoderUNet(nn.Module):
     def _decode_complete(
         self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs
     ) -> Decoded:
-        """Predict from all that a case has, without dropout: a target, also where it learns itself."""
+        """Predict from all that a case has, without dropout unless asked: a target, also where it learns itself."""
         learns = needs.complete == "learns"
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), silence():
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), noise() if needs.noisy else silence():
             if view.own_images is not None:
                 features = self.encode(zero_absent(view.own_images, available))
-            return self.decoder(features if learns else [f.detach() for f in features], available, self.fusion)
+            own = features if learns else [f.detach() for f in features]
+            return self.decoder(own, available, self.fusion)
 
     def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
         """Run every modality for every sample, also where it is absent: which those are is the loss's business."""

@@ -1,4 +1,7 @@
-"""Where random layers (dropout, sampling) act: in training, with gradients, outside the teacher's pass."""
+"""Where random layers (dropout, sampling) act: in training, with gradients, outside the teacher's pass.
+
+The teacher of the published code is noisy: `noise` lets them act in its pass too, which has no gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 _silent = False
+_noisy = False
 
 
 def random_layers_act(training: bool) -> bool:
@@ -16,7 +20,7 @@ def random_layers_act(training: bool) -> bool:
     Args:
         training: the layer's ``training`` flag.
     """
-    return training and torch.is_grad_enabled() and not _silent
+    return training and (_noisy or torch.is_grad_enabled()) and not _silent
 
 
 @contextmanager
@@ -28,3 +32,14 @@ def silence() -> Iterator[None]:
         yield
     finally:
         _silent = before
+
+
+@contextmanager
+def noise() -> Iterator[None]:
+    """Let random layers act without gradients as well."""
+    global _noisy
+    before, _noisy = _noisy, True
+    try:
+        yield
+    finally:
+        _noisy = before

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.modalities import channel_index
-from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet
+from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, TrunkDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 
@@ -322,8 +322,9 @@ class _Rules:
         if layer is None:
             return ""
         kind, scale, rest = layer[1], int(layer[2]), layer[3]
-        assert isinstance(self.network, EarlyFusionUNet)
-        mirrored = len(self.network.decoder.up) - 1 - scale
+        trunk = self.network.decoder
+        assert isinstance(trunk, TrunkDecoder)
+        mirrored = len(trunk.up) - 1 - scale
         if kind == "up":
             return f"decoder.transpconvs.{mirrored}.{rest}"
         if kind == "heads":

@@ -8,7 +8,7 @@ as eq. 2 names them, but no equation uses them: their gradient is exactly zero, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from torch import nn
 from nnunetv2_mgml.objective.tensors import no_autocast
 
 _START_T1, _START_T2, _START_CONFIDENCE = 0.75, 0.85, 0.5
+_SMALL_START = 1e-3
+PUBLISHED_T_RANGE = (0.05, 0.95)
+"""Range of T1 and T2 in the published code."""
 
 
 class MetaParameters(NamedTuple):
@@ -52,6 +55,8 @@ class MetaNetwork(nn.Module):
         start_sharpness: where they start; None: the geometric mean of the range.
         availability_bits: whether the input also holds ``M`` bits saying which modalities exist. Without them and with
             ``M = K = 4``, ``hidden = 64`` the layers are those of the published code: 1413 parameters.
+        published_start: PyTorch's own spread for the weights of the output layer, and T1 and T2 in
+            `PUBLISHED_T_RANGE`, as in the published code.
     """
 
     def __init__(
@@ -62,9 +67,11 @@ class MetaNetwork(nn.Module):
         sharpness: tuple[float, float] = (0.5, 20.0),
         start_sharpness: float | None = None,
         availability_bits: bool = True,
+        published_start: bool = False,
     ) -> None:
         super().__init__()
         self.availability_bits = availability_bits
+        self.t_range = PUBLISHED_T_RANGE if published_start else (0.0, 1.0)
         self.sharpness = sharpness
         low, high = sharpness
         start = math.sqrt(low * high) if start_sharpness is None else start_sharpness
@@ -73,12 +80,16 @@ class MetaNetwork(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(num_modalities * (num_classes + availability_bits), hidden), nn.ReLU(), nn.Linear(hidden, 5)
         )
-        # Small weights: the start values hold whatever the first batch shows, and gradients still reach both layers.
-        nn.init.normal_(self.layers[2].weight, std=1e-3)
+        last = cast(nn.Linear, self.layers[2])
+        if not published_start:
+            # Small: the start values hold whatever the first batch shows, and gradients still reach both layers.
+            nn.init.normal_(last.weight, std=_SMALL_START)
         share = (start - low) / (high - low)
-        starts = torch.tensor([_START_T1, _START_T2, _START_CONFIDENCE, share, share])
+        lowest, highest = self.t_range
+        t1, t2 = ((t - lowest) / (highest - lowest) for t in (_START_T1, _START_T2))
+        starts = torch.tensor([t1, t2, _START_CONFIDENCE, share, share])
         with torch.no_grad():
-            self.layers[2].bias.copy_(torch.logit(starts))
+            last.bias.copy_(torch.logit(starts))
 
     def forward(self, mean_probabilities: torch.Tensor, available: torch.Tensor) -> MetaParameters:
         """Predict the meta-parameters.
@@ -94,6 +105,12 @@ class MetaNetwork(nn.Module):
             inputs = torch.where(available[:, :, None], mean_probabilities, 0).flatten(1)
             if self.availability_bits:
                 inputs = torch.cat((inputs, available.to(inputs.dtype)), 1)
-            t1, t2, w_f, beta, alpha = self.layers(inputs.to(self.layers[0].weight.dtype)).sigmoid().unbind(1)
-            low, high = self.sharpness
-            return MetaParameters(t1, t2, w_f, beta * (high - low) + low, alpha * (high - low) + low)
+            t1, t2, w_f, beta, alpha = self.layers(inputs.to(next(self.layers.parameters()).dtype)).sigmoid().unbind(1)
+            return MetaParameters(
+                *(_into(t, self.t_range) for t in (t1, t2)), w_f, *(_into(s, self.sharpness) for s in (beta, alpha))
+            )
+
+
+def _into(share: torch.Tensor, limits: tuple[float, float]) -> torch.Tensor:
+    low, high = limits
+    return share * (high - low) + low

@@ -13,6 +13,8 @@ _ALLOWED = {
     "rebalancing": ("none",),
 }
 """What the published readings have of options with choices of ours."""
+_OF_THE_CODE = ("criterion", "mask_mode")
+"""Options whose value ``published`` only the published code's reading has."""
 
 
 @register_options
@@ -27,6 +29,13 @@ class ReadingOptions(OptionGroup):
         "rebalancing",
         choices=(OURS, "paper", "reference"),
     )
+    criterion: str = option(
+        "nnunet",
+        "losses of all predictions of labels. nnunet: its own; published, with reading=reference: the weighted "
+        "cross-entropy and Dice of the published code, of fused labels at full resolution alone (regions keep "
+        "nnU-Net's loss), as a sum over modalities and over the fusion design's heads, those brought to full size",
+        choices=("nnunet", "published"),
+    )
 
     def check(self, options: Options) -> None:
         """Refuse, in a published reading, what was not published."""
@@ -36,3 +45,6 @@ class ReadingOptions(OptionGroup):
                     f"{name}={options.value(name)} needs reading=ours; got reading={self.reading}, which "
                     f"allows {name}={' or '.join(allowed)}."
                 )
+        for name in _OF_THE_CODE if self.reading != "reference" else ():
+            if options.value(name) == "published":
+                raise ValueError(f"{name}=published needs reading=reference; got reading={self.reading}.")

@@ -27,7 +27,7 @@ class Balance(NamedTuple):
 
     beta: torch.Tensor
     """Balance weight, from the distances of the epochs before."""
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # a tuple's method count() is of no use here
     """``w_m``: training cases over those that have the modality."""
 
     @classmethod

@@ -40,11 +40,11 @@ def label_target(
         valid = labels != ignore_label
         return torch.where(valid, labels, 0), valid
     inside = target > 0.5 if target.is_floating_point() else target.bool()
-    valid = None if ignore_label is None else ~inside[:, -1]
+    counted = None if ignore_label is None else ~inside[:, -1]
     labels = torch.zeros_like(inside[:, 0], dtype=torch.long)
     for region in range(inside.shape[1] - (ignore_label is not None)):
         labels = torch.where(inside[:, region], region + 1, labels)
-    return (labels if valid is None else torch.where(valid, labels, 0)), valid
+    return (labels if counted is None else torch.where(counted, labels, 0)), counted
 
 
 def class_mass(log_probabilities: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

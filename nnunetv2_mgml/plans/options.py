@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -354,8 +355,12 @@ class Options:
         unknown = _unknown(changes)
         if unknown:
             raise ValueError(_unknown_text(unknown))
-        training, network, sampling = (_changed(g, changes) for g in (self.training, self.network, self.sampling))
-        return Options(training, network, sampling, ObjectiveOptions([_changed(g, changes) for g in self.objective]))
+        return Options(
+            _changed(self.training, changes),
+            _changed(self.network, changes),
+            _changed(self.sampling, changes),
+            ObjectiveOptions([_changed(group, changes) for group in self.objective]),
+        )
 
     def overridden(self, fixed: dict[str, Any]) -> Options:
         """Return a copy with what a trainer fixes.
@@ -420,7 +425,7 @@ def _changed(group: G, changes: dict[str, Any]) -> G:
 
 def _coerce(value: Any, kinds: tuple[type, ...]) -> Any:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf
     if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -434,7 +439,7 @@ def _explain(metadata: Any) -> str:
         limits.append(f">= {metadata['low']:g}")
     if metadata["high"] is not None:
         limits.append(f"<= {metadata['high']:g}")
-    return metadata["doc"] + (f" [{'; '.join(limits)}]" if limits else "")
+    return str(metadata["doc"]) + (f" [{'; '.join(limits)}]" if limits else "")
 
 
 def _check(name: str, value: Any, metadata: Any) -> None:
@@ -444,7 +449,8 @@ def _check(name: str, value: Any, metadata: Any) -> None:
     out_of_range = False
     if not wrong_kind and isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = metadata["low"], metadata["high"]
-        out_of_range = value != value or (low is not None and value < low) or (high is not None and value > high)
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        out_of_range = infinite or (low is not None and value < low) or (high is not None and value > high)
     bad_choice = not wrong_kind and metadata["choices"] is not None and value not in metadata["choices"]
     if wrong_kind or out_of_range or bad_choice:
         raise ValueError(f"Bad value for option {name}: {value!r}. Expected {expected}: {_explain(metadata)}.")

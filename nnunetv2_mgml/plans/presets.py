@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nnunetv2_mgml.plans.options import Options
@@ -21,7 +22,49 @@ PAPER: dict[str, Any] = {
 }
 """The training settings of the MGML paper (section 4.1)."""
 
-PRESETS = ("nnunet", "paper")
+_PUBLISHED_LOSSES: dict[str, Any] = {
+    "segmentation_weight": 1.0,
+    "auxiliary_weight": 1.0,
+    "modality_decoder_weight": 0.7,
+    "complete_view_weight": 0.0,
+    "ramp_up_fraction": 0.0,
+    "soft_label": "meta_amf",
+    "soft_label_weight": None,
+    "mask_ratio": 0.2,
+    "consistency_weight": 0.01,
+    "teaching": "everywhere",
+    "rebalancing": "none",
+    "meta_hidden": 64,
+    "meta_lr": 2e-4,
+}
+"""What text and code of MGML have in common; lambda2 follows tau."""
+
+PAPER_LOSSES: dict[str, Any] = {
+    **_PUBLISHED_LOSSES,
+    "reading": "paper",
+    "criterion": "nnunet",
+    "temperature": 6.0,
+    "mask_mode": "confidence",
+    "meta_form": "ours",
+    "teacher_augmentation": True,
+    "teacher_dropout": False,
+}
+"""The total of the MGML paper's text (eq. 10, section 4.1)."""
+
+REFERENCE_LOSSES: dict[str, Any] = {
+    **_PUBLISHED_LOSSES,
+    "reading": "reference",
+    "criterion": "published",
+    "temperature": 8.0,
+    "mask_mode": "published",
+    "meta_form": "published",
+    "teacher_augmentation": False,
+    "teacher_dropout": True,
+}
+"""The total of the published code (worldlikerr/MGML @ 51de28e)."""
+
+_SETTINGS = {"paper": PAPER, "paper-losses": PAPER_LOSSES, "reference-losses": REFERENCE_LOSSES}
+PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
 
 
@@ -36,7 +79,21 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown preset '{name}'. Allowed: {', '.join(PRESETS)}.")
-    if name == "paper":
-        return dict(PAPER)
+    if name in _SETTINGS:
+        return dict(_SETTINGS[name])
     defaults = Options()
     return {key: defaults.value(key) for key in PAPER if key in Options.names()}
+
+
+def presets(names: Sequence[str]) -> dict[str, Any]:
+    """Return what several presets set together; where two set the same, the later one counts.
+
+    Args:
+        names: of `PRESETS`.
+
+    Raises:
+        ValueError: no such preset, or both sets of losses.
+    """
+    if {"paper-losses", "reference-losses"} <= set(names):
+        raise ValueError("Choose one of the presets paper-losses and reference-losses; they set the same options.")
+    return {key: value for name in names for key, value in preset(name).items()}

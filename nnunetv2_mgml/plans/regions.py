@@ -47,6 +47,19 @@ def check_regions(dataset_json: Mapping[str, Any]) -> None:
         )
 
 
+def check_scored_regions(dataset_json: Mapping[str, Any]) -> None:
+    """`check_regions` for label maps that are scored: without an order nothing says that regions were ever painted.
+
+    Args:
+        dataset_json: nnU-Net's, or one that only names what is to be scored.
+
+    Raises:
+        ValueError: it has an order, by which even a perfect prediction would score badly.
+    """
+    if dataset_json.get("regions_class_order") is not None:
+        check_regions(dataset_json)
+
+
 def misread_labels(regions: Sequence[Sequence[int]], order: Sequence[int]) -> dict[int, int]:
     """Return label -> the label nnU-Net writes for it, of those that then lie in other regions than before.
 

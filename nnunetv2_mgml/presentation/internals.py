@@ -27,6 +27,7 @@ from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.objective import Options, TermSpec
 from nnunetv2_mgml.objective.terms.soft_label import soft_label_of
 from nnunetv2_mgml.presentation.figures.slices import telling_slice
+from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 _TRAINING_STATE = "mgml"
 """The trainer's key for it in a checkpoint."""
@@ -75,7 +76,9 @@ class LoadedModel:
         return bare(self.predictor.network)
 
 
-def load_model(model_folder: Path, fold: int | str, checkpoint: str, device: str) -> LoadedModel:
+def load_model(
+    model_folder: Path, fold: int | str, checkpoint: str, device: str, trust_checkpoint: bool = False
+) -> LoadedModel:
     """Load one fold of a trained model.
 
     Raises:
@@ -89,6 +92,7 @@ def load_model(model_folder: Path, fold: int | str, checkpoint: str, device: str
         allow_tqdm=False,
         perform_everything_on_device=device == "cuda",
         missing_modalities=["auto"],
+        trust_checkpoint=trust_checkpoint,
     )
     predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
     network = bare(predictor.network).to(predictor.device).eval()
@@ -101,7 +105,7 @@ def load_model(model_folder: Path, fold: int | str, checkpoint: str, device: str
         raise ValueError("The inside of a network is shown for 3D configurations only; this model is 2D.")
     if predictor.configuration_manager.previous_stage_name is not None:
         raise ValueError("The inside of a network is not shown for the second stage of a cascade; use its first stage.")
-    content = torch.load(model_folder / f"fold_{fold}" / checkpoint, map_location="cpu", weights_only=False)
+    content = load_checkpoint(model_folder / f"fold_{fold}" / checkpoint, trust_checkpoint)
     return LoadedModel(predictor, content.get(_TRAINING_STATE) or {})
 
 

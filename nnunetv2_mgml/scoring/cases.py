@@ -6,6 +6,7 @@ whatever the number of subsets (``tests/scoring/test_evaluation_scoring.py`` che
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from nnunetv2_mgml.io.workers import Task, WorkerDiedError, WorkerPool
 from nnunetv2_mgml.scoring.metrics import MaskPair, RegionMask, default_metrics, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import LabelSet
+
+_log = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """subset name -> region -> metric -> value."""
@@ -158,12 +161,17 @@ def stored_scores(task: CaseTask, file: Path) -> Scores:
     """Return what is already stored for a case, without subsets whose files have changed since.
 
     Raises:
-        ValueError: the file is damaged or was not written by an evaluation.
+        ValueError: the file was not written by an evaluation.
     """
     if not file.is_file():
         return {}
     try:
-        return _unchanged_scores(task, read_json(file))
+        content = read_json(file)
+    except ValueError as error:  # cut off, by a disk that failed
+        _log.warning("%s The case is scored again.", error)
+        return {}
+    try:
+        return _unchanged_scores(task, content)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"Case {task.case}: {file} holds no scores of an evaluation ({type(error).__name__}: {error})."

@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from nnunetv2_mgml.io.files import read_json, write_json, write_text
-from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
+from nnunetv2_mgml.modalities import Subset, channel_names, parse_subset, subset_name, table_order
 from nnunetv2_mgml.scoring.cases import Scores, ScoringSettings
 from nnunetv2_mgml.scoring.derived import MARGIN, has_volume_bias, inversions, volume_bias
 from nnunetv2_mgml.scoring.info import EvaluationInfo, provenance
@@ -226,6 +226,8 @@ def load_evaluation(folder: Path) -> Evaluation:
         ValueError: a file is damaged or of another kind.
     """
     summary = read_json(folder / "summary.json")
+    if not isinstance(summary, dict):
+        raise ValueError(f"{folder / 'summary.json'} must hold an object: it was not written by 'mgml evaluate'.")
     missing = {"name", "channels", "regions", "policy"} - set(summary)
     if missing:
         raise ValueError(
@@ -234,7 +236,14 @@ def load_evaluation(folder: Path) -> Evaluation:
     file = folder / "results.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; run 'mgml evaluate -o {folder}' again to write it.")
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    _check_summary(summary, folder / "summary.json")
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:  # pandas' own derive from ValueError
+        reason = (str(error).strip().splitlines() or ["?"])[0]
+        raise ValueError(
+            f"{file} is no table ({reason}); run 'mgml evaluate -o {folder}' again to write it."
+        ) from error
     if tuple(table.columns) != COLUMNS:
         raise ValueError(f"{file} must have the columns {', '.join(COLUMNS)}, found {', '.join(table.columns)}.")
     try:
@@ -249,7 +258,41 @@ def load_evaluation(folder: Path) -> Evaluation:
     except ValueError as error:
         raise ValueError(f"{folder / 'summary.json'} is damaged or of another version: {error}.") from error
     regions = {region: tuple(labels) for region, labels in summary["regions"].items()}
+    _check_rows(table, regions, file)
     return Evaluation(summary["name"], table, channels, regions, summary["policy"]["name"], info)
+
+
+def _check_summary(summary: dict[str, Any], file: Path) -> None:
+    """Raise a ValueError unless what is needed to read scores is of the right kind."""
+    channels, regions, policy = summary["channels"], summary["regions"], summary["policy"]
+    for entry, holds in (
+        ("name", isinstance(summary["name"], str)),
+        ("channels", isinstance(channels, list) and bool(channels) and all(isinstance(c, str) and c for c in channels)),
+        (
+            "regions",
+            isinstance(regions, dict)
+            and bool(regions)
+            and all(isinstance(v, list) and v and all(type(label) is int for label in v) for v in regions.values()),
+        ),
+        ("policy", isinstance(policy, dict) and isinstance(policy.get("name"), str)),
+    ):
+        if not holds:
+            raise ValueError(f"{file} is damaged: '{entry}' is not what 'mgml evaluate' writes.")
+    channel_names({"channel_names": dict(enumerate(channels))})
+    get_policy(policy["name"])
+
+
+def _check_rows(table: pd.DataFrame, regions: dict[str, Any], file: Path) -> None:
+    """Raise a ValueError for rows of unknown regions or metrics, and for two of one kind."""
+    unknown = sorted(set(table["region"]) - set(regions))
+    if unknown:
+        raise ValueError(f"{file} has the region {unknown[0]}, which summary.json does not know.")
+    for name in table["metric"].unique():
+        get_metric(name)
+    double = table.duplicated(subset=list(COLUMNS[:-1]))
+    if double.any():
+        row = table[double].iloc[0]
+        raise ValueError(f"{file} has two values for {', '.join(map(str, row.iloc[:-1]))}.")
 
 
 def common_subsets(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.io.label_mark import refuse_marked
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
+from nnunetv2_mgml.plans.regions import check_scored_regions
 from nnunetv2_mgml.scoring.cases import CaseTask
 from nnunetv2_mgml.scoring.results import Evaluation
 
@@ -81,6 +83,7 @@ def prediction_folders(given: PredictionFolders, channels: Sequence[str]) -> dic
     for subset, folder in found:
         if not folder.is_dir():
             raise FileNotFoundError(f"Prediction folder {folder} does not exist.")
+        refuse_marked(folder, "scoring by dataset.json")
         if subset in folders:
             raise ValueError(f"Subset {subset_name(subset, channels)} is given twice: {folders[subset]} and {folder}.")
         folders[subset] = folder
@@ -114,6 +117,7 @@ def find_references(labels: Path, file_ending: str) -> dict[str, Path]:
     """
     if not labels.is_dir():
         raise FileNotFoundError(f"Label folder {labels} does not exist.")
+    refuse_marked(labels, "scoring by dataset.json")
     found = {
         path.name[: -len(file_ending)]: path
         for path in sorted(labels.iterdir())
@@ -250,4 +254,6 @@ def find_files(
     model = evaluation.info.model
     candidates += [model.folder] if model is not None and model.folder is not None else []
     file = find_dataset_json([dataset_json] if dataset_json else candidates)
-    return EvaluationFiles(images, labels, folders, file_ending(load_dataset_json(file)))
+    content = load_dataset_json(file)
+    check_scored_regions(content)
+    return EvaluationFiles(images, labels, folders, file_ending(content))

@@ -17,6 +17,7 @@ import torch
 from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training.compatibility import network_differences
+from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
@@ -37,7 +38,7 @@ def save(filename: str, write: Callable[[str], None], training_state: dict[str, 
     with replacing(filename) as temporary:
         write(str(temporary))
         if training_state:
-            content = torch.load(temporary, map_location="cpu", weights_only=False)
+            content = load_checkpoint(temporary, trust=True)  # written a moment ago
             torch.save({**content, CHECKPOINT_KEY: training_state}, temporary)
 
 
@@ -55,7 +56,7 @@ class Stored:
         """Look into a checkpoint without reading the weights into memory."""
         content = filename_or_checkpoint
         if isinstance(content, str):
-            content = torch.load(content, map_location="cpu", weights_only=False, mmap=True)
+            content = load_checkpoint(content, mmap=True)
         return cls(content["init_args"]["plans"], content.get(CHECKPOINT_KEY) or {})
 
     @property

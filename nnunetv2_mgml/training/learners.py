@@ -156,7 +156,7 @@ class SubsetLearner(Learner):
                 f"model folder, not those in nnUNet_preprocessed."
             )
         options = Options.from_plans(plans)
-        return build_network(
+        network = build_network(
             configuration_manager,
             options.network,
             num_input_channels,
@@ -165,12 +165,14 @@ class SubsetLearner(Learner):
             deep_supervision,
             needs_of(options),
         )
+        network.channel_names = tuple(map(str, plans[PLANS_KEY].get("channels", ())))
+        return network
 
     def describe(self) -> list[str]:
         """Return the number of parameters of each part."""
 
-        def millions(module: nn.Module | None) -> float:
-            return 0.0 if module is None else sum(p.numel() for p in module.parameters()) / 1e6
+        def millions(module: nn.Module | torch.Tensor | None) -> float:
+            return 0.0 if not isinstance(module, nn.Module) else sum(p.numel() for p in module.parameters()) / 1e6
 
         network = self._bare_network
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -13,6 +14,7 @@ from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import build_sampler
 from nnunetv2_mgml.modalities import subset_name
+from nnunetv2_mgml.plans.cohort import MISSING_FILE
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
@@ -96,7 +98,29 @@ def _note_availability(trainer: nnUNetTrainerMGML, dataset: nnUNetBaseDataset) -
         f"Modalities: {', '.join(trainer.channels)}; {len(incomplete)} of {len(available)} "
         f"training cases are incomplete"
     )
+    counts = [sum(column) for column in zip(*available.values(), strict=True)]
+    trainer.print_to_log_file(
+        "Training cases that have each: "
+        + ", ".join(f"{name} {count}" for name, count in zip(trainer.channels, counts, strict=True))
+    )
     for name, subset in incomplete.items():
         trainer.print_to_log_file(
             f"  {name}: only {subset_name(subset, trainer.channels)}", also_print_to_console=False
+        )
+    _note_spoiled_statistics(trainer, Path(dataset.source_folder).parent, counts, len(available))
+
+
+def _note_spoiled_statistics(trainer: nnUNetTrainerMGML, folder: Path, counts: list[int], total: int) -> None:
+    """Say that placeholders have been in the fingerprint, where that matters: a CT is normalised by its statistics."""
+    schemes = trainer.configuration_manager.normalization_schemes
+    spoiled = [
+        name
+        for name, scheme, count in zip(trainer.channels, schemes, counts, strict=False)
+        if count < total and scheme == "CTNormalization"
+    ]
+    if spoiled and not (folder / MISSING_FILE).is_file():
+        trainer.print_to_log_file(
+            f"WARNING: {', '.join(spoiled)} is absent in some cases and normalised by the fingerprint's statistics, in "
+            f"which placeholder volumes have been. Record them (mgml convert raw -d {folder.name}), then run "
+            f"nnUNetv2_plan_and_preprocess --clean."
         )

@@ -21,6 +21,7 @@ from nnunetv2_mgml.modalities import Subset, channel_names
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.plans.regions import check_regions
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.scoring.subset_report import carry_report
@@ -34,6 +35,7 @@ from nnunetv2_mgml.training.repetition import make_deterministic, seed_epoch
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
 from nnunetv2_mgml.training.warm_start import Start, read_donor
+from nnunetv2_mgml.upstream.checkpoints import loading
 from nnunetv2_mgml.upstream.pretrained_weights import let_take
 
 FIGURE_NAME = "mgml_progress.png"
@@ -124,6 +126,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
                 f"{type(self).__name__} needs at least two modalities; {self.plans_manager.dataset_name} "
                 f"has {len(self.channels)} ({', '.join(self.channels)}). Use nnUNetTrainer."
             )
+        check_regions(self.dataset_json)
         seed_epoch(self.options.training.seed, self.current_epoch, self.local_rank)
         super().initialize()
         self.learner = self.learner_class(self)
@@ -262,7 +265,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         if not self.was_initialized:
             self.initialize()
         same = self.stored_optimizer == self.options.training.optimizer
-        with nullcontext() if same else checkpoint.without_optimizer_state(self):
+        name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "checkpoint"
+        with loading(name), nullcontext() if same else checkpoint.without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
         self.learner.load_state_dict(stored.training_state, stored.options)
 

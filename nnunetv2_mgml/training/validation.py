@@ -49,6 +49,7 @@ def validate_subsets(trainer: nnUNetTrainerMGML, weights_file: str | None) -> st
             device=trainer.device.type,
             mirroring=False,
             cpu_bfloat16=trainer.options.training.cpu_bfloat16,
+            trust_checkpoint=True,  # this training wrote it
             restart_if_changed=True,
             num_processes=min(4, os.cpu_count() or 1),
             show_progress=False,

@@ -4,9 +4,11 @@ What replaces or wraps a function, class or attribute of theirs, reads a private
 change lies here, and nowhere else; tests/upstream/test_list.py holds it to that. Each file says at its top what it
 bends, why, and which test fails when a new release changes it:
 
-- `registration`: nnU-Net's search path for trainers, and its predict commands, from the start-up line on.
+- `registration`: nnU-Net's search path for trainers, its predict and preprocessing commands, by the start-up line.
+- `incomplete_data`: fingerprint and preprocessing of data sets in which modalities are missing.
 - `predict_command`: the parser and the predictor inside nnU-Net's predict commands.
 - `sliding_window`: the number of output channels nnU-Net's sliding window allocates.
+- `checkpoints`: ``torch.load`` while nnU-Net loads a model, so that no file runs code.
 - `export`: the writer inside nnU-Net's export of a prediction.
 - `decoder`: the steps of nnU-Net's decoder.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
@@ -17,5 +19,6 @@ Subclasses that override hooks of nnU-Net stay with what they are for: `training
 tests/upstream/test_inference_drift.py pin their signatures, and the bodies they repeat or rely on:
 `nnUNetTrainer.get_dataloaders`, `nnUNetTrainer.train_step`, those that `inference.predictor` names,
 `nnUNetPredictor.predict_logits_from_preprocessed_data`, which it calls, and `DefaultPreprocessor.run_case` and
-`preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps.
+`preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps, and
+`DatasetFingerprintExtractor.run`, `analyze_case`, which `incomplete_data` repeats.
 """

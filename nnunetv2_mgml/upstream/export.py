@@ -16,8 +16,8 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-from nnunetv2_mgml.io.files import scratch
-from nnunetv2_mgml.io.volumes import check_file, check_written, not_written
+from nnunetv2_mgml.io.files import naming, scratch
+from nnunetv2_mgml.io.volumes import IncompleteWriteError, check_file, check_written, not_written
 
 
 def export_case(
@@ -48,16 +48,19 @@ def export_case(
     segmentation = name + dataset_json["file_ending"]
     if folder:
         os.makedirs(folder, exist_ok=True)
-    with scratch(folder or os.curdir) as temporary:
-        export_prediction_from_logits(
-            logits,
-            properties,
-            configuration_manager,
-            _CheckedPlans(plans_manager),
-            dataset_json,
-            os.path.join(temporary, name),
-            save_probabilities,
-        )
+    with naming(os.path.join(folder, segmentation)), scratch(folder or os.curdir) as temporary:
+        try:
+            export_prediction_from_logits(
+                logits,
+                properties,
+                configuration_manager,
+                _CheckedPlans(plans_manager),
+                dataset_json,
+                os.path.join(temporary, name),
+                save_probabilities,
+            )
+        except IncompleteWriteError as error:
+            raise not_written(os.path.join(folder, segmentation)) from error
         # The segmentation last: --continue_prediction takes it as the sign that the case is done.
         for written in sorted(os.listdir(temporary), key=lambda entry: entry == segmentation):
             os.replace(temporary / written, os.path.join(folder, written))

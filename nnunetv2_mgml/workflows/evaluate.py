@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2_mgml.inference.subset_quality import REPORT_NAME
 from nnunetv2_mgml.io.progress import Log, progress_bar
 from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.plans.regions import check_scored_regions
 from nnunetv2_mgml.presentation.outputs import write_evaluation
 from nnunetv2_mgml.scoring.cases import CasePool, CaseTask, Scores, ScoringSettings, collect
 from nnunetv2_mgml.scoring.info import EvaluatedModel, EvaluationInfo, Source, as_json
@@ -83,7 +84,12 @@ class ScoringRequest:
             raise ValueError(f"num_processes (-np) must be 0 or more, got {self.num_processes}.")
 
     def settings(self, dataset_json: dict[str, Any]) -> ScoringSettings:
-        """Return what is computed for a data set. Raises ValueError for a region it does not have."""
+        """Return what is computed for a data set.
+
+        Raises:
+            ValueError: a region it does not have, or regions that no prediction can get right.
+        """
+        check_scored_regions(dataset_json)
         labels = label_set(dataset_json)
         sizes = {resolve_region(name, labels.regions): size for name, size in self.min_region_voxels.items()}
         return ScoringSettings(labels, self.policy, tuple(self.metrics or default_metrics()), sizes)
@@ -135,6 +141,8 @@ class ModelRequest(ScoringRequest):
     """Crop and normalise once from all modalities instead of exactly as prediction from a subset does."""
     num_processes_preprocessing: int = 1
     num_processes_export: int = 2
+    trust_checkpoint: bool = False
+    """Let the model folder run code; see `inference.predictor.MGMLPredictor`."""
     write_subset_report: bool = False
     """Store the quality per subset in the model folder, for predictions to quote."""
 
@@ -379,4 +387,5 @@ def _predictor(request: ModelRequest) -> SubsetPredictor:
         device=torch.device(request.device),
         allow_tqdm=False,
         cpu_bfloat16=request.cpu_bfloat16,
+        trust_checkpoint=request.trust_checkpoint,
     )

@@ -17,6 +17,7 @@ from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.plans.cohort import read_missing
 from nnunetv2_mgml.scoring.info import Source
 from nnunetv2_mgml.scoring.sources import file_ending, find_references, load_dataset_json
 
@@ -137,7 +138,19 @@ def _raw_folders(folder: Path) -> tuple[Path | None, Path | None]:
 
 
 def _raw_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[Case, Path]]:
-    """Return case name -> (case, label map) of a raw data set, whichever of nnU-Net's two layouts it has."""
+    """Return case name -> (case, label map) of a raw data set, whichever of nnU-Net's two layouts it has.
+
+    Modalities recorded as missing are left out of a case, whether there are files for them or not.
+    """
+    recorded = read_missing(folder, channels := channel_names(dataset_json))
+    return {
+        name: (dataclasses.replace(case, files={c: f for c, f in case.files.items() if channels[c] not in gone}), label)
+        for name, (case, label) in _listed_cases(folder, dataset_json).items()
+        for gone in (recorded.get(name, ()),)
+    }
+
+
+def _listed_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[Case, Path]]:
     raw_json = load_dataset_json(folder / "dataset.json")
     ending = file_ending(dataset_json)
     if "dataset" not in raw_json:

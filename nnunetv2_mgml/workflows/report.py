@@ -51,6 +51,8 @@ class InternalsRequest:
     checkpoint: str | None = None
     """None for the one that was evaluated."""
     device: str = "cpu"
+    trust_checkpoint: bool = False
+    """Let the model folder run code; see `inference.predictor.MGMLPredictor`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +255,7 @@ def _internals(request: InternalsRequest, evaluation: Evaluation, files: Evaluat
 
     fold = request.fold or fold_of_case(evaluation, case)
     checkpoint = request.checkpoint or evaluated.checkpoint or "checkpoint_final.pth"
-    model = load_model(folder, fold, checkpoint, request.device)
+    model = load_model(folder, fold, checkpoint, request.device, request.trust_checkpoint)
     if model.predictor.channels != evaluation.channels:
         raise ValueError(
             f"The model in {folder} has channels {', '.join(model.predictor.channels)}, the evaluation "

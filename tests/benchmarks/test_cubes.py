@@ -148,6 +148,30 @@ def test_variants(cubes: SimpleNamespace) -> None:
     assert run.subsets == [(True, False, False, True)]
     assert run.file_name() == "baseline_learning_rate_0.005_only_t1+flair_temperature_3__100__seed1.json"
     assert cubes.cubes_variants.Run("mgml", 1, 100).file_name(equal_time=True) == "mgml__100_equal_time__seed1.json"
+
+
+def test_the_array_of_jobs_is_the_whole_table(cubes: SimpleNamespace, tmp_path: Path) -> None:
+    runs = cubes.cubes_variants.whole_table([0, 1, 2], 6000)
+    assert len({(run.name, run.seed) for run in runs}) == len(runs)
+    assert sorted(run.subsets[0] for run in runs if run.training["only"]) == sorted(all_subsets(4))
+    script = (FOLDER / "ablation" / "cubes.sbatch").read_text()
+    assert f"#SBATCH --array=0-{len(runs) - 1}\n" in script
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    known = {"MGML_REAL_DATA": "data", "SLURM_ARRAY_TASK_ID": "7", "PYTHON": str(python), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", FOLDER / "ablation" / "cubes.sbatch"],
+        env={**known, "SLURM_SUBMIT_DIR": str(FOLDER.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    script_file, *arguments = done.stdout.split()
+    assert (FOLDER.parent / script_file).is_file()
+    args = cubes.cubes.parser().parse_args(arguments)
+    assert (args.job, args.table, args.test, args.equal_time) == (7, True, True, "baseline")
+    assert args.output == Path("cubes_work/7")
     with pytest.raises(ValueError, match="Allowed: modality_dropout, baseline"):
         _ = cubes.cubes_variants.Run("basline", 0, 1).training
 

@@ -92,7 +92,7 @@ def test_exit_code_of_a_command_is_passed_on(monkeypatch):
     assert main(["info"]) == 7
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "predict")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "predict", "preprocess")])
 def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "-h"])
@@ -130,7 +130,12 @@ def nnunet_calls(monkeypatch) -> list:
     training.run_training_entry = lambda: calls.append(("train", None, list(sys.argv)))
     predict = types.ModuleType("nnunetv2_mgml.commands.predict")
     predict.main = lambda entry_point: calls.append(("predict", entry_point, list(sys.argv)))
-    for module in (training, predict):
+    preprocess = types.ModuleType("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints")
+    preprocess.plan_and_preprocess_entry = lambda: calls.append(("preprocess", None, list(sys.argv)))
+    api = types.ModuleType("nnunetv2.experiment_planning.plan_and_preprocess_api")
+    for step in ("extract_fingerprint_dataset", "preprocess_dataset", "verify_dataset_integrity"):
+        setattr(api, step, lambda: None)
+    for module in (training, predict, preprocess, api):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setenv(EXT_VARIABLE, "/mine")
@@ -147,6 +152,7 @@ OURS = ["-tr", "nnUNetTrainerMGML"]
         (["train", "137", "2d", "0", "-tr", "X", "--c"], "train", None, ["137", "2d", "0", "-tr", "X", "--c"]),
         (["train", "137", "2d", "0", "-tr=X"], "train", None, ["137", "2d", "0", "-tr=X"]),
         (["train", "-h"], "train", None, ["-h", *OURS]),
+        (["preprocess", "-d", "1", "-c", "2d"], "preprocess", None, ["-d", "1", "-c", "2d"]),
         (["predict", "-d", "1", "-f", "0", "1"], "predict", "predict_entry_point", ["-d", "1", "-f", "0", "1", *OURS]),
         (["predict", "-d", "1", "-tr", "X"], "predict", "predict_entry_point", ["-d", "1", "-tr", "X"]),
         (["predict", "-m", "folder"], "predict", "predict_entry_point_modelfolder", ["-m", "folder"]),

@@ -17,7 +17,7 @@ from inference_cases import predictor, report, run, segmentations, write_case, w
 from nnunetv2.inference import predict_from_raw_data as upstream
 
 from nnunetv2_mgml.commands.predict import main
-from nnunetv2_mgml.upstream.registration import _PredictLoader
+from nnunetv2_mgml.upstream.registration import _hand_over, _Loader
 
 MODEL = Path("Dataset900_Phantom") / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres"
 STOCK = Path("Dataset900_Phantom") / "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -223,7 +223,7 @@ def test_the_start_up_line_and_the_command_do_not_call_each_other_for_ever() -> 
 
     module = ModuleType("stand_in")
     module.__spec__ = ModuleSpec("stand_in", None)
-    _PredictLoader(Loader(), "predict_entry_point").exec_module(module)
+    _Loader(Loader(), lambda loaded: _hand_over(loaded, "predict_entry_point")).exec_module(module)
     assert module.predict_entry_point is not upstream.predict_entry_point
     assert inspect.unwrap(module.predict_entry_point) is upstream.predict_entry_point
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from conversion_cases import array_of, tree, write_cases
 
 from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import convert_brats
+from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
+from nnunetv2_mgml.io.label_mark import MARK_FILE, marked
+from nnunetv2_mgml.scoring.sources import find_references, prediction_folders
 
 
 def _prediction(path: Path, values: list[int]) -> None:
@@ -33,7 +37,7 @@ def test_values_and_geometry(tmp_path: Path, convention: str, values: list[int],
     assert convert_back(tmp_path / "in", tmp_path / "out", convention, num_processes=1) == [
         tmp_path / "out" / "a.nii.gz"
     ]
-    assert tree(tmp_path / "out") == ["a.nii.gz"]
+    assert tree(tmp_path / "out") == ["a.nii.gz", MARK_FILE]
     before, after = (sitk.ReadImage(str(tmp_path / folder / "a.nii.gz")) for folder in ("in", "out"))
     assert sitk.GetArrayFromImage(after).ravel().tolist() == expected
     assert after.GetPixelID() == sitk.sitkUInt8
@@ -90,3 +94,45 @@ def test_refusals(tmp_path: Path) -> None:
         convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=-1)
     written = convert_back(tmp_path / "in", tmp_path / "out2", "brats2021", num_processes=0)  # in this process
     assert [path.name for path in written] == ["a.nii.gz"]
+
+
+def test_converting_twice_is_refused_and_so_is_scoring_what_was_converted(tmp_path: Path) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 1, 2, 3])
+    convert_back(tmp_path / "in", tmp_path / "t1", "brats2023", num_processes=0)
+    with pytest.raises(ValueError, match=r"t1 have the values of brats2023 \(mgml_labels\.json.*not nnU-Net's"):
+        convert_back(tmp_path / "t1", tmp_path / "twice", "brats2023", num_processes=0)
+    assert not (tmp_path / "twice").exists()
+    with pytest.raises(ValueError, match=r"values of brats2023.*scoring by dataset\.json needs"):
+        prediction_folders({"t1": tmp_path / "t1"}, ("t1", "t2"))
+    with pytest.raises(ValueError, match=r"values of brats2023.*scoring by dataset\.json needs"):
+        find_references(tmp_path / "t1", ".nii.gz")
+    (tmp_path / "t1" / MARK_FILE).write_text("[]")
+    with pytest.raises(ValueError, match=r"mgml_labels\.json must hold"):
+        find_references(tmp_path / "t1", ".nii.gz")
+
+
+def test_one_folder_has_one_convention(tmp_path: Path) -> None:
+    for name in "ab":
+        _prediction(tmp_path / "in" / f"{name}.nii.gz", [0, 1, 3])
+    convert_back(tmp_path / "in", tmp_path / "out", "brats2023", num_processes=0)
+    (tmp_path / "in" / "b.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"values of brats2023 that would stay, such as b\.nii\.gz"):
+        convert_back(tmp_path / "in", tmp_path / "out", "brats2021", overwrite=True, num_processes=0)
+    convert_back(tmp_path / "in", tmp_path / "out", "brats2023", overwrite=True, num_processes=0)
+    assert marked(tmp_path / "out") == "brats2023"
+
+
+def test_values_of_2021_are_not_taken_for_a_cavity(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    _prediction(source / "a.nii.gz", [0, 1, 2, 4])
+    with pytest.raises(ValueError, match=r"value 4, nnU-Net's resection cavity, but none has 3.*2021"):
+        convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
+    assert not (tmp_path / "out").exists()
+    for with_cavity in (False, True):
+        labels, order = dataset_labels(with_cavity)
+        (source / "dataset.json").write_text(json.dumps({"labels": labels, "regions_class_order": order}))
+        if not with_cavity:
+            with pytest.raises(ValueError, match=r"which its dataset\.json does not have"):
+                convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
+    convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
+    assert array_of(tmp_path / "out" / "a.nii.gz").ravel().tolist() == [0, 2, 1, 4]

@@ -56,7 +56,7 @@ def test_a_broken_link_is_a_file_that_cannot_be_read_not_a_missing_modality(tmp_
     ("names", "words"),
     [
         ((), "it is empty"),
-        (("p-t1c.nii.gz", "p-t1n.nii.gz"), "CASE_0001.nii.gz (t1ce)"),
+        (("p-one.nii.gz", "p-two.nii.gz"), "CASE_0001.nii.gz (t1ce)"),
         (("p_0000.nii",), "CASE_0000.nii.gz (t1)"),
     ],
 )
@@ -205,3 +205,30 @@ def test_two_cases_of_one_name_need_outputs_of_their_own() -> None:
 def test_a_part_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="part_id must be 0 to 1"):
         plan([["/x/a_0000.nii.gz"]], "/out", part_id=2, num_parts=2)
+
+
+def test_folders_with_the_names_of_brats_and_sheets(tmp_path: Path) -> None:
+    """Modalities are matched by name, in the model's order; what it does not know is left out."""
+    folder = tmp_path / "val" / "BraTS-GLI-00001-000"
+    folder.mkdir(parents=True)
+    for suffix in ("t1c", "t2f", "seg"):
+        (folder / f"BraTS-GLI-00001-000-{suffix}.nii.gz").touch()
+    other = tmp_path / "val" / "Brats18_X"
+    other.mkdir()
+    (other / "Brats18_X_t1.nii.gz").touch()
+    cases = find_cases(tmp_path / "val", ".nii.gz", ("flair", "t1", "t1ce"))
+    assert [(case.name, list(case.files)) for case in cases] == [("BraTS-GLI-00001-000", [0, 2]), ("Brats18_X", [1])]
+    assert cases[0].files[0].endswith("-t2f.nii.gz")
+    assert resolve(cases[1], ["auto"], ("flair", "t1", "t1ce")) == (False, True, False)
+    with pytest.raises(ValueError, match="No case in"):
+        find_cases(tmp_path / "val", ".nii.gz", ("dwi", "adc"))
+    with pytest.raises(ValueError, match="No case in"):
+        find_cases(tmp_path / "val", ".png", ("flair", "t1"))
+    sheet = tmp_path / "in.csv"
+    sheet.write_text("case,pet,FLAIR,adc\nA,,val/Brats18_X/Brats18_X_t1.nii.gz,\nB,,gone.nii.gz,\n")
+    cases = find_cases(sheet, ".nii.gz", ("adc", "flair"))
+    assert [(case.name, list(case.files)) for case in cases] == [("A", [1]), ("B", [])]
+    with pytest.raises(CaseError, match=r"Case B: .*gone\.nii\.gz does not exist"):
+        resolve(cases[1], ["auto"], ("adc", "flair"))
+    with pytest.raises(ValueError, match="has pet, FLAIR, adc; the model's modalities are t1"):
+        find_cases(sheet, ".nii.gz", ("t1",))

@@ -142,11 +142,11 @@ def test_parts_continuing_and_probabilities(tmp_path: Path, auto: MGMLPredictor)
         np.testing.assert_array_equal(load(tmp_path / "whole" / f"{name}.nii.gz"), label_map)
     assert (tmp_path / "whole" / "a.pkl").is_file()
 
-    (tmp_path / "whole" / "a.nii.gz").write_bytes(b"kept")
+    kept = write_image(tmp_path / "whole" / "a.nii.gz", np.zeros(SHAPE, np.uint8)).read_bytes()
     (tmp_path / "whole" / "b.npz").unlink()
     (tmp_path / "whole" / "c.nii.gz").unlink()
     again = run(auto, tmp_path / "in", tmp_path / "whole", save_probabilities=True, overwrite=False)
-    assert again == {**whole, "a.nii.gz": b"kept"}
+    assert again == {**whole, "a.nii.gz": kept}
     assert (tmp_path / "whole" / "b.npz").is_file()
     assert {name: e["status"] for name, e in report(tmp_path / "whole")["cases"].items()} == dict.fromkeys(
         "abc", "predicted"

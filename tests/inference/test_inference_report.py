@@ -76,3 +76,20 @@ def test_expected_dice_comes_with_its_bound_and_policy(tmp_path: Path) -> None:
     assert set(content["cases"]["a"]["expected_dice"]) == {"whole tumor", "tumor core", "enhancing tumor"}
     assert content["expected_dice_from"]["reliability_bound"] == 0.5
     assert content["expected_dice_from"]["policy"] == "brats"
+
+
+def test_a_run_without_parts_keeps_what_the_reports_of_the_parts_know(tmp_path: Path) -> None:
+    for part in (0, 1):
+        one = PredictionReport(str(tmp_path), {}, CHANNELS, part_id=part, num_parts=2)
+        one.begin([f"case_{part}"], [])
+        one.finish(f"case_{part}")
+        one.cases[f"case_{part}"]["present"] = ["t1"]
+        one.save()
+    (tmp_path / "mgml_prediction_part9of2.json").write_text("[1, ")
+    whole = PredictionReport(str(tmp_path), {}, CHANNELS, keep=True)
+    whole.begin(["case_2"], ["case_0", "case_1"])
+    whole.finish("case_2")
+    whole.save()
+    cases = json.loads((tmp_path / "mgml_prediction.json").read_text())["cases"]
+    assert {name: entry["status"] for name, entry in cases.items()} == {f"case_{i}": "predicted" for i in range(3)}
+    assert cases["case_0"]["present"] == cases["case_1"]["present"] == ["t1"]

@@ -177,3 +177,22 @@ def test_subsets_are_decoded_a_few_at_a_time_where_they_are_large(monkeypatch: p
     with torch.no_grad():
         net.decode_subsets(net.encode(batch((16, 16, 16), size=1)), torch.tensor(all_subsets(4)), voxels=8192)
     assert batches == {2: [15], 1: [15], 0: [2] * 7 + [1]}
+
+
+def test_the_complete_prediction_is_noisy_only_where_asked() -> None:
+    """The published code's teacher drops out; ours does not."""
+    torch.manual_seed(0)
+    net = network(config("mmformer"))
+    x, view = batch((16, 16, 16)), View(torch.tensor([[True, False, True, False]] * 2), torch.ones(2, 4).bool())
+    quiet, noisy = Needs(complete="target"), Needs(complete="target").union(Needs(complete="target", noisy=True))
+
+    def predicted(needs: Needs) -> torch.Tensor:
+        complete = net(x, view, needs).complete
+        assert complete is not None
+        assert not complete[0].requires_grad
+        return complete[0]
+
+    assert torch.equal(predicted(quiet), predicted(quiet))
+    assert not torch.equal(predicted(noisy), predicted(noisy))
+    net.eval()
+    assert torch.equal(predicted(noisy), predicted(quiet))

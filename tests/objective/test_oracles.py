@@ -7,6 +7,7 @@ import torch
 from oracle_cases import Oracle
 
 from nnunetv2_mgml.network.interface import SingleModalities
+from nnunetv2_mgml.objective.balance import ModalityBalance
 from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
 from nnunetv2_mgml.objective.published.fusion import REFERENCE_SHARPNESS, REFERENCE_START, raw_fusion
 from nnunetv2_mgml.objective.published.reference import reference_consistency_loss, reference_soft_label_loss
@@ -67,35 +68,76 @@ def published_divergence(student: torch.Tensor, teacher: torch.Tensor, tau: floa
     return tau**2 * (teacher * (teacher.log() - student.log())).flatten(1).mean(1)
 
 
-def test_distillation_of_passion() -> None:
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_distillation_of_passion(case: str) -> None:
     """Published: the mean over four classes, where ours is the sum, and the lower head's maps brought to full size."""
     oracle = Oracle("passion_losses")
     tau, mask = oracle["tau"].item(), oracle["mask"]
-    students, teacher = oracle["a_st"], oracle["a_te"]
-    nothing = torch.zeros(2, 4, 1, 1, 1, 1, dtype=torch.float64)
-    single = SingleModalities([students], nothing, [teacher], nothing[:, 0])
-    full = modality_divergence(single, [None], tau, regions=False) / 4
 
     def whole(logits: torch.Tensor) -> torch.Tensor:
         maps = (logits / tau).softmax(1)
         return torch.nn.functional.interpolate(maps, scale_factor=2, mode="trilinear", align_corners=True)
 
-    low = [published_divergence(whole(oracle["a_st_low"][:, m]), whole(oracle["a_te_low"]), tau) for m in range(4)]
-    oracle.check("a_kl", (full + 0.5 * torch.stack(low, 1)) * mask)
+    full = divergence_of_passion(oracle, case) / 4
+    low = [
+        published_divergence(whole(oracle[f"{case}_st_low"][:, m]), whole(oracle[f"{case}_te_low"]), tau)
+        for m in range(4)
+    ]
+    oracle.check(f"{case}_kl", (full + 0.5 * torch.stack(low, 1)) * mask)
 
 
-def test_prototypes_of_passion() -> None:
-    """Squared and absolute distances of the similarity maps, the preference and its switch."""
+def divergence_of_passion(oracle: Oracle, case: str) -> torch.Tensor:
+    """Ours, at full resolution, ``(B, M)``."""
+    nothing = torch.zeros(2, 4, 1, 1, 1, 1, dtype=torch.float64)
+    single = SingleModalities([oracle[f"{case}_st"]], nothing, [oracle[f"{case}_te"]], nothing[:, 0])
+    return modality_divergence(single, [None], oracle["tau"].item(), regions=False)
+
+
+def test_distillation_of_passion_is_not_clipped_here() -> None:
+    """Logits 30 times larger: published probabilities are clipped at 0.005, which bounds the term; ours go on."""
     oracle = Oracle("passion_losses")
     mask = oracle["mask"]
-    students = oracle.leaf("a_fs")
-    single = SingleModalities([], students, [], oracle["a_ft"])
-    squared, distance = prototype_distances(single, oracle["a_lab"].long(), None, 4)
-    oracle.check("a_proto", squared * mask)
-    oracle.check("a_dist", distance * mask)
+    assert (divergence_of_passion(oracle, "c") / 4)[mask].min() > oracle["c_kl"][mask].max()
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_prototypes_of_passion(case: str) -> None:
+    """Squared and absolute distances of the similarity maps, the preference and its switch.
+
+    In case b a class is missing in the second sample. Published, it then counts in no sample; here in the first.
+    """
+    oracle = Oracle("passion_losses")
+    mask, labels = oracle["mask"], oracle[f"{case}_lab"].long()
+    students = oracle.leaf(f"{case}_fs")
+    single = SingleModalities([], students, [], oracle[f"{case}_ft"])
+    squared, distance = prototype_distances(single, labels, None, 4)
+    if case == "b":
+        assert not (labels[1] == 3).any()
+        oracle.check("b_proto", squared * mask, tolerance=3e-2)
+        alike = (squared * mask)[1], oracle["b_proto"][1]
+        torch.testing.assert_close(*alike, atol=1e-12, rtol=0)
+        return
+    oracle.check(f"{case}_proto", squared * mask)
+    oracle.check(f"{case}_dist", distance * mask)
     preference = relative_preference(distance * mask, mask).sum(0)
-    torch.testing.assert_close(preference, oracle["a_pref"], atol=1e-10, rtol=0)
-    assert torch.equal(preference > 0, oracle["a_switch"])
-    switch, weights = oracle["a_switch"].double(), oracle["wm"]
+    torch.testing.assert_close(preference, oracle[f"{case}_pref"], atol=1e-10, rtol=0)
+    assert torch.equal(preference > 0, oracle[f"{case}_switch"])
+    switch, weights = oracle[f"{case}_switch"].double(), oracle["wm"]
     (0.1 * (squared * mask * switch * weights).sum()).backward()
-    oracle.check("a_g_fs", students.grad)
+    assert students.grad is not None
+    oracle.check(f"{case}_g_fs", students.grad)
+
+
+@pytest.mark.parametrize("case", ["const", "vary"])
+def test_balance_weights_of_passion(case: str) -> None:
+    """300 epochs of ``beta``, its rate growing before the step at the start of every third."""
+    oracle = Oracle("passion_beta")
+    balance = ModalityBalance(("flair", "t1ce", "t1", "t2"), rate=0.01)
+    everyone = torch.ones(1, 4, dtype=torch.bool)
+    found = [balance.beta]
+    for epoch, distance in enumerate(oracle[f"{case}_dist"]):
+        balance._sums = torch.zeros(2, 4, dtype=torch.float64)
+        balance.observe(distance[None], everyone)
+        balance.end_epoch(epoch, 300)
+        found.append(balance.beta)
+    oracle.check(f"{case}_beta", torch.stack(found), tolerance=1e-11)

@@ -16,7 +16,7 @@ from nnunetv2_mgml.commands.main import COMMANDS
 from nnunetv2_mgml.training import TRAINERS
 
 ROOT = Path(__file__).parents[2]
-MENTIONS = {"mgml convert back", "mgml convert brats --missing_ok", "mgml convert split"}
+MENTIONS = {"mgml convert back", "mgml convert brats --missing_ok", "mgml convert folders", "mgml convert split"}
 """Names of commands in running text, not commands to type."""
 WRITTEN_BY_THE_READER = "nnunetv2_mgml.network.fusion.gated"
 """The module of the tutorial in docs/fusion.md."""
@@ -34,7 +34,7 @@ def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES)
     found = re.findall(r"^(mgml .+?)(?:\s+#.*)?$|`(mgml [^`\n]+)`", text, flags=re.MULTILINE)
     lines = {(block or inline).strip() for block, inline in found}
-    checked = ("convert", "plan", "warmstart", "evaluate", "compare", "report", "export-model", "info", "demo")
+    checked = ("convert", "check", "plan", "warmstart", "evaluate", "compare", "report", "export-model", "info", "demo")
     return sorted(
         line
         for line in lines - MENTIONS

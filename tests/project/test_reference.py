@@ -41,7 +41,7 @@ def test_every_registered_thing_has_its_row(tables: ModuleType) -> None:
     assert re.findall(r"^\| `(\w+)` \|", pages["terms"], re.MULTILINE) == list(loss_terms())
     assert first_column(pages["metrics"]) == list(all_metrics())
     assert first_column(pages["trainers"]) == sorted(TRAINERS)
-    assert re.findall(r"^## mgml (\w+)$", pages["commands"], re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^## mgml ([\w-]+)$", pages["commands"], re.MULTILINE) == list(COMMANDS)
     assert re.findall(r"^## `(\w+)`", pages["api"], re.MULTILINE) == nnunetv2_mgml.__all__
     assert {"fusion", "num_epochs", "temperature"} < set(first_column(pages["options"]))
 
@@ -50,7 +50,11 @@ def test_commands_are_listed_with_what_help_says(tables: ModuleType) -> None:
     page = tables.commands()
     assert "### mgml convert brats" in page
     assert re.search(r"^\| `--seed SEED` \| seed of the random split \(default: 0\) \|$", page, re.MULTILINE)
-    assert re.search(r"^\| `--preset \{nnunet,paper\}` \| nnunet: ", page, re.MULTILINE)
+    assert re.search(
+        r"^\| `--preset \{nnunet,paper,paper-losses,reference-losses\} ...` \| one or several. nnunet: ",
+        page,
+        re.MULTILINE,
+    )
     assert re.search(r"^\| `--missing_modalities NAME ...` \| Modalities to do without", page, re.MULTILINE)
     assert "SUPPRESS" not in page
     assert "%(default)s" not in page

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.experiment_planning import plan_and_preprocess_api
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.run import run_training
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -49,6 +52,14 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     load_pretrained_weights: "(network, fname, verbose)",
     UNetDecoder.__init__: "(self, encoder, num_classes, n_conv_per_stage, deep_supervision, nonlin_first, norm_op, "
     "norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs, conv_bias)",
+    DatasetFingerprintExtractor.__init__: "(self, dataset_name_or_id, num_processes, verbose)",
+    DefaultPreprocessor.run: "(self, dataset_name_or_id, configuration_name, plans_identifier, num_processes)",
+    DefaultPreprocessor.run_case: "(self, image_files, seg_file, plans_manager, configuration_manager, dataset_json)",
+    plan_and_preprocess_api.extract_fingerprint_dataset: "(dataset_id, fingerprint_extractor_class, num_processes, "
+    "check_dataset_integrity, clean, verbose, show_progress_bar)",
+    plan_and_preprocess_api.preprocess_dataset: "(dataset_id, plans_identifier, configurations, num_processes, "
+    "verbose, show_progress_bar)",
+    plan_and_preprocess_api.verify_dataset_integrity: "(folder, num_processes)",
     PolyLRScheduler.__init__: "(self, optimizer, initial_lr, max_steps, exponent, current_step)",
 }
 
@@ -56,6 +67,8 @@ MIRRORED: dict[Callable[..., Any], str] = {
     nnUNetTrainer.get_dataloaders: "5f59e2b907cfa2d1",
     nnUNetTrainer.train_step: "c8993de84c8c419f",
     UNetDecoder.forward: "ad64097d826e71c0",
+    DatasetFingerprintExtractor.run: "02e10bff6e8d2e81",
+    DatasetFingerprintExtractor.analyze_case: "8a6251b7db882c28",
 }
 """Bodies we wrote our own version of -> hash of the source ours was written against."""
 

@@ -22,6 +22,7 @@ from nnunetv2_mgml.inference.preprocessing import Job, iterate_items
 from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups
 from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
+from nnunetv2_mgml.io.volumes import not_finished
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name
 from nnunetv2_mgml.upstream.export import export_case
@@ -139,7 +140,7 @@ class SubsetLabelMaps:
         jobs = []
         for case in cases:
             drop_outdated(self.folder, case.name, self.ending, case.files)
-            todo = [s for s in self.subsets if not self._file(s, case.name).is_file()]
+            todo = [s for s in self.subsets if not self._is_finished(s, case)]
             if not todo:
                 yield CaseLabelMaps(case.name, self._files(case.name, self.subsets))
                 continue
@@ -185,6 +186,17 @@ class SubsetLabelMaps:
                 )
         files = self._files(case, [s for s in self.subsets if s not in item["lacking"]])
         return CaseLabelMaps(case, files, names), exports
+
+    def _is_finished(self, subset: Subset, case: Case) -> bool:
+        """Whether a label map is there and whole; one that is not is deleted, to be made again."""
+        file = self._file(subset, case.name)
+        if not file.is_file():
+            return False
+        wrong = not_finished(file, next(iter(case.files.values()), None))
+        if wrong:
+            _log.warning("%s It is predicted again.", wrong)
+            file.unlink()
+        return not wrong
 
     def _file(self, subset: Subset, case: str) -> Path:
         return self.folder / subset_name(subset, self.predictor.channels) / f"{case}{self.ending}"

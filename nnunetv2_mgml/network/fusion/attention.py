@@ -28,7 +28,8 @@ def to_tokens(features: torch.Tensor) -> torch.Tensor:
 
 def to_grid(tokens: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """``(B, M, V, C) -> (B, M, C, *size)``, the inverse of `to_tokens`."""
-    return tokens.transpose(2, 3).unflatten(3, tuple(size))
+    grid: torch.Tensor = tokens.transpose(2, 3).unflatten(3, tuple(size))
+    return grid
 
 
 class StudentDropout(nn.Module):
@@ -52,8 +53,14 @@ class StudentDropout(nn.Module):
         return F.dropout(tensor, self.rate, training=random_layers_act(self.training))
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with key padding; one bias on the output, on query, key and value where ``bias``."""
+class AttentionHeads(nn.Module):
+    """What every self-attention is made of: tokens to the heads' query, key and value, and the heads to tokens.
+
+    Args:
+        width: token width ``d``.
+        heads: a divisor of it.
+        bias: one on query, key and value, too; the output always has one.
+    """
 
     def __init__(self, width: int, heads: int, bias: bool = False) -> None:
         super().__init__()
@@ -69,7 +76,12 @@ class SelfAttention(nn.Module):
 
     def join(self, attended: torch.Tensor) -> torch.Tensor:
         """``(B, heads, N, d / heads) -> (B, N, d)``, output projection included."""
-        return self.out(attended.transpose(1, 2).flatten(2))
+        joined: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return joined
+
+
+class SelfAttention(AttentionHeads):
+    """Multi-head self-attention with key padding."""
 
     def forward(self, tokens: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Args: tokens ``(B, N, d)``; keep ``(B, N)`` bool, False = nobody attends to this token, None = all kept."""
@@ -100,8 +112,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, *context: Any) -> torch.Tensor:
         """Args: tokens ``(B, N, d)``; context is passed on to the attention."""
-        tokens = tokens + self.dropout(self.attention(self.attention_norm(tokens), *context))
-        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+        attended: torch.Tensor = tokens + self.dropout(self.attention(self.attention_norm(tokens), *context))
+        mapped: torch.Tensor = attended + self.dropout(self.mlp(self.mlp_norm(attended)))
+        return mapped
 
 
 def transformer_layers(width: int, options: dict[str, Any]) -> nn.ModuleList:

@@ -304,7 +304,8 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     weights = mask.to(parts.dtype)
     with torch.autocast(parts.device.type, enabled=False):
         total = weights @ flat[0] if len(parts) == 1 else torch.bmm(weights[:, None], flat)[:, 0]
-    return total.unflatten(1, parts.shape[2:])
+    summed: torch.Tensor = total.unflatten(1, parts.shape[2:])
+    return summed
 
 
 def conv_block(

@@ -23,6 +23,11 @@ class ChannelGate(nn.Module):
         trained: whether the layers are parameters; otherwise they are buffers.
     """
 
+    first_weight: torch.Tensor
+    first_bias: torch.Tensor
+    second_weight: torch.Tensor
+    second_bias: torch.Tensor
+
     def __init__(self, width: int, trained: bool) -> None:
         super().__init__()
         first, second = nn.Linear(width, max(1, width // 4)), nn.Linear(max(1, width // 4), width)

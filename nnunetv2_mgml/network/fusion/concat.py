@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, register
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
+from nnunetv2_mgml.network.layers import layers
 
 
 @register
@@ -28,7 +28,7 @@ class ConcatFusion(FusionDesign):
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
-        self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales))
+        self.scales = layers(skip_fusion(spec, s) for s in range(spec.num_scales))
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `FusionDesign.share`."""

@@ -28,6 +28,7 @@ from nnunetv2_mgml.network.fusion.base import (
     register,
 )
 from nnunetv2_mgml.network.fusion.channel_shuffle import GATINGS, ChannelShuffle
+from nnunetv2_mgml.network.layers import layers
 from nnunetv2_mgml.network.silence import random_layers_act
 
 
@@ -87,6 +88,8 @@ class DeMoSegFusion(FusionDesign):
     weights_depend_on_modality = True
     order_matters = True
     hides_absent = True
+    order: torch.Tensor
+    """`partner_order`."""
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
@@ -101,7 +104,7 @@ class DeMoSegFusion(FusionDesign):
         for scale, sizes in enumerate(self.sizes):  # made here: made in a step, the copy to a GPU would be waited for
             slot = torch.repeat_interleave(torch.tensor(sizes))
             self.register_buffer(f"slot_{scale}", slot, persistent=False)
-        self.blocks = nn.ModuleList(self._blocks(s) for s in range(spec.num_scales)) if self.partners else None
+        self.blocks = layers(self._blocks(s) for s in range(spec.num_scales)) if self.partners else None
 
     def _blocks(self, scale: int) -> nn.ModuleList:
         spec, width = self.spec, self.spec.channels[scale]

@@ -32,7 +32,8 @@ class ImageDecoder(nn.Module):
         feature = self.scales[-1](fused[-1])
         for convolution, skip in zip(reversed(self.scales[:-1]), reversed(fused[:-1]), strict=True):
             feature = convolution(torch.cat((resize_linear(feature, tuple(skip.shape[2:])), skip), 1))
-        return self.head(feature)
+        image: torch.Tensor = self.head(feature)
+        return image
 
 
 def reconstruction_error(predicted: torch.Tensor, images: torch.Tensor, available: torch.Tensor) -> torch.Tensor:

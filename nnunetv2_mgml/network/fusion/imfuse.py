@@ -21,6 +21,7 @@ from nnunetv2_mgml.network.fusion.mamba import MambaBlock
 from nnunetv2_mgml.network.fusion.positions import PositionCode
 from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
+from nnunetv2_mgml.network.layers import layers
 
 
 def interleave(tokens: torch.Tensor, read_out: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,8 @@ class InterleavedMamba(nn.Module):
         scanned = self.block(_take(tokens, present_first(mask, math.prod(size))))
         count = mask.sum(1, keepdim=True)
         read_outs = torch.arange(math.prod(size), device=mask.device) * (count + 1) + count
-        return _take(scanned, read_outs).transpose(1, 2).unflatten(2, size)
+        fused: torch.Tensor = _take(scanned, read_outs).transpose(1, 2).unflatten(2, size)
+        return fused
 
 
 @register
@@ -105,9 +107,7 @@ class ImFuseFusion(FusionDesign):
         self.mamba = nn.ModuleDict(
             {str(s): InterleavedMamba(spec.feature_size(s), spec.channels[s], self.options["d_state"]) for s in scanned}
         )
-        self.scales = nn.ModuleList(
-            skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales)
-        )
+        self.scales = layers(skip_fusion(spec, s, inputs=1 if s in scanned else None) for s in range(spec.num_scales))
         self.pyramid = PyramidHeads(spec, published_scales(spec) if self.options["pyramid_heads"] else ())
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -14,13 +14,13 @@ What differs: `M2FTransFusion.differences`.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.attention import SelfAttention, TransformerLayer, heads_for, to_grid, to_tokens
+from nnunetv2_mgml.network.fusion.attention import AttentionHeads, TransformerLayer, heads_for, to_grid, to_tokens
 from nnunetv2_mgml.network.fusion.base import (
     FusedScale,
     FusionDesign,
@@ -33,9 +33,10 @@ from nnunetv2_mgml.network.fusion.channel_attention import EPSILON, ChannelAtten
 from nnunetv2_mgml.network.fusion.positions import PositionCode, TokenTable
 from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
+from nnunetv2_mgml.network.layers import layers
 
 
-class BlockAttention(SelfAttention):
+class BlockAttention(AttentionHeads):
     """Attention over ``[modality 1, ..., modality M, fusion]``, V tokens each, under the block mask of M2FTrans."""
 
     def _keep(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,8 @@ class BlockAttention(SelfAttention):
         border = tokens.shape[1] // (modalities + 1) * modalities
         scores = (query[:, :, border:] / math.sqrt(query.shape[3])) @ key.transpose(2, 3)
         weights = at_least_float32(scores).masked_fill(~self._keep(tokens, mask), -torch.inf).softmax(3)
-        return weights.mean(1).sum(1)[:, :border].unflatten(1, (modalities, -1)).detach()
+        received: torch.Tensor = weights.mean(1).sum(1)[:, :border].unflatten(1, (modalities, -1)).detach()
+        return received
 
 
 class Gathered(NamedTuple):
@@ -87,7 +89,7 @@ class FusionTokenTransformer(nn.Module):
         self.heads = heads_for(width, options["heads"])
         self.positions = nn.ModuleList(PositionCode(size, width) for _ in range(spec.num_modalities))
         self.fusion_tokens = TokenTable(size, width)
-        self.layers = nn.ModuleList(
+        self.layers = layers(
             TransformerLayer(width, BlockAttention(width, self.heads), options["mlp_ratio"], options["dropout"])
             for _ in range(options["depth"])
         )
@@ -100,7 +102,8 @@ class FusionTokenTransformer(nn.Module):
         fusion = self.fusion_tokens(size).expand(batch, 1, -1, -1)
         tokens = torch.cat((own, fusion.to(own.dtype)), 1).flatten(1, 2)
         first = self.layers[0]
-        received = first.attention.received(first.attention_norm(tokens), mask)
+        attention = cast(BlockAttention, first.attention)
+        received = attention.received(first.attention_norm(tokens), mask)
         for layer in self.layers:
             tokens = layer(tokens, mask)
         grids = to_grid(tokens.unflatten(1, (modalities + 1, -1)), size)
@@ -200,7 +203,7 @@ class M2FTransFusion(FusionDesign):
         result = self.pyramid.add(int(scale), FusedScale(fused), None)
         if not self.channel:
             return result
-        if not self.replaces:
+        if self.join is None:
             return result._replace(fused=self.channel[scale](fused, features, mask))
         read = modalities * state["weights"][:, :, None].to(modalities.dtype)
         attended = self.channel[scale](fused, read.to(features.dtype), mask)

@@ -52,7 +52,8 @@ class Mamba(nn.Module):
         rank, b, c = self.x_proj(signal).split(self.split_sizes, 2)
         step = F.softplus(self.dt_proj(rank))
         scan = kernel_scan if self._use_kernel and tokens.is_cuda else selective_scan
-        return self.out_proj(scan(signal, step, -self.A_log.exp(), b, c, self.D) * F.silu(gate))
+        out: torch.Tensor = self.out_proj(scan(signal, step, -self.A_log.exp(), b, c, self.D) * F.silu(gate))
+        return out
 
 
 class MambaBlock(nn.Module):
@@ -67,5 +68,6 @@ class MambaBlock(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Args: tokens ``(B, L, C)`` float32."""
-        tokens = tokens + self.mamba(self.mamba_norm(tokens))
-        return tokens + self.linear(self.linear_norm(tokens))
+        scanned: torch.Tensor = tokens + self.mamba(self.mamba_norm(tokens))
+        mapped: torch.Tensor = scanned + self.linear(self.linear_norm(scanned))
+        return mapped

@@ -32,7 +32,7 @@ class PairWeights(nn.Module):
         source = pooled[:, None].expand(pairs)
         target = pooled[:, :, None].expand(pairs)
         available = mask[:, None, :, None].expand(batch, modalities, modalities, 2 * channels).to(pooled.dtype)
-        scores = self.mlp(torch.cat((source, target, available), 3))
+        scores: torch.Tensor = self.mlp(torch.cat((source, target, available), 3))
         return scores.masked_fill(~mask[:, None, :, None], -torch.inf).softmax(2)
 
 

@@ -17,6 +17,7 @@ from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSp
 from nnunetv2_mgml.network.fusion.positions import PositionCode
 from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
+from nnunetv2_mgml.network.layers import layers
 
 
 class IntraModalTransformer(nn.Module):
@@ -111,7 +112,7 @@ class MmFormerFusion(FusionDesign):
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
         self.transformer = MultimodalTransformer(spec, self.options)
-        self.scales = nn.ModuleList(skip_fusion(spec, s) for s in range(spec.num_scales))
+        self.scales = layers(skip_fusion(spec, s) for s in range(spec.num_scales))
         self.pyramid = PyramidHeads(spec, published_scales(spec) if self.options["pyramid_heads"] else ())
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ class PositionCode(nn.Module):
         shaped = [
             table.reshape(-1, *(n if i == axis else 1 for i, n in enumerate(size))) for axis, table in enumerate(tables)
         ]
-        return sum(shaped).flatten(1).transpose(0, 1)
+        return sum(shaped[1:], shaped[0]).flatten(1).transpose(0, 1)
 
 
 class TokenTable(nn.Module):

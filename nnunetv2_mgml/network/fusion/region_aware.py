@@ -11,7 +11,7 @@ large as the largest feature in its region. What differs: `RegionAwareFusion.dif
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from nnunetv2_mgml.network.fusion.base import (
     masked,
     register,
 )
-from nnunetv2_mgml.network.fusion.skip import skip_fusion
+from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
 
 
 class ProbabilityMap(nn.Module):
@@ -49,7 +49,8 @@ class ProbabilityMap(nn.Module):
     ) -> torch.Tensor:
         """Args: features, mask and shared as for `SkipFusion.fuse`; decoder feature ``(B, C, *spatial)`` or None."""
         embedded = self.embed.fuse(features, mask, shared)
-        return self.head(embedded if context is None else torch.cat((context, embedded), 1))
+        logits: torch.Tensor = self.head(embedded if context is None else torch.cat((context, embedded), 1))
+        return logits
 
 
 class RegionWeights(nn.Module):
@@ -148,11 +149,13 @@ class RegionAwareFusion(FusionDesign):
 
     def share(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """See `FusionDesign.share`: per scale the shares of the map head and of the shortcut, or the latter alone."""
-        skips = [
-            (self.maps[str(s)].embed, self.fusions[str(s)].shortcut) if str(s) in self.maps else (self.shortcut,)
-            for s in range(self.spec.num_scales)
-        ]
-        return [tuple(skip.share(f) for skip in own) for own, f in zip(skips, features, strict=True)]
+        return [tuple(skip.share(f) for skip in self._skips(scale)) for scale, f in enumerate(features)]
+
+    def _skips(self, scale: int) -> tuple[SkipFusion, ...]:
+        if scale == 0 and self.shortcut is not None:
+            return (self.shortcut,)
+        head, fusion = self.maps[str(scale)], self.fusions[str(scale)]
+        return cast(ProbabilityMap, head).embed, cast(RegionFusion, fusion).shortcut
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any

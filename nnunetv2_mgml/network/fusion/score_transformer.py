@@ -76,8 +76,9 @@ class PostNormLayer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Args: tokens ``(B, N, d)``; keep as for `SelfAttention`."""
-        tokens = self.attention_norm(tokens + self.dropout(self.attention(tokens, keep)))
-        return self.mlp_norm(tokens + self.dropout(self.mlp(tokens)))
+        attended: torch.Tensor = self.attention_norm(tokens + self.dropout(self.attention(tokens, keep)))
+        mapped: torch.Tensor = self.mlp_norm(attended + self.dropout(self.mlp(attended)))
+        return mapped
 
 
 class CellScores(nn.Module):
@@ -131,5 +132,6 @@ class CellScores(nn.Module):
             tokens = layer(tokens, keep)
         spread = self.spread(tokens).unflatten(1, (modalities, voxels)).flatten(0, 1)
         scores = depth_to_space(spread, self.grid(size), self.cell)
-        cut = scores[(..., *(slice(n) for n in size))]
-        return cut.unflatten(0, (batch, modalities))
+        inside: tuple[Any, ...] = (..., *(slice(n) for n in size))
+        cut: torch.Tensor = scores[inside].unflatten(0, (batch, modalities))
+        return cut

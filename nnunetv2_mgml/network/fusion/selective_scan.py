@@ -154,7 +154,8 @@ def selective_scan(
     Returns:
         ``(B, L, E)``, contiguous.
     """
-    return _SelectiveScan.apply(u, delta, a, b, c, d)
+    out: torch.Tensor = _SelectiveScan.apply(u, delta, a, b, c, d)
+    return out
 
 
 @functools.cache
@@ -165,10 +166,11 @@ def mamba_kernel() -> Callable[..., torch.Tensor] | None:
     except ImportError:
         return None
     _log.info("Using the selective scan of mamba_ssm on CUDA devices.")
-    return selective_scan_fn
+    scan: Callable[..., torch.Tensor] = selective_scan_fn
+    return scan
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def kernel_scan(
     u: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
 ) -> torch.Tensor:
@@ -177,5 +179,7 @@ def kernel_scan(
     Without CUDA this is tested against a stand-in with the kernel's interface only.
     """
     inputs = [tensor.transpose(1, 2).contiguous() for tensor in (u, delta, b, c)]
-    out = mamba_kernel()(inputs[0], inputs[1], a, inputs[2], inputs[3], d)
-    return out.transpose(1, 2)
+    scan = mamba_kernel()
+    if scan is None:
+        raise RuntimeError("The package mamba_ssm is not installed; use selective_scan.")
+    return scan(inputs[0], inputs[1], a, inputs[2], inputs[3], d).transpose(1, 2)

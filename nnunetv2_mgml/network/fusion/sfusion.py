@@ -14,7 +14,8 @@ together, tokens of absent modalities are never made, and one modality alone, wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from nnunetv2_mgml.network.fusion.positions import PositionCode, resize_linear
 from nnunetv2_mgml.network.fusion.score_transformer import CellScores
 from nnunetv2_mgml.network.silence import random_layers_act
 
-_POOL = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_POOL: dict[int, Callable[..., torch.Tensor]] = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 class InterpolatedScores(nn.Module):
@@ -58,7 +59,8 @@ class InterpolatedScores(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, keep)
         scores = to_grid(self.norm(tokens).unflatten(1, (modalities, -1)), grid).to(features.dtype)
-        return resize_linear(scores.flatten(0, 1), size).unflatten(0, (batch, modalities))
+        resized: torch.Tensor = resize_linear(scores.flatten(0, 1), size).unflatten(0, (batch, modalities))
+        return resized
 
 
 @register
@@ -102,7 +104,7 @@ class SelfAttentionFusion(FusionDesign):
         """See `FusionDesign.share`: the pooled tokens of the published form."""
         if not self.published:
             return None
-        return [scale.pool(f) for scale, f in zip(self.scales, features, strict=True)]
+        return [cast(CellScores, scale).pool(f) for scale, f in zip(self.scales, features, strict=True)]
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
@@ -110,7 +112,10 @@ class SelfAttentionFusion(FusionDesign):
         """See `FusionDesign.fuse_scale`."""
         if not self.published:
             return FusedScale(_weighted_sum(features, self.scales[scale](features, mask), mask))
-        tokens = self.scales[scale].pool(features) if state is None else state[scale].expand(len(mask), -1, -1, -1)
+        if state is None:
+            tokens = cast(CellScores, self.scales[scale]).pool(features)
+        else:
+            tokens = state[scale].expand(len(mask), -1, -1, -1)
         # which modalities there are is read from the mask: free on a CPU, while a GPU would be waited for
         if torch.compiler.is_compiling() or random_layers_act(self.training) or mask.device.type != "cpu":
             scores = self.scales[scale](tokens, mask, tuple(features.shape[3:]))

@@ -8,6 +8,8 @@ of the convolution over zeroed features, up to rounding.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -17,6 +19,11 @@ from nnunetv2_mgml.network.fusion.base import FusionSpec, conv_block, sum_presen
 class SkipFusion(nn.Sequential):
     """Three `conv_block`; called as a module, it takes what is stacked already, ``(B, inputs*C, *spatial)``."""
 
+    def _first(self) -> tuple[torch.Tensor, torch.Tensor | None, list[nn.Module]]:
+        """Return the first convolution's weight and bias, and the layers after it in its block."""
+        convolution, *rest = cast(nn.Sequential, self[0])
+        return cast(torch.Tensor, convolution.weight), cast("torch.Tensor | None", convolution.bias), rest
+
     def share(self, features: torch.Tensor) -> torch.Tensor:
         """Return what each modality adds to the first convolution, ``(B, M, O, *spatial)`` without the bias.
 
@@ -24,8 +31,10 @@ class SkipFusion(nn.Sequential):
             features: ``(B, M, C, *spatial)``; what is absent in every mask to come may hold anything finite.
         """
         modalities = features.shape[1]
-        weight = self[0][0].weight.flatten(1).unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, O, C)
-        return torch.matmul(weight, features.flatten(3)).unflatten(3, features.shape[3:])
+        weight, _, _ = self._first()
+        weight = weight.flatten(1).unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, O, C)
+        added: torch.Tensor = torch.matmul(weight, features.flatten(3)).unflatten(3, features.shape[3:])
+        return added
 
     def fuse(self, features: torch.Tensor, mask: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         """Map features to ``(B, O', *spatial)``, modalities where the mask is False left out.
@@ -35,19 +44,20 @@ class SkipFusion(nn.Sequential):
             mask: ``(B, M)`` bool, True = present.
             shared: what `share` returned for these features, of the same batch or of one sample for all masks.
         """
-        first, *rest = self[0]
+        weight, bias, rest = self._first()
         if shared is None:
-            weight = first.weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
+            weight = weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
             weight = (weight * mask[:, None, :, None].to(weight.dtype)).flatten(2)  # (B, O, M*C)
             mixed = torch.bmm(weight, features.flatten(3).flatten(1, 2))
         else:
             mixed = sum_present(shared, mask).flatten(2)
-        if first.bias is not None:
-            mixed = mixed + first.bias[:, None].to(mixed.dtype)
+        if bias is not None:
+            mixed = mixed + bias[:, None].to(mixed.dtype)
         mixed = mixed.unflatten(2, features.shape[3:])
         for layer in (*rest, *self[1:]):
             mixed = layer(mixed)
-        return mixed
+        result: torch.Tensor = mixed
+        return result
 
 
 def skip_fusion(

@@ -10,7 +10,7 @@ own shape see the fused features and modalities a case lacks do not count.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -141,7 +141,8 @@ class UHvedFusion(FusionDesign):
         """Start the log-variances below the prior's, so that the data outweighs it."""
         for head in self.scales:
             with torch.no_grad():
-                head.bias.unflatten(0, (self.spec.num_modalities, 2, -1))[:, 1].fill_(_START_LOG_VARIANCE)
+                bias = cast(torch.Tensor, head.bias).unflatten(0, (self.spec.num_modalities, 2, -1))
+                bias[:, 1].fill_(_START_LOG_VARIANCE)
 
     def share(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """See `FusionDesign.share`: precision, and precision times mean, float32; nothing where samples are drawn."""
@@ -186,8 +187,11 @@ class UHvedFusion(FusionDesign):
 
     def image_loss(self, fused: list[torch.Tensor], images: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
         """See `FusionDesign.image_loss`: the weighted reconstruction error."""
+        if self.images is None:
+            raise RuntimeError("There are no image decoders: reconstruction_weight is 0.")
         predicted = torch.cat([decoder(fused) for decoder in self.images], 1)
-        return self.options["reconstruction_weight"] * reconstruction_error(predicted, images, available)
+        weight: float = self.options["reconstruction_weight"]
+        return weight * reconstruction_error(predicted, images, available)
 
     def divergence(
         self, mean: torch.Tensor, precision: torch.Tensor, visible: torch.Tensor, available: torch.Tensor
@@ -205,4 +209,5 @@ class UHvedFusion(FusionDesign):
             mean, precision = mean.index_select(3, voxels), precision.index_select(3, voxels)
         patterns = subset_patterns(visible.shape[1], 15, visible.device)
         divergence = subset_kl(at_least_float32(mean), precision, visible, available, patterns)
-        return self.options["kl_weight"] / self.spec.num_scales * divergence
+        weight: float = self.options["kl_weight"]
+        return weight / self.spec.num_scales * divergence

@@ -14,10 +14,25 @@ REFERENCE_START = 98.02
 """Where beta and alpha start in the published code."""
 
 
-def published_meta_network(num_modalities: int, num_classes: int, hidden: int) -> MetaNetwork:
-    """Return a MetaNetwork with the published layers and start values."""
+def published_meta_network(
+    num_modalities: int, num_classes: int, hidden: int, published_start: bool = False
+) -> MetaNetwork:
+    """Return a MetaNetwork with the published layers and start values.
+
+    Args:
+        num_modalities: ``M``.
+        num_classes: ``K``, background included.
+        hidden: width of the hidden layer.
+        published_start: see `MetaNetwork`; without it the start values hold for every input.
+    """
     return MetaNetwork(
-        num_modalities, num_classes, hidden, REFERENCE_SHARPNESS, REFERENCE_START, availability_bits=False
+        num_modalities,
+        num_classes,
+        hidden,
+        REFERENCE_SHARPNESS,
+        REFERENCE_START,
+        availability_bits=False,
+        published_start=published_start,
     )
 
 

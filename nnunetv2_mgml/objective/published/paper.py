@@ -3,7 +3,7 @@
 Text and code disagree with each other and neither trains well; ``docs/method.md`` lists the measured facts. Written
 from the formulas, with guards so that nothing becomes NaN. Raw logits are fused with a log-*sum*-exp, and gradients
 reach the soft label and the MetaNetwork. Weights stay those of the options; published are tau 6, L_SL
-0.3 tau^2 / 10 = 1.08, L_CR 0.01.
+0.3 tau^2 / 10 = 1.08, L_CR 0.01: ``mgml plan --preset paper-losses``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class PaperSoftLabel(SoftLabel):
 
     def build_meta_network(self) -> MetaNetwork:
         """Return a MetaNetwork with the published layers and start values."""
-        return published_meta_network(self.spec.num_modalities, self.spec.num_classes, self.options.meta_hidden)
+        return published_meta_network(
+            self.spec.num_modalities, self.spec.num_classes, self.options.meta_hidden, self.options.published_meta
+        )
 
     def meta_input(self, means: torch.Tensor) -> torch.Tensor:
         """The text stops no gradient."""

@@ -24,6 +24,7 @@ class ConsistencyOptions(OptionGroup):
     teacher_augmentation: bool = option(
         False, "the teacher sees its own, stronger intensity augmentation (a second encoder pass)"
     )
+    teacher_dropout: bool = option(False, "random layers act in the teacher's pass too, as in the published code")
 
 
 @register
@@ -52,7 +53,8 @@ class Consistency(Term):
     @classmethod
     def needs(cls, options: Options) -> Needs:
         """See `Term.needs`."""
-        return Needs(complete="target", own_view=options.objective[ConsistencyOptions].teacher_augmentation)
+        own = options.objective[ConsistencyOptions]
+        return Needs(complete="target", own_view=own.teacher_augmentation, noisy=own.teacher_dropout)
 
     def forward(self, step: Step) -> TermValue:
         """See `Term.forward`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from nnunetv2_mgml.objective.base import SharedOptions, Term, TermSpec, TermValue, register
 from nnunetv2_mgml.objective.segmentation import auxiliary_loss
 from nnunetv2_mgml.objective.step import Step
@@ -39,11 +41,19 @@ class Segmentation(Term):
     def forward(self, step: Step) -> TermValue:
         """See `Term.forward`."""
         output = step.output
-        parts = {"segmentation": step.segmentation_loss(output.student)}
+        parts = {"segmentation": self.prediction_loss(step)}
         total = parts["segmentation"]
         if output.auxiliary:
-            parts["auxiliary"] = auxiliary_loss(output.auxiliary, step.labels, step.valid, self.spec.batch_dice)
+            parts["auxiliary"] = self.auxiliary_loss(step)
             total = total + self.auxiliary_weight * parts["auxiliary"]
         parts["fusion"] = output.fusion_loss
         total = total + self.auxiliary_weight * output.fusion_loss
         return TermValue(self.weight * total, parts)
+
+    def prediction_loss(self, step: Step) -> torch.Tensor:
+        """Return the loss of the fused prediction."""
+        return step.segmentation_loss(step.output.student)
+
+    def auxiliary_loss(self, step: Step) -> torch.Tensor:
+        """Return the loss of the design's auxiliary label logits, of which there are some."""
+        return auxiliary_loss(step.output.auxiliary, step.labels, step.valid, self.spec.batch_dice)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View, bare
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion, mean_fusion
@@ -23,7 +22,7 @@ from nnunetv2_mgml.objective.segmentation import class_mass, segmentation_of_log
 from nnunetv2_mgml.objective.step import Step
 from nnunetv2_mgml.objective.tensors import no_autocast
 from nnunetv2_mgml.objective.voxel_masking import keep_map
-from nnunetv2_mgml.plans.options import OptionGroup, Options, option
+from nnunetv2_mgml.plans.options import FLOAT_OR_NONE, OptionGroup, Options, option
 
 _NO_PARAMETERS_CONFIDENCE = 0.5  # a mean has no w_f; at 0.5 the dropped share is mask_ratio itself
 
@@ -38,20 +37,22 @@ class SoftLabelOptions(OptionGroup):
         "paper's FPSLD); mean: mean of log-probabilities; none: no soft label",
         choices=("meta_amf", "fixed", "mean", "none"),
     )
-    soft_label_weight: float = option(
+    soft_label_weight: float | None = option(
         0.5,
         "lambda2 of eq. 10, on a loss averaged over voxels and scaled by temperature^2 (the paper's 0.3 tau^2/10 "
         "is for a sum over voxels). At 1 its gradient was 0.18 to 0.54 of the modality loss's (ten BraTS cases, "
-        "400 steps), so 0.5 keeps it at 0.1 to 0.3",
+        "400 steps), so 0.5 keeps it at 0.1 to 0.3. null: 0.3 temperature^2 / 10, as published",
         low=0,
+        kinds=FLOAT_OR_NONE,
     )
     mask_ratio: float = option(
         0.2, "expected share of voxels dropped from the soft-label loss at w_f = 0.5 (eq. 6)", low=0, high=0.95
     )
     mask_mode: str = option(
         "confidence",
-        "confidence: unsure voxels are dropped more often; uniform: all alike",
-        choices=("confidence", "uniform"),
+        "confidence: unsure voxels are dropped more often; uniform: all alike; published, with reading=reference: "
+        "its mask_ratio draws per voxel with replacement, a map per modality",
+        choices=("confidence", "uniform", "published"),
     )
     meta_objective: str = option(
         "ground_truth",
@@ -61,6 +62,13 @@ class SoftLabelOptions(OptionGroup):
     )
     meta_hidden: int = option(64, "width of the MetaNetwork's hidden layer", low=1)
     meta_lr: float = option(2e-4, "learning rate of the MetaNetwork's Adam, poly schedule", low=0)
+    meta_form: str = option(
+        "ours",
+        "start and optimiser of the MetaNetwork. ours: its output layer starts so small that the start values hold for "
+        "any input; published, as in the code: PyTorch's own spread, T1 and T2 in [0.05, 0.95], Adam with amsgrad at a "
+        "constant rate",
+        choices=("ours", "published"),
+    )
     sharpness_min: float = option(0.5, "lower bound of beta and alpha (eq. 2)", low=1e-3)
     sharpness_max: float = option(
         20.0, "upper bound of beta and alpha; above 20 smooth max equals max to 1e-3", low=1e-3
@@ -78,12 +86,26 @@ class SoftLabelOptions(OptionGroup):
     @property
     def on(self) -> bool:
         """Whether modalities are taught by a soft label."""
-        return self.soft_label != "none" and self.soft_label_weight > 0
+        return self.soft_label != "none" and (self.soft_label_weight is None or self.soft_label_weight > 0)
+
+    def weight(self, temperature: float) -> float:
+        """Return lambda2 at a temperature."""
+        return published_weight(temperature) if self.soft_label_weight is None else self.soft_label_weight
+
+    @property
+    def published_meta(self) -> bool:
+        """Whether the MetaNetwork starts and is trained as in the published code."""
+        return self.meta_form == "published"
 
     @property
     def has_meta_network(self) -> bool:
         """Whether the soft label's parameters are predicted by a MetaNetwork."""
         return self.on and self.soft_label == "meta_amf"
+
+
+def published_weight(temperature: float) -> float:
+    """Return the published lambda2, ``0.3 tau^2 / 10``."""
+    return 0.3 * temperature**2 / 10
 
 
 class Fused(NamedTuple):
@@ -111,11 +133,14 @@ class SoftLabel(Term):
         self.options = spec.options.objective[SoftLabelOptions]
         shared = spec.options.objective[SharedOptions]
         self.temperature = shared.temperature
+        self.weight = self.options.weight(shared.temperature)
         self.only_where_better = shared.teaching == "better"
-        self.meta_network: nn.Module | None = None
+        self.meta_network: MetaNetwork | None = None
         if self.options.has_meta_network:
             self.meta_network = self.build_meta_network()
-            self.optimizer = torch.optim.Adam(self.meta_network.parameters(), self.options.meta_lr)
+            self.optimizer = torch.optim.Adam(
+                self.meta_network.parameters(), self.options.meta_lr, amsgrad=self.options.published_meta
+            )
 
     @classmethod
     def active(cls, options: Options) -> bool:
@@ -130,7 +155,13 @@ class SoftLabel(Term):
     def build_meta_network(self) -> MetaNetwork:
         """Return a new MetaNetwork."""
         sharpness = (self.options.sharpness_min, self.options.sharpness_max)
-        return MetaNetwork(self.spec.num_modalities, self.spec.num_classes, self.options.meta_hidden, sharpness)
+        return MetaNetwork(
+            self.spec.num_modalities,
+            self.spec.num_classes,
+            self.options.meta_hidden,
+            sharpness,
+            published_start=self.options.published_meta,
+        )
 
     def present(self, step: Step) -> torch.Tensor:
         """Return which (sample, modality) pairs take part, ``(B, M)`` bool."""
@@ -143,7 +174,8 @@ class SoftLabel(Term):
             return MetaParameters.fixed(
                 len(means), self.options.fixed_confidence, self.options.fixed_sharpness, means.device
             )
-        return self.meta_network(self.meta_input(means), self.present(step))
+        parameters: MetaParameters = self.meta_network(self.meta_input(means), self.present(step))
+        return parameters
 
     def meta_input(self, means: torch.Tensor) -> torch.Tensor:
         """Return what the MetaNetwork sees of the mean probabilities ``(B, M, K)``: no gradient passes."""
@@ -195,7 +227,7 @@ class SoftLabel(Term):
 
     def weighted(self, loss: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the distillation loss as it enters the total."""
-        return step.ramp * self.options.soft_label_weight * loss
+        return step.ramp * self.weight * loss
 
     def noted(self, parameters: MetaParameters | None) -> dict[str, torch.Tensor]:
         """Return the batch means of what the MetaNetwork said, for the log."""
@@ -204,7 +236,9 @@ class SoftLabel(Term):
         return {name: value.mean() for name, value in parameters._asdict().items()}
 
     def begin_epoch(self, progress: Progress) -> None:
-        """Put the MetaNetwork's learning rate on the same poly schedule as the network's."""
+        """Put the MetaNetwork's learning rate on the same poly schedule as the network's; the published is constant."""
+        if self.options.published_meta:
+            return
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = self.options.meta_lr * (1 - progress.epoch / progress.num_epochs) ** 0.9
 

@@ -1,0 +1,346 @@
+"""Which files belong to which case: folders by patterns, sheets, BIDS, BraTS names (imports neither nnU-Net nor torch).
+
+A modality of a case without a file is simply not in it; nothing here invents one.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunetv2_mgml.modalities import (
+    BRATS_CHANNELS,
+    BRATS_FILE_SUFFIXES,
+    BRATS_OTHER_SUFFIXES,
+    BRATS_SEGMENTATION_SUFFIX,
+    canonical_name,
+)
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SHEET_SUFFIXES = (".csv", ".tsv")
+BRATS_CONTENT = {
+    suffix: (naming, modality)
+    for naming, table in BRATS_FILE_SUFFIXES.items()
+    for modality, suffix in {**table, "seg": BRATS_SEGMENTATION_SUFFIX[naming]}.items()
+} | {suffix: (naming, modality) for naming, table in BRATS_OTHER_SUFFIXES.items() for suffix, modality in table.items()}
+"""Ending of a file's stem -> (naming, modality or ``seg``)."""
+
+BRATS_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, BRATS_CONTENT))})", re.IGNORECASE)
+_ABSENT = ("", "n/a", "na", "none", "-")
+_LABEL_SUFFIXES = ("mask", "dseg", "seg")
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """The files of one case."""
+
+    name: str
+    images: dict[str, Path]
+    """Modality -> file; modalities that do not exist are not in it."""
+    label: Path | None = None
+    site: str | None = None
+    frames: Mapping[str, int] = field(default_factory=dict)
+    """Modality -> index along the fourth axis, where one file holds several modalities."""
+
+
+@dataclass
+class FoundCases:
+    """Cases sorted by name, and what is wrong with others."""
+
+    modalities: tuple[str, ...]
+    """In channel order, spelled as asked for."""
+    cases: list[CaseFiles] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    origin: str = ""
+    """Where they come from, for the description of a data set."""
+
+
+# --- walking ----------------------------------------------------------------------------------------------------------
+def nifti_stem(name: str) -> str | None:
+    """Return a file name without ``.nii`` or ``.nii.gz``; None for any other file."""
+    for suffix in NIFTI_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def walk_files(source: Path) -> Iterator[Path]:
+    """Yield every file below a folder in sorted order; hidden ones and ``__MACOSX`` are skipped, links are followed.
+
+    Raises:
+        ValueError: a folder that cannot be read.
+    """
+    seen: set[str] = set()
+    for root, folders, files in os.walk(source, followlinks=True, onerror=_raise):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise ValueError(f"Folder {error.filename} cannot be read ({error.strerror}); its cases would be lost.") from error
+
+
+def _check_folder(source: Path) -> None:
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder. Give the folder that contains the cases.")
+
+
+def _found(
+    modalities: Sequence[str],
+    images: Mapping[str, Mapping[str, list[Path]]],
+    labels: Mapping[str, list[Path]],
+    origin: str,
+    problems: Mapping[str, list[str]] | None = None,
+) -> FoundCases:
+    """Make cases of the files that were matched; two files for one thing are a problem of their case."""
+    result = FoundCases(tuple(modalities), origin=origin)
+    bad = defaultdict(list, {name: list(texts) for name, texts in (problems or {}).items()})
+    for name in sorted({*images, *labels, *bad}):
+        matched = {**images.get(name, {}), "the label": labels.get(name, [])}
+        bad[name] += [
+            f"{len(paths)} files for {what}: {', '.join(str(path) for path in paths[:3])}"
+            for what, paths in matched.items()
+            if len(paths) > 1
+        ]
+        if not any(images.get(name, {}).values()):
+            bad[name].append("has a label but no image")
+        if bad[name]:
+            result.problems[name] = bad[name]
+            continue
+        label = labels.get(name, [])
+        result.cases.append(
+            CaseFiles(
+                name,
+                {modality: paths[0] for modality in modalities if (paths := images[name].get(modality))},
+                label[0] if label else None,
+            )
+        )
+    return result
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+def find_by_patterns(
+    source: Path, patterns: Mapping[str, str], label: str | None = None, case_folders: int = 1
+) -> FoundCases:
+    """Find cases whose files have names that tell what they are.
+
+    A file in a folder below ``source`` belongs to the case named by its first ``case_folders`` folders, joined by
+    ``_``; a file in ``source`` itself to the case named by what the first ``*`` of its pattern stands for.
+
+    Args:
+        source: the folder.
+        patterns: modality -> pattern (``*_t1.nii.gz``) of the file name, or with a slash of the path below the case's
+            folder; in channel order.
+        label: likewise for the label map.
+        case_folders: how many folders name a case: 2 where there is a folder per patient and session.
+
+    Raises:
+        FileNotFoundError: ``source`` is not a folder.
+        ValueError: a pattern that nothing matches, or names that are no modalities.
+    """
+    _check_folder(source)
+    if case_folders < 1:
+        raise ValueError(f"--case_folders must be 1 or more, got {case_folders}.")
+    wanted = {**patterns, **({} if label is None else {"": label})}
+    images: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    labels: dict[str, list[Path]] = defaultdict(list)
+    problems: dict[str, list[str]] = defaultdict(list)
+    matched: set[str] = set()
+    examples: list[str] = []
+    for path in walk_files(source):
+        parts = path.relative_to(source).parts
+        folders = min(case_folders, len(parts) - 1)
+        inner = "/".join(parts[folders:])
+        hits = [what for what, pattern in wanted.items() if _matches(inner, pattern)]
+        matched |= set(hits)
+        if not hits:
+            examples.append("/".join(parts))
+            continue
+        name = "_".join(parts[:folders]) or _starred(parts[-1], wanted[hits[0]])
+        if len(hits) > 1:
+            named = " and ".join(f"{wanted[what]} ({what or 'label'})" for what in hits)
+            problems[name].append(f"{path} matches {named}; make the patterns narrower")
+        elif hits[0]:
+            images[name][hits[0]].append(path)
+        else:
+            labels[name].append(path)
+    for what, pattern in wanted.items():
+        if what not in matched:
+            others = f"; files there: {', '.join(examples[:3])}" if examples else ""
+            raise ValueError(f"No file below {source} matches {pattern} ({what or 'the label'}){others}.")
+    return _found(tuple(patterns), images, labels, str(source), problems)
+
+
+def _matches(inner: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(inner if "/" in pattern else inner.rsplit("/", 1)[-1], pattern)
+
+
+def _starred(name: str, pattern: str) -> str:
+    """Return what the first ``*`` of a pattern stands for in a file name."""
+    before, star, after = pattern.partition("*")
+    if not star:
+        raise ValueError(f"Pattern {pattern} has no *, which would name the case of a file outside a folder.")
+    match = re.fullmatch(f"{_regex(before)}(.*?){_regex(after)}", name, re.DOTALL)
+    case = match[1].strip("_-. ") if match else ""
+    if not case:
+        raise ValueError(f"The * of {pattern} stands for nothing in {name}; it names the case. Use a narrower pattern.")
+    return case
+
+
+def _regex(pattern: str) -> str:
+    return re.sub(r"^\(\?s:(.*)\)\\[zZ]$", r"\1", fnmatch.translate(pattern), flags=re.DOTALL)
+
+
+# --- sheets -----------------------------------------------------------------------------------------------------------
+def read_sheet(path: Path, modalities: Sequence[str] = ()) -> FoundCases:
+    """Read a CSV or TSV sheet with a row per case.
+
+    Columns: ``case``; ``label`` and ``site`` where there are such; every other one is a modality, in channel order.
+    A cell holds a path (relative to the sheet), or nothing, ``n/a`` or ``-`` where a modality is absent.
+
+    Args:
+        path: the sheet; separated by commas, semicolons or tabs.
+        modalities: columns to take, in channel order; none for all.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no such sheet.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"Sheet {path} does not exist.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as CSV in UTF-8.") from error
+    header = text.partition("\n")[0]
+    rows = list(csv.DictReader(text.splitlines(), delimiter=max("\t;,", key=header.count)))
+    columns = {name.strip().lower(): name for name in (rows[0] if rows else ()) if name}
+    if "case" not in columns:
+        raise ValueError(f"{path} needs a column 'case' and rows below it; its first line is '{header.strip()}'.")
+    own = [name for low, name in columns.items() if low not in ("case", "label", "site")]
+    by_name = {canonical_name(name): name for name in own}
+    unknown = [name for name in modalities if canonical_name(name) not in by_name]
+    if unknown:
+        raise ValueError(f"{path} has no column {', '.join(unknown)}; its columns are {', '.join(columns.values())}.")
+    chosen = {name: by_name[canonical_name(name)] for name in modalities} or {name.strip(): name for name in own}
+    result = FoundCases(tuple(chosen), origin=str(path))
+    for row in rows:
+        cell = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)}
+        name = cell[columns["case"]]
+        if not name and not any(cell.values()):
+            continue
+        files = {what: cell[column] for what, column in chosen.items() if cell[column].lower() not in _ABSENT}
+        label = cell[columns["label"]] if "label" in columns else ""
+        images = {what: _below(path.parent, text) for what, text in files.items()}
+        case = CaseFiles(
+            name,
+            images,
+            None if label.lower() in _ABSENT else _below(path.parent, label),
+            (cell[columns["site"]] or None) if "site" in columns else None,
+        )
+        texts = [f"{file} does not exist" for file in (*images.values(), case.label) if file and not file.is_file()]
+        if any(other.name == name for other in result.cases):
+            texts.append("is in two rows")
+        if not images:
+            texts.append("has no image")
+        if not name:
+            raise ValueError(f"{path} has a row without a case name: {', '.join(filter(None, cell.values()))[:80]}.")
+        if texts:
+            result.problems.setdefault(name, []).extend(texts)
+        else:
+            result.cases.append(case)
+    result.cases.sort(key=lambda case: case.name)
+    return result
+
+
+def _below(folder: Path, text: str) -> Path:
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else folder / path
+
+
+# --- BIDS -------------------------------------------------------------------------------------------------------------
+def find_bids(source: Path, patterns: Mapping[str, str] | None = None, label: str | None = None) -> FoundCases:
+    """Find the cases of a BIDS data set: ``sub-X`` or ``sub-X_ses-Y``.
+
+    Args:
+        source: the data set's folder.
+        patterns: modality -> ending of the file name without extension, such as ``T1w``, or ``ce-*_T1w`` for images
+            with contrast agent; in channel order. None: t1, t1ce, t2, flair and every other ending there is.
+        label: pattern of the label maps' file names; None: masks and ``dseg`` in ``derivatives``, but no brain masks.
+
+    Raises:
+        FileNotFoundError: ``source`` is not a folder.
+        ValueError: no file with a BIDS name, or a modality that no file has.
+    """
+    _check_folder(source)
+    images: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    labels: dict[str, list[Path]] = defaultdict(list)
+    for path in walk_files(source):
+        stem = nifti_stem(path.name)
+        entities = dict(part.split("-", 1) for part in (stem or "").split("_") if "-" in part)
+        if stem is None or "sub" not in entities:
+            continue
+        case = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities)
+        suffix = stem.rsplit("_", 1)[-1]
+        derived = "derivatives" in path.relative_to(source).parts
+        is_label = suffix in _LABEL_SUFFIXES and derived and entities.get("desc") != "brain"
+        if is_label if label is None else fnmatch.fnmatchcase(path.name, label):
+            labels[case].append(path)
+        elif not derived and suffix not in _LABEL_SUFFIXES:
+            key = f"ce-{entities['ce']}_{suffix}" if "ce" in entities else suffix
+            modality = _bids_modality(key, patterns)
+            if modality is not None:
+                images[case][modality].append(path)
+    there = {modality for files in images.values() for modality in files}
+    if not there:
+        raise ValueError(f"No image with a BIDS name (sub-X[_ses-Y]_SUFFIX.nii.gz) below {source}.")
+    lacking = [name for name in patterns or () if name not in there]
+    if lacking:
+        raise ValueError(f"No file below {source} is of {', '.join(f'{n}={(patterns or {})[n]}' for n in lacking)}.")
+    others = sorted(there - set(BRATS_CHANNELS))
+    modalities = tuple(patterns) if patterns else (*(n for n in BRATS_CHANNELS if n in there), *others)
+    return _found(modalities, images, labels, str(source))
+
+
+def _bids_modality(key: str, patterns: Mapping[str, str] | None) -> str | None:
+    if patterns is not None:
+        return next((name for name, pattern in patterns.items() if fnmatch.fnmatchcase(key, pattern)), None)
+    contrast, suffix = key.startswith("ce-"), key.rsplit("_", 1)[-1]
+    name = canonical_name(suffix)
+    return ("t1ce" if name == "t1" else f"{name}ce") if contrast else name
+
+
+# --- BraTS ------------------------------------------------------------------------------------------------------------
+def find_brats(source: Path) -> FoundCases:
+    """Find cases with the file names of BraTS, 2017 to 2025, at any depth; other files are left alone.
+
+    Raises:
+        FileNotFoundError: ``source`` is not a folder.
+        ValueError: no file with such a name.
+    """
+    _check_folder(source)
+    images: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    labels: dict[str, list[Path]] = defaultdict(list)
+    for path in walk_files(source):
+        match = BRATS_STEM.fullmatch(nifti_stem(path.name) or "")
+        if match is None:
+            continue
+        content = BRATS_CONTENT[match["suffix"].lower()][1]
+        (labels[match["case"]] if content == "seg" else images[match["case"]][content]).append(path)
+    if not images:
+        raise ValueError(
+            f"No BraTS case found in {source}. Expected files such as <case>_t1ce.nii.gz (BraTS 2018-2021) or "
+            f"<case>-t1c.nii.gz (BraTS 2023-2025), at any depth."
+        )
+    return _found(BRATS_CHANNELS, images, labels, str(source))

@@ -1,0 +1,390 @@
+"""``mgml check``: what a raw data set has, what it lacks, what is strange in it, and what to do about that."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.workers import run_jobs
+from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.plans.cohort import SITES_FILE, RawCase, raw_cases, read_dataset_json
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
+from nnunetv2_mgml.presentation.figures.cohort import cohort_page
+from nnunetv2_mgml.presentation.figures.style import save
+from nnunetv2_mgml.workflows.check_case import CaseCheck, check_case
+
+OUTLIER = 6.0
+"""Distance from the median, in robust standard deviations, from which an intensity is an outlier."""
+
+FEWEST_FOR_OUTLIERS = 8
+SIGNIFICANT = 0.05
+UNEVEN = 1.5
+"""How much more often one modality is there than another for the rates to count as uneven."""
+
+
+@dataclass(frozen=True)
+class Association:
+    """Whether a modality is missing goes with something else."""
+
+    modality: str
+    variable: str
+    """``site``, ``volume`` (of all labels) or ``label 2``."""
+    p: float
+    """By the test of Fisher (labels), chi-squared (sites) or Mann and Whitney (volume), adjusted after Holm."""
+    text: str
+    """What it looks like."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Something to do, and the command for it."""
+
+    why: str
+    command: str
+
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """What `check_dataset` found."""
+
+    dataset: str
+    channels: tuple[str, ...]
+    subsets: dict[str, Subset]
+    """Training case -> modalities it has, placeholders left out."""
+    splits: dict[str, tuple[str, ...]]
+    """Part of the data (``training``, ``fold 0 validation``, ``imagesTs``) -> cases."""
+    test_subsets: dict[str, Subset]
+    """The same as ``subsets`` for the cases of ``imagesTs``, by their files alone."""
+    cases: tuple[CaseCheck, ...]
+    sites: dict[str, str]
+    associations: tuple[Association, ...]
+    """The significant ones."""
+    findings: dict[str, tuple[str, ...]]
+    """Case -> what is wrong or strange."""
+    proposals: tuple[Proposal, ...]
+
+    @property
+    def placeholders(self) -> dict[str, tuple[str, ...]]:
+        """Case -> modalities that are placeholder volumes and not recorded as missing."""
+        return {
+            case.name: tuple(self.channels[c] for c in case.placeholders) for case in self.cases if case.placeholders
+        }
+
+    def count(self, part: str) -> dict[str, int]:
+        """Return modality -> number of cases of a part of the data that have it."""
+        known = {**self.test_subsets, **self.subsets}
+        return {
+            name: sum(known[case][c] for case in self.splits[part] if case in known)
+            for c, name in enumerate(self.channels)
+        }
+
+    def combinations(self) -> dict[str, int]:
+        """Return combination (``t1+flair``) -> number of training cases, the most frequent first."""
+        return dict(Counter(subset_name(subset, self.channels) for subset in self.subsets.values()).most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it for JSON."""
+        return {
+            "dataset": self.dataset,
+            "channels": list(self.channels),
+            "cases": {
+                case.name: {
+                    "modalities": [n for n, there in zip(self.channels, self.subsets[case.name], strict=True) if there],
+                    "site": self.sites.get(case.name),
+                    "label_ml": case.label_ml,
+                    "intensities": {
+                        self.channels[c]: dataclasses.asdict(channel) for c, channel in case.channels.items()
+                    },
+                    "findings": list(self.findings.get(case.name, ())),
+                }
+                for case in self.cases
+            },
+            "parts": {part: {"cases": len(names), **self.count(part)} for part, names in self.splits.items()},
+            "combinations": self.combinations(),
+            "placeholders": self.placeholders,
+            "associations": [dataclasses.asdict(association) for association in self.associations],
+            "proposals": [dataclasses.asdict(proposal) for proposal in self.proposals],
+        }
+
+
+def check_dataset(
+    dataset: int | str, output: Path | None = None, *, num_processes: int | None = None, progress: bool = False
+) -> DatasetCheck:
+    """Look at every training case of a raw data set.
+
+    Args:
+        dataset: id or name; its raw data must exist.
+        output: folder for ``check.json`` and ``check.png``; None writes nothing.
+        num_processes: worker processes, None for the smaller of 4 and the number of CPUs.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError, ValueError: no such data set, or one that nnU-Net could not use either.
+    """
+    folder = dataset_folder(dataset, RAW)
+    channels = channel_names(read_dataset_json(folder))
+    cases = raw_cases(folder)
+    test = raw_cases(folder, "Ts") if any((folder / "imagesTs").glob("*")) else []
+    checks = tuple(run_jobs(check_case, [(case, channels) for case in cases], num_processes, "Checking", progress))
+    subsets = {
+        case.name: tuple(c in case.files and c not in check.placeholders for c in range(len(channels)))
+        for case, check in zip(cases, checks, strict=True)
+    }
+    sites = _sites(folder)
+    findings = _findings(checks, channels)
+    result = DatasetCheck(
+        folder.name,
+        channels,
+        subsets,
+        _parts(folder.name, subsets, test),
+        {case.name: case.subset(len(channels)) for case in test},
+        checks,
+        sites,
+        _associations(checks, subsets, channels, sites),
+        findings,
+        (),
+    )
+    result = dataclasses.replace(result, proposals=tuple(_proposals(result)))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "check.json", result.as_dict())
+        save(draw(result), output / "check.png", dpi=130)
+    return result
+
+
+def draw(check: DatasetCheck) -> Any:
+    """Return the page of figures."""
+    return cohort_page(
+        check.dataset,
+        check.channels,
+        list(check.subsets.values()),
+        {part: (len(names), check.count(part)) for part, names in check.splits.items()},
+        {
+            name: {case.name: case.channels[c].high for case in check.cases if c in case.channels}
+            for c, name in enumerate(check.channels)
+        },
+        {case.name: sum(case.label_ml.values()) for case in check.cases if case.label_ml},
+        list(check.subsets),
+        [f"{case}: {text}" for case, texts in check.findings.items() for text in texts],
+    )
+
+
+# --- parts of the data ------------------------------------------------------------------------------------------------
+def _parts(dataset: str, subsets: Mapping[str, Subset], test: Sequence[RawCase]) -> dict[str, tuple[str, ...]]:
+    parts: dict[str, tuple[str, ...]] = {"training": tuple(subsets)}
+    root = os.environ.get(PREPROCESSED)
+    path = Path(root).expanduser() / dataset / "splits_final.json" if root else None
+    if path is not None and path.is_file():
+        for fold, split in enumerate(read_json(path)):
+            for key, name in (("train", "training"), ("val", "validation")):
+                parts[f"fold {fold} {name}"] = tuple(case for case in split[key] if case in subsets)
+    if test:
+        parts["imagesTs"] = tuple(case.name for case in test)
+    return parts
+
+
+def _sites(folder: Path) -> dict[str, str]:
+    path = folder / SITES_FILE
+    return {str(case): str(site) for case, site in read_json(path).items()} if path.is_file() else {}
+
+
+# --- what is strange --------------------------------------------------------------------------------------------------
+def _findings(checks: Sequence[CaseCheck], channels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for check in checks:
+        found[check.name] += [
+            f"{channels[c]} has one value everywhere and counts as absent" for c in check.placeholders
+        ] + check.findings
+    by_digest: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for check in checks:
+        for c, channel in check.channels.items():
+            by_digest[channel.digest].append((check.name, c))
+    for owners in by_digest.values():
+        for name, c in owners[1:]:
+            first, other = owners[0]
+            if name != first:
+                found[name].append(f"{channels[c]} is the same volume as {channels[other]} of {first}")
+    unusual: dict[str, list[str]] = defaultdict(list)
+    for c, name in enumerate(channels):
+        there = [check for check in checks if c in check.channels]
+        medians = outlying([check.channels[c].median for check in there])
+        brightest = outlying([check.channels[c].high for check in there])
+        for check, *distances in zip(there, medians, brightest, strict=True):
+            largest = max(distances, key=abs)
+            if abs(largest) > OUTLIER:
+                unusual[check.name].append(f"{name} {largest:+.0f}")
+    for case, texts in unusual.items():
+        found[case].append(f"unusual intensities, in robust standard deviations from the median: {', '.join(texts)}")
+    return {name: tuple(texts) for name, texts in found.items() if texts}
+
+
+def outlying(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return how far each value is from the median, in robust standard deviations; zeros for fewer than eight values.
+
+    Values that are all above 0 are compared by their logarithms, as MR intensities have no unit.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < FEWEST_FOR_OUTLIERS:
+        return np.zeros(len(array))
+    if np.all(array > 0):
+        array = np.log(array)
+    distance = array - np.median(array)
+    scale = 1.4826 * float(np.median(np.abs(distance)))
+    return distance / scale if scale > 0 else np.zeros(len(array))
+
+
+# --- what missingness goes with ---------------------------------------------------------------------------------------
+def _associations(
+    checks: Sequence[CaseCheck], subsets: Mapping[str, Subset], channels: Sequence[str], sites: Mapping[str, str]
+) -> tuple[Association, ...]:
+    labelled = [check for check in checks if check.label_ml or check.channels]
+    labels = sorted({value for check in labelled for value in check.label_ml})
+    found: list[Association] = []
+    for c, name in enumerate(channels):
+        has = np.array([subsets[check.name][c] for check in labelled])
+        if has.all() or not has.any():
+            continue
+        for value in labels:
+            tumour = np.array([value in check.label_ml for check in labelled])
+            if not tumour.all():
+                found.append(_by_label(name, has, tumour, value))
+        volumes = np.array([sum(check.label_ml.values()) for check in labelled])
+        found.append(_by_volume(name, has, volumes))
+        where = [sites.get(check.name) for check in labelled]
+        if len(set(where) - {None}) > 1:
+            found.append(_by_site(name, has, where))
+    return tuple(a for a in _holm(found) if a.p < SIGNIFICANT)
+
+
+def _by_label(name: str, has: NDArray[np.bool_], tumour: NDArray[np.bool_], value: int) -> Association:
+    from scipy.stats import fisher_exact
+
+    table = [[int(np.sum(has & tumour)), int(np.sum(has & ~tumour))]]
+    table.append([int(np.sum(~has & tumour)), int(np.sum(~has & ~tumour))])
+    shares = [row[0] / sum(row) for row in table]
+    text = f"label {value} is in {shares[0]:.0%} of the cases with {name} and in {shares[1]:.0%} of those without"
+    return Association(name, f"label {value}", float(fisher_exact(np.array(table))[1]), text)
+
+
+def _by_volume(name: str, has: NDArray[np.bool_], volumes: NDArray[np.float64]) -> Association:
+    from scipy.stats import mannwhitneyu
+
+    p = float(mannwhitneyu(volumes[has], volumes[~has]).pvalue)
+    text = (
+        f"the labels measure {np.median(volumes[has]):.3g} ml (median) in the cases with {name} and "
+        f"{np.median(volumes[~has]):.3g} ml in those without"
+    )
+    return Association(name, "volume", p, text)
+
+
+def _by_site(name: str, has: NDArray[np.bool_], where: Sequence[str | None]) -> Association:
+    from scipy.stats import chi2_contingency
+
+    names = sorted({site for site in where if site is not None})
+    rows = np.array([[sum(h == there and s == site for h, s in zip(has, where, strict=True)) for site in names]
+                     for there in (True, False)])  # fmt: skip
+    p = float(chi2_contingency(rows)[1]) if rows.sum(axis=1).all() else 1.0
+    shares = ", ".join(f"{site} {rows[0, i] / rows[:, i].sum():.0%}" for i, site in enumerate(names))
+    return Association(name, "site", p, f"how often {name} is there differs by site: {shares}")
+
+
+def _holm(found: Iterable[Association]) -> list[Association]:
+    ordered = sorted(found, key=lambda association: association.p)
+    adjusted, highest = [], 0.0
+    for rank, association in enumerate(ordered):
+        highest = max(highest, min(1.0, association.p * (len(ordered) - rank)))
+        adjusted.append(dataclasses.replace(association, p=highest))
+    return adjusted
+
+
+# --- what to do -------------------------------------------------------------------------------------------------------
+def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
+    dataset = str(int(check.dataset[len("Dataset") :].split("_")[0]))
+    if check.placeholders:
+        yield Proposal(
+            f"{len(check.placeholders)} case(s) have placeholder volumes that are not recorded: nnU-Net's fingerprint "
+            f"would take them for data",
+            f"mgml convert raw -d {dataset}",
+        )
+    counts, total = check.count("training"), len(check.subsets)
+    never = [name for name, count in counts.items() if not count]
+    if never:
+        yield Proposal(
+            f"no training case has {', '.join(never)}; leave it out of dataset.json", f"mgml check {dataset}"
+        )
+    if min(counts.values()) < total and not never:
+        rates = {name: round(min(1 - count / total, 0.99), 2) for name, count in counts.items()}
+        yield Proposal(
+            "if the patients to come lack what these lack, draw what training hides at the same rates (default: every "
+            "subset alike)",
+            _plan(dataset, "mask_sampling=bernoulli", f"modality_missing_rate={json.dumps(rates)}"),
+        )
+        if max(counts.values()) > UNEVEN * min(counts.values()):
+            yield Proposal(
+                f"{max(counts, key=counts.__getitem__)} is there far more often than "
+                f"{min(counts, key=counts.__getitem__)}: compare the default with PASSION's rebalancing",
+                _plan(dataset, "rebalancing=passion", "mask_sampling=fixed"),
+            )
+    for part in check.splits:
+        absent = [name for name, count in check.count(part).items() if not count and counts[name]]
+        if absent and part.startswith("fold"):
+            yield Proposal(
+                f"{part} has no case with {', '.join(absent)}; another seed may give a better split",
+                f"mgml convert split -d {dataset} --split 4:1 --seed 1 --overwrite",
+            )
+
+
+def _plan(dataset: str, *options: str) -> str:
+    return shlex.join(["mgml", "plan", "-d", dataset, "--set", *options])
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+def describe(check: DatasetCheck, most: int = 20) -> list[str]:
+    """Return the report as text, one string a line.
+
+    Args:
+        check: what was found.
+        most: how many findings are written out.
+    """
+    total = len(check.subsets)
+    incomplete = sum(not all(subset) for subset in check.subsets.values())
+    width = max(len(part) for part in check.splits)
+    lines = [
+        f"{check.dataset}: {total} training cases, {incomplete} of them incomplete",
+        "",
+        f"{'':<{width}}  cases  " + "  ".join(f"{name:>8}" for name in check.channels),
+    ]
+    for part, names in check.splits.items():
+        counts = check.count(part)
+        lines.append(f"{part:<{width}}  {len(names):5}  " + "  ".join(f"{counts[n]:8}" for n in check.channels))
+    lines += ["", "Combinations in the training cases:"]
+    lines += [f"  {count:5}  {name}" for name, count in check.combinations().items()]
+    if incomplete:
+        tests = "label, volume and site" if check.sites else "label and volume"
+        lines += ["", f"What is missing goes with ({tests} looked at; p adjusted after Holm):"]
+        lines += [f"  {a.text} (p = {_p(a.p)})" for a in check.associations] or ["  nothing that these cases show"]
+    findings = [f"  {case}: {text}" for case, texts in check.findings.items() for text in texts]
+    lines += ["", f"Findings ({len(findings)}):" if findings else "Findings: none", *findings[:most]]
+    if len(findings) > most:
+        lines.append(f"  and {len(findings) - most} more (-o writes all of them to check.json)")
+    if check.proposals:
+        lines += ["", "Proposals:"]
+        for proposal in check.proposals:
+            lines += [f"  {proposal.why}:", f"    {proposal.command}"]
+    return lines
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 or math.isnan(value) else "< 0.001"

@@ -1,0 +1,204 @@
+"""Conversion of cohorts in which modalities are absent: no placeholder is written, what is absent is recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from cohort_cases import SHAPE, label, save, volume, write_raw
+from conversion_cases import array_of, tree, write_cases
+
+from nnunetv2_mgml.commands.main import main
+from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, convert_cohort
+from nnunetv2_mgml.io.case_files import find_by_patterns
+
+PATTERNS = {"ct": "*_ct.nii.gz", "t1": "*_t1.nii.gz", "flair": "*_fl.nii*"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four patients: a has all, b lacks t1, c has a placeholder for ct, d has no label."""
+    folder = tmp_path / "src"
+    for number, (case, names) in enumerate(
+        {"a": ("ct", "t1", "fl"), "b": ("ct", "fl"), "c": ("ct", "t1"), "d": ("t1",)}.items()
+    ):
+        for c, name in enumerate(names):
+            array = np.full(SHAPE, -1000, np.float32) if (case, name) == ("c", "ct") else volume(10 * number + c)
+            save(array, folder / case / f"{case}_{name}.nii{'' if (case, name) == ('b', 'fl') else '.gz'}")
+        if case != "d":
+            save(label(255 if case == "a" else 128), folder / case / "lesion.nii.gz")
+    return folder
+
+
+def convert(source: Path, **changes):
+    found = find_by_patterns(source, PATTERNS, "lesion.nii.gz")
+    return convert_cohort(CohortRequest(found, 45, "Cohort", **{"num_processes": 1, **changes}))
+
+
+def test_absent_modalities_get_no_file(nnunet_folders: Path, source: Path) -> None:
+    summary = convert(source)
+    assert summary.missing == {"b": ("t1",), "c": ("ct", "flair"), "d": ("ct", "flair")}
+    assert tree(summary.folder) == [
+        "dataset.json",
+        "imagesTr",
+        "imagesTr/a_0000.nii.gz",
+        "imagesTr/a_0001.nii.gz",
+        "imagesTr/a_0002.nii.gz",
+        "imagesTr/b_0000.nii.gz",
+        "imagesTr/b_0002.nii.gz",
+        "imagesTr/c_0001.nii.gz",
+        "imagesTs",
+        "imagesTs/d_0001.nii.gz",
+        "labelsTr",
+        "labelsTr/a.nii.gz",
+        "labelsTr/b.nii.gz",
+        "labelsTr/c.nii.gz",
+        "missing_modalities.json",
+    ]
+    recorded = json.loads((summary.folder / "missing_modalities.json").read_text())
+    assert recorded == {case: list(names) for case, names in summary.missing.items()}
+    assert (summary.folder / "imagesTr/a_0001.nii.gz").read_bytes() == (source / "a/a_t1.nii.gz").read_bytes()
+    assert np.array_equal(array_of(summary.folder / "imagesTr/b_0002.nii.gz"), array_of(source / "b/b_fl.nii"))
+    description = json.loads((summary.folder / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "ct", "1": "t1", "2": "flair"}
+    assert description["numTraining"] == 3
+
+
+def test_label_values_become_consecutive(nnunet_folders: Path, source: Path) -> None:
+    summary = convert(source)
+    assert summary.labels == {"label_128": (128, 1), "label_255": (255, 2)}
+    assert np.unique(array_of(summary.folder / "labelsTr/a.nii.gz")).tolist() == [0, 2]
+    named = convert(source, labels={"core": 255, "edema": 128}, overwrite=True)
+    assert np.unique(array_of(named.folder / "labelsTr/a.nii.gz")).tolist() == [0, 1]
+    description = json.loads((named.folder / "dataset.json").read_text())
+    assert description["labels"] == {"background": 0, "core": 1, "edema": 2}
+    with pytest.raises(ValueError, match="The label maps also have 128; name every value"):
+        convert(source, labels={"core": 255}, overwrite=True)
+
+
+def test_splits_and_links(nnunet_folders: Path, source: Path) -> None:
+    summary = convert(source, split="1:1:1", link=True)
+    assert (summary.num_training, summary.num_test) == (2, 2)
+    held_out = summary.split.test[0]
+    assert (summary.folder / "labelsTs" / f"{held_out}.nii.gz").is_file()
+    splits = json.loads((nnunet_folders / "preprocessed" / "Dataset045_Cohort" / "splits_final.json").read_text())
+    assert splits == [{"train": list(summary.split.train), "val": list(summary.split.val)}]
+    part = "Ts" if held_out == "a" else "Tr"
+    assert (summary.folder / f"images{part}/a_0000.nii.gz").is_symlink()
+
+
+def test_bad_cases_are_named_and_nothing_is_written(nnunet_folders: Path, source: Path) -> None:
+    save(volume(1, shape=(12, 14, 15)), source / "b" / "b_ct.nii.gz")
+    save(label(shape=(12, 14, 16)), source / "c" / "lesion.nii.gz", spacing=(2.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="2 of 4 case") as caught:
+        convert(source)
+    text = str(caught.value)
+    assert "b_fl.nii is not on the grid of b_ct.nii.gz: shape" in text
+    assert "lesion.nii.gz is not on the grid of the images: spacing" in text
+    assert tree(nnunet_folders / "raw") == []
+    summary = convert(source, skip_bad=True)
+    assert sorted(summary.skipped) == ["b", "c"]
+    assert summary.num_training == 1
+
+
+def test_refusals(nnunet_folders: Path, source: Path) -> None:
+    with pytest.raises(ValueError, match=r"No case of .* has a label map, so nothing can be trained"):
+        convert_cohort(CohortRequest(find_by_patterns(source, PATTERNS), 45, "Cohort", num_processes=1))
+    convert(source)
+    with pytest.raises(ValueError, match=r"exists\. Give --overwrite"):
+        convert(source)
+    for case in "abc":
+        (source / case / "lesion.nii.gz").unlink()
+        save(np.zeros(SHAPE, np.uint8), source / case / "lesion.nii.gz")
+    with pytest.raises(ValueError, match="The label maps are empty in every case"):
+        convert(source, overwrite=True)
+
+
+def test_the_commands(nnunet_folders: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patterns = [f"{name}={pattern}" for name, pattern in PATTERNS.items()]
+    command = ["convert", "folders", str(source), "-d", "45", "-np", "1", "--label", "lesion.nii.gz", "--modalities"]
+    assert main([*command, *patterns]) == 0
+    printed = capsys.readouterr().out
+    assert "Labels: 128 label_128 -> 1, 255 label_255 -> 2" in printed
+    assert "3 case(s) lack modalities: t1 in 1, ct in 2, flair in 2" in printed
+    assert "nnUNetv2_plan_and_preprocess -d 45" in printed
+    folders = nnunet_folders / "raw" / "Dataset045_src"
+    rows = ["case,ct,t1,flair,label,site"]
+    for case, site in zip("abcd", "xxyy", strict=True):
+        cells = [next((str(p) for p in (source / case).glob(PATTERNS[n])), "") for n in PATTERNS]
+        mask = source / case / "lesion.nii.gz"
+        rows.append(",".join([case, *cells, str(mask) if mask.exists() else "", site]))
+    (tmp_path / "cohort.csv").write_text("\n".join(rows))
+    assert main(["convert", "sheet", str(tmp_path / "cohort.csv"), "-d", "46", "-np", "1"]) == 0
+    sheet = nnunet_folders / "raw" / "Dataset046_cohort"
+    assert [name for name in tree(sheet) if name != "case_sites.json"] == tree(folders)
+    assert json.loads((sheet / "case_sites.json").read_text()) == {"a": "x", "b": "x", "c": "y", "d": "y"}
+    assert main(["convert", "folders", str(source), "-d", "47", "--modalities", "t1"]) == 2
+    assert "Bad --modalities 't1'" in capsys.readouterr().err
+
+
+def test_record_of_an_existing_data_set(nnunet_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", {"a": ["t1"]})
+    save(np.full(SHAPE, -1000, np.float32), folder / "imagesTr" / "b_0000.nii.gz")
+    before = tree(folder)
+    assert main(["convert", "raw", "-d", "45", "-np", "1"]) == 0
+    assert "2 case(s) lack modalities: t1 in 1, ct in 1" in capsys.readouterr().out
+    assert json.loads((folder / "missing_modalities.json").read_text()) == {"a": ["t1"], "b": ["ct"]}
+    assert tree(folder) == sorted([*before, "missing_modalities.json"])
+    write_raw(nnunet_folders / "raw" / "Dataset046_Whole")
+    assert main(["convert", "raw", "-d", "46", "-np", "1"]) == 0
+    assert "No case lacks a modality" in capsys.readouterr().out
+
+
+def test_decathlon(nnunet_folders: Path, tmp_path: Path) -> None:
+    """Four axes in one file; a volume of zeros is an absent modality."""
+    source = tmp_path / "Task01_Tiny"
+    for index, case in enumerate(("c1", "c2")):
+        volumes = [volume(index), np.zeros(SHAPE, np.float32) if case == "c2" else volume(index + 5)]
+        image = sitk.JoinSeries([sitk.GetImageFromArray(v) for v in volumes])
+        (source / "imagesTr").mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(image, str(source / "imagesTr" / f"{case}.nii.gz"))
+        save(label(), source / "labelsTr" / f"{case}.nii.gz")
+    content = {"modality": {"0": "FLAIR", "1": "T1w"}, "labels": {"0": "background", "1": "edema"}}
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert main(["convert", "msd", str(source), "-d", "48", "-np", "1"]) == 0
+    folder = nnunet_folders / "raw" / "Dataset048_Task01_Tiny"
+    assert json.loads((folder / "missing_modalities.json").read_text()) == {"c2": ["T1w"]}
+    assert np.array_equal(array_of(folder / "imagesTr" / "c1_0001.nii.gz"), volume(5))
+    assert not (folder / "imagesTr" / "c2_0001.nii.gz").exists()
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "edema": 1}
+
+
+def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A challenge's validation folder: no segmentation, one case without FLAIR."""
+    for case in write_cases(tmp_path / "val", 2, "brats2023"):
+        (tmp_path / "val" / case / f"{case}-seg.nii.gz").unlink()
+    (tmp_path / "val" / case / f"{case}-t2f.nii.gz").unlink()
+    assert main(["convert", "images", str(tmp_path / "val"), str(tmp_path / "out"), "-np", "1"]) == 0
+    assert "1 case(s) lack modalities: flair in 1" in capsys.readouterr().out
+    assert len(tree(tmp_path / "out")) == 7
+    assert f"{case}_0003.nii.gz" not in tree(tmp_path / "out")
+    assert main(["convert", "images", str(tmp_path / "val"), str(tmp_path / "out"), "-np", "1"]) == 2
+    assert "exists. Give --overwrite" in capsys.readouterr().err
+    write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", channels=("FLAIR", "T1"))
+    command = ["convert", "images", str(tmp_path / "val"), str(tmp_path / "like"), "--like", "45", "-np", "1"]
+    assert main(command) == 0
+    written = array_of(tmp_path / "like" / f"{case}_0001.nii.gz")
+    assert np.array_equal(written, array_of(tmp_path / "val" / case / f"{case}-t1n.nii.gz"))
+    assert f"{case}_0000.nii.gz" not in tree(tmp_path / "like")
+
+
+def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
+    cases = write_cases(tmp_path / "src", 3)
+    (tmp_path / "src" / cases[0] / f"{cases[0]}_t2.nii.gz").unlink()
+    command = ["convert", "brats", str(tmp_path / "src"), "-d", "137", "-np", "1", "--subset_of", "flair", "T1Gd"]
+    assert main(command) == 0
+    (folder,) = (nnunet_folders / "raw").glob("Dataset137_*")
+    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "T1ce", "1": "Flair"}
+    first = array_of(folder / "imagesTr" / f"{cases[0]}_0001.nii.gz")
+    assert np.array_equal(first, array_of(tmp_path / "src" / cases[0] / f"{cases[0]}_flair.nii.gz"))
+    assert len(list((folder / "imagesTr").iterdir())) == 6
+    assert not (folder / "missing_modalities.json").exists()

@@ -1,0 +1,125 @@
+"""Which files belong to which case: patterns, sheets, BIDS and BraTS names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_mgml.io.case_files import find_bids, find_brats, find_by_patterns, read_sheet
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def names_of(found) -> dict[str, list[str]]:
+    return {case.name: sorted(case.images) for case in found.cases}
+
+
+def test_a_folder_per_patient(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/x_t1.nii.gz", "p1/x_fl.nii.gz", "p1/les.nii.gz", "p2/deep/y_t1.nii.gz", "p3/z_fl.nii.gz")
+    touch(tmp_path, "p1/notes.txt", ".hidden/x_t1.nii.gz", "__MACOSX/p1/x_t1.nii.gz")
+    found = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "flair": "*_fl.nii.gz"}, "les*.nii.gz")
+    assert names_of(found) == {"p1": ["flair", "t1"], "p2": ["t1"], "p3": ["flair"]}
+    assert found.modalities == ("t1", "flair")
+    assert [case.label is not None for case in found.cases] == [True, False, False]
+    assert found.problems == {}
+
+
+def test_one_folder_with_all_files_and_sessions(tmp_path: Path) -> None:
+    touch(tmp_path / "flat", "P-01_T1.nii.gz", "P-02_T1.nii.gz", "P-02_T2.nii.gz", "P-02.label.nii.gz")
+    found = find_by_patterns(tmp_path / "flat", {"t1": "*_T1.nii.gz", "t2": "*_T2.nii.gz"}, "*.label.nii.gz")
+    assert names_of(found) == {"P-01": ["t1"], "P-02": ["t1", "t2"]}
+    touch(tmp_path / "deep", "a/s1/t1.nii.gz", "a/s2/t1.nii.gz", "b/s1/t1.nii.gz")
+    two = find_by_patterns(tmp_path / "deep", {"t1": "t1.nii.gz"}, case_folders=2)
+    assert sorted(names_of(two)) == ["a_s1", "a_s2", "b_s1"]
+    one = find_by_patterns(tmp_path / "deep", {"t1": "t1.nii.gz"})
+    assert sorted(names_of(one)) == ["b"]
+    assert "2 files for t1" in one.problems["a"][0]
+    first = find_by_patterns(tmp_path / "deep", {"t1": "s1/t1.nii.gz"})
+    assert sorted(names_of(first)) == ["a", "b"]
+
+
+def test_patterns_that_do_not_fit(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/a_t1.nii.gz", "p1/a_t1ce.nii.gz", "p2/seg.nii.gz", "t1.nii.gz")
+    with pytest.raises(ValueError, match=r"No file below .* matches \*_t2.nii.gz \(t2\); files there: t1"):
+        find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "t2": "*_t2.nii.gz"})
+    found = find_by_patterns(tmp_path, {"t1": "*_t1*.nii.gz", "t1ce": "*_t1ce.nii.gz"}, "seg.nii.gz")
+    assert "make the patterns narrower" in found.problems["p1"][0]
+    assert found.problems["p2"] == ["has a label but no image"]
+    with pytest.raises(ValueError, match="has no \\*, which would name the case"):
+        find_by_patterns(tmp_path, {"t1": "t1.nii.gz"})
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        find_by_patterns(tmp_path / "gone", {"t1": "*"})
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_sheet(tmp_path: Path, separator: str) -> None:
+    touch(tmp_path, "a1.nii.gz", "a2.nii.gz", "b2.nii.gz", "l.nii.gz")
+    rows = ["case,T1,dwi,label,Site", "A,a1.nii.gz,a2.nii.gz,l.nii.gz,Ulm", f"B,n/a,{tmp_path}/b2.nii.gz,,", ",,,,"]
+    path = tmp_path / "cases.csv"
+    path.write_text("\ufeff" + "\n".join(row.replace(",", separator) for row in rows), encoding="utf-8")
+    found = read_sheet(path)
+    assert found.modalities == ("T1", "dwi")
+    assert names_of(found) == {"A": ["T1", "dwi"], "B": ["dwi"]}
+    assert [(case.site, case.label is not None) for case in found.cases] == [("Ulm", True), (None, False)]
+    only = read_sheet(path, ["DWI"])
+    assert only.modalities == ("DWI",)
+    assert names_of(only) == {"A": ["DWI"], "B": ["DWI"]}
+    with pytest.raises(ValueError, match="has no column flair; its columns are case, T1, dwi, label, Site"):
+        read_sheet(path, ["flair"])
+
+
+def test_sheets_with_mistakes(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz")
+    path = tmp_path / "cases.tsv"
+    path.write_text("case\tt1\tt2\nA\ta.nii.gz\tgone.nii.gz\nB\ta.nii.gz\t\nB\ta.nii.gz\t\nC\t\t\n")
+    found = read_sheet(path)
+    assert "gone.nii.gz does not exist" in found.problems["A"][0]
+    assert found.problems["B"] == ["is in two rows"]
+    assert found.problems["C"] == ["has no image"]
+    path.write_text("patient\tt1\nA\ta.nii.gz\n")
+    with pytest.raises(ValueError, match="needs a column 'case'"):
+        read_sheet(path)
+    path.write_text("case\tt1\n\ta.nii.gz\n")
+    with pytest.raises(ValueError, match="a row without a case name"):
+        read_sheet(path)
+
+
+def test_bids(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_ce-gadolinium_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_FLAIR.nii.gz",
+        "sub-01/ses-a/dwi/sub-01_ses-a_dwi.nii.gz",
+        "sub-02/anat/sub-02_T2w.nii.gz",
+        "sub-02/anat/sub-02_T2w.json",
+        "derivatives/lesions/sub-01/ses-a/anat/sub-01_ses-a_label-lesion_mask.nii.gz",
+        "derivatives/lesions/sub-02/anat/sub-02_desc-brain_mask.nii.gz",
+        "derivatives/lesions/sub-02/anat/sub-02_space-x_T1w.nii.gz",
+    )
+    found = find_bids(tmp_path)
+    assert found.modalities == ("t1", "t1ce", "t2", "flair", "dwi")
+    assert names_of(found) == {"sub-01_ses-a": ["dwi", "flair", "t1", "t1ce"], "sub-02": ["t2"]}
+    assert [case.label is not None for case in found.cases] == [True, False]
+    chosen = find_bids(tmp_path, {"gd": "ce-*_T1w", "plain": "T1w"}, "*_mask.nii.gz")
+    assert names_of(chosen) == {"sub-01_ses-a": ["gd", "plain"]}
+    assert chosen.problems == {"sub-02": ["has a label but no image"]}
+    with pytest.raises(ValueError, match=r"is of pd=PDw"):
+        find_bids(tmp_path, {"t1": "T1w", "pd": "PDw"})
+    with pytest.raises(ValueError, match="No image with a BIDS name"):
+        find_bids(touch(tmp_path / "other", "x.nii.gz"))
+
+
+def test_brats_names(tmp_path: Path) -> None:
+    touch(tmp_path, "a/BraTS-GLI-1-000/BraTS-GLI-1-000-t1n.nii.gz", "a/BraTS-GLI-1-000/BraTS-GLI-1-000-t2f.nii.gz")
+    touch(tmp_path, "b/Brats18_X_t1ce.nii", "b/Brats18_X_seg.nii", "b/readme.nii.gz")
+    found = find_brats(tmp_path)
+    assert names_of(found) == {"BraTS-GLI-1-000": ["flair", "t1"], "Brats18_X": ["t1ce"]}
+    with pytest.raises(ValueError, match="No BraTS case found"):
+        find_brats(touch(tmp_path / "none", "x.nii.gz"))
