@@ -273,7 +273,8 @@ def _resolved(plans: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with ``inherits_from`` applied, as nnU-Net does it."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    return PlansManager(plans).get_configuration(name).configuration
+    configuration: dict[str, Any] = PlansManager(plans).get_configuration(name).configuration
+    return configuration
 
 
 def _parse_nnunet_value(key: str, value: Any) -> Any:
@@ -294,6 +295,7 @@ def _read_json(file: Path, command: str) -> dict[str, Any]:
         present = ", ".join(sorted(path.stem for path in file.parent.glob("*Plans*.json"))) or "none"
         raise FileNotFoundError(f"There is no {file} (plans there: {present}). Run {command} first.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return content

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, parse_missing
 from nnunetv2_mgml.inference.preprocessing import Item, Model, prepare_case, preprocess_volumes
@@ -18,9 +19,9 @@ from nnunetv2_mgml.modalities import channel_index
 
 def prepare_image(
     name: str,
-    image: np.ndarray | Sequence[np.ndarray | None],
+    image: NDArray[Any] | Sequence[NDArray[Any] | None],
     properties: dict[str, Any],
-    previous_stage: np.ndarray | None,
+    previous_stage: NDArray[Any] | None,
     missing: Sequence[str] | None,
     model: Model,
     ofile: str | None,
@@ -53,7 +54,7 @@ def prepare_image(
 
 def prepare_named(
     name: str,
-    images: Mapping[str, np.ndarray | str | Path | None],
+    images: Mapping[str, NDArray[Any] | str | Path | None],
     properties: dict[str, Any] | None,
     previous_stage: Any,
     missing: Sequence[str] | None,
@@ -120,9 +121,9 @@ def _check_spacing(properties: Any) -> None:
 
 def _from_volumes(
     name: str,
-    volumes: dict[int, np.ndarray],
+    volumes: dict[int, NDArray[Any]],
     properties: dict[str, Any],
-    previous_stage: np.ndarray | None,
+    previous_stage: NDArray[Any] | None,
     model: Model,
     ofile: str | None,
 ) -> Item:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.preprocessing import Item, Model
 from nnunetv2_mgml.inference.report import PredictionReport
@@ -29,7 +29,7 @@ _WAITING_EXPORTS = 2
 """Predictions that may wait for a free export worker before the next case is predicted."""
 
 
-class SubsetEngine(nnUNetPredictor):
+class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
     """Base of `MGMLPredictor`, which documents the arguments."""
 
     def __init__(
@@ -75,9 +75,10 @@ class SubsetEngine(nnUNetPredictor):
     ) -> list[Any]:
         """As upstream for items of `preprocessing`; items with ``error`` go to `failures`."""
         if self.missing_modalities is None:
-            return super().predict_from_data_iterator(
+            plain: list[Any] = super().predict_from_data_iterator(
                 data_iterator, save_probabilities, num_processes_segmentation_export
             )
+            return plain
         results: list[Any] = []
         waiting: deque[tuple[int, str, Task]] = deque()
         at_most = num_processes_segmentation_export and num_processes_segmentation_export + _WAITING_EXPORTS
@@ -137,16 +138,17 @@ class SubsetEngine(nnUNetPredictor):
         if self._report is not None:
             self._report.finish(case, message)
 
-    def _logits(self, item: Item) -> np.ndarray:
+    def _logits(self, item: Item) -> NDArray[Any]:
         """Run the sliding window; returns ``(heads, z, y, x)`` float16 on the preprocessed grid."""
         threads = torch.get_num_threads()
         try:
             with seeing(self.network, item["availability"]):
-                return self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"])).cpu().numpy()
+                logits: torch.Tensor = self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"]))
+                return logits.cpu().numpy()
         finally:
             torch.set_num_threads(threads)
 
-    def _export_call(self, item: Item, logits: np.ndarray, probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
+    def _export_call(self, item: Item, logits: NDArray[Any], probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
         """Return a picklable function and its arguments: write the files, or return the label map."""
         if item["ofile"] is not None:
             return export_case, (
@@ -170,7 +172,8 @@ class SubsetEngine(nnUNetPredictor):
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """As upstream on ``(M + P, z, y, x)`` float32, in bfloat16 if `cpu_bfloat16` asks for it."""
         with self._precision():
-            return super().predict_sliding_window_return_logits(input_image)
+            logits: torch.Tensor = super().predict_sliding_window_return_logits(input_image)
+            return logits
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

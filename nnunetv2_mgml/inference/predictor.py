@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from nnunetv2.configuration import default_num_processes
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.arrays import prepare_image, prepare_named
 from nnunetv2_mgml.inference.engine import SubsetEngine
@@ -130,7 +130,7 @@ class MGMLPredictor(SubsetEngine):
             )
         self.failures = {}
         try:
-            return super().predict_from_files(
+            results: list[Any] | None = super().predict_from_files(
                 source,
                 target,
                 save_probabilities,
@@ -141,6 +141,7 @@ class MGMLPredictor(SubsetEngine):
                 num_parts,
                 part_id,
             )
+            return results
         finally:
             if self._report is not None:
                 self._report.save()
@@ -157,9 +158,10 @@ class MGMLPredictor(SubsetEngine):
         """`predict_from_files` without worker processes."""
         files = (list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files)
         if self.missing_modalities is None:
-            return super().predict_from_files_sequential(
+            plain: list[Any] | None = super().predict_from_files_sequential(
                 *files, save_probabilities, overwrite, folder_with_segs_from_prev_stage
             )
+            return plain
         part_id, num_parts = self.sequential_part
         return self.predict_from_files(
             *files, save_probabilities, overwrite, 0, 0, folder_with_segs_from_prev_stage, num_parts, part_id
@@ -178,9 +180,10 @@ class MGMLPredictor(SubsetEngine):
         """As upstream, with a `Case` in place of each list of files."""
         source, target = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
         if self.missing_modalities is None:
-            return super()._manage_input_and_output_lists(
+            plain: tuple[list[Any], list[str | None] | None, list[str | None]] = super()._manage_input_and_output_lists(
                 source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts, save_probabilities
             )
+            return plain
         plan = plan_cases(
             source,
             target,
@@ -209,7 +212,11 @@ class MGMLPredictor(SubsetEngine):
             self.report_file, self.report_cases = self._report.path, [planned.case.name for planned in plan.todo]
             self._report.begin(self.report_cases, [planned.case.name for planned in plan.done])
         _log.info("%d cases to predict, %d are there already", len(plan.todo), len(plan.done))
-        return tuple([planned[i] for planned in plan.todo] for i in range(3))
+        return (
+            [planned.case for planned in plan.todo],
+            [planned.ofile for planned in plan.todo],
+            [planned.previous_stage for planned in plan.todo],
+        )
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,
@@ -219,9 +226,10 @@ class MGMLPredictor(SubsetEngine):
         num_processes: int,
     ) -> Iterator[Item]:
         if self.missing_modalities is None:
-            return super()._internal_get_data_iterator_from_lists_of_filenames(
+            plain: Iterator[Item] = super()._internal_get_data_iterator_from_lists_of_filenames(
                 input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
             )
+            return plain
         outputs = output_filenames_truncated or [None] * len(input_list_of_lists)
         return iterate_items(
             [
@@ -240,7 +248,7 @@ class MGMLPredictor(SubsetEngine):
         self,
         image_or_list_of_images: Any,
         segs_from_prev_stage_or_list_of_segs_from_prev_stage: Any,
-        properties_or_list_of_properties: dict | list[dict],
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
         truncated_ofname: str | list[str] | None,
         num_processes: int = 3,
     ) -> Iterator[Item]:
@@ -252,7 +260,8 @@ class MGMLPredictor(SubsetEngine):
             truncated_ofname,
         )
         if self.missing_modalities is None:
-            return super().get_data_iterator_from_raw_npy_data(*arguments, num_processes)
+            plain: Iterator[Item] = super().get_data_iterator_from_raw_npy_data(*arguments, num_processes)
+            return plain
         self.failures = {}
         count = len(image_or_list_of_images) if isinstance(image_or_list_of_images, list) else 1
         columns = [value if isinstance(value, list) else [value] * count for value in arguments]
@@ -273,8 +282,8 @@ class MGMLPredictor(SubsetEngine):
     def predict_single_npy_array(
         self,
         input_image: Any,
-        image_properties: dict,
-        segmentation_previous_stage: np.ndarray | None = None,
+        image_properties: dict[str, Any],
+        segmentation_previous_stage: NDArray[Any] | None = None,
         output_file_truncated: str | None = None,
         save_or_return_probabilities: bool = False,
     ) -> Any:
@@ -306,11 +315,11 @@ class MGMLPredictor(SubsetEngine):
 
     def predict_case(
         self,
-        images: Mapping[str, np.ndarray | str | Path | None],
+        images: Mapping[str, NDArray[Any] | str | Path | None],
         *,
         spacing: Sequence[float] | None = None,
         properties: dict[str, Any] | None = None,
-        previous_stage: np.ndarray | str | Path | None = None,
+        previous_stage: NDArray[Any] | str | Path | None = None,
         return_probabilities: bool = False,
     ) -> Any:
         """Predict one case given by modality names; names left out (or None) are missing.

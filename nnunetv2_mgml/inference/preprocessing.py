@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.dataloading.availability import present_channels
 from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError, resolve
@@ -138,7 +139,8 @@ def run_job(job: Job) -> Item:
 
 def _collect(pool: WorkerPool, job: Job, task: Any) -> Item:
     try:
-        return pool.result(task)
+        item: Item = pool.result(task)
+        return item
     except WorkerDiedError as error:
         return _failed(job, f"Case {job.case}: preprocessing failed, {error}.")
 
@@ -147,7 +149,7 @@ def _failed(job: Job, error: str) -> Item:
     return {"case": job.case, "ofile": job.ofile, "error": error}
 
 
-def _read_previous_stage(name: str, path: str, reader: Any) -> np.ndarray:
+def _read_previous_stage(name: str, path: str, reader: Any) -> NDArray[Any]:
     if not os.path.isfile(path):
         raise CaseError(
             f"Case {name}: the previous stage's segmentation {path} does not exist. Predict the case with "
@@ -158,9 +160,9 @@ def _read_previous_stage(name: str, path: str, reader: Any) -> np.ndarray:
 
 def preprocess_volumes(
     name: str,
-    volumes: Mapping[int, np.ndarray],
+    volumes: Mapping[int, NDArray[Any]],
     properties: dict[str, Any],
-    previous: np.ndarray | None,
+    previous: NDArray[Any] | None,
     ofile: str | None,
     model: Model,
 ) -> Item:
@@ -218,7 +220,9 @@ def preprocess_volumes(
     }
 
 
-def _check_normalised(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> None:
+def _check_normalised(
+    name: str, data: NDArray[Any], volumes: Mapping[int, NDArray[Any]], channels: Sequence[str]
+) -> None:
     """Raise a CaseError where intensities are too large for what nnU-Net computes with, float32."""
     for channel, volume in sorted(volumes.items()):
         largest = float(np.abs(volume).max())
@@ -230,7 +234,7 @@ def _check_normalised(name: str, data: np.ndarray, volumes: Mapping[int, np.ndar
             )
 
 
-def varying(volumes: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+def varying(volumes: Mapping[int, NDArray[Any]]) -> dict[int, NDArray[Any]]:
     """Return the ``(z, y, x)`` volumes that do not have one value everywhere.
 
     A placeholder for an absent modality may hold any value; one that is not zero would extend crop box and z-score of
@@ -239,7 +243,7 @@ def varying(volumes: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
     return {channel: volume for channel, volume in volumes.items() if np.any(volume != volume.flat[0])}
 
 
-def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> Subset:
+def _available(name: str, data: NDArray[Any], volumes: Mapping[int, NDArray[Any]], channels: Sequence[str]) -> Subset:
     """Drop modalities that are empty volumes: training counts those as absent as well (dataloading/availability.py)."""
     filled = present_channels(data, len(channels))
     present = tuple(c in volumes and filled[c] for c in range(len(channels)))
@@ -256,7 +260,7 @@ def _available(name: str, data: np.ndarray, volumes: Mapping[int, np.ndarray], c
     return present
 
 
-def _nothing_left(name: str, volumes: Mapping[int, np.ndarray], channels: Sequence[str]) -> EmptyCaseError:
+def _nothing_left(name: str, volumes: Mapping[int, NDArray[Any]], channels: Sequence[str]) -> EmptyCaseError:
     empty = ", ".join(channels[c] for c in sorted(volumes))
     verb = "has" if len(volumes) == 1 else "have"
     return EmptyCaseError(f"Case {name}: no modality is left, {empty} {verb} the same value everywhere.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.inputs import CaseError
 from nnunetv2_mgml.io.grid import grid_difference
@@ -15,7 +15,7 @@ from nnunetv2_mgml.io.volumes import VolumeError, check_file, check_finite, unre
 
 def read_case(
     name: str, files: Mapping[int, str], channels: Sequence[str], reader: BaseReaderWriter
-) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+) -> tuple[dict[int, NDArray[Any]], dict[str, Any]]:
     """Read the given files, one channel each.
 
     Args:
@@ -31,7 +31,7 @@ def read_case(
     Raises:
         CaseError: a file that is no volume (see `io.volumes`), holds more than one channel, or lies on another grid.
     """
-    volumes: dict[int, np.ndarray] = {}
+    volumes: dict[int, NDArray[Any]] = {}
     first: dict[str, Any] = {}
     for channel in sorted(files):
         volume, properties = read_file(name, files[channel], reader)
@@ -55,7 +55,7 @@ def read_case(
     return volumes, first
 
 
-def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
+def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[NDArray[Any], dict[str, Any]]:
     """Read one file.
 
     Returns:
@@ -73,8 +73,8 @@ def read_file(name: str, path: str, reader: BaseReaderWriter) -> tuple[np.ndarra
     return volume, properties
 
 
-def _read(path: str, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
+def _read(path: str, reader: BaseReaderWriter) -> tuple[NDArray[Any], dict[str, Any]]:
     try:
-        return cast("tuple[np.ndarray, dict[str, Any]]", reader.read_images([path]))
+        return cast("tuple[NDArray[Any], dict[str, Any]]", reader.read_images([path]))
     except Exception as error:  # every reader library has its own exceptions, some derive from nothing narrower
         raise unreadable(path, error, type(reader).__name__) from error

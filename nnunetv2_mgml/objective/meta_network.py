@@ -107,7 +107,11 @@ class MetaNetwork(nn.Module):
                 inputs = torch.cat((inputs, available.to(inputs.dtype)), 1)
             t1, t2, w_f, beta, alpha = self.layers(inputs.to(next(self.layers.parameters()).dtype)).sigmoid().unbind(1)
             return MetaParameters(
-                *(_into(t, self.t_range) for t in (t1, t2)), w_f, *(_into(s, self.sharpness) for s in (beta, alpha))
+                _into(t1, self.t_range),
+                _into(t2, self.t_range),
+                w_f,
+                _into(beta, self.sharpness),
+                _into(alpha, self.sharpness),
             )
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import SimpleITK as sitk
 import torch
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.arguments import check_device
 from nnunetv2_mgml.inference.inputs import Case, CaseError
@@ -37,24 +38,24 @@ _TRAINING_STATE = "mgml"
 class Internals:
     """One axial slice of the patch, all arrays ``(y, x)`` in display orientation (see `figures.slices`)."""
 
-    images: dict[str, np.ndarray]
+    images: dict[str, NDArray[Any]]
     """Modality name -> preprocessed image, float32."""
-    reference: np.ndarray
+    reference: NDArray[Any]
     """Label map."""
-    single: dict[str, np.ndarray]
+    single: dict[str, NDArray[Any]]
     """Modality name -> label map of the shared decoder; empty where the network has none."""
-    soft_label: np.ndarray | None
+    soft_label: NDArray[Any] | None
     """Most probable label of the soft label; None where the model was trained without."""
     meta_parameters: dict[str, float]
     """``w_f``, ``beta``, ``alpha`` of this patch; empty where the soft label has none."""
-    fused: np.ndarray
+    fused: NDArray[Any]
     """Label map of the fused prediction from all modalities the case has."""
-    probabilities: dict[str, dict[str, np.ndarray]]
+    probabilities: dict[str, dict[str, NDArray[Any]]]
     """Subset name -> region or label name -> probability, float32; the key ``confidence`` is the network's certainty:
     the largest label probability, or for regions the mean over them of the probability of the more likely answer."""
-    features: dict[str, np.ndarray]
+    features: dict[str, NDArray[Any]]
     """Modality name -> encoder features ``(C, y, x)`` float32 at `scale`."""
-    feature_reference: np.ndarray
+    feature_reference: NDArray[Any]
     """``(y, x)`` bool at the features' resolution: where there is a label."""
     scale: int
     """Scale of the features, 0 is full resolution."""
@@ -73,7 +74,7 @@ class LoadedModel:
     @property
     def network(self) -> MultiEncoderUNet:
         """The network without wrappers."""
-        return bare(self.predictor.network)
+        return cast(MultiEncoderUNet, bare(self.predictor.network))
 
 
 def load_model(
@@ -137,7 +138,7 @@ def compute_internals(
 class _Patch:
     """One patch inside the network; methods return arrays in network axes ``(..., z, y, x)``."""
 
-    def __init__(self, model: LoadedModel, item: Item, x: torch.Tensor, reference: np.ndarray) -> None:
+    def __init__(self, model: LoadedModel, item: Item, x: torch.Tensor, reference: NDArray[Any]) -> None:
         self.model = model
         self.predictor = model.predictor
         self.item = item
@@ -188,7 +189,7 @@ class _Patch:
         mask = torch.tensor([subset], device=self.x.device)
         return self.network.fuse_decode(features, mask)[0].float().cpu()
 
-    def _probabilities(self, features: list[torch.Tensor], subset: Subset) -> dict[str, np.ndarray]:
+    def _probabilities(self, features: list[torch.Tensor], subset: Subset) -> dict[str, NDArray[Any]]:
         manager = self.predictor.label_manager
         values = np.asarray(manager.apply_inference_nonlin(self._logits(features, subset)))
         labels = self.predictor.dataset_json["labels"]
@@ -200,7 +201,7 @@ class _Patch:
 
     def _modality_predictions(
         self, features: list[torch.Tensor], available: torch.Tensor
-    ) -> tuple[dict[str, np.ndarray], np.ndarray | None, dict[str, float]]:
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None, dict[str, float]]:
         """Return label maps per modality, that of the soft label (or None), and the meta-parameters."""
         if self.network.modality_decoder is None:
             return {}, None, {}
@@ -226,7 +227,7 @@ class _Patch:
             shown = {name: float(getattr(fused.parameters, name)[0]) for name in ("w_f", "beta", "alpha")}
         return single, values[fused.scores[0].argmax(0).cpu().numpy()], shown
 
-    def _label_values(self, classes: int) -> np.ndarray:
+    def _label_values(self, classes: int) -> NDArray[Any]:
         """Return the label value of each class of the shared decoder (see `objective.segmentation.label_target`)."""
         manager = self.predictor.label_manager
         values = [0, *manager.regions_class_order] if manager.has_regions else list(manager.all_labels)
@@ -243,18 +244,19 @@ class _Display:
         image = self._oriented(np.zeros((2, 2, 2), np.uint8), spacing[::-1])
         self.pixel_aspect = image.GetSpacing()[1] / image.GetSpacing()[0]
 
-    def __call__(self, volume: np.ndarray) -> np.ndarray:
+    def __call__(self, volume: NDArray[Any]) -> NDArray[Any]:
         if volume.ndim == 4:
             return np.stack([self(channel) for channel in volume])
         turned = np.ascontiguousarray(np.asarray(volume).transpose(self.back))
         turned = turned.astype(np.float32 if np.issubdtype(turned.dtype, np.floating) else np.int16)
         return sitk.GetArrayFromImage(self._oriented(turned))
 
-    def _oriented(self, array: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> sitk.Image:
+    def _oriented(self, array: NDArray[Any], spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> sitk.Image:
         image = sitk.GetImageFromArray(array)
         image.SetDirection(self.direction)
         image.SetSpacing([float(s) for s in spacing])
-        return sitk.DICOMOrient(image, "LPS")
+        oriented: sitk.Image = sitk.DICOMOrient(image, "LPS")
+        return oriented
 
 
 def _direction(properties: Mapping[str, Any]) -> list[float]:
@@ -268,7 +270,7 @@ def _direction(properties: Mapping[str, Any]) -> list[float]:
     return list(np.eye(3).ravel())
 
 
-def nearest(volume: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def nearest(volume: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     """Return a volume resampled to another shape by its nearest voxels (same field of view, any rank)."""
     index = [
         np.minimum(((np.arange(new) + 0.5) * old / new).astype(int), old - 1)
@@ -277,7 +279,7 @@ def nearest(volume: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return volume[np.ix_(*index)]
 
 
-def _reference_on_network_grid(predictor: MGMLPredictor, item: Item, label_file: Path) -> np.ndarray:
+def _reference_on_network_grid(predictor: MGMLPredictor, item: Item, label_file: Path) -> NDArray[Any]:
     """Read a label map and bring it through nnU-Net's transposing, cropping and resampling."""
     try:
         check_file(label_file)
@@ -289,7 +291,7 @@ def _reference_on_network_grid(predictor: MGMLPredictor, item: Item, label_file:
     return nearest(labels[tuple(slice(low, high) for low, high in box)], item["data"].shape[1:]).astype(np.int16)
 
 
-def _patch_around(reference: np.ndarray, size: tuple[int, ...]) -> Any:
+def _patch_around(reference: NDArray[Any], size: tuple[int, ...]) -> Any:
     """Return a function that cuts a patch centred on the labels (inside the volume, padded with zeros if smaller)."""
     found = np.argwhere(reference > 0)
     centre = found.mean(0) if len(found) else np.array(reference.shape) / 2
@@ -298,7 +300,7 @@ def _patch_around(reference: np.ndarray, size: tuple[int, ...]) -> Any:
         for c, n, full in zip(centre, size, reference.shape, strict=True)
     ]
 
-    def cut(volume: np.ndarray) -> np.ndarray:
+    def cut(volume: NDArray[Any]) -> NDArray[Any]:
         part = volume[tuple(slice(start, start + n) for start, n in zip(starts, size, strict=True))]
         return np.pad(part, [(0, n - have) for n, have in zip(size, part.shape, strict=True)])
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
@@ -57,7 +57,11 @@ def _without(x: torch.Tensor, subset: Subset) -> torch.Tensor:
 class SubsetPredictor(MGMLPredictor):
     """An `MGMLPredictor` that can also predict many subsets of a preprocessed case at once."""
 
-    def predict_subsets(self, data: np.ndarray, subsets: Sequence[Subset]) -> np.ndarray:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._subsets: list[Subset] = []
+
+    def predict_subsets(self, data: NDArray[Any], subsets: Sequence[Subset]) -> NDArray[Any]:
         """Predict a preprocessed case for several subsets.
 
         Args:
@@ -71,15 +75,12 @@ class SubsetPredictor(MGMLPredictor):
         threads = torch.get_num_threads()
         self._subsets = list(subsets)
         try:
-            logits = self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
+            predicted: torch.Tensor = self.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+            logits: NDArray[Any] = predicted.cpu().numpy()
         finally:
             self._subsets = []
             torch.set_num_threads(threads)
         return logits.reshape(len(subsets), -1, *logits.shape[1:])
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._subsets: list[Subset] = []
 
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """As `MGMLPredictor`; inside `predict_subsets` for all its subsets, ``(S * heads, z, y, x)``."""
