@@ -160,9 +160,8 @@ def test_workflows_pin_what_they_run_and_begin_without_rights(path: Path) -> Non
     assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
 
 
-def test_types_may_only_get_better() -> None:
-    judge = script("check_types").judge
-    lines = ["a.py:1: error: no [misc]", "a.py:1: note: because", "b.py:2: error: no [misc]", "d.py:3: note: fine"]
-    assert judge(lines, ["a.py", "b.py"]) == ([], [])
-    assert judge(lines, ["b.py", "c.py"]) == (["a.py"], ["c.py"])
-    assert judge(lines, []) == (["a.py", "b.py"], [])
+def test_every_type_ignore_has_its_code_and_a_reason() -> None:
+    files = [*(ROOT / "nnunetv2_mgml").rglob("*.py"), *(ROOT / "dataset_conversion").rglob("*.py")]
+    lines = [line for file in files for line in file.read_text().splitlines() if "# type: ignore" in line]
+    assert lines
+    assert [line for line in lines if not re.search(r"# type: ignore\[[\w,-]+\]  # \w+", line)] == []
