@@ -65,6 +65,17 @@ def test_absent_encoders_do_not_run_at_inference() -> None:
     assert calls == [1, 3]
 
 
+def test_the_name_of_version_0_1_still_works() -> None:
+    net, x = network().eval(), batch((16, 16, 16))
+    with torch.no_grad():
+        net.set_visible((False, True, False, True))
+        expected = net(x)
+        net.set_visible(None)
+        with pytest.warns(DeprecationWarning, match="set_visible"):
+            net.set_availability((False, True, False, True))
+        assert torch.equal(net(x), expected)
+
+
 def test_compiled_once_for_all_subsets() -> None:
     """The stored subset reaches a compiled network as a tensor, not as bools to be compiled for one by one."""
     net = network().eval()
