@@ -56,7 +56,8 @@ def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor
         donor = Donor(weights, names)
         _check_channels(path, donor)
         return donor
-    plans, dataset_json = arguments.get("plans"), arguments.get("dataset_json")
+    plans: Any = arguments.get("plans")
+    dataset_json: Any = arguments.get("dataset_json")
     try:
         check_dataset_json(dataset_json)
         if not isinstance(plans, dict):
