@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from kept_model_cases import FIXTURE, MODEL, read
+from inference_cases import predict_kept
+from kept_model_cases import FIXTURE, read
 
-from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.inference.uncertainty import uncertainty, write_uncertainty
 
 
@@ -28,20 +28,13 @@ def test_of_regions_the_least_certain_one_counts() -> None:
     assert uncertainty(probabilities.astype(np.float16), True).dtype == np.float32
 
 
-def predict(images: Path, *options: str) -> int:
-    command = ["predict", "-i", str(images), "-o", str(images.parent / "OUT"), "-m", str(FIXTURE / MODEL), "-f", "0"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "-device", "cpu", "--disable_tta", "-npp", "0", "-nps", "0", *options])
-    return int(stopped.value.code or 0)
-
-
 def test_the_command_writes_the_map_and_no_more(tmp_path: Path, capsys: Any) -> None:
     images, out = tmp_path / "IN", tmp_path / "OUT"
     images.mkdir()
     shutil.copy(FIXTURE / "images" / "Phantom_00001_0003.nii.gz", images)
-    assert predict(images, "--save_uncertainty") == 2
+    assert predict_kept(images, "--save_uncertainty") == 2
     assert "--save_uncertainty needs --missing_modalities" in capsys.readouterr().err
-    assert predict(images, "--missing_modalities", "auto", "--save_uncertainty") == 0
+    assert predict_kept(images, "--missing_modalities", "auto", "--save_uncertainty") == 0
     path = out / "uncertainty" / "Phantom_00001.nii.gz"
     values, segmentation = read(path), sitk.ReadImage(str(out / "Phantom_00001.nii.gz"))
     assert sitk.ReadImage(str(path)).GetSpacing() == segmentation.GetSpacing()
