@@ -118,7 +118,7 @@ def test_make_sets_itself_up_or_uses_what_it_is_given() -> None:
         command = ["make", "--silent", "--always-make", "--dry-run", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    tests = "-m pytest -ra --numprocesses 2 --dist loadfile"
+    tests = "-m pytest -ra --numprocesses 2 --dist loadfile --no-loadscope-reorder"
     assert recipe("test", "VENV=/some/where") == [f"/some/where/bin/python {tests}"]
     for target, extras, last in (("test", "[test]", tests), ("demo", "", "/mgml demo -o demo --overwrite")):
         lines = recipe(target)
