@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import re
 import textwrap
@@ -28,6 +29,8 @@ NNUNET_KEYS: dict[str, str] = {
 }
 """Keys of nnU-Net's configurations that ``mgml plan --set`` takes too."""
 
+SIZES = ("batch_size", "patch_size", "width_factor")
+"""What ``--gpu_memory`` chooses."""
 STOCK_KEY = "stock_plans"
 """Key beside our options in the plans: the name of nnU-Net's plans they started from."""
 _STOCK_PLANS = "nnUNetPlans"
@@ -65,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ". paper-losses: the total of the paper's text, reference-losses: that of its published code; both for "
         "reproduction. Default: what the plans have",
     )
+    parser.add_argument(
+        "--gpu_memory",
+        metavar="GB",
+        nargs="?",
+        type=float,
+        const=math.inf,
+        help="predict the memory of a training step, from shapes alone. With a number, the GB of your GPU: also make "
+        "batch_size, patch_size or width_factor smaller where the step does not fit; what --set names stays",
+    )
     parser.add_argument("--list", action="store_true", help="list all options with their defaults and stop")
 
 
@@ -95,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
         )
         source = with_stock_sizes(source, stock, configurations)
     plans = make_plans(source, changes, configurations, args.plans_name, channels)
+    predicted = []
+    for name in configurations if args.gpu_memory is not None else ():
+        plans, chosen, line = _fitted(plans, name, dataset_json, args.gpu_memory, wanted, args.plans_name)
+        changes.update(chosen)
+        predicted.append(line)
     write_json(target, plans, indent=4)
     print(f"{'Replaced' if replaced else 'Wrote'} {target}")
     for key, value in plans[PLANS_KEY]["config"].items():
@@ -106,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     for key, value in changes.items():
         where = f" ({', '.join(configurations)})" if key in NNUNET_KEYS else ""
         print(f"  {key} = {json.dumps(value)}{where}")
+    for line in predicted:
+        print(f"  {line}")
     if plans[PLANS_KEY]["config"]["seed"] is not None:
         print(f"  note: {EXACT_REPETITION}")
     print(f"Train with: nnUNetv2_train {args.d} {configurations[0]} 0 -tr nnUNetTrainerMGML -p {args.plans_name}")
@@ -159,6 +178,33 @@ def make_plans(
     plans["plans_name"] = plans_name
     plans[PLANS_KEY] = {"config": options.as_dict(), "version": __version__, STOCK_KEY: stock}
     return plans
+
+
+def _fitted(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    gigabytes: float,
+    wanted: dict[str, Any],
+    plans_name: str,
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return plans whose training step fits a GPU, what was changed for it, and what the step needs."""
+    from nnunetv2_mgml.training.memory import ALLOWANCE, GIB
+    from nnunetv2_mgml.training.memory_budget import fit
+
+    if not gigabytes > 0:
+        raise ValueError(f"--gpu_memory is the memory of a GPU in GB, above 0, got {gigabytes:g}.")
+
+    def changed(changes: dict[str, Any]) -> dict[str, Any]:
+        return make_plans(plans, changes, [configuration], plans_name, channel_names(dataset_json))
+
+    found = fit(changed, configuration, dataset_json, gigabytes, [key for key in SIZES if key in wanted])
+    of = "" if math.isinf(gigabytes) else f", {ALLOWANCE:.0%} of {gigabytes:g} GB are {ALLOWANCE * gigabytes:.2f}"
+    line = (
+        f"{configuration}: a training step in 16 bit needs {found.memory.peak / GIB:.2f} GiB, predicted from shapes"
+        f" (weights, gradients and optimizer included; a GPU's own context comes on top){of}"
+    )
+    return (changed(found.changes) if found.changes else plans), found.changes, line
 
 
 def with_stock_sizes(plans: dict[str, Any], stock: dict[str, Any], configurations: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ bends, why, and which test fails when a new release changes it:
 - `export`: the writer inside nnU-Net's export of a prediction.
 - `decoder`: the steps of nnU-Net's decoder.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
+- `live_bytes`: PyTorch on shapes without data, and what would be alive.
+- `loss`: nnU-Net's training loss without a trainer.
 - `wrappers`: the network behind ``torch.compile`` and DistributedDataParallel.
 
 Subclasses that override hooks of nnU-Net stay with what they are for: `training.trainer`, `dataloading.loader`,
