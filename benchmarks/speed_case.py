@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,16 @@ def commands(work: Path, model: Path, stock: Path, bfloat16: bool) -> dict[str, 
         work: folder with ``images`` and ``labels``; outputs go there too.
         model: ours.
         stock: nnU-Net's own.
-        bfloat16: also predict with ``--cpu_bfloat16``.
+        bfloat16: also predict with ``--cpu_bfloat16``; by OpenVINO wherever that is installed.
     """
     ours = files(work, argparse.Namespace(m=model, f="0", cpu_bfloat16=False))
     found = {"one": ours["one"], "fifteen": ours["all"], "stock": functools.partial(predict_stock, work, stock)}
     if bfloat16:
         found["bfloat16"] = files(work, argparse.Namespace(m=model, f="0", cpu_bfloat16=True))["one"]
+    if find_spec("openvino") is not None:
+        found["openvino"] = files(work, argparse.Namespace(m=model, f="0", cpu_bfloat16=False, backend="openvino"))[
+            "one"
+        ]
     return found
 
 

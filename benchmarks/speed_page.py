@@ -55,6 +55,12 @@ GOALS = {
         "one profiled `mgml predict` in float32, everything from loading the model to the written label map",
     ),
     "loader_ratio": Goal(1.02, "a batch of our loader / of nnU-Net's", "CPU time of one thread, the same patches"),
+    "openvino_patch_ratio": Goal(
+        0.77,
+        "a patch by `--backend openvino` / by PyTorch",
+        "network alone, four modalities, float32 / the faster of float32 and bfloat16; goal: 1.3 times as fast",
+    ),
+    "openvino_one_ratio": Goal(None, "the same, from one modality", "compiled for it, float32 / float32"),
     "bfloat16_patch_ratio": Goal(None, "a patch in bfloat16 / in float32", "network alone; pays where the CPU has it"),
 }
 """By the keys of speed.json, in the order of the page."""
@@ -122,7 +128,7 @@ def page(result: Mapping[str, Any]) -> str:
 def _row(goal: Goal, entry: Mapping[str, Any] | None, measured: bool) -> list[str]:
     at_most = "-" if goal.at_most is None else f"{goal.at_most:.2f}"
     if entry is None:
-        why = "this processor has no instructions for it" if measured else goal.how
+        why = "no library, or no instructions of this processor, for it" if measured else goal.how
         return [goal.what, "not measured", "-", at_most, "-", why]
     met = "-" if goal.at_most is None else "yes" if entry["value"] <= goal.at_most else "**no**"
     spread = "-" if entry["scatter"] is None else f"{entry['scatter']:.0%}"

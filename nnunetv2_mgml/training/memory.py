@@ -24,8 +24,8 @@ from nnunetv2_mgml.upstream.loss import training_loss
 GIB = 2**30
 ALLOWANCE = 0.8
 """Share of a GPU's memory that a plan may use by the prediction: on an H200 PyTorch reserved 1.2 times what lived."""
-_STATES = {"sgd": 1, "adam": 2}
-"""Numbers an optimizer keeps per weight."""
+_STATES = {"sgd": 1, "adam": 3}
+"""Numbers an optimizer keeps per weight; the paper's Adam is the one with a maximum (amsgrad)."""
 
 
 class StepMemory(NamedTuple):

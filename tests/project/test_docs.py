@@ -35,6 +35,7 @@ def commands() -> list[str]:
     found = re.findall(r"^(mgml .+?)(?:\s+#.*)?$|`(mgml [^`\n]+)`", text, flags=re.MULTILINE)
     lines = {(block or inline).strip() for block, inline in found}
     checked = ("convert", "check", "plan", "warmstart", "evaluate", "compare", "report", "export-model", "info", "demo")
+    checked += ("export-network",)
     return sorted(
         line
         for line in lines - MENTIONS
