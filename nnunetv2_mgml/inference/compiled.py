@@ -108,5 +108,5 @@ def _digest(network: nn.Module) -> bytes:
     """Return what tells weights apart: nnU-Net loads those of every fold into one network."""
     hashed = hashlib.blake2b()
     for tensor in network.state_dict().values():
-        hashed.update(np.ascontiguousarray(tensor.detach().cpu().numpy()))
+        hashed.update(tensor.detach().cpu().numpy().tobytes())
     return hashed.digest()

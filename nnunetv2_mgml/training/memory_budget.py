@@ -80,7 +80,7 @@ class _Size(NamedTuple):
     @classmethod
     def of(cls, plans: Mapping[str, Any], configuration: str) -> _Size:
         plan = PlansManager(dict(plans)).get_configuration(configuration)
-        return cls(plan.batch_size, math.prod(plan.patch_size), Options.from_plans(plans).network.width_factor)
+        return cls(plan.batch_size, math.prod(plan.patch_size), Options.from_plans(dict(plans)).network.width_factor)
 
     def changed(self, changes: Mapping[str, Any]) -> _Size:
         patch: Sequence[int] | None = changes.get("patch_size")
@@ -100,7 +100,7 @@ class _Size(NamedTuple):
 def _ladder(plans: Mapping[str, Any], configuration: str, fixed: Collection[str]) -> Iterator[Changes]:
     """Yield changes, each smaller than the one before."""
     resolved = PlansManager(dict(plans)).get_configuration(configuration)
-    width: float = Options.from_plans(plans).network.width_factor
+    width: float = Options.from_plans(dict(plans)).network.width_factor
     batch, changes = resolved.batch_size, Changes()
     if "batch_size" not in fixed:
         for size in range(batch - 1, 1, -1):
