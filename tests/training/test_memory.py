@@ -84,14 +84,11 @@ def test_prediction_is_what_the_allocator_holds(
 
 
 def test_shapes_alone_need_no_memory() -> None:
-    """A step of some hundred GiB is counted; 16 bit needs less than 32."""
+    """A step that no machine here could do is counted."""
     plans = planned(fusion="mean", soft_label="none", consistency_weight=0.0, complete_view_weight=0.0)
     configuration = plans["configurations"]["3d_fullres"]
-    configuration.update(replan(configuration, [256] * 3), batch_size=8)
-    half = step_memory(plans, "3d_fullres", builders.BRATS_JSON)
-    whole = step_memory(plans, "3d_fullres", builders.BRATS_JSON, mixed_precision=False)
-    assert 20 * GIB < half.peak < whole.peak
-    assert half.weights == whole.weights
+    configuration.update(replan(configuration, [256] * 3), batch_size=64)
+    assert step_memory(plans, "3d_fullres", builders.BRATS_JSON).peak > 200 * GIB
 
 
 def test_loss_without_a_trainer_is_the_trainers(nnunet_folders: Any) -> None:
