@@ -23,6 +23,6 @@ Subclasses that override hooks of nnU-Net stay with what they are for: `training
 `inference.predictor` and `inference.subsets.predictor`. tests/upstream/test_upstream_drift.py and
 tests/upstream/test_inference_drift.py pin their signatures, and the bodies they repeat or rely on: those that
 `inference.predictor` names, `nnUNetPredictor.predict_logits_from_preprocessed_data`, which it calls, and
-`DefaultPreprocessor.run_case` and `preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps, and
-`DatasetFingerprintExtractor.run`, `analyze_case`, which `incomplete_data` repeats.
+`DefaultPreprocessor.run_case` and `preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps,
+and `DatasetFingerprintExtractor.run`, `analyze_case`, which `incomplete_data` repeats.
 """
