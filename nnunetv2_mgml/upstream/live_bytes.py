@@ -3,7 +3,7 @@
 Bends: ``torch._subclasses.fake_tensor.FakeTensorMode``, ``torch.utils._python_dispatch.TorchDispatchMode`` and
     ``torch.utils._pytree``, which are not public.
 Why: what a training step needs in memory can be said before anything is trained, without a GPU.
-Guarded by: tests/upstream/test_upstream_drift.py, tests/training/test_memory.py
+Guarded by: tests/upstream/test_upstream_drift.py, tests/objective/test_memory.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Bends: ``nnUNetTrainer._build_loss`` and ``_get_deep_supervision_scales``, called on an object that has what they read.
 Why: a trainer cannot be made without result folders and a device, and a copy of its loss would grow old.
-Guarded by: tests/upstream/test_upstream_drift.py, tests/training/test_memory.py
+Guarded by: tests/upstream/test_upstream_drift.py, tests/objective/test_memory.py
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from nnunetv2.experiment_planning import plan_and_preprocess_api
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -24,6 +27,7 @@ from nnunetv2.training.logging import nnunet_logger
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_mgml.upstream.blur import stop_timing
 from nnunetv2_mgml.upstream.wrappers import bare
 
 VERSIONS = f"nnunetv2 {version('nnunetv2')}, dynamic-network-architectures {version('dynamic-network-architectures')}"
@@ -162,3 +166,16 @@ def test_the_loss_reads_only_what_we_give_it() -> None:
     given = {"label_manager", "configuration_manager", "enable_deep_supervision", "is_ddp"}
     given |= {"_do_i_compile", "_get_deep_supervision_scales"}
     assert set(re.findall(r"self\.(\w+)", source)) == given, f"nnUNetTrainer's loss has changed in {VERSIONS}"
+
+
+def test_loading_a_checkpoint_still_asks_the_optimizer_of_the_trainer() -> None:
+    assert "self.optimizer.load_state_dict(checkpoint[" in inspect.getsource(nnUNetTrainer.load_checkpoint)
+
+
+def test_the_blur_still_times_itself_unless_told_not_to() -> None:
+    blur = GaussianBlurTransform(blur_sigma=1.0, benchmark=True)
+    assert blur.benchmark is True
+    stop_timing(ComposeTransforms([RandomTransform(blur)]))
+    assert blur.benchmark is False
+    assert "GaussianBlurTransform(" in inspect.getsource(nnUNetTrainer.get_training_transforms)
+    assert "benchmark=True" in inspect.getsource(nnUNetTrainer.get_training_transforms)

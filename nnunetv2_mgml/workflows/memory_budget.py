@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.topology import smaller_patches
-from nnunetv2_mgml.training.memory import ALLOWANCE, GIB, StepMemory, step_memory
+from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
 
 WIDTHS = (0.375, 0.25)
 """Values of ``width_factor`` that are tried."""
@@ -37,7 +37,7 @@ def fit(
     planned: Callable[[Changes], Mapping[str, Any]],
     configuration: str,
     dataset_json: Mapping[str, Any],
-    gigabytes: float,
+    limit: float,
     fixed: Collection[str] = (),
 ) -> Fit:
     """Return the least changes by which a training step in 16 bit fits.
@@ -46,13 +46,12 @@ def fit(
         planned: returns the plans with some changes; with none, what is wanted.
         configuration: name of one of their configurations.
         dataset_json: of the dataset.
-        gigabytes: memory of the GPU, in 2^30 bytes; `ALLOWANCE` of it is used.
+        limit: bytes.
         fixed: what the user has chosen, of ``batch_size``, ``patch_size`` and ``width_factor``.
 
     Raises:
         ValueError: nothing allowed is small enough, or plans the network cannot be built of.
     """
-    limit = ALLOWANCE * gigabytes * GIB
     tried: Changes = {}
     memory = step_memory(planned({}), configuration, dataset_json)
     wanted = size = _Size.of(planned({}), configuration)
@@ -65,8 +64,8 @@ def fit(
         memory, size, tried = step_memory(planned(changes), configuration, dataset_json), candidate, changes
     if memory.peak > limit:
         raise ValueError(
-            f"A training step of configuration {configuration} does not fit into {ALLOWANCE:.0%} of {gigabytes:g} GB: "
-            f"the smallest that was tried needs {memory.peak / GIB:.2f} GiB. Let --gpu_memory choose what you have set "
+            f"A training step of configuration {configuration} does not fit into {limit / GIB:.2f} GiB: the smallest "
+            f"that was tried needs {memory.peak / GIB:.2f}. Let --gpu_memory choose what you have set "
             f"({', '.join(fixed) or 'nothing'}), or choose another fusion design."
         )
     return Fit(tried, memory)

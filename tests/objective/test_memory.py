@@ -13,10 +13,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.objective import memory
 from nnunetv2_mgml.plans.topology import replan, smaller_patches
-from nnunetv2_mgml.training import memory, memory_budget
-from nnunetv2_mgml.training.memory import GIB, StepMemory, step_memory
+from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+from nnunetv2_mgml.workflows import memory_budget
 
 TOLERANCE = 0.02
 """Of the prediction against the allocator's peak, in 32 bit on a CPU; measured: 0.02 % to 0.9 %."""
@@ -128,12 +129,12 @@ def fitted(gigabytes: float, fixed: tuple[str, ...] = ()) -> memory_budget.Fit:
         plans["mgml"]["config"].update({k: v for k, v in changes.items() if k == "width_factor"})
         return plans
 
-    return memory_budget.fit(changed, "3d_fullres", builders.BRATS_JSON, gigabytes, fixed)
+    return memory_budget.fit(changed, "3d_fullres", builders.BRATS_JSON, gigabytes * GIB, fixed)
 
 
 def need(batch: int, patch: list[int], width: float) -> float:
     """Return the gigabytes that are just enough by `by_voxels`."""
-    return batch * math.prod(patch) * width * 1024 / GIB / memory.ALLOWANCE + 1e-6
+    return batch * math.prod(patch) * width * 1024 / GIB + 1e-6
 
 
 def test_what_fits_stays_as_it_is(by_voxels: list[Any]) -> None:
@@ -156,7 +157,7 @@ def test_batch_then_patch_then_width_then_batch(by_voxels: list[Any]) -> None:
 def test_what_the_user_has_set_stays(by_voxels: list[Any]) -> None:
     chosen = fitted(need(4, [96, 96, 96], 0.5), fixed=("batch_size", "width_factor"))
     assert chosen.changes == {"patch_size": [96, 96, 96]}
-    with pytest.raises(ValueError, match=r"does not fit into 80% of 0\.1 GB") as raised:
+    with pytest.raises(ValueError, match=r"does not fit into 0\.10 GiB") as raised:
         fitted(0.1, fixed=("batch_size", "patch_size", "width_factor"))
     assert "batch_size, patch_size, width_factor" in str(raised.value)
 

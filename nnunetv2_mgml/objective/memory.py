@@ -2,7 +2,7 @@
 
 One step runs on tensors without data: the network with all that the loss terms need of it, the losses, the backward
 pass. Every storage counts from its making to its release, so the peak is what PyTorch's allocator would hold. Not in
-it: workspaces of the kernels, the allocator's gaps and a GPU's context, for which `ALLOWANCE` is.
+it: workspaces of the kernels, the allocator's gaps and a GPU's context.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from nnunetv2_mgml.upstream.live_bytes import on_shapes, take_shapes
 from nnunetv2_mgml.upstream.loss import training_loss
 
 GIB = 2**30
-ALLOWANCE = 0.8
-"""Share of a GPU's memory that a plan may use by the prediction: on an H200 PyTorch reserved 1.2 times what lived."""
 _STATES = {"sgd": 1, "adam": 3}
 """Numbers an optimizer keeps per weight; the paper's Adam is the one with a maximum (amsgrad)."""
 
