@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.plans.topology import smaller_patches
 from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
+from nnunetv2_mgml.plans.topology import smaller_patches
 
 WIDTHS = (0.375, 0.25)
 """Values of ``width_factor`` that are tried."""
@@ -55,11 +55,12 @@ def fit(
     tried: Changes = {}
     memory = step_memory(planned({}), configuration, dataset_json)
     wanted = size = _Size.of(planned({}), configuration)
-    for changes in _ladder(planned({}), configuration, fixed):
+    rungs = list(_ladder(planned({}), configuration, fixed))
+    for changes in rungs:
         if memory.peak <= limit:
             break
         candidate = wanted.changed(changes)
-        if size.scaled(memory, candidate) > limit:
+        if size.scaled(memory, candidate) > limit and changes is not rungs[-1]:
             continue  # far from it: need not be counted
         memory, size, tried = step_memory(planned(changes), configuration, dataset_json), candidate, changes
     if memory.peak > limit:
