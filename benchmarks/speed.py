@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=Path, help="folder of a BraTS 2021 case; default: a phantom of its size")
     parser.add_argument("--minutes", type=float, default=11, help="no turn of whole cases begins that would end later")
-    parser.add_argument("--turns", type=int, default=7, help="of what takes seconds")
+    parser.add_argument("--turns", type=int, default=5, help="of what takes seconds")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
     parser.add_argument("--page", action="store_true", help="write the page from what was measured before")
     parser.add_argument("--folder", type=Path, help="write speed.json and speed.md there")
