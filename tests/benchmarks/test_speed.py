@@ -35,6 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_key_is_measured(scripts: SimpleNamespace, measured: Path) -> None:
     result: dict[str, Any] = json.loads((measured / "speed.json").read_text())
     for key, goal in scripts.speed_page.GOALS.items():
@@ -52,6 +53,7 @@ def test_every_key_is_measured(scripts: SimpleNamespace, measured: Path) -> None
     assert profile["prediction_at_2_mm"]["resampling"] > profile["prediction"]["resampling"]
 
 
+@pytest.mark.slow
 def test_page_says_what_is_met(scripts: SimpleNamespace, measured: Path) -> None:
     result = json.loads((measured / "speed.json").read_text())
     assert (measured / "speed.md").read_text() == scripts.speed_page.page(result)
