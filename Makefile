@@ -14,7 +14,7 @@ test-tools := .venv/with-test-tools
 dev-tools := .venv/with-dev-tools
 endif
 PYTHON := $(VENV)/$(BIN)/python
-PYTEST := -m pytest -ra --numprocesses 2 --dist loadfile
+PYTEST := -m pytest -ra --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test fuzz lint types docs coverage dist demo
 

@@ -1,9 +1,4 @@
-"""Run mypy --strict on the package as it is installed: dataset_conversion/ in its place below nnunetv2_mgml/.
-
-Files that are not clean yet stand in ``.ci/types_to_do.txt``. An error in any other file fails; a file on the list that
-has become clean is named, to be taken off. ``--update`` writes the list anew, ``--all`` also shows the errors of
-the files on it.
-"""
+"""Run mypy --strict on the package as it is installed: dataset_conversion/ in its place below nnunetv2_mgml/."""
 
 from __future__ import annotations
 
@@ -17,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".mypy_cache"
 COPY = CACHE / "installed" / "nnunetv2_mgml"
 CONVERSION = "dataset_conversion"
-TO_DO = ROOT / ".ci" / "types_to_do.txt"
 
 
 def messages() -> list[str]:
@@ -43,33 +37,12 @@ def messages() -> list[str]:
     ]
 
 
-def judge(lines: list[str], listed: list[str]) -> tuple[list[str], list[str]]:
-    """Return the files that have errors although they are not listed, and the listed ones that have none.
-
-    Args:
-        lines: of `messages`.
-        listed: files that are not clean yet.
-    """
-    unclean = {line.partition(":")[0] for line in lines if ": error: " in line}
-    return sorted(unclean - set(listed)), sorted(set(listed) - unclean)
-
-
-def main(arguments: list[str]) -> int:
-    """Return 0 where only files on the list have errors."""
+def main() -> int:
+    """Print what is wrong; return 0 where nothing is."""
     lines = messages()
-    if "--update" in arguments:
-        TO_DO.write_text("".join(f"{name}\n" for name in judge(lines, [])[0]), encoding="utf-8")
-        return 0
-    listed = TO_DO.read_text(encoding="utf-8").split()
-    worse, clean = judge(lines, listed)
-    for line in lines:
-        if "--all" in arguments or line.partition(":")[0] not in listed:
-            print(line)
-    for name in clean:
-        print(f"{name}: clean now, take it off {TO_DO.relative_to(ROOT)}")
-    print(f"mypy --strict: {len(worse)} files have errors and should not, {len(listed) - len(clean)} are still to do")
-    return int(bool(worse))
+    print("\n".join([*lines, f"mypy --strict: {sum(': error: ' in line for line in lines)} errors"]))
+    return int(bool(lines))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

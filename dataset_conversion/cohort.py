@@ -186,7 +186,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
                 "numTraining": len(training),
                 "file_ending": FILE_ENDING,
                 "name": folder_name,
-                "description": f"Converted by mgml convert from {found.origin}",
+                "description": f"Converted by mgml convert from {source.name}",  # travels with models: no path
             },
         )
         if missing:

@@ -26,7 +26,6 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     split_from_files,
     write_splits,
 )
-from nnunetv2_mgml.io.files import only_writer
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, subset_from_present
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
@@ -178,9 +177,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
     missing = _missing_by_rate(chosen, request)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # two names for one id would both pass the check of the target, so that the id is what is taken
-    with only_writer(target.with_name(f"Dataset{request.dataset_id:03d}")), building(target) as folder:
+    with building(target) as folder:
         check_target(source, target, request.dataset_id, request.overwrite)  # another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
         jobs = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
-from nnunetv2_mgml.io.files import replacing_folder, write_json
+from nnunetv2_mgml.io.files import only_writer, replacing_folder, write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
 from nnunetv2_mgml.plans.folders import names_in_use
@@ -48,9 +48,14 @@ def building(target: Path) -> Iterator[Path]:
     """Give a temporary sibling folder with nnU-Net's sub-folders, which becomes ``target`` at the end.
 
     An exception (also Ctrl-C) removes it and leaves ``target`` as it was.
+
+    Raises:
+        ValueError: another process is building a data set of this id at the moment.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(target) as temporary:
+    # two names for one id would both pass the check of the target, so that the id is what is taken
+    dataset_id, _, _ = target.name.partition("_")
+    with only_writer(target.with_name(dataset_id)), replacing_folder(target) as temporary:
         for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (temporary / folder).mkdir()
         yield temporary

@@ -14,7 +14,7 @@ from nnunetv2_mgml.dataset_conversion.discovery import patient
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
-PRESETS: dict[str, tuple[int, ...]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
+PRESETS: dict[str, tuple[int, int, int]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
 
 PUBLISHED: tuple[str, ...] = ("rfnet2020", "rfnet2018-1", "rfnet2018-2", "rfnet2018-3", "imfuse2023")
@@ -50,15 +50,15 @@ def parse_ratio(text: str) -> tuple[int, int, int]:
         ValueError: anything else; training and validation must be above zero.
     """
     if text in PRESETS:
-        return PRESETS[text]  # type: ignore[return-value]
+        return PRESETS[text]
     match = re.fullmatch(r"(?:ratio[ =:]*)?(\d+):(\d+)(?::(\d+))?", text.strip())
-    ratio = tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    if ratio[0] < 1 or ratio[1] < 1:
+    train, val, test = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if train < 1 or val < 1:
         raise ValueError(
             f"Unknown split '{text}'. Allowed: {', '.join([*PRESETS, *PUBLISHED])}, or train:validation:test such as "
             f"7:1:2, with at least 1 for training and validation."
         )
-    return ratio  # type: ignore[return-value]
+    return train, val, test
 
 
 def published_lists(name: str) -> list[Path]:

@@ -30,6 +30,12 @@ def _find_dataset_conversion() -> None:
 _find_dataset_conversion()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests: one that begins last keeps a single process at work for minutes."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # stable: the order within a file, and of the others, stays
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real patients (see CONTRIBUTING); the test is skipped where MGML_REAL_DATA is not set."""

@@ -11,12 +11,15 @@ from typing import Any
 
 import builders
 import numpy as np
+import pytest
 import SimpleITK as sitk
 import torch
+from kept_model_cases import FIXTURE, MODEL
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.inference.arrays import prepare_named
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.upstream.registration import add_ext_dir
@@ -140,3 +143,11 @@ def predictor(model: Path, missing: Any = ("auto",), folds: Any = (0,), **kwargs
 def item_of(the_predictor: MGMLPredictor, images: dict[str, np.ndarray]) -> dict[str, Any]:
     """Preprocess arrays given by modality name."""
     return prepare_named("p", images, {"spacing": [1.0] * 3}, None, ["auto"], the_predictor.model)
+
+
+def predict_kept(images: Path, *options: str) -> int:
+    """Type ``mgml predict`` with the kept model, output beside the images in ``OUT``; return the exit code."""
+    command = ["predict", "-i", str(images), "-o", str(images.parent / "OUT"), "-m", str(FIXTURE / MODEL), "-f", "0"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "-device", "cpu", "--disable_tta", "-npp", "0", "-nps", "0", *options])
+    return int(stopped.value.code or 0)

@@ -32,6 +32,11 @@ class Result:
         return self.run.design_changed and "fusion_revision" not in self.content["resolved"]["config"]
 
     @property
+    def in_float32(self) -> bool:
+        """Whether it was computed in float32: on a processor without bfloat16 instructions."""
+        return self.content.get("precision", "bfloat16") == "float32"
+
+    @property
     def regions(self) -> list[str]:
         """WT, TC, ET, in the order of `dice`."""
         return [short_name(region) for region in self.content["dice"]]
@@ -90,10 +95,17 @@ class Difference:
     subsets: dict[str, float]
 
 
+def _comparable(first: Result, second: Result) -> bool:
+    """Whether both have the design in the same state; the stock network has none."""
+    both = first.run.design_changed and second.run.design_changed
+    return first.of_old_design == second.of_old_design or not both
+
+
 def difference(baseline: Sequence[Result], variant: Sequence[Result]) -> Difference | None:
-    """Return the paired difference over the runs both have, or None where there are none."""
+    """Return the paired difference over the runs both have, of one state of the design; None where there are none."""
     first = {(r.run.seed, r.run.fold): r for r in baseline}
     pairs = [(first[key], r) for r in variant if (key := (r.run.seed, r.run.fold)) in first]
+    pairs = [(a, b) for a, b in pairs if _comparable(a, b)]
     if not pairs:
         return None
     seeds = sorted({b.run.seed for _, b in pairs})

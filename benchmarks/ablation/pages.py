@@ -60,10 +60,15 @@ def change_cells(change: Difference | None) -> list[str]:
 
 
 def mean_cells(results: Sequence[Result]) -> list[str]:
-    """Return mean with spread, the regions, and the number of seeds."""
+    """Return mean with spread, marked where a design was another one, the regions, and the number of seeds."""
     values = statistics(results)
     spread = "" if values["sd"] != values["sd"] else f" ± {values['sd']:.2f}"
-    return [f"{values['mean']:.2f}{spread}", *(f"{values[region]:.2f}" for region in REGIONS), str(values["seeds"])]
+    mark = " †" * any(r.of_old_design for r in results) + " ‡" * any(r.in_float32 for r in results)
+    return [
+        f"{values['mean']:.2f}{spread}{mark}",
+        *(f"{values[region]:.2f}" for region in REGIONS),
+        str(values["seeds"]),
+    ]
 
 
 def _head(settings: dict[str, Any], results: Sequence[Result]) -> str:
@@ -77,6 +82,7 @@ def _head(settings: dict[str, Any], results: Sequence[Result]) -> str:
     )
     versions = results[0].content["versions"] if results else {}
     shape, patch = ("x".join(map(str, sizes)) for sizes in (data["shape"], training["patch_size"]))
+    changed = "; ".join(f"`{design}`: {what}" for design, what in settings["changed_designs"].items())
     difficulty = ", ".join(f"{key} {value:g}" for key, value in data["difficulty"].items())
     used = ", ".join(f"{key} {versions[key]}" for key in ("torch", "nnunetv2", "nnunetv2_mgml") if key in versions)
     return f"""# Does MGML help? What two cores can say
@@ -87,12 +93,15 @@ never edited by hand. Every run is the plugin's own commands (`benchmarks/ablati
 show whether the implementation does what it should and which readings of the paper are harmful, not what MGML gains on
 BraTS. **All comparisons are at equal steps of short trainings**, which are far from converged: whatever makes a step do
 more work looks like a better method there. At equal time, on cubes of real patients, see
-[further down](#real-cubes-at-equal-time). All but those were trained with the fusion designs as version 0.1 had them
-(`fusion_revision=1`).
+[further down](#real-cubes-at-equal-time). Rows
+marked † were trained before their fusion design changed, and compare variants of the design as it was
+(`fusion_revision=1`; `uhved` with its earlier loss), not of today's. `python benchmarks/ablation/run.py --changed`
+trains them again. Changed are {changed}.
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
-{patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU, one thread. Prediction without mirroring. Dice in percent,
+{patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU (float32 where marked ‡: that
+processor had no bfloat16 instructions), one thread. Prediction without mirroring. Dice in percent,
 mean over 15 subsets and the cases; empty-case policy of BraTS, and a predicted ET below 0.5 ml counts as none (the rule
 of the RFNet family: without it the cases without ET, right or wrong by one voxel, drown everything else). ± is the
 standard deviation over seeds; intervals are 95 % bootstrap over cases of the paired difference. Together {hours:.1f}
@@ -151,8 +160,8 @@ def _designs(settings: dict[str, Any], results: Sequence[Result]) -> str:
     rows = []
     for design in dict.fromkeys(r.run.design for r in chosen):
         baseline, mgml = (select(chosen, design=design, variant=v) for v in ("baseline", "mgml"))
-        if baseline and mgml:
-            change = difference(baseline, mgml)
+        change = difference(baseline, mgml)
+        if change is not None:
             rows.append(
                 [
                     f"`{design}`",

@@ -5,7 +5,8 @@
     python benchmarks/ablation/run.py --list                                  # what is finished, what is not
 
 Every step is a command a user would type (`mgml convert`, `nnUNetv2_plan_and_preprocess`, `mgml plan`,
-`nnUNetv2_train`, `mgml evaluate`). Runs use one thread each; ``--parallel`` many go side by side.
+`nnUNetv2_train`, `mgml evaluate`). Runs use one thread each; ``--parallel`` many go side by side. A processor
+without bfloat16 instructions computes in float32, which result and page say.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from collect import Result
 from data import call, folder_name, prepare
+from precision import precision_on
 from settings import FOLDER, Run, all_runs, read_settings
 from tqdm import tqdm
 
@@ -43,6 +47,7 @@ def main() -> int:
     parser.add_argument("--groups", nargs="+", help="groups of settings.json (default: all)")
     parser.add_argument("--match", default="", help="only runs whose name (see --list) this regular expression finds")
     parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 2)), help="runs side by side")
+    parser.add_argument("--changed", action="store_true", help="train rows of changed designs again")
     parser.add_argument("--keep_models", action="store_true", help="keep checkpoints and predictions")
     parser.add_argument("--list", action="store_true", help="show what is finished and stop")
     args = parser.parse_args()
@@ -50,10 +55,10 @@ def main() -> int:
     runs = [run for run in all_runs(settings, args.groups) if re.search(args.match, run.name)]
     if args.list:
         for run in runs:
-            print("done" if run.finished() else "    ", run.name)
+            print("done" if run.finished() and not (args.changed and of_old_design(run)) else "    ", run.name)
         return 0
     work = args.work.resolve()
-    open_runs = [run for run in runs if not run.finished()]
+    open_runs = [run for run in runs if not run.finished() or (args.changed and of_old_design(run))]
     for dataset in dict.fromkeys(run.dataset for run in open_runs):
         prepare(work, settings["datasets"][dataset])
     failed = 0
@@ -70,9 +75,15 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def of_old_design(run: Run) -> bool:
+    """Return whether a finished run was trained before its design changed."""
+    return run.file.is_file() and Result(run, json.loads(run.file.read_text())).of_old_design
+
+
 def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     """Train and evaluate one run and write its result file."""
     started, described = time.time(), describe(run)  # before the run, since the code may change meanwhile
+    options = {**run.options, "cpu_bfloat16": described["precision"] == "bfloat16"}
     data, log = run.dataset_settings, work / "logs" / f"{run.name}.txt"
     log.unlink(missing_ok=True)
     plans = f"nnUNetMGMLPlans_{run.name.replace('+', '.')}"
@@ -89,7 +100,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
             "--plans_name",
             plans,
             "--set",
-            *(f"{key}={json.dumps(value)}" for key, value in run.options.items()),
+            *(f"{key}={json.dumps(value)}" for key, value in options.items()),
         ],
     )
     skip = ["--skip_validation"] if data["kind"] == "real" else []
@@ -111,7 +122,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
         ],
     )
     trained = time.time()
-    evaluation = evaluate(run, work, log, model)
+    evaluation = evaluate(run, work, log, model, options["cpu_bfloat16"])
     result = {
         **described,
         "hours": {"training": (trained - started) / 3600, "evaluation": (time.time() - trained) / 3600},
@@ -125,7 +136,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     return result
 
 
-def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
+def evaluate(run: Run, work: Path, log: Path, model: Path, bfloat16: bool) -> Evaluation:
     """Evaluate on the held-out cases (phantoms) or on the fold's validation cases (real), without mirroring."""
     data, output = run.dataset_settings, model / "evaluation"
     raw = work / "raw" / folder_name(data)
@@ -151,7 +162,7 @@ def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
             "-device",
             "cpu",
             "--disable_tta",
-            "--cpu_bfloat16",
+            *(["--cpu_bfloat16"] if bfloat16 else []),
             "--metrics",
             "dice",
             "-np",
@@ -184,6 +195,7 @@ def describe(run: Run) -> dict[str, Any]:
         "options": run.options,
         "dataset_settings": run.dataset_settings,
         "resolved": run.resolved,
+        "precision": precision_on(torch.device("cpu")),
         "commit": commit,
         "code_changed": bool(changed),
         "versions": provenance()["versions"],

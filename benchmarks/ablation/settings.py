@@ -38,7 +38,7 @@ class Run:
     subsets: tuple[str, ...] = ()
     """The only subsets to evaluate; empty: all."""
     design_changed: bool = False
-    """Whether the fusion design is another one since version 0.1 (``changed_designs`` of settings.json)."""
+    """Whether it has a fusion design that is another one since version 0.1 (``changed_designs`` of settings.json)."""
 
     @property
     def name(self) -> str:
@@ -137,7 +137,8 @@ def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
                         data,
                         settings["remove_small"][dataset],
                         subsets,
-                        design in settings["changed_designs"],
+                        design in settings["changed_designs"]
+                        and not issubclass(TRAINERS[trainer], nnUNetTrainerModalityDropout),
                     )
 
 

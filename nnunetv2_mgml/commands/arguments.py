@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.scoring.sources import PredictionFolders
 
@@ -17,6 +18,30 @@ def add_trust(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="let the model folder run code, as nnU-Net does: only for models of people whose programs you would run",
     )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add ``-np``."""
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_processes(),
+        dest="num_processes",
+        metavar="N",
+        help="worker processes, 0 or more; 0 and 1: only this one",
+    )
+
+
+def add_split_lists(parser: argparse.ArgumentParser) -> None:
+    """Add ``--split_files`` and ``--seed``, which go with ``--split``."""
+    parser.add_argument(
+        "--split_files",
+        "--split-files",
+        nargs="+",
+        metavar="TXT",
+        help="lists of training, validation and test cases, one name a line",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random split")
 
 
 def parse_predictions(entries: Sequence[str]) -> PredictionFolders:

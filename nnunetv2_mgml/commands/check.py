@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from nnunetv2_mgml.io.workers import default_processes
+from nnunetv2_mgml.commands.arguments import add_processes
 from nnunetv2_mgml.workflows.check import check_dataset, describe
 
 
@@ -15,14 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="dataset id or name; its raw data are read")
     parser.add_argument("-o", type=Path, metavar="OUT", help="folder for check.json and check.png, one page of figures")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=default_processes(),
-        dest="num_processes",
-        metavar="N",
-        help="worker processes, 0 or more; 0 and 1: only this one",
-    )
+    add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from nnunetv2_mgml.commands import convert_cohort
+from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
 from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
-from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
 
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"take these sequences only, of {', '.join(BRATS_CHANNELS)}",
     )
     brats.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
-    _add_processes(brats)
+    add_processes(brats)
 
     back = commands.add_parser(
         "back",
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument("target", metavar="DST", help="folder to write to")
     back.add_argument("--to", choices=CONVENTIONS, required=True, help="label values to write")
     back.add_argument("--overwrite", action="store_true", help="replace files that exist in DST")
-    _add_processes(back)
+    add_processes(back)
 
     split = commands.add_parser(
         "split",
@@ -107,25 +107,7 @@ def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"random train:validation:test split: {presets} or A:B:C; or the very cases of a published one: "
         f"{', '.join(PUBLISHED)}. Test cases go to imagesTs",
     )
-    parser.add_argument(
-        "--split_files",
-        "--split-files",
-        nargs="+",
-        metavar="TXT",
-        help="lists of training, validation and test cases, one name a line",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random split")
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=default_processes(),
-        dest="num_processes",
-        metavar="N",
-        help="worker processes, 0 or more; 0 and 1: only this one",
-    )
+    add_split_lists(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, CohortSummary, convert_cohort, write_images
 from nnunetv2_mgml.dataset_conversion.decathlon import find_decathlon
 from nnunetv2_mgml.dataset_conversion.record import record_missing
@@ -19,7 +20,6 @@ from nnunetv2_mgml.io.case_files import (
     find_by_patterns,
     read_sheet,
 )
-from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, read_dataset_json
 from nnunetv2_mgml.plans.folders import RAW, dataset_folder
@@ -93,7 +93,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
         "Nothing else is written. Example: mgml convert raw -d 45",
     )
     raw.add_argument("-d", required=True, dest="dataset", metavar="DATASET", help="dataset id or name")
-    _add_processes(raw)
+    add_processes(raw)
 
     images = add(
         "images",
@@ -110,7 +110,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
         "--like", metavar="DATASET", help="number the channels as this data set does (id, name, or a model's folder)"
     )
     images.add_argument("--overwrite", action="store_true", help="replace DST")
-    _add_processes(images)
+    add_processes(images)
 
 
 def _add_patterns(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:
@@ -148,27 +148,9 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", metavar="A:B:C", help="random train:validation:test split; test cases go to imagesTs"
     )
-    parser.add_argument(
-        "--split_files",
-        "--split-files",
-        nargs="+",
-        metavar="TXT",
-        help="lists of training, validation and test cases, one name a line",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random split")
+    add_split_lists(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
-    _add_processes(parser)
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=default_processes(),
-        dest="num_processes",
-        metavar="N",
-        help="worker processes, 0 or more; 0 and 1: only this one",
-    )
+    add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:

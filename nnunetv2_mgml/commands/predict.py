@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from nnunetv2_mgml.commands.arguments import add_trust
 from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
+from nnunetv2_mgml.inference.uncertainty import FOLDER as UNCERTAINTY_FOLDER
+from nnunetv2_mgml.inference.uncertainty import write_uncertainty
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 
@@ -32,20 +34,30 @@ class _Session:
     def __init__(self) -> None:
         self.args: argparse.Namespace | None = None
         self.predictor: MGMLPredictor | None = None
+        self.keep_probabilities = True
 
     @property
     def ours(self) -> bool:
         if self.args is None:
             return False
-        return self.args.missing_modalities is not None or self.args.cpu_bfloat16 or self.args.preview
+        return (
+            self.args.missing_modalities is not None
+            or self.args.cpu_bfloat16
+            or self.args.preview
+            or self.args.save_uncertainty
+        )
 
     def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build | None]:
         add_arguments(parser)
         self.args = parser.parse_args()
         if not self.ours:
             return self.args, None
-        if self.args.preview and self.args.missing_modalities is None:
-            raise ValueError("--preview needs --missing_modalities; 'auto' goes by the files that exist.")
+        for option in ("preview", "save_uncertainty"):
+            if getattr(self.args, option) and self.args.missing_modalities is None:
+                raise ValueError(f"--{option} needs --missing_modalities; 'auto' goes by the files that exist.")
+        if self.args.save_uncertainty:
+            self.keep_probabilities = self.args.save_probabilities
+            self.args.save_probabilities = True
         check_folds(self.args.f)
         check_step_size(self.args.step_size)
         _show_log()
@@ -75,6 +87,24 @@ class _Session:
         written, _ = write_previews(report, self.predictor.dataset_json, self.predictor.report_cases)
         print(f"{len(written)} previews: {report.parent / FOLDER}")
 
+    def save_uncertainty(self) -> None:
+        """Write the maps of the cases that this call has predicted, where that was asked for."""
+        predictor = self.predictor
+        if self.args is None or not self.args.save_uncertainty or predictor is None or predictor.report_file is None:
+            return
+        folder, ending = predictor.report_file.parent, predictor.dataset_json["file_ending"]
+        for case in predictor.report_cases:
+            if case in predictor.failures:
+                continue
+            try:
+                write_uncertainty(folder, case, ending, predictor.label_manager.has_regions)
+            except (ValueError, OSError) as error:  # the segmentation is there; the others' maps can still be written
+                predictor.failures[case] = str(error)
+            if not self.keep_probabilities:
+                for suffix in (".npz", ".pkl"):
+                    (folder / f"{case}{suffix}").unlink(missing_ok=True)
+        print(f"uncertainty maps: {folder / UNCERTAINTY_FOLDER}")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our arguments to upstream's parser, in a group of their own."""
@@ -102,6 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Write OUT/preview/CASE.png: every sequence the case was predicted from, the segmentation over it, its "
         "volumes and the quality to expect. Together with --missing_modalities.",
     )
+    group.add_argument(
+        "--save_uncertainty",
+        action="store_true",
+        help="Write OUT/uncertainty/CASE: the entropy of each voxel's own probabilities, 0 sure to 1 undecided; not "
+        "calibrated. Together with --missing_modalities.",
+    )
     try:
         # --c has always been short for --continue_prediction; our --cpu_bfloat16 would make it ambiguous
         parser.add_argument(
@@ -126,6 +162,7 @@ def main(entry_point_name: str) -> NoReturn:
         with _own_log(), intercepted(session.parse):
             entry_point()
             session.draw()
+            session.save_uncertainty()
     except KeyboardInterrupt:
         if not session.ours:
             raise

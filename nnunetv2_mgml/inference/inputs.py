@@ -16,7 +16,14 @@ from pathlib import Path
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
-from nnunetv2_mgml.io.case_files import NIFTI_SUFFIXES, SHEET_SUFFIXES, FoundCases, find_brats, read_sheet
+from nnunetv2_mgml.io.case_files import (
+    NIFTI_SUFFIXES,
+    SHEET_SUFFIXES,
+    FoundCases,
+    NoBratsNamesError,
+    find_brats,
+    read_sheet,
+)
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, Subset, canonical_name, channel_index, subset_from_missing
 
 AUTO = "auto"
@@ -134,9 +141,10 @@ def _brats_cases(folder: Path, channels: Sequence[str]) -> list[Case]:
     if not set(channels) & set(BRATS_CHANNELS):
         return []
     try:
-        return _named_cases(find_brats(folder), channels)
-    except ValueError:
+        found = find_brats(folder)
+    except NoBratsNamesError:
         return []
+    return _named_cases(found, channels)
 
 
 def _named_cases(found: FoundCases, channels: Sequence[str]) -> list[Case]:

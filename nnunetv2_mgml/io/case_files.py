@@ -36,6 +36,10 @@ _ABSENT = ("", "n/a", "na", "none", "-")
 _LABEL_SUFFIXES = ("mask", "dseg", "seg")
 
 
+class NoBratsNamesError(ValueError):
+    """No file in a folder has a name of BraTS."""
+
+
 @dataclass(frozen=True)
 class CaseFiles:
     """The files of one case."""
@@ -327,7 +331,8 @@ def find_brats(source: Path) -> FoundCases:
 
     Raises:
         FileNotFoundError: ``source`` is not a folder.
-        ValueError: no file with such a name.
+        NoBratsNamesError: no file with such a name.
+        ValueError: a folder that cannot be read.
     """
     _check_folder(source)
     images: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
@@ -339,7 +344,7 @@ def find_brats(source: Path) -> FoundCases:
         content = BRATS_CONTENT[match["suffix"].lower()][1]
         (labels[match["case"]] if content == "seg" else images[match["case"]][content]).append(path)
     if not images:
-        raise ValueError(
+        raise NoBratsNamesError(
             f"No BraTS case found in {source}. Expected files such as <case>_t1ce.nii.gz (BraTS 2018-2021) or "
             f"<case>-t1c.nii.gz (BraTS 2023-2025), at any depth."
         )

@@ -7,6 +7,7 @@ features are left out of the fusion, so whatever an absent channel held cannot c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import overload
 
@@ -77,6 +78,11 @@ class MultiEncoderUNet(nn.Module):
             )
         self._visible = mask.to(next(self.parameters()).device)  # once: a copy in each patch would wait for a GPU
         self._visible_subset = case
+
+    def set_availability(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
+        """Do what `set_visible` does, under the name of version 0.1; to go with 0.3."""
+        warnings.warn("set_availability is now set_visible; the old name works until 0.3.", DeprecationWarning, 2)
+        self.set_visible(subset)
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.

@@ -60,7 +60,7 @@ class ModalityBalance:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)
         total, seen = self._sums.cpu().double()
-        self._sums.zero_()
+        self._sums = torch.zeros_like(self._sums)
         mean = total / seen.clamp_min(1)
         if update:
             rate = self.rate * _GROWTH ** (1 + 3 * epoch // num_epochs)

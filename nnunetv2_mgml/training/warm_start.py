@@ -17,13 +17,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.io.checkpoints import read_weights
 from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.network.transfer import Donor, Transfer, labels_of, transfer
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.model_files import check_dataset_json
 from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 
 def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor:
@@ -35,9 +36,10 @@ def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, or one of several channels that does not say which they are.
+        ValueError: not a checkpoint, one that would run code (see `upstream.checkpoints.loading`), or one of several
+            channels that does not say which they are.
     """
-    content = read_weights(path)
+    content = load_checkpoint(path)
     weights = content.get("network_weights")
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(
@@ -54,14 +56,16 @@ def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor
         donor = Donor(weights, names)
         _check_channels(path, donor)
         return donor
-    dataset_json = arguments["dataset_json"]
-    own = arguments["plans"].get(PLANS_KEY)
-    return Donor(
-        weights,
-        channel_names(dataset_json),
-        labels_of(dataset_json),
-        None if own is None else Options.from_plans(arguments["plans"]).network.fusion,
-    )
+    plans: Any = arguments.get("plans")
+    dataset_json: Any = arguments.get("dataset_json")
+    try:
+        check_dataset_json(dataset_json)
+        if not isinstance(plans, dict):
+            raise ValueError(f"'plans' must be an object, found {type(plans).__name__}.")
+        fusion = Options.from_plans(plans).network.fusion if PLANS_KEY in plans else None
+    except ValueError as error:
+        raise ValueError(f"{path} says of its training what cannot be: {error}") from error
+    return Donor(weights, channel_names(dataset_json), labels_of(dataset_json), fusion)
 
 
 def _pretrained_encoder(weights: dict[str, torch.Tensor], adaptation: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-
-from nnunetv2_mgml.io.checkpoints import numpy_classes
 
 TRUST_VARIABLE = "MGML_TRUST_CHECKPOINT"
 """Environment variable: ``1`` loads checkpoints as programs, also where no flag can be given (``nnUNetv2_train``)."""
@@ -49,7 +48,7 @@ def loading(file: str | os.PathLike[str], trust: bool = False) -> Iterator[None]
         own = {name: os.environ.pop(name, None) for name in (_FORCE, _NEVER)}
         os.environ[_FORCE] = "1"
         try:
-            with torch.serialization.safe_globals(numpy_classes()):
+            with torch.serialization.safe_globals(_numpy_classes()):
                 yield
         finally:
             for name, value in own.items():
@@ -96,6 +95,18 @@ def _whole(file: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
+
+
+def _numpy_classes() -> list[Any]:
+    """Return what NumPy's numbers and arrays in a checkpoint's log are rebuilt with, under old and new names."""
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUSO"]
+    named = [
+        (function, f"numpy.{room}.multiarray.{name}")
+        for function, name in ((scalar, "scalar"), (rebuild, "_reconstruct"))
+        for room in ("core", "_core")
+    ]
+    return [np.ndarray, np.dtype, *dict.fromkeys(dtypes), *named]
 
 
 def _refusal(file: str | os.PathLike[str], error: Exception) -> ValueError:

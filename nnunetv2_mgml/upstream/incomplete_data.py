@@ -65,7 +65,7 @@ def install(api: ModuleType) -> None:
         stock = getattr(api, name)
         if not hasattr(stock, "_mgml"):
             wrapped = functools.wraps(stock)(functools.partial(wrapper, stock))
-            wrapped._mgml = True  # type: ignore[attr-defined]
+            wrapped._mgml = True  # type: ignore[attr-defined]  # marks what is wrapped already
             setattr(api, name, wrapped)
 
 

@@ -23,28 +23,15 @@ from nnunetv2_mgml.plans.cohort import SITES_FILE, RawCase, raw_cases, read_data
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
 from nnunetv2_mgml.presentation.figures.cohort import cohort_page
 from nnunetv2_mgml.presentation.figures.style import save
+from nnunetv2_mgml.workflows.check_associations import Association, associations_of
 from nnunetv2_mgml.workflows.check_case import CaseCheck, check_case
 
 OUTLIER = 6.0
 """Distance from the median, in robust standard deviations, from which an intensity is an outlier."""
 
 FEWEST_FOR_OUTLIERS = 8
-SIGNIFICANT = 0.05
 UNEVEN = 1.5
 """How much more often one modality is there than another for the rates to count as uneven."""
-
-
-@dataclass(frozen=True)
-class Association:
-    """Whether a modality is missing goes with something else."""
-
-    modality: str
-    variable: str
-    """``site``, ``volume`` (of all labels) or ``label 2``."""
-    p: float
-    """By the test of Fisher (labels), chi-squared (sites) or Mann and Whitney (volume), adjusted after Holm."""
-    text: str
-    """What it looks like."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ def check_dataset(
         {case.name: case.subset(len(channels)) for case in test},
         checks,
         sites,
-        _associations(checks, subsets, channels, sites),
+        associations_of(checks, subsets, channels, sites),
         findings,
         (),
     )
@@ -243,70 +230,6 @@ def outlying(values: Sequence[float]) -> NDArray[np.float64]:
     distance = array - np.median(array)
     scale = 1.4826 * float(np.median(np.abs(distance)))
     return distance / scale if scale > 0 else np.zeros(len(array))
-
-
-# --- what missingness goes with ---------------------------------------------------------------------------------------
-def _associations(
-    checks: Sequence[CaseCheck], subsets: Mapping[str, Subset], channels: Sequence[str], sites: Mapping[str, str]
-) -> tuple[Association, ...]:
-    labelled = [check for check in checks if check.label_ml or check.channels]
-    labels = sorted({value for check in labelled for value in check.label_ml})
-    found: list[Association] = []
-    for c, name in enumerate(channels):
-        has = np.array([subsets[check.name][c] for check in labelled])
-        if has.all() or not has.any():
-            continue
-        for value in labels:
-            tumour = np.array([value in check.label_ml for check in labelled])
-            if not tumour.all():
-                found.append(_by_label(name, has, tumour, value))
-        volumes = np.array([sum(check.label_ml.values()) for check in labelled])
-        found.append(_by_volume(name, has, volumes))
-        where = [sites.get(check.name) for check in labelled]
-        if len(set(where) - {None}) > 1:
-            found.append(_by_site(name, has, where))
-    return tuple(a for a in _holm(found) if a.p < SIGNIFICANT)
-
-
-def _by_label(name: str, has: NDArray[np.bool_], tumour: NDArray[np.bool_], value: int) -> Association:
-    from scipy.stats import fisher_exact
-
-    table = [[int(np.sum(has & tumour)), int(np.sum(has & ~tumour))]]
-    table.append([int(np.sum(~has & tumour)), int(np.sum(~has & ~tumour))])
-    shares = [row[0] / sum(row) for row in table]
-    text = f"label {value} is in {shares[0]:.0%} of the cases with {name} and in {shares[1]:.0%} of those without"
-    return Association(name, f"label {value}", float(fisher_exact(np.array(table))[1]), text)
-
-
-def _by_volume(name: str, has: NDArray[np.bool_], volumes: NDArray[np.float64]) -> Association:
-    from scipy.stats import mannwhitneyu
-
-    p = float(mannwhitneyu(volumes[has], volumes[~has]).pvalue)
-    text = (
-        f"the labels measure {np.median(volumes[has]):.3g} ml (median) in the cases with {name} and "
-        f"{np.median(volumes[~has]):.3g} ml in those without"
-    )
-    return Association(name, "volume", p, text)
-
-
-def _by_site(name: str, has: NDArray[np.bool_], where: Sequence[str | None]) -> Association:
-    from scipy.stats import chi2_contingency
-
-    names = sorted({site for site in where if site is not None})
-    rows = np.array([[sum(h == there and s == site for h, s in zip(has, where, strict=True)) for site in names]
-                     for there in (True, False)])  # fmt: skip
-    p = float(chi2_contingency(rows)[1]) if rows.sum(axis=1).all() else 1.0
-    shares = ", ".join(f"{site} {rows[0, i] / rows[:, i].sum():.0%}" for i, site in enumerate(names))
-    return Association(name, "site", p, f"how often {name} is there differs by site: {shares}")
-
-
-def _holm(found: Iterable[Association]) -> list[Association]:
-    ordered = sorted(found, key=lambda association: association.p)
-    adjusted, highest = [], 0.0
-    for rank, association in enumerate(ordered):
-        highest = max(highest, min(1.0, association.p * (len(ordered) - rank)))
-        adjusted.append(dataclasses.replace(association, p=highest))
-    return adjusted
 
 
 # --- what to do -------------------------------------------------------------------------------------------------------

@@ -161,6 +161,30 @@ def test_resampling_keeps_extent_and_labels(ablation: SimpleNamespace) -> None:
     assert np.allclose(smooth[1:-1], 100, atol=1)
 
 
+def test_rows_of_a_design_that_changed_are_marked(ablation: SimpleNamespace) -> None:
+    """Version 0.1 kept no revision of the designs; old and new runs are never compared."""
+    settings = ablation.settings.read_settings()
+    runs = {(r.design, r.variant): r for r in ablation.settings.all_runs(settings, ["designs"])}
+    assert set(settings["changed_designs"]) <= set(own_designs())
+    for run in runs.values():
+        finish(ablation, run, np.full((3, 15, 4), 0.5))
+    for design, variant in (("uhved", "baseline"), ("uhved", "mgml"), ("sfusion", "mgml"), ("mean", "baseline")):
+        file = runs[design, variant].file
+        content = json.loads(file.read_text())
+        del content["resolved"]["config"]["fusion_revision"]
+        file.write_text(json.dumps(content))
+    results = ablation.collect.finished(settings)
+    page = ablation.pages.page(settings, results)
+    rows = {line.split(" | ")[0][2:]: line for line in page.splitlines() if line.startswith("| `")}
+    assert rows["`uhved`"].count("†") == 2
+    assert "+0.00" in rows["`uhved`"]
+    assert "†" not in rows["`mean`"], "a design that is as it was"
+    assert [ablation.run.of_old_design(runs["uhved", v]) for v in ("baseline", "mgml")] == [True, True]
+    pair = [ablation.collect.select(results, design="sfusion", variant=v) for v in ("baseline", "mgml")]
+    assert ablation.collect.difference(*pair) is None
+    assert "`sfusion`" not in rows
+
+
 def test_specialists_gap(ablation: SimpleNamespace) -> None:
     def result(variant: str, only: str | None, mean: float, **subsets: float) -> dict[str, Any]:
         return {"variant": variant, "training": {"only": only}, "test": {"mean": mean, "subsets": subsets}}

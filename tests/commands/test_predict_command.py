@@ -11,9 +11,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
-from inference_cases import predictor, report, run, segmentations, write_case, write_model
+from inference_cases import SHAPE, predictor, report, run, segmentations, write_case, write_image, write_model
 from nnunetv2.inference import predict_from_raw_data as upstream
 
 from nnunetv2_mgml.commands.predict import main
@@ -99,9 +100,9 @@ def test_sequential_parts_are_not_forgotten(command, tmp_path: Path) -> None:
         write_case(tmp_path / "in", name, [2])
     assert command("--missing_modalities", "auto", "-num_parts", 2, "-part_id", 1) == 0
     assert set(segmentations(tmp_path / "out")) == {"b.nii.gz"}
-    (tmp_path / "out" / "b.nii.gz").write_bytes(b"kept")
+    kept = write_image(tmp_path / "out" / "b.nii.gz", np.zeros(SHAPE, np.uint8)).read_bytes()
     assert command("--missing_modalities", "auto", "--c") == 0
-    assert segmentations(tmp_path / "out")["b.nii.gz"] == b"kept"
+    assert segmentations(tmp_path / "out")["b.nii.gz"] == kept
     assert set(segmentations(tmp_path / "out")) == {"a.nii.gz", "b.nii.gz", "c.nii.gz"}
 
 

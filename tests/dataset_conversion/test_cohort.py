@@ -58,6 +58,9 @@ def test_absent_modalities_get_no_file(nnunet_folders: Path, source: Path) -> No
         "labelsTr/c.nii.gz",
         "missing_modalities.json",
     ]
+    description = (summary.folder / "dataset.json").read_text()  # a copy is in every model: it names no folder of ours
+    assert str(source.parent) not in description
+    assert f"from {source.name}" in description
     recorded = json.loads((summary.folder / "missing_modalities.json").read_text())
     assert recorded == {case: list(names) for case, names in summary.missing.items()}
     assert (summary.folder / "imagesTr/a_0001.nii.gz").read_bytes() == (source / "a/a_t1.nii.gz").read_bytes()

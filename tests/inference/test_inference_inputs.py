@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inference_cases import write_image
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, cases_from_lists, find_cases, parse_missing, resolve
 from nnunetv2_mgml.inference.planning import plan_cases
@@ -186,11 +188,17 @@ def test_parts_cover_every_case_once(cases: int, num_parts: int) -> None:
 
 
 def test_continuing_skips_what_is_complete(tmp_path: Path) -> None:
-    touch(tmp_path, "a.nii.gz", "b.nii.gz", "b.npz")
+    for name in "ab":
+        write_image(tmp_path / f"{name}.nii.gz", np.zeros((2, 3, 4), np.uint8))
+    np.savez(tmp_path / "b.npz", probabilities=np.zeros((1, 2, 3, 4)))
     lists = [[f"/x/{name}_0000.nii.gz"] for name in "abc"]
     assert plan(lists, str(tmp_path), overwrite=False) == (["c"], ["a", "b"])
     assert plan(lists, str(tmp_path), overwrite=False, save_probabilities=True) == (["a", "c"], ["b"])
     assert plan(lists, str(tmp_path)) == (["a", "b", "c"], [])
+    (tmp_path / "a.nii.gz").write_bytes(b"")
+    (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:40])
+    assert plan(lists, str(tmp_path), overwrite=False) == (["a", "c"], ["b"])
+    assert plan(lists, str(tmp_path), overwrite=False, save_probabilities=True) == (["a", "b", "c"], [])
 
 
 def test_two_cases_of_one_name_need_outputs_of_their_own() -> None:

@@ -108,9 +108,12 @@ def test_training_step(name: str, learns: bool) -> None:
         assert parameter.grad.isfinite().all(), key
 
 
-@pytest.mark.parametrize("name", ["region_aware", "uhved", "mmformer"])  # every design: test_fusion_compile.py
+@pytest.mark.parametrize("name", ["region_aware", "uhved", "mmformer", "imfuse", "m2ftrans", "sfusion"])
 def test_a_learning_teacher_compiles_and_stays_silent(name: str) -> None:
-    """Its pass is part of the one graph, and the student after it is as noisy as before."""
+    """Its pass is part of the one graph, and the student after it is as noisy as before.
+
+    The designs that draw numbers, and the default; that every design compiles is shown in test_fusion_compile.py.
+    """
     net = make_network(name, "2d").train()
     x, mask = image("2d"), torch.tensor([[True, False, True]])
     arguments = (View(mask, torch.ones(1, 3).bool()), Needs(complete="learns", modality=True))
@@ -136,12 +139,13 @@ def discs(generator: torch.Generator, batch: int = 4) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fusion_designs())
+@designs
 def test_learns_from_the_modality_that_shows_the_label(name: str) -> None:
     """After 200 steps Dice is above 0.8 wherever the telling modality is present, and chance where it is not."""
+    fusion, options = VARIANTS.get(name, (name, QUICK.get(name, {})))
     torch.manual_seed(0)
     net = network(
-        options_with(fusion=name, fusion_options=QUICK.get(name, {}), width_factor=1.0),
+        options_with(fusion=fusion, fusion_options=options, width_factor=1.0),
         heads=2,
         classes=2,
         modalities=2,

@@ -65,6 +65,17 @@ def test_absent_encoders_do_not_run_at_inference() -> None:
     assert calls == [1, 3]
 
 
+def test_the_name_of_version_0_1_still_works() -> None:
+    net, x = network().eval(), batch((16, 16, 16))
+    with torch.no_grad():
+        net.set_visible((False, True, False, True))
+        expected = net(x)
+        net.set_visible(None)
+        with pytest.warns(DeprecationWarning, match="set_visible"):
+            net.set_availability((False, True, False, True))
+        assert torch.equal(net(x), expected)
+
+
 def test_compiled_once_for_all_subsets() -> None:
     """The stored subset reaches a compiled network as a tensor, not as bools to be compiled for one by one."""
     net = network().eval()
@@ -177,3 +188,22 @@ def test_subsets_are_decoded_a_few_at_a_time_where_they_are_large(monkeypatch: p
     with torch.no_grad():
         net.decode_subsets(net.encode(batch((16, 16, 16), size=1)), torch.tensor(all_subsets(4)), voxels=8192)
     assert batches == {2: [15], 1: [15], 0: [2] * 7 + [1]}
+
+
+def test_the_complete_prediction_is_noisy_only_where_asked() -> None:
+    """The published code's teacher drops out; ours does not."""
+    torch.manual_seed(0)
+    net = network(config("mmformer"))
+    x, view = batch((16, 16, 16)), View(torch.tensor([[True, False, True, False]] * 2), torch.ones(2, 4).bool())
+    quiet, noisy = Needs(complete="target"), Needs(complete="target").union(Needs(complete="target", noisy=True))
+
+    def predicted(needs: Needs) -> torch.Tensor:
+        complete = net(x, view, needs).complete
+        assert complete is not None
+        assert not complete[0].requires_grad
+        return complete[0]
+
+    assert torch.equal(predicted(quiet), predicted(quiet))
+    assert not torch.equal(predicted(noisy), predicted(noisy))
+    net.eval()
+    assert torch.equal(predicted(noisy), predicted(quiet))

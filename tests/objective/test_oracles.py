@@ -113,7 +113,7 @@ def test_prototypes_of_passion(case: str) -> None:
     squared, distance = prototype_distances(single, labels, None, 4)
     if case == "b":
         assert not (labels[1] == 3).any()
-        oracle.check("b_proto", squared * mask, tolerance=2e-2)
+        oracle.check("b_proto", squared * mask, tolerance=3e-2)
         alike = (squared * mask)[1], oracle["b_proto"][1]
         torch.testing.assert_close(*alike, atol=1e-12, rtol=0)
         return

@@ -125,16 +125,16 @@ def test_masks_of_the_published_code() -> None:
     """Loss under its masks, and the statistics of what we draw."""
     oracle = Oracle("mgml_mask")
     logits, soft, ratio = oracle["x"], oracle["soft"], oracle["ratio"].item()
-    # any parameters do: the published soft label is given, not computed
+    # the published soft label is given, rounded to float32; any parameters do
     fixed = soft.clamp_min(1e-300).log()
     p = reference.MetaParameters.fixed(1, 0.5, 100.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "raw_fusion", lambda *_: fixed)
         for run, zero in enumerate(oracle["zero"]):
             loss = reference.reference_soft_label_loss(logits, p, 1.0, ratio, keep=~zero.flatten(1)[None])
-            assert loss.item() == pytest.approx(oracle["zero_loss"][run].item(), rel=1e-11)
+            assert loss.item() == pytest.approx(oracle["zero_loss"][run].item(), rel=1e-7)
         whole = reference.reference_soft_label_loss(logits, p, 1.0, 0.0, keep=torch.ones(1, 4, 336).bool())
-        assert whole.item() == pytest.approx(oracle["unmasked_loss"].item(), rel=1e-11)
+        assert whole.item() == pytest.approx(oracle["unmasked_loss"].item(), rel=1e-7)
     torch.manual_seed(0)
     runs = int(oracle["runs"])
     drawn = 1 - reference.published_keep_map(logits.expand(runs, -1, -1, -1, -1, -1), ratio).double().mean(2)

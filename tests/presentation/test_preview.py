@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from inference_cases import predict_kept
 from kept_model_cases import FIXTURE, MODEL
 
-from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.presentation.figures.preview import preview_sheet
 from nnunetv2_mgml.presentation.preview import quality_lines, write_previews
 
@@ -28,26 +28,19 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def predict(images: Path, *options: str) -> int:
-    command = ["predict", "-i", str(images), "-o", str(images.parent / "OUT"), "-m", str(FIXTURE / MODEL), "-f", "0"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "-device", "cpu", "--disable_tta", "-npp", "0", "-nps", "0", *options])
-    return int(stopped.value.code or 0)
-
-
 def test_the_command_draws_what_it_predicts(images: Path, capsys: Any) -> None:
-    assert predict(images, "--missing_modalities", "auto", "--preview") == 0
+    assert predict_kept(images, "--missing_modalities", "auto", "--preview") == 0
     out = images.parent / "OUT"
     picture = out / "preview" / "Phantom_00001.png"
     assert f"1 previews: {picture.parent}" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
-    assert predict(images, "--missing_modalities", "auto", "--preview", "--continue_prediction") == 0
+    assert predict_kept(images, "--missing_modalities", "auto", "--preview", "--continue_prediction") == 0
     assert not picture.exists(), "nothing was predicted"
 
 
 def test_it_goes_with_our_way_of_predicting(images: Path, capsys: Any) -> None:
-    assert predict(images, "--preview") == 2
+    assert predict_kept(images, "--preview") == 2
     assert "--preview needs --missing_modalities" in capsys.readouterr().err
 
 

@@ -118,7 +118,7 @@ def test_make_sets_itself_up_or_uses_what_it_is_given() -> None:
         command = ["make", "--silent", "--always-make", "--dry-run", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    tests = "-m pytest -ra --numprocesses 2 --dist loadfile"
+    tests = "-m pytest -ra --numprocesses 2 --dist loadfile --no-loadscope-reorder"
     assert recipe("test", "VENV=/some/where") == [f"/some/where/bin/python {tests}"]
     for target, extras, last in (("test", "[test]", tests), ("demo", "", "/mgml demo -o demo --overwrite")):
         lines = recipe(target)
@@ -160,9 +160,8 @@ def test_workflows_pin_what_they_run_and_begin_without_rights(path: Path) -> Non
     assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
 
 
-def test_types_may_only_get_better() -> None:
-    judge = script("check_types").judge
-    lines = ["a.py:1: error: no [misc]", "a.py:1: note: because", "b.py:2: error: no [misc]", "d.py:3: note: fine"]
-    assert judge(lines, ["a.py", "b.py"]) == ([], [])
-    assert judge(lines, ["b.py", "c.py"]) == (["a.py"], ["c.py"])
-    assert judge(lines, []) == (["a.py", "b.py"], [])
+def test_every_type_ignore_has_its_code_and_a_reason() -> None:
+    files = [*(ROOT / "nnunetv2_mgml").rglob("*.py"), *(ROOT / "dataset_conversion").rglob("*.py")]
+    lines = [line for file in files for line in file.read_text().splitlines() if "# type: ignore" in line]
+    assert lines
+    assert [line for line in lines if not re.search(r"# type: ignore\[[\w,-]+\]  # \w+", line)] == []

@@ -264,15 +264,23 @@ def test_nothing_that_fits_is_refused_with_the_option_to_set() -> None:
     [
         ({"weights": 1}, "no 'network_weights'"),
         ({"network_weights": stock_network(2).state_dict()}, "2 input channels .* --channels"),
-        ({"network_weights": {"a": torch.zeros(1)}, "x": nnUNetTrainer}, "cannot be read"),
+        (
+            {"network_weights": {"a": torch.zeros(1)}, "x": nnUNetTrainer},
+            "more than weights, numbers and text .*nnUNetTrainer",
+        ),
+        ({"network_weights": {"a": torch.zeros(1)}, "init_args": {"plans": {}}}, "cannot be: 'the file' must be"),
+        (
+            {"network_weights": {"a": torch.zeros(1)}, "init_args": {"dataset_json": BRATS_JSON, "plans": 3}},
+            "'plans' must be an object, found int",
+        ),
     ],
-    ids=["no weights", "unknown channels", "code"],
+    ids=["no weights", "unknown channels", "code", "no dataset.json", "no plans"],
 )
 def test_files_that_are_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=message):
         read_donor(tmp_path / "file.pth")
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth does not exist"):
         read_donor(tmp_path / "absent.pth")
 
 

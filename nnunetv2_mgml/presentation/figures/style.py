@@ -10,7 +10,7 @@ import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def styled(function: F) -> F:
         with matplotlib.style.context(["default", _SETTINGS]):
             return function(*args, **kwargs)
 
-    return run  # type: ignore[return-value]
+    return cast(F, run)
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:

@@ -56,6 +56,7 @@ def test_variants_are_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor() -> None:
-    """The default; all designs pass, but each takes the compiler minutes on two cores."""
-    check("region_aware", "inductor")
+@pytest.mark.parametrize("name", ["region_aware", "mmformer"])
+def test_compiles_with_inductor(name: str) -> None:
+    """The default and a transformer; each takes the compiler minutes on two cores."""
+    check(name, "inductor")

@@ -1,0 +1,70 @@
+"""``--save_uncertainty``: where a prediction is undecided, voxel by voxel, from its own probabilities.
+
+Entropy in bits over its largest possible value: 0 where the network is sure, 1 where it has no preference. It says how
+sure the network is, not how often it is right: it is not calibrated, and a network can be sure and wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+
+from nnunetv2_mgml.io.volumes import read_image, write_image
+
+FOLDER = "uncertainty"
+
+
+def uncertainty(probabilities: npt.NDArray[Any], regions: bool) -> npt.NDArray[np.float32]:
+    """Return the normalised entropy ``(z, y, x)`` float32 in [0, 1].
+
+    Args:
+        probabilities: ``(heads, z, y, x)``; of labels they add up to 1, of regions each head stands alone.
+        regions: whether the heads are regions; the least certain one counts.
+    """
+    p = np.clip(probabilities.astype(np.float32), 1e-7, 1.0)
+    if regions:
+        q = np.clip(1 - probabilities.astype(np.float32), 1e-7, 1.0)
+        entropy = (-p * np.log2(p) - q * np.log2(q)).max(0)
+    else:
+        entropy = -(p * np.log2(p)).sum(0) / np.log2(len(p))
+    result: npt.NDArray[np.float32] = np.clip(entropy, 0, 1).astype(np.float32)
+    return result
+
+
+def write_uncertainty(folder: Path, case: str, ending: str, regions: bool) -> Path:
+    """Write ``uncertainty/CASE`` beside a case's segmentation, on its grid, from the ``.npz`` that nnU-Net wrote.
+
+    Args:
+        folder: the output folder.
+        case: its name.
+        ending: of image files.
+        regions: see `uncertainty`.
+
+    Raises:
+        FileNotFoundError: no probabilities, or no segmentation.
+        ValueError: a reader that turns the axes, so that probabilities and file do not fit.
+    """
+    probabilities = folder / f"{case}.npz"
+    if not probabilities.is_file():
+        raise FileNotFoundError(f"Case {case}: there are no probabilities {probabilities}.")
+    segmentation = read_image(folder / f"{case}{ending}")
+    with np.load(probabilities) as stored:
+        values = uncertainty(stored["probabilities"], regions)
+    shape = segmentation.GetSize()[::-1]
+    if segmentation.GetDimension() == 2 and values.shape == (1, *shape):
+        values = values[0]
+    if values.shape != shape:
+        raise ValueError(
+            f"Case {case}: its probabilities have shape {values.shape}, its file {shape}; the model's reader turns the "
+            f"axes, for which there is no uncertainty map."
+        )
+    image = sitk.GetImageFromArray(values)
+    image.CopyInformation(segmentation)
+    target = folder / FOLDER / f"{case}{ending}"
+    target.parent.mkdir(exist_ok=True)
+    write_image(image, target)
+    return target
