@@ -1,4 +1,4 @@
-"""The call that the docs of 0.1.0 taught, in terms of `evaluate`; to go with 0.3."""
+"""Calls of 0.1.0 that take other arguments now, in terms of those; to go with 0.3."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.io.progress import Log
+from nnunetv2_mgml.plans import folders
 from nnunetv2_mgml.scoring.results import Evaluation
 from nnunetv2_mgml.workflows import evaluate
+
+
+def dataset_folder(dataset: str) -> Path:
+    """Return the folder of a data set in nnUNet_preprocessed; see `plans.folders.dataset_folder`."""
+    return folders.dataset_folder(dataset, folders.PREPROCESSED)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
 from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import read_missing
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
 from nnunetv2_mgml.scoring.info import Source
 from nnunetv2_mgml.scoring.sources import file_ending, find_references, load_dataset_json
 
@@ -94,17 +92,17 @@ def validation_cases(dataset: str, folds: Sequence[int | str], dataset_json: dic
         dataset_json: the model's dataset.json.
 
     Raises:
-        FileNotFoundError: no splits, or images that are not there.
+        FileNotFoundError: no such data set, no splits, or images that are not there.
         ValueError: nnU-Net's folders are not set, or a fold that does not exist.
     """
-    dataset = dataset_name(dataset)
-    for variable, value in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
-        if not value:
+    for variable in (RAW, PREPROCESSED):
+        if not os.environ.get(variable):
             raise ValueError(
                 f"Validation cases are found through {variable}, which is not set. Set it, or evaluate a "
                 f"folder with -i and -l."
             )
-    raw, file = Path(nnUNet_raw) / dataset, Path(nnUNet_preprocessed) / dataset / "splits_final.json"
+    dataset = dataset_name(dataset, (RAW, PREPROCESSED))
+    raw, file = nnunet_folder(RAW) / dataset, nnunet_folder(PREPROCESSED) / dataset / "splits_final.json"
     splits = read_json(file)
     known = _raw_cases(raw, dataset_json)
     work = []
@@ -120,14 +118,6 @@ def validation_cases(dataset: str, folds: Sequence[int | str], dataset_json: dic
         work.append(FoldCases((fold,), tuple(known[name][0] for name in names)))
     source = Source("validation", dataset, tuple(map(str, folds)), *_raw_folders(raw))
     return LabelledCases(tuple(work), {name: reference for name, (_, reference) in known.items()}, source)
-
-
-def dataset_name(text: str) -> str:
-    """Return a data set's name from its name or number. Raises ValueError where there is none."""
-    try:
-        return str(maybe_convert_to_dataset_name(int(text) if text.isdigit() else text))
-    except RuntimeError as error:
-        raise ValueError(f"There is no data set '{text}': {error}") from error
 
 
 def _raw_folders(folder: Path) -> tuple[Path | None, Path | None]:
