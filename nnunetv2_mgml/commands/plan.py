@@ -78,14 +78,13 @@ def request_from(args: argparse.Namespace) -> PlanRequest:
 
 
 def describe(written: WrittenPlans, request: PlanRequest) -> list[str]:
-    """Return what was written and how to train with it, one string a line."""
+    """Return what there is to say about the plans, one string a line."""
     lines = [f"{'Wrote' if written.replaced is None else 'Replaced'} {written.path}"]
-    for key, value in written.options.as_dict().items():
-        if written.replaced is not None and written.replaced.value(key) != value and key not in written.changes:
-            lines.append(
-                f"  {key} = {json.dumps(value)}, was {json.dumps(written.replaced.value(key))}; start from the old "
-                f"plans with -p {request.plans_name} to keep it"
-            )
+    for key, (before, now) in written.lost.items():
+        lines.append(
+            f"  {key} = {json.dumps(now)}, was {json.dumps(before)}; start from the old plans with "
+            f"-p {request.plans_name} to keep it"
+        )
     for key, value in written.changes.items():
         where = f" ({', '.join(written.configurations)})" if key in NNUNET_KEYS else ""
         lines.append(f"  {key} = {json.dumps(value)}{where}")

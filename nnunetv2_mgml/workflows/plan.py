@@ -1,4 +1,4 @@
-"""Plans of our own beside nnU-Net's, with the plugin's options; the preprocessed data is shared."""
+"""Plans of our own beside nnU-Net's: its configurations with the plugin's options; the preprocessed data is shared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ NNUNET_KEYS: dict[str, str] = {
 
 STOCK_KEY = "stock_plans"
 """Key beside our options in the plans: the name of nnU-Net's plans they started from."""
-STOCK_PLANS, MGML_PLANS = "nnUNetPlans", "nnUNetMGMLPlans"
+STOCK_PLANS = "nnUNetPlans"
+MGML_PLANS = "nnUNetMGMLPlans"
 _PREPARE = "nnUNetv2_plan_and_preprocess"
 
 
@@ -44,7 +45,7 @@ class PlanRequest:
     configurations: tuple[str, ...] = ()
     """Those in which `NNUNET_KEYS` are set; none: see `default_configurations`."""
     presets: tuple[str, ...] = ()
-    """Of `plans.presets.PRESETS`; where two set the same, the later one counts."""
+    """Of `plans.presets.PRESETS`; none: what the plans have."""
     plans_name: str = MGML_PLANS
     """Name of the plans to write; plans of ours that are there are replaced, others never."""
 
@@ -57,36 +58,44 @@ class WrittenPlans:
     configurations: tuple[str, ...]
     """Those in which `NNUNET_KEYS` were set."""
     options: Options
-    """Those of the plans now."""
+    """What the plans have now."""
     changes: dict[str, Any]
     """What presets and request have set."""
     replaced: Options | None
-    """Those of the plans that were there, None where there were none."""
+    """What the plans that were there had, or None."""
+
+    @property
+    def lost(self) -> dict[str, tuple[Any, Any]]:
+        """Options of the replaced plans that were not asked to change, but did -> before and now."""
+        if self.replaced is None:
+            return {}
+        pairs = {key: (self.replaced.value(key), now) for key, now in self.options.as_dict().items()}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in self.changes}
 
 
 def write_plans(request: PlanRequest) -> WrittenPlans:
     """Write plans of our own into the data set's folder in nnUNet_preprocessed.
 
     Raises:
-        ValueError: nnUNet_preprocessed is not set, an unknown option, preset or configuration, a bad value, regions that
-            cannot work, or a plans name that is taken; the message lists what is allowed.
+        ValueError: an unknown option or configuration, a bad value, regions that cannot work, or a plans name that is
+            taken; the message lists what is allowed.
         FileNotFoundError: no such data set or plans.
     """
     try:
         folder = dataset_folder(request.dataset, PREPROCESSED)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Run {_PREPARE} -d {request.dataset} first.") from error
-    source = _read_json(folder / f"{request.plans}.json", _PREPARE)
+    source = _read(folder / f"{request.plans}.json", _PREPARE)
     configurations = request.configurations or tuple(default_configurations(source))
     if "paper" in request.presets and "patch_size" not in request.changes:
         _check_paper_patch(source, configurations)
     changes = {**presets(request.presets), **request.changes}
     target = folder / f"{request.plans_name}.json"
     replaced = _plans_to_replace(target)
-    dataset_json = _read_json(folder / "dataset.json", _PREPARE)
+    dataset_json = _read(folder / "dataset.json", _PREPARE)
     check_regions(dataset_json)
     if "nnunet" in request.presets and PLANS_KEY in source:
-        stock = _read_json(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
+        stock = _read(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
         source = with_stock_sizes(source, stock, configurations)
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
     write_json(target, plans, indent=4)
@@ -193,7 +202,7 @@ def _check_keys(changes: dict[str, Any]) -> None:
 
 
 def _check_fusion(options: NetworkOptions) -> None:
-    from nnunetv2_mgml.network.fusion import find_design
+    from nnunetv2_mgml.network.fusion import find_design  # and with it the networks
 
     find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
 
@@ -201,7 +210,7 @@ def _check_fusion(options: NetworkOptions) -> None:
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:
     result = {key: _parse_nnunet_value(key, value) for key, value in changes.items() if key in NNUNET_KEYS}
     if "patch_size" in result:
-        from nnunetv2_mgml.plans.topology import replan
+        from nnunetv2_mgml.plans.topology import replan  # and with it nnU-Net
 
         try:
             result.update(replan(_resolved(source, name), result["patch_size"]))
@@ -240,11 +249,12 @@ def _parse_nnunet_value(key: str, value: Any) -> Any:
     return value
 
 
-def _read_json(file: Path, command: str) -> dict[str, Any]:
+def _read(file: Path, command: str) -> dict[str, Any]:
+    """Return plans or dataset.json; ``command`` is what writes them."""
     if not file.is_file():
         present = ", ".join(sorted(path.stem for path in file.parent.glob("*Plans*.json"))) or "none"
         raise FileNotFoundError(f"There is no {file} (plans there: {present}). Run {command} first.")
     content = read_json(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no plans or data set, but a {type(content).__name__}. Run {command} again.")
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a JSON object. Run {command} again.")
     return content

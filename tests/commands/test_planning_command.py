@@ -237,7 +237,7 @@ def test_plans_are_written_from_python(folder):
     assert (written.changes["batch_size"], written.changes["patch_size"]) == (3, [80, 80, 80])
     assert write_plans(PlanRequest("137", plans_name="Mine")).replaced == written.options
     (folder / "List.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"List\.json holds no plans or data set, but a list\. Run nnUNetv2_plan"):
+    with pytest.raises(ValueError, match=r"List\.json holds a list, not a JSON object\. Run nnUNetv2_plan"):
         write_plans(PlanRequest("137", plans="List"))
 
 
