@@ -112,6 +112,8 @@ RENAMED: dict[str, str] = {
     "losses.consistency.better": "objective.consistency.gives_truth_more",
     "training.published_designs": "training.variants",
     "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
+    "network.fusion.base.beside": "network.fusion.base.expand_mask",
+    "network.fusion.base.masked": "network.fusion.base.float_mask",
     "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
     "evaluation.report.cases.ImageSources": "scoring.sources.EvaluationFiles",
     "evaluation.report.cases.stored_sources": "scoring.sources.find_files",
