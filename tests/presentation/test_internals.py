@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +18,12 @@ from nnunetv2_mgml.commands import main as cli
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.preprocessing import prepare_case
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.interface import View
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion
+from nnunetv2_mgml.objective.published import paper, reference
+from nnunetv2_mgml.objective.step import Step
+from nnunetv2_mgml.objective.terms import soft_label
 from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
 from nnunetv2_mgml.presentation.internals import LoadedModel, compute_internals, load_model, nearest
 
@@ -57,7 +64,11 @@ def case(tmp_path: Path) -> tuple[Case, Path]:
 def preprocessed(loaded: LoadedModel, case: Case) -> torch.Tensor:
     predictor = loaded.predictor
     item = prepare_case(
-        case, (True,) * 4, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+        case,
+        [c in case.files for c in range(4)],
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.dataset_json,
     )
     return torch.from_numpy(item["data"])[None]
 
@@ -112,6 +123,128 @@ def test_soft_label_is_the_one_of_training(model: Path, case: tuple[Case, Path])
     middle = int((z + 0.5) * half.shape[1] / 16)
     np.testing.assert_allclose(inside.features["t2"], half[:, middle, ::-1, ::-1], atol=1e-5)
     assert inside.scale == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reading": "paper"},
+        {"reading": "reference"},
+        {"reading": "reference", "meta_form": "published"},
+        {"soft_label": "mean"},
+        {"soft_label": "fixed", "fixed_sharpness": 7.0, "fixed_confidence": 0.8},
+    ],
+    ids=lambda changes: "+".join(map(str, changes.values())) or "default",
+)
+def test_every_kind_of_soft_label_is_the_very_one_of_a_training_step(
+    changes: dict[str, Any], case: tuple[Case, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for an incomplete case, of which the published code fuses the absent modality as well."""
+    folder = write_model(tmp_path / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres", options=changes)
+    torch.manual_seed(5)
+    objective = objective_of(Options().updated(changes))
+    meta = meta_network_of(objective)
+    if meta is not None:
+        torch.nn.init.normal_(meta.layers[2].bias)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(file, weights_only=False), "mgml": objective.training_state()}, file)
+    loaded = load_model(folder, 0, "checkpoint_final.pth", "cpu")
+    incomplete = Case("a", {channel: path for channel, path in case[0].files.items() if channel != 2})
+    inside = compute_internals(loaded, incomplete, case[1], [])
+
+    fusions: list[torch.Tensor] = []
+
+    def noting(function: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            fusions.append(function(*args, **kwargs))
+            return fusions[-1]
+
+        return noted
+
+    for module, name in (
+        (soft_label, "adaptive_fusion"),
+        (soft_label, "mean_fusion"),
+        (paper, "raw_fusion"),
+        (reference, "raw_fusion"),
+    ):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    view = View(torch.tensor([[True, True, False, True]]))
+    output = loaded.network(preprocessed(loaded, incomplete), view, objective.needs)
+    step = Step(objective.spec, output, view, torch.zeros(1, 3, *PATCH))
+    objective.terms["soft_label"](step)
+    [scores] = fusions
+    z = telling_slice(read_axial(case[1])[0])
+    expected = scores[0].argmax(0).numpy()
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(inside.soft_label, expected[z, ::-1, ::-1])
+    if changes.get("soft_label") == "mean":
+        assert inside.meta_parameters == {}
+    else:
+        parameters = objective.terms["soft_label"].parameters_of(step)
+        for name in ("w_f", "beta", "alpha"):
+            assert inside.meta_parameters[name] == pytest.approx(float(getattr(parameters, name)[0]), rel=1e-5)
+
+
+def log_mean_exp(values: np.ndarray, sharpness: float) -> np.ndarray:
+    """Smooth maximum over the first axis; over a negative sharpness the smooth minimum."""
+    scaled = sharpness * values
+    top = scaled.max(0)
+    return (top + np.log(np.exp(scaled - top).mean(0))) / sharpness
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reading": "paper"},
+        {"reading": "reference"},
+        {"soft_label": "mean"},
+        {"soft_label": "fixed", "fixed_sharpness": 3.0, "fixed_confidence": 0.2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_the_soft_label_is_that_of_the_reading(
+    model: Path, case: tuple[Case, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Against its formula in float64, for a case that lacks two modalities (the published code fuses them as well)."""
+    folder = shutil.copytree(model, tmp_path / model.name)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["mgml"]["config"].update(changes)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    torch.manual_seed(3)
+    meta = meta_network_of(objective_of(Options().updated(changes)))
+    if meta is not None:
+        torch.nn.init.normal_(meta.layers[2].bias)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    state = {} if meta is None else {"meta_network": meta.state_dict()}
+    torch.save({**torch.load(file, weights_only=False), "mgml": state}, file)
+    loaded = load_model(folder, 0, "checkpoint_final.pth", "cpu")
+    inside = compute_internals(loaded, Case("a", {c: case[0].files[c] for c in (1, 3)}), case[1], [])
+
+    data = preprocessed(loaded, case[0])
+    data[:, [0, 2]] = 0
+    available = (False, True, False, True)
+    with torch.no_grad():
+        logits = loaded.network.decode_modalities(loaded.network.encode(data))  # of all, as in training
+        probabilities = logits.double().softmax(2).mean((3, 4, 5)).float()
+        fused = torch.tensor([[True] * 4 if changes.get("reading") == "reference" else available])
+        parameters = None if meta is None else meta(probabilities, fused)
+    scores = logits[0].double().numpy()
+    if "reading" not in changes:
+        scores = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    scores = scores[fused[0].numpy()]
+    if changes.get("soft_label") == "mean":
+        expected = scores.mean(0)
+    else:
+        w, beta, alpha = (0.2, 3.0, 3.0) if parameters is None else (float(value) for value in parameters[2:])
+        high, low = log_mean_exp(scores, beta), log_mean_exp(scores, -alpha)
+        if "reading" in changes:  # sums, not means
+            high, low = high + np.log(len(scores)) / beta, low - np.log(len(scores)) / alpha
+        expected = w * high + (1 - w) * low
+    z = telling_slice(read_axial(case[1])[0])
+    np.testing.assert_array_equal(inside.soft_label, expected.argmax(0)[z, ::-1, ::-1])
+    assert len(np.unique(inside.soft_label)) > 1
+    assert bool(inside.meta_parameters) == (changes.get("soft_label") != "mean")
 
 
 def test_absent_modalities_are_left_out(model: Path, case: tuple[Case, Path]):
