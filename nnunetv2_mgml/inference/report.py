@@ -87,7 +87,8 @@ class PredictionReport:
     def _fit_of(folder: str | None) -> dict[str, Any]:
         try:
             return {} if folder is None else stored_fit(folder)
-        except (ValueError, OSError):  # said with the first case, see `_quality`
+        except (ValueError, OSError) as error:  # must not cost the prediction
+            _log.warning("%s", error)
             return {}
 
     def begin(self, todo: Sequence[str], done: Sequence[str]) -> None:
