@@ -28,7 +28,6 @@ from step import CLASSES, MODALITIES, REGIONS
 from subsets import files
 
 from nnunetv2_mgml.inference import engine
-from nnunetv2_mgml.inference.subsets import label_maps
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.phantom import write_phantoms
@@ -248,7 +247,6 @@ _WATCHED = (
     (MultiEncoderUNet, "decode_subsets", "network"),
     (nnUNetPredictor, "predict_sliding_window_return_logits", "sliding window"),
     (engine, "export_case", "export"),
-    (label_maps, "export_case", "export"),
 )
 
 
