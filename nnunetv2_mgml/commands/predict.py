@@ -19,6 +19,7 @@ from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_s
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.uncertainty import FOLDER as UNCERTAINTY_FOLDER
 from nnunetv2_mgml.inference.uncertainty import write_uncertainty
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 
@@ -168,7 +169,7 @@ def main(entry_point_name: str) -> NoReturn:
             raise
         _fail("interrupted; the cases finished so far are complete", _INTERRUPTED)
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
-        if not session.ours or not _by_user(error, session):
+        if not isinstance(error, PlainError) and (not session.ours or not _by_user(error, session)):
             raise
         if session.args is not None and session.args.verbose:
             traceback.print_exc()

@@ -148,6 +148,15 @@ def _in_folder(folder: Path, description: Mapping[str, Any], part: str) -> _Foun
             found.setdefault(case, ({}, folder / f"labels{part}" / f"{case}{ending}"))[0][channel] = images / name
     if not found:
         raise FileNotFoundError(f"{images} holds no file named CASE_XXXX{ending}.")
+    for case, (files, label) in found.items():
+        named = [path for path in files.values() if (label.parent / path.name).exists()]
+        if named and not label.exists():
+            raise ValueError(
+                f"{named[0]} is named as the label map {label.parent / named[0].name}: its number belongs to the case, "
+                f"not to the channel, and {len(files)} file(s) would become one case, {case}. Name the image "
+                f"{named[0].name[: -len(ending)]}_0000{ending} if it is the first channel, _0001 for the second, and "
+                f"so on."
+            )
     return found
 
 
