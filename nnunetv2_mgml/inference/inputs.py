@@ -139,25 +139,26 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
 
 
 def _doubt_numbers(cases: Sequence[Case], channels: Sequence[str]) -> None:
-    """Warn where numbers of patients may have been taken for numbers of channels: no case has the first channel."""
-    if any(0 in case.files for case in cases):
+    """Warn where numbers of patients may have been taken for numbers of channels: one case, without the first one."""
+    if len(cases) != 1 or 0 in cases[0].files:
         return
-    for case in cases:
-        known = [c for c in sorted(case.files) if c < len(channels)]
-        if len(known) > 1:
-            first = os.path.basename(case.files[known[0]])
-            _log.warning(
-                "The numbers of %s are taken for channels: one case, %s, with %s. If they are numbers of patients, add "
-                "the channel: %s is then to be named %s_%04d_0000%s, if it is %s.",
-                ", ".join(os.path.basename(case.files[c]) for c in known),
-                case.name,
-                ", ".join(channels[c] for c in known),
-                first,
-                case.name,
-                known[0],
-                first[len(f"{case.name}_0000") :],
-                channels[0],
-            )
+    case = cases[0]
+    known = {c: os.path.basename(case.files[c]) for c in sorted(case.files) if c < len(channels)}
+    if len(known) > 1:
+        number, first = next(iter(known.items()))
+        ending = first[len(f"{case.name}_0000") :]
+        _log.warning(
+            "The numbers of %s are taken for channels: one case, %s, with %s. If they are numbers of patients, add the "
+            "channel: %s is then to be named %s_%04d_0000%s, if it is %s.",
+            ", ".join(known.values()),
+            case.name,
+            ", ".join(channels[c] for c in known),
+            first,
+            case.name,
+            number,
+            ending,
+            channels[0],
+        )
 
 
 def _brats_cases(folder: Path, channels: Sequence[str]) -> list[Case]:
