@@ -32,6 +32,11 @@ class Result:
         return self.run.design_changed and "fusion_revision" not in self.content["resolved"]["config"]
 
     @property
+    def in_float32(self) -> bool:
+        """Whether it was computed in float32: on a processor without bfloat16 instructions."""
+        return self.content.get("precision", "bfloat16") == "float32"
+
+    @property
     def regions(self) -> list[str]:
         """WT, TC, ET, in the order of `dice`."""
         return [short_name(region) for region in self.content["dice"]]

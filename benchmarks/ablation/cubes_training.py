@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from cubes_data import Cubes, cut, draw
 from cubes_variants import CHANNELS, Run
+from precision import precision_on
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
 
 from nnunetv2_mgml.dataloading.masking import build_sampler
@@ -22,11 +23,6 @@ _WIDTHS = (32, 64, 128, 256, 320, 320)
 _POLY = 0.9
 _WARM_UP_STEPS = 6
 """Steps before a graph is captured: lazy set-up and cuDNN's choice of algorithms happen in them."""
-
-
-def precision_on(device: torch.device) -> str:
-    """Return "bfloat16", or "float32" on a processor without bfloat16 instructions, where it would be far slower."""
-    return "float32" if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16"
 
 
 class Training:

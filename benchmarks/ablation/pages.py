@@ -63,7 +63,7 @@ def mean_cells(results: Sequence[Result]) -> list[str]:
     """Return mean with spread, marked where a design was another one, the regions, and the number of seeds."""
     values = statistics(results)
     spread = "" if values["sd"] != values["sd"] else f" ± {values['sd']:.2f}"
-    mark = " †" if any(r.of_old_design for r in results) else ""
+    mark = " †" * any(r.of_old_design for r in results) + " ‡" * any(r.in_float32 for r in results)
     return [
         f"{values['mean']:.2f}{spread}{mark}",
         *(f"{values[region]:.2f}" for region in REGIONS),
@@ -100,7 +100,8 @@ trains them again. Changed are {changed}.
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
-{patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU, one thread. Prediction without mirroring. Dice in percent,
+{patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU (float32 where marked ‡: that
+processor had no bfloat16 instructions), one thread. Prediction without mirroring. Dice in percent,
 mean over 15 subsets and the cases; empty-case policy of BraTS, and a predicted ET below 0.5 ml counts as none (the rule
 of the RFNet family: without it the cases without ET, right or wrong by one voxel, drown everything else). ± is the
 standard deviation over seeds; intervals are 95 % bootstrap over cases of the paired difference. Together {hours:.1f}

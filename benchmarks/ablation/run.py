@@ -5,7 +5,8 @@
     python benchmarks/ablation/run.py --list                                  # what is finished, what is not
 
 Every step is a command a user would type (`mgml convert`, `nnUNetv2_plan_and_preprocess`, `mgml plan`,
-`nnUNetv2_train`, `mgml evaluate`). Runs use one thread each; ``--parallel`` many go side by side.
+`nnUNetv2_train`, `mgml evaluate`). Runs use one thread each; ``--parallel`` many go side by side. A processor
+without bfloat16 instructions computes in float32, which result and page say.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import torch
 from collect import Result
 from data import call, folder_name, prepare
+from precision import precision_on
 from settings import FOLDER, Run, all_runs, read_settings
 from tqdm import tqdm
 
@@ -80,6 +83,7 @@ def of_old_design(run: Run) -> bool:
 def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     """Train and evaluate one run and write its result file."""
     started, described = time.time(), describe(run)  # before the run, since the code may change meanwhile
+    options = {**run.options, "cpu_bfloat16": described["precision"] == "bfloat16"}
     data, log = run.dataset_settings, work / "logs" / f"{run.name}.txt"
     log.unlink(missing_ok=True)
     plans = f"nnUNetMGMLPlans_{run.name.replace('+', '.')}"
@@ -96,7 +100,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
             "--plans_name",
             plans,
             "--set",
-            *(f"{key}={json.dumps(value)}" for key, value in run.options.items()),
+            *(f"{key}={json.dumps(value)}" for key, value in options.items()),
         ],
     )
     skip = ["--skip_validation"] if data["kind"] == "real" else []
@@ -118,7 +122,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
         ],
     )
     trained = time.time()
-    evaluation = evaluate(run, work, log, model)
+    evaluation = evaluate(run, work, log, model, options["cpu_bfloat16"])
     result = {
         **described,
         "hours": {"training": (trained - started) / 3600, "evaluation": (time.time() - trained) / 3600},
@@ -132,7 +136,7 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     return result
 
 
-def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
+def evaluate(run: Run, work: Path, log: Path, model: Path, bfloat16: bool) -> Evaluation:
     """Evaluate on the held-out cases (phantoms) or on the fold's validation cases (real), without mirroring."""
     data, output = run.dataset_settings, model / "evaluation"
     raw = work / "raw" / folder_name(data)
@@ -158,7 +162,7 @@ def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
             "-device",
             "cpu",
             "--disable_tta",
-            "--cpu_bfloat16",
+            *(["--cpu_bfloat16"] if bfloat16 else []),
             "--metrics",
             "dice",
             "-np",
@@ -191,6 +195,7 @@ def describe(run: Run) -> dict[str, Any]:
         "options": run.options,
         "dataset_settings": run.dataset_settings,
         "resolved": run.resolved,
+        "precision": precision_on(torch.device("cpu")),
         "commit": commit,
         "code_changed": bool(changed),
         "versions": provenance()["versions"],

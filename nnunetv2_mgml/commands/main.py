@@ -66,6 +66,11 @@ COMMANDS: dict[str, _Command] = {
         "compare evaluations of several models",
         "mgml compare evaluation_of_baseline evaluation_of_mgml -o comparison",
     ),
+    "find-best": _Command(
+        "nnunetv2_mgml.commands.find_best",
+        "choose configuration and post-processing over all subsets",
+        "mgml find-best evaluation_of_2d evaluation_of_3d_fullres -o best",
+    ),
     "report": _Command(
         "nnunetv2_mgml.commands.report",
         "one HTML page with tables and figures of an evaluation",

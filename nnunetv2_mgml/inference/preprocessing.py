@@ -86,7 +86,7 @@ def prepare_case(
     volumes, properties = read_case(case.name, files, model.channels, reader)
     previous = None
     if prev_stage_file is not None:
-        previous = _read_previous_stage(case.name, prev_stage_file, reader)
+        previous = read_previous_stage(case.name, prev_stage_file, reader)
     item = preprocess_volumes(case.name, volumes, properties, previous, ofile, model)
     item["files"] = {model.channels[c]: path for c, path in files.items()}
     return item
@@ -149,7 +149,8 @@ def _failed(job: Job, error: str) -> Item:
     return {"case": job.case, "ofile": job.ofile, "error": error}
 
 
-def _read_previous_stage(name: str, path: str, reader: Any) -> NDArray[Any]:
+def read_previous_stage(name: str, path: str, reader: Any) -> NDArray[Any]:
+    """Read the ``(1, z, y, x)`` labels of a cascade's previous stage; raises CaseError where there are none."""
     if not os.path.isfile(path):
         raise CaseError(
             f"Case {name}: the previous stage's segmentation {path} does not exist. Predict the case with "

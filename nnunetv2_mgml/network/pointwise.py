@@ -1,7 +1,9 @@
 """1x1 convolutions as matrix products: the same modules and parameters, on a CPU several times faster.
 
 PyTorch's CPU convolutions reorder their input and output, which for one multiplication per number costs more than the
-multiplications.
+multiplications. Elsewhere they stay convolutions: the gradient of the weight is a product of few numbers by few, summed
+over all voxels, and the matrix library of a GPU gives that to a few of its processors only (5 ms each at 128^3 on an
+H200, a sixth of the step; docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -12,25 +14,28 @@ import torch
 from torch import nn
 
 
-class _Pointwise:
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(B, C, *spatial)`` to ``(B, O, *spatial)``."""
-        weight = self.weight.flatten(1).expand(len(x), -1, -1)
-        flat = x.flatten(2)
-        mixed = torch.bmm(weight, flat) if self.bias is None else torch.baddbmm(self.bias[:, None], weight, flat)
-        result: torch.Tensor = mixed.unflatten(2, x.shape[2:])
-        return result
+def _product(conv: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+    """Map ``(B, C, *spatial)`` to ``(B, O, *spatial)``."""
+    weight = conv.weight.flatten(1).expand(len(x), -1, -1)
+    flat = x.flatten(2)
+    mixed = torch.bmm(weight, flat) if conv.bias is None else torch.baddbmm(conv.bias[:, None], weight, flat)
+    return mixed.unflatten(2, x.shape[2:])
 
 
-class PointwiseConv2d(_Pointwise, nn.Conv2d):
-    """``nn.Conv2d`` of kernel size and stride 1, as a matrix product."""
+class PointwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d`` of kernel size and stride 1, on a CPU as a matrix product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, y, x)`` to ``(B, O, y, x)``."""
+        return _product(self, input) if input.device.type == "cpu" else super().forward(input)
 
 
-class PointwiseConv3d(_Pointwise, nn.Conv3d):
-    """``nn.Conv3d`` of kernel size and stride 1, as a matrix product."""
+class PointwiseConv3d(nn.Conv3d):
+    """``nn.Conv3d`` of kernel size and stride 1, on a CPU as a matrix product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, z, y, x)`` to ``(B, O, z, y, x)``."""
+        return _product(self, input) if input.device.type == "cpu" else super().forward(input)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PointwiseConv2d, nn.Conv3d: PointwiseConv3d}

@@ -13,6 +13,9 @@ from nnunetv2_mgml.io.files import read_json, write_json
 SCORING_ONLY = ("scoring.metrics", "scoring.min_region_voxels", "scoring.policy")
 """Settings that do not change a prediction; their parts (``scoring.min_region_voxels.WT``) belong to them."""
 
+PREVIOUS_STAGE = "previous_stage"
+"""Folder of what the first stage of a cascade predicted; it lasts as long as the predictions do."""
+
 _RESULTS = (
     "results.csv",
     "summary.json",
@@ -85,7 +88,7 @@ def _delete_earlier(folder: Path, stored: dict[str, Any], different: dict[str, s
                 folder / "predictions",
             )
         else:
-            parts.append(folder / "predictions")
+            parts += [folder / "predictions", folder / PREVIOUS_STAGE]
     for part in parts:
         inside = [path for path in inputs if path.resolve().is_relative_to(part.resolve())]
         if inside:

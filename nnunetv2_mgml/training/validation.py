@@ -24,8 +24,10 @@ FOLDER = "subset_validation"
 def validate_subsets(trainer: nnUNetTrainerMGML, weights_file: str | None) -> str:
     """Evaluate the fold's validation cases on every subset, without mirroring, and store what to expect of each.
 
-    Mirroring would make it eight times slower; ``mgml evaluate`` by hand does mirror. The raw images are needed, as
-    crop and normalisation depend on the subset. A run that was killed is resumed while the checkpoint is the same file.
+    Mirroring would make it eight times slower; ``mgml evaluate`` by hand does mirror. Crop and
+    normalisation depend on the subset, so the raw images are read; where they are not on this machine, the
+    preprocessed cases have to do, and the report says so. A run that was killed is resumed while the checkpoint is
+    the same file.
 
     Args:
         trainer: a trained one.

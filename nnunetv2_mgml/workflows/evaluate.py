@@ -22,7 +22,7 @@ from nnunetv2_mgml.scoring.cases import CasePool, CaseTask, Scores, ScoringSetti
 from nnunetv2_mgml.scoring.info import EvaluatedModel, EvaluationInfo, Source, as_json
 from nnunetv2_mgml.scoring.metrics import default_metrics, get_metric
 from nnunetv2_mgml.scoring.metrics.lesionwise import require_panoptica
-from nnunetv2_mgml.scoring.output import open_output
+from nnunetv2_mgml.scoring.output import PREVIOUS_STAGE, open_output
 from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import label_set, resolve_region
 from nnunetv2_mgml.scoring.results import Evaluation, build_evaluation
@@ -280,22 +280,65 @@ def evaluate_model(request: ModelRequest) -> Evaluation:
         cases = folder_cases(request.images, request.labels, folds, dataset_json, request.allow_missing)
     else:
         dataset = request.dataset or request.model_folder.resolve().parent.name
-        cases = validation_cases(dataset, folds, dataset_json)
+        cases = validation_cases(request.model_folder, dataset, folds)
     output = request.output_folder
+    first = _first_stage(request, folds, cases, subsets)
     settings = SubsetSettings(
         request.model_folder,
         request.checkpoint,
-        request.shared_preprocessing,
+        request.shared_preprocessing or cases.preprocessed is not None,
         request.allow_missing,
+        cases.preprocessed,
+        None if first is None else first.folder,
         request.num_processes_preprocessing,
         request.num_processes_export,
     )
     label_maps = SubsetLabelMaps(_predictor(request), cases.work, subsets, output / "predictions", settings)
     label_maps.refuse_incomplete()
-    evaluation = _evaluate_label_maps(request, label_maps, cases, subsets, scoring)
+    evaluation = _evaluate_label_maps(request, label_maps, cases, subsets, scoring, first)
     if request.write_subset_report:
         write_subset_report(evaluation, request.model_folder)
     return evaluation
+
+
+def _first_stage(
+    request: ModelRequest, folds: tuple[int | str, ...], cases: LabelledCases, subsets: Sequence[str]
+) -> SubsetLabelMaps | None:
+    """Return what predicts the first stage of a cascade from every subset, by the model beside; None for other models.
+
+    Raises:
+        FileNotFoundError: that model, or a fold of it, is not there.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_mgml.inference.model_check import check_model_folder
+    from nnunetv2_mgml.inference.subsets.label_maps import SubsetLabelMaps, SubsetSettings
+
+    head, _, configuration = request.model_folder.resolve().name.rpartition("__")
+    plans = PlansManager(str(request.model_folder / "plans.json"))
+    if configuration not in plans.available_configurations:
+        return None
+    stage = plans.get_configuration(configuration).previous_stage_name
+    if stage is None:
+        return None
+    folder = request.model_folder.resolve().parent / f"{head}__{stage}"
+    try:
+        check_model_folder(folder, folds, request.checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{request.model_folder} is the second stage of a cascade; every subset is first predicted by {folder}. "
+            f"{error} Or predict with nnUNetv2_predict -prev_stage_predictions, one folder per subset, and evaluate "
+            f"those with --predictions."
+        ) from error
+    settings = SubsetSettings(
+        folder,
+        request.checkpoint,
+        request.shared_preprocessing,
+        request.allow_missing,
+        num_processes_preprocessing=request.num_processes_preprocessing,
+        num_processes_export=request.num_processes_export,
+    )
+    return SubsetLabelMaps(_predictor(request), cases.work, subsets, request.output_folder / PREVIOUS_STAGE, settings)
 
 
 def _evaluate_label_maps(
@@ -304,10 +347,12 @@ def _evaluate_label_maps(
     cases: LabelledCases,
     subsets: Sequence[str],
     scoring: ScoringSettings,
+    first: SubsetLabelMaps | None,
 ) -> Evaluation:
-    """Score every case as soon as its label maps are there."""
+    """Score every case as soon as its label maps are there; of a cascade, ``first`` predicts the first stage."""
     predictor, output = label_maps.predictor, request.output_folder
     model = _describe(predictor, label_maps.settings, cases)
+    previous = {} if first is None else {"previous_stage": as_json(_describe(first.predictor, first.settings, cases))}
     open_output(
         output,
         {
@@ -315,6 +360,7 @@ def _evaluate_label_maps(
             "channels": list(predictor.channels),
             "source": as_json(cases.lasting_source),
             "model": as_json(model),
+            **previous,
         },
         request.overwrite,
         subsets,
@@ -324,6 +370,14 @@ def _evaluate_label_maps(
     failures: dict[str, Exception] = {}
     lacking: dict[str, tuple[str, ...]] = {}
     total = sum(len(part.cases) for part in cases.work)
+    if first is not None:
+        title = f"Predicting {predictor.configuration_manager.previous_stage_name}"
+        with (
+            progress_bar(None, total, request.show_progress, title, request.log) as bar,
+            contextlib.closing(first.predict()) as predicted,
+        ):
+            for _ in predicted:  # a case that fails here fails again below, for want of its file
+                bar.update()
     with CasePool(scoring, output / "cases", request.num_processes) as pool:
         with (
             progress_bar(None, total, request.show_progress, "Predicting", request.log) as bar,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
 from nnunetv2_mgml.io.files import read_json
@@ -32,6 +36,8 @@ class LabelledCases:
     references: dict[str, Path]
     """Case -> label map; may hold cases that are not predicted."""
     source: Source
+    preprocessed: Path | None = None
+    """Folder of nnU-Net's preprocessed data the cases are taken from; None: from their files."""
 
     @property
     def lasting_source(self) -> Source:
@@ -99,41 +105,100 @@ def _refuse_numbers_of_cases(cases: Mapping[str, Case], references: Mapping[str,
                 )
 
 
-def validation_cases(dataset: str, folds: Sequence[int | str], dataset_json: dict[str, Any]) -> LabelledCases:
+def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str]) -> LabelledCases:
     """Return the validation cases of folds, each for its own model, from nnU-Net's folders.
 
+    Where the raw data set is not on this machine they are taken as they were preprocessed for the training.
+
     Args:
+        model_folder: ``TRAINER__PLANS__CONFIGURATION``.
         dataset: name or number of the data set.
         folds: numbers of folds.
-        dataset_json: the model's dataset.json.
 
     Raises:
         FileNotFoundError: no splits, or images that are not there.
         ValueError: nnU-Net's folders are not set, or a fold that does not exist.
     """
     dataset = dataset_name(dataset)
-    for variable, value in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
-        if not value:
-            raise ValueError(
-                f"Validation cases are found through {variable}, which is not set. Set it, or evaluate a "
-                f"folder with -i and -l."
-            )
-    raw, file = Path(nnUNet_raw) / dataset, Path(nnUNet_preprocessed) / dataset / "splits_final.json"
+    if not nnUNet_preprocessed:
+        raise ValueError(
+            "Validation cases are found through nnUNet_preprocessed, which is not set. Set it, or evaluate a folder "
+            "with -i and -l."
+        )
+    dataset_json = load_dataset_json(model_folder / "dataset.json")
+    file = Path(nnUNet_preprocessed) / dataset / "splits_final.json"
     splits = read_json(file)
-    known = _raw_cases(raw, dataset_json)
-    work = []
     for fold in folds:
         if int(fold) >= len(splits):
             raise ValueError(f"{file} has folds 0 to {len(splits) - 1}, not {fold}.")
-        names = sorted(splits[int(fold)]["val"])
-        absent = [name for name in names if name not in known]
+    names = {fold: sorted(splits[int(fold)]["val"]) for fold in folds}
+    raw = Path(nnUNet_raw or "", dataset)
+    if not nnUNet_raw or not (raw / "dataset.json").is_file():
+        return _preprocessed_cases(model_folder, dataset, names, dataset_json)
+    known = _raw_cases(raw, dataset_json)
+    work = []
+    for fold, wanted in names.items():
+        absent = [name for name in wanted if name not in known]
         if absent:
             raise FileNotFoundError(
                 f"{len(absent)} validation cases of fold {fold} are not in {raw}: {', '.join(absent[:10])}."
             )
-        work.append(FoldCases((fold,), tuple(known[name][0] for name in names)))
+        work.append(FoldCases((fold,), tuple(known[name][0] for name in wanted)))
     source = Source("validation", dataset, tuple(map(str, folds)), *_raw_folders(raw))
     return LabelledCases(tuple(work), {name: reference for name, (_, reference) in known.items()}, source)
+
+
+def _preprocessed_cases(
+    model_folder: Path, dataset: str, names: dict[int | str, list[str]], dataset_json: dict[str, Any]
+) -> LabelledCases:
+    """Return validation cases as they were preprocessed, with the label maps nnU-Net's own validation scores against.
+
+    Args:
+        model_folder: its name and plans tell which data it was trained on.
+        dataset: name of the data set.
+        names: fold -> cases.
+        dataset_json: the model's.
+
+    Raises:
+        FileNotFoundError: no such data, or no label maps.
+        ValueError: a cascade, of which nothing but raw images can be used.
+    """
+    folder = Path(nnUNet_preprocessed) / dataset
+    plans = PlansManager(str(model_folder / "plans.json"))
+    name = model_folder.resolve().name.split("__")[-1]
+    where = f"{dataset} is not in nnUNet_raw ({nnUNet_raw or 'not set'})"
+    if name not in plans.available_configurations:
+        raise FileNotFoundError(f"{where}, and the name of {model_folder} names no configuration of its plans.")
+    configuration = plans.get_configuration(name)
+    if configuration.previous_stage_name is not None:
+        raise ValueError(
+            f"{where}; of a cascade's second stage validation cases can be evaluated from raw images only."
+        )
+    data, labels, ending = (
+        folder / configuration.data_identifier,
+        folder / "gt_segmentations",
+        file_ending(dataset_json),
+    )
+    if not data.is_dir() or not labels.is_dir():
+        raise FileNotFoundError(f"{where}, and there is no {data if not data.is_dir() else labels}.")
+    channels = channel_names(dataset_json)
+    cases = infer_dataset_class(str(data))(str(data))
+    there = case_availability(cases, sorted({case for of_fold in names.values() for case in of_fold}), len(channels))
+    # which file of a case counts for whether it has changed
+    files = {case: next(iter(sorted(data.glob(f"{glob.escape(case)}.*")))) for case in there}
+    found = {
+        case: Case(case, {c: str(files[case]) for c, present in enumerate(has) if present})
+        for case, has in there.items()
+    }
+    _log.warning(
+        "%s: its validation cases are taken from %s, cropped and normalised from all their modalities "
+        "(as with --shared_preprocessing).",
+        where,
+        data,
+    )
+    source = Source("validation", dataset, tuple(map(str, names)), None, labels.resolve())
+    work = tuple(FoldCases((fold,), tuple(found[case] for case in cases)) for fold, cases in names.items())
+    return LabelledCases(work, find_references(labels, ending), source, data)
 
 
 def dataset_name(text: str) -> str:

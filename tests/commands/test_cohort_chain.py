@@ -173,3 +173,31 @@ def test_prostate(real_data: Path, nnunet_folders: Path, monkeypatch: pytest.Mon
     raw = nnunet_folders / "raw" / "Dataset053_Prostate"
     report = predict(model, raw / "imagesTr", nnunet_folders / "out")
     assert report["case1"]["present"] == ["t2", "hbv"]
+
+
+def test_multiple_sclerosis(real_data: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BraTS' four sequences with another label, some values negative; one patient has no T1 with contrast."""
+    quiet(monkeypatch)
+    source = nnunet_folders / "src"
+    for patient in ("patient07", "patient19", "patient26"):
+        slab(real_data / "ms_2mm" / patient, source / patient)
+    (source / "patient26" / "patient26_t1ce.nii.gz").unlink()
+    patterns = ["t1=*_t1.nii.gz", "t1ce=*_t1ce.nii.gz", "t2=*_t2.nii.gz", "flair=*_flair.nii.gz"]
+    command = ["convert", "folders", str(source), "-d", "54", "--name", "MS", "--label", "*_seg.nii.gz", "-np", "1"]
+    assert main([*command, "--labels", "lesion=1", "--modalities", *patterns]) == 0
+    raw = nnunet_folders / "raw" / "Dataset054_MS"
+    assert json.loads((raw / "missing_modalities.json").read_text()) == {"patient26": ["t1ce"]}
+    assert json.loads((raw / "dataset.json").read_text())["labels"] == {"background": 0, "lesion": 1}
+    assert main(["check", "54", "-o", str(nnunet_folders / "check"), "-np", "1"]) == 0
+    check = json.loads((nnunet_folders / "check" / "check.json").read_text())
+    assert check["parts"]["training"] == {"cases": 3, "t1": 3, "t1ce": 2, "t2": 3, "flair": 3}
+    plans = plan_and_preprocess(nnunet_folders, "Dataset054_MS", "3d_fullres", [16, 32, 32])
+    model = train(nnunet_folders, plans, "3d_fullres")
+    images = nnunet_folders / "in"
+    images.mkdir()
+    for channel, sequence in ((2, "t2"), (3, "flair")):
+        shutil.copy(source / "patient07" / f"patient07_{sequence}.nii.gz", images / f"new_{channel:04d}.nii.gz")
+    assert predict(model, images, nnunet_folders / "out")["new"]["present"] == ["t2", "flair"]
+    predicted = labels(nnunet_folders / "out" / "new.nii.gz")
+    assert predicted.shape == labels(source / "patient07" / "patient07_seg.nii.gz").shape
+    assert set(np.unique(predicted)) <= {0, 1}

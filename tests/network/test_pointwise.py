@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_mgml.network.pointwise import make_pointwise, pointwise
 
@@ -42,6 +44,28 @@ def test_turns_a_convolution_into_one() -> None:
     torch.testing.assert_close(changed(x), conv(x), atol=1e-5, rtol=1e-5)
     assert isinstance(changed, nn.Conv3d)
     assert torch.equal(pickle.loads(pickle.dumps(changed))(x), changed(x))
+
+
+class Calls(TorchDispatchMode):
+    """Which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("conv_op", [nn.Conv2d, nn.Conv3d])
+def test_a_product_on_the_cpu_and_a_convolution_elsewhere(conv_op: type[nn.Module]) -> None:
+    for device, called, other in (("cpu", "baddbmm", "convolution"), ("meta", "convolution", "baddbmm")):
+        module = pointwise(conv_op)(3, 5, 1).to(device)
+        with Calls() as calls:
+            module(torch.zeros(2, 3, *[4] * (module.weight.ndim - 2), device=device))
+        assert called in calls.names
+        assert other not in calls.names
 
 
 @pytest.mark.parametrize(

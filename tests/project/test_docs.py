@@ -34,7 +34,8 @@ def commands() -> list[str]:
     text = "\n".join(page.read_text() for page in PAGES)
     found = re.findall(r"^(mgml .+?)(?:\s+#.*)?$|`(mgml [^`\n]+)`", text, flags=re.MULTILINE)
     lines = {(block or inline).strip() for block, inline in found}
-    checked = ("convert", "check", "plan", "warmstart", "evaluate", "compare", "report", "export-model", "info", "demo")
+    checked = ("convert", "check", "plan", "warmstart", "evaluate", "compare", "find-best", "report")
+    checked += ("export-model", "info", "demo")
     return sorted(
         line
         for line in lines - MENTIONS

@@ -39,7 +39,7 @@ class WithoutAugmentation(nnUNetTrainerMGML):
 
 @pytest.mark.slow
 def test_overfit_on_two_cases_reaches_dice_095(nnunet_folders: Path) -> None:
-    plans_dict = plans(patch=(24, 24, 24))
+    plans_dict = plans(patch=(16, 16, 16))
     options = {
         "num_epochs": 4,
         "num_iterations_per_epoch": 75,
@@ -50,7 +50,7 @@ def test_overfit_on_two_cases_reaches_dice_095(nnunet_folders: Path) -> None:
     }
     trainer = make_trainer(
         WithoutAugmentation,
-        write_dataset(nnunet_folders, plans_dict=copy.deepcopy(plans_dict), shape=(24, 24, 24)),
+        write_dataset(nnunet_folders, plans_dict=copy.deepcopy(plans_dict), shape=(16, 16, 16)),
         options,
     )
     trainer.run_training()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from loss_cases import meta_network_of
 from training_cases import synthetic_batch
 
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
-from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML
+from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, validation
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log, region_names
 from nnunetv2_mgml.training.validation import validate_subsets
 from nnunetv2_mgml.training.variants import (
@@ -25,6 +26,7 @@ from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_paperTerms,
     nnUNetTrainerModalityDropout,
 )
+from nnunetv2_mgml.workflows.evaluate import ModelRequest
 
 VARIANTS = (
     nnUNetTrainerMGML,
@@ -292,11 +294,28 @@ def test_both_optimisers_under_one_gradient_scaler(nnunet_folders: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(after, weights(), strict=True))
 
 
-def test_no_table_over_subsets_without_raw_images_and_why(nnunet_folders: Path) -> None:
-    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders), {"num_epochs": 1})
+def test_a_table_over_subsets_from_preprocessed_data_or_why_there_is_none(
+    nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnUNet_raw is not on the machine that trains; one case lacks T2."""
+    here = dict.fromkeys(("num_processes", "num_processes_preprocessing", "num_processes_export"), 0)
+    monkeypatch.setattr(validation, "ModelRequest", lambda **fields: ModelRequest(**{**fields, **here}))
+    trainer = make_trainer(
+        nnUNetTrainerMGML, write_dataset(nnunet_folders, absent={"case_1": 2}), {"num_epochs": 1, "width_factor": 0.5}
+    )
     trainer.run_training()
+    assert "quality to expect per subset" in validate_subsets(trainer, trainer.weights_file)
+    summary = json.loads(Path(trainer.output_folder, "subset_validation", "summary.json").read_text())
+    assert len(summary["subsets"]) == 15
+    assert all("t2" in subset for subset in summary["not_evaluated"]["case_1"])
+    assert len(summary["not_evaluated"]["case_1"]) == 8
+    report = json.loads(Path(trainer.output_folder_base, "subset_report.json").read_text())
+    assert report["shared_preprocessing"] is True
+    assert report["subsets"]["t2"]["whole_tumor"]["n"] == 1
+    shutil.rmtree(nnunet_folders / "preprocessed" / "Dataset900_Phantom" / "gt_segmentations")
     said = validate_subsets(trainer, trainer.weights_file)
     assert said.startswith("No table over all modality subsets:")
+    assert "gt_segmentations" in said
     assert "nnU-Net's own validation above is complete" in said
     assert "no checkpoint" in validate_subsets(trainer, None)
     trainer.fold = "all"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -94,6 +96,13 @@ def test_a_compiled_network_is_found_behind_its_wrappers() -> None:
     network = torch.nn.Linear(1, 1)
     assert bare(network) is network
     assert bare(torch.compile(network)) is network
+
+
+def test_the_compiler_is_not_imported_before_somebody_compiles() -> None:
+    """It takes as long as PyTorch itself, and `mgml plan` waits for it."""
+    code = "import sys, nnunetv2_mgml.commands.plan; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True", "False"]
 
 
 def test_loggers_still_stand_in_a_list() -> None:

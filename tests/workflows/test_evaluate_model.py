@@ -373,6 +373,30 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     assert "fold 2" in capsys.readouterr().err
 
 
+def test_a_cascade_predicts_its_first_stage_from_the_same_subset(images, tmp_path, capsys):
+    model = write_model(tmp_path / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres", cascade=True)
+    (tmp_path / "labels").mkdir()
+    for case in "ab":
+        write_image(tmp_path / "labels" / f"{case}.nii.gz", np.ones(SHAPE, np.uint8))
+    arguments = (model, images, tmp_path / "labels", tmp_path / "out", "--subsets", "t1+flair", "t2")
+    assert evaluate(*arguments) == 2
+    assert "second stage of a cascade" in (said := capsys.readouterr().err)
+    assert "nnUNetTrainerMGML__nnUNetPlans__3d_lowres" in said
+    first = write_model(tmp_path / "nnUNetTrainerMGML__nnUNetPlans__3d_lowres")
+    assert evaluate(*arguments) == 0
+    for missing, subset in ((["t1ce", "t2"], "t1+flair"), (["t1", "t1ce", "flair"], "t2")):
+        alone = predictor(first, missing)
+        alone.predict_from_files_sequential(str(images), str(tmp_path / subset / "first"))
+        alone = predictor(model, missing)
+        alone.predict_from_files_sequential(
+            str(images), str(tmp_path / subset), folder_with_segs_from_prev_stage=str(tmp_path / subset / "first")
+        )
+        for case in ("a.nii.gz", "b.nii.gz"):
+            ours = load(tmp_path / "out" / "predictions" / subset / case)
+            np.testing.assert_array_equal(ours, load(tmp_path / subset / case), err_msg=f"{subset} {case}")
+    assert evaluate(*arguments) == 0, "resumed"
+
+
 def test_model_without_missing_modality_training_is_refused(images, labels, tmp_path, capsys):
     model = write_model(tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres", "nnUNetTrainer")
     assert evaluate(model, images, labels, tmp_path / "out") == 2

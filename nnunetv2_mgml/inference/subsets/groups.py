@@ -3,23 +3,26 @@
 nnU-Net crops to the voxels where any channel is not zero and takes the z-score inside them. Whether subsets share their
 preprocessing therefore depends on one mask: those with the same one are preprocessed together, the others apart. In
 skull-stripped data the masks are the same for nearly all subsets; where every modality has its own zeros, every subset
-is a group of its own and the encoders run more often.
+is a group of its own and the encoders run more often. So is every subset in a cascade's second stage, which is also fed
+what the first stage predicted from that subset. Where only preprocessed data are left, all subsets share those.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError
-from nnunetv2_mgml.inference.preprocessing import Item, Model, preprocess_volumes, varying
+from nnunetv2_mgml.inference.preprocessing import Item, Model, preprocess_volumes, read_previous_stage, varying
 from nnunetv2_mgml.inference.reading import read_case
 from nnunetv2_mgml.modalities import Subset
 
@@ -35,15 +38,23 @@ class SubsetGroup:
     """``(len(channels), z, y, x)`` float32; modalities no subset of the group uses are not kept."""
     properties: dict[str, Any]
     """nnU-Net's properties, needed to put a prediction back on the image grid."""
+    previous: npt.NDArray[Any] | None = None
+    """``(P, z, y, x)`` float32, one-hot labels of a cascade's previous stage."""
 
     def full_data(self, num_modalities: int) -> npt.NDArray[Any]:
-        """Return ``(M, z, y, x)`` float32 with zeros for the modalities that are not kept."""
+        """Return ``(M + P, z, y, x)`` float32 with zeros for the modalities that are not kept."""
         data = np.zeros((num_modalities, *self.data.shape[1:]), dtype=np.float32)
         data[self.channels] = self.data
-        return data
+        return data if self.previous is None else np.concatenate((data, self.previous))
 
 
-def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, shared: bool) -> Item:
+def prepare_subset_groups(
+    case: Case,
+    subsets: Sequence[Subset],
+    model: Model,
+    shared: bool,
+    previous: Mapping[Subset, Path] | None = None,
+) -> Item:
     """Read a case and preprocess it for subsets; runs in a worker.
 
     Args:
@@ -51,6 +62,7 @@ def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, s
         subsets: the subsets wanted.
         model: the model.
         shared: crop and normalise once from all modalities that exist, whatever the masks and ``subsets``.
+        previous: in a cascade's second stage, subset -> label map of the first.
 
     Returns:
         ``case``, ``ofile`` (None), ``groups`` (list of `SubsetGroup`) and ``lacking``: subsets the case cannot be
@@ -73,27 +85,57 @@ def prepare_subset_groups(case: Case, subsets: Sequence[Subset], model: Model, s
     )
     volumes = varying(volumes)
     groups = []
-    for members in _group(_possible(subsets, volumes), volumes, model, shared):
+    for members in _group(_possible(subsets, volumes), volumes, model, shared, previous is not None):
         used = {c: v for c, v in volumes.items() if shared or any(s[c] for s in members)}
-        group = _preprocess(case.name, members, used, copy.deepcopy(properties), model)
+        labels = None
+        if previous is not None:
+            labels = read_previous_stage(
+                case.name, str(previous[members[0]]), model.plans_manager.image_reader_writer_class()
+            )
+        group = _preprocess(case.name, members, used, copy.deepcopy(properties), model, labels)
         if group is not None:
             groups.append(group)
     evaluated = {s for group in groups for s in group.subsets}
     return {"case": case.name, "ofile": None, "groups": groups, "lacking": [s for s in subsets if s not in evaluated]}
 
 
+def preprocessed_group(case: Case, subsets: Sequence[Subset], folder: Path, num_modalities: int) -> Item:
+    """Take a case from a preprocessed folder, cropped and normalised from all its modalities; runs in a worker.
+
+    Args:
+        case: which modalities it has; what lies in its files is not looked at.
+        subsets: the subsets wanted.
+        folder: nnU-Net's preprocessed data of a configuration.
+        num_modalities: ``M``.
+
+    Returns:
+        As `prepare_subset_groups`.
+    """
+    data, _, _, properties = infer_dataset_class(str(folder))(str(folder), [case.name]).load_case(case.name)
+    members = _possible(subsets, case.files)
+    kept = sorted(c for c in case.files if any(s[c] for s in members))
+    groups = [SubsetGroup(members, kept, np.asarray(data[:num_modalities])[kept], properties)] if members else []
+    return {"case": case.name, "ofile": None, "groups": groups, "lacking": [s for s in subsets if s not in members]}
+
+
 def _preprocess(
-    name: str, members: Sequence[Subset], volumes: dict[int, npt.NDArray[Any]], properties: dict[str, Any], model: Model
+    name: str,
+    members: Sequence[Subset],
+    volumes: dict[int, npt.NDArray[Any]],
+    properties: dict[str, Any],
+    model: Model,
+    previous: npt.NDArray[Any] | None,
 ) -> SubsetGroup | None:
     """Return the group of the members whose modalities still vary once they are normalised; None if there is none."""
     try:
-        item = preprocess_volumes(name, volumes, properties, None, None, model)
+        item = preprocess_volumes(name, volumes, properties, previous, None, model)
     except EmptyCaseError:
         return None
     available = {c for c in volumes if item["availability"][c]}
     members = _possible(members, available)
     kept = sorted(c for c in available if any(s[c] for s in members))
-    return SubsetGroup(members, kept, item["data"][kept], item["data_properties"]) if members else None
+    one_hot = None if previous is None else item["data"][len(model.channels) :]
+    return SubsetGroup(members, kept, item["data"][kept], item["data_properties"], one_hot) if members else None
 
 
 def _possible(subsets: Sequence[Subset], channels: Container[int]) -> list[Subset]:
@@ -102,8 +144,10 @@ def _possible(subsets: Sequence[Subset], channels: Container[int]) -> list[Subse
 
 
 def _group(
-    subsets: Sequence[Subset], volumes: dict[int, npt.NDArray[Any]], model: Model, shared: bool
+    subsets: Sequence[Subset], volumes: dict[int, npt.NDArray[Any]], model: Model, shared: bool, cascade: bool
 ) -> list[list[Subset]]:
+    if cascade:
+        return [[s] for s in subsets]
     if shared:
         return [list(subsets)] if subsets else []
     if model.configuration_manager.preprocessor_class is not DefaultPreprocessor:

@@ -1,5 +1,7 @@
 """Predict every subset of every case into ``<folder>/<subset>/<case><ending>``; what is there already is kept.
 
+Beside every label map lies ``<case>.probabilities.json``, what its probabilities say of it (`inference.case_quality`).
+
 Memory for a case with S subsets, R heads and V voxels after cropping and resampling, beside the network: ``4 M V``
 bytes of input per case (of two or three at a time) and ``2 S R V`` bytes of logits (of two while one is exported). For
 BraTS (S 15, R 3) that is 0.3 GB of logits per case cropped to the brain (about 140 x 175 x 140) and 0.8 GB if a
@@ -10,22 +12,22 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mgml.inference.case_quality import export_and_sum_up
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.model_check import check_supported
 from nnunetv2_mgml.inference.preprocessing import Job, iterate_items
-from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups
+from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups, preprocessed_group
 from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
 from nnunetv2_mgml.io.volumes import not_finished
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name
-from nnunetv2_mgml.upstream.export import export_case
 
 _log = logging.getLogger(__name__)
 _ALLOW = "With --allow_missing every subset is evaluated on the cases that have its modalities."
@@ -50,6 +52,10 @@ class SubsetSettings:
     """Crop and normalise once from all modalities instead of exactly as prediction from a subset does."""
     allow_missing: bool = False
     """Predict a case only from the subsets whose modalities it has, instead of refusing it."""
+    preprocessed: Path | None = None
+    """Take the cases from this folder of nnU-Net's preprocessed data instead of from their files."""
+    previous: Path | None = None
+    """For a cascade's second stage: ``<subset>/<case><ending>`` that the first predicted."""
     num_processes_preprocessing: int = 1
     num_processes_export: int = 2
 
@@ -78,7 +84,7 @@ class SubsetLabelMaps:
         settings: model and preprocessing.
 
     Raises:
-        ValueError: a model that does not support missing modalities, or the second stage of a cascade.
+        ValueError: a model that does not support missing modalities, or a cascade's second stage without the first.
     """
 
     def __init__(
@@ -106,12 +112,10 @@ class SubsetLabelMaps:
             str(self.settings.model_folder), list(folds), self.settings.checkpoint
         )
         check_supported(predictor.network, predictor.trainer_name)
-        previous = predictor.configuration_manager.previous_stage_name
-        if previous is not None:
+        stage = predictor.configuration_manager.previous_stage_name
+        if stage is not None and self.settings.previous is None:
             raise ValueError(
-                f"This model is the second stage of a cascade and needs predictions of {previous} for every "
-                f"subset. Predict with nnUNetv2_predict -prev_stage_predictions, one folder per subset, and "
-                f"evaluate those with --predictions."
+                f"This model is the second stage of a cascade and needs the predictions of {stage} for every subset."
             )
         self._loaded = folds
 
@@ -144,9 +148,7 @@ class SubsetLabelMaps:
             if not todo:
                 yield CaseLabelMaps(case.name, self._files(case.name, self.subsets))
                 continue
-            prepare = partial(
-                prepare_subset_groups, case, todo, self.predictor.model, self.settings.shared_preprocessing
-            )
+            prepare = self._preparation(case, todo)
             jobs.append(Job(case.name, None, prepare))
         waiting: deque[tuple[CaseLabelMaps, list[Task]]] = deque()
         for item in iterate_items(jobs, self.settings.num_processes_preprocessing):
@@ -159,6 +161,16 @@ class SubsetLabelMaps:
                 yield _finished(*waiting.popleft(), exporting)
         while waiting:
             yield _finished(*waiting.popleft(), exporting)
+
+    def _preparation(self, case: Case, subsets: list[Subset]) -> Callable[[], dict[str, Any]]:
+        settings, model = self.settings, self.predictor.model
+        if settings.preprocessed is not None:
+            return partial(preprocessed_group, case, subsets, settings.preprocessed, len(model.channels))
+        previous = None
+        if settings.previous is not None:
+            folders = {s: settings.previous / subset_name(s, model.channels) for s in subsets}
+            previous = {s: folder / f"{case.name}{self.ending}" for s, folder in folders.items()}
+        return partial(prepare_subset_groups, case, subsets, model, settings.shared_preprocessing, previous)
 
     def _predict_item(self, item: dict[str, Any], exporting: WorkerPool) -> tuple[CaseLabelMaps, list[Task]]:
         """Predict a preprocessed case and start its exports."""
@@ -174,7 +186,8 @@ class SubsetLabelMaps:
             for subset, answer in zip(group.subsets, logits, strict=True):
                 exports.append(
                     exporting.submit(
-                        export_case,
+                        export_and_sum_up,
+                        True,
                         answer,
                         group.properties,
                         predictor.configuration_manager,

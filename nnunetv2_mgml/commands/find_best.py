@@ -1,0 +1,54 @@
+"""``mgml find-best A B ...``: which model, and which post-processing, over all subsets of the modalities."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunetv2_mgml.workflows.find_best import CHOICE, BestRequest, commands, find_best
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mgml find-best``."""
+    parser.add_argument(
+        "evaluations",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="folders written by 'mgml evaluate' for the same cases: one per configuration, trainer or ensemble",
+    )
+    parser.add_argument(
+        "-o", type=Path, metavar="OUT", required=True, help=f"folder for {CHOICE} and postprocessing.pkl"
+    )
+    parser.add_argument("--common_cases", action="store_true", help="compare the shared cases when they differ")
+    parser.add_argument("--no_postprocessing", action="store_true", help="choose the model only")
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="processes for post-processing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``mgml find-best``; returns the exit code."""
+    request = BestRequest(
+        folders=args.evaluations,
+        output=args.o,
+        common_cases=args.common_cases,
+        postprocessing=not args.no_postprocessing,
+        num_processes=args.np,
+    )
+    best = find_best(request)
+    print("mean Dice (%) over regions: all subsets, complete cases, single modalities")
+    for name, means in sorted(best.means.items(), key=lambda entry: -entry[1]["all"]):
+        print(f"  {100 * means['all']:5.1f}  {100 * means['complete']:5.1f}  {100 * means['single']:5.1f}  {name}")
+    print(f"best over all subsets: {best.folder}")
+    if best.best_when_complete != best.folder:
+        print(f"note: complete cases alone would choose {best.best_when_complete}")
+    if best.before is not None and best.after is not None:
+        if best.steps:
+            print(
+                f"post-processing over all subsets: keep the largest component of {', then of '.join(best.steps)} "
+                f"({100 * best.before:.2f} -> {100 * best.after:.2f}, empty regions left out). After a prediction:"
+            )
+            print("\n".join(f"  {line}" for line in commands(best, args.o)))
+        else:
+            print("post-processing over all subsets: none helps")
+    print(f"written to {args.o}")
+    return 0

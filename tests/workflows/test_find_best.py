@@ -1,0 +1,114 @@
+"""Choosing a model and its post-processing over all subsets."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.dummy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import builders
+import numpy as np
+import pytest
+from evaluation_cases import write_labels
+from inference_cases import load
+from nnunetv2.postprocessing import remove_connected_components
+
+from nnunetv2_mgml.commands.main import main
+from nnunetv2_mgml.workflows.evaluate import PredictionsRequest, evaluate_predictions
+
+DATASET_JSON: dict[str, Any] = {
+    "channel_names": {"0": "t2", "1": "flair"},
+    "file_ending": ".nii.gz",
+    "labels": {"background": 0, "lesion": 1},
+}
+SUBSETS = ("t2", "flair", "t2+flair")
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's pools are threads here: new processes take longer than everything else."""
+    monkeypatch.setattr(remove_connected_components.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
+
+
+def write_evaluation(root: Path, name: str, specks: dict[str, int], size: dict[str, int]) -> Path:
+    """Two cases with one lesion each; predictions are boxes of an edge, with specks far away, per subset."""
+    (root / "model").mkdir(exist_ok=True)
+    (root / "model" / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    (root / "model" / "plans.json").write_text(json.dumps(builders.plans(modalities=2)))
+    for case in ("a", "b"):
+        truth = np.zeros((12, 12, 12), np.uint8)
+        truth[2:8, 2:8, 2:8] = 1
+        write_labels(root / "labels" / f"{case}.nii.gz", truth)
+        for subset in SUBSETS:
+            predicted = np.zeros_like(truth)
+            predicted[2 : 2 + size[subset], 2:8, 2:8] = 1
+            predicted[10, 10, : specks[subset]] = 1
+            write_labels(root / name / "predictions" / subset / f"{case}.nii.gz", predicted)
+    request = PredictionsRequest(
+        predictions=root / name / "predictions",
+        labels=root / "labels",
+        output=root / name,
+        dataset_json=DATASET_JSON,
+        name=name,
+        num_processes=0,
+        figures=False,
+        show_progress=False,
+    )
+    evaluate_predictions(request)
+    summary = json.loads((root / name / "summary.json").read_text())
+    summary["model"] = {"folder": str(root / "model")}
+    (root / name / "summary.json").write_text(json.dumps(summary))
+    return root / name
+
+
+def test_the_choice_is_over_all_subsets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A is best on complete cases, B on all subsets; B's specks go, in every subset by the same rule."""
+    none, some = dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 5)
+    a = write_evaluation(tmp_path, "A", none, {"t2": 2, "flair": 2, "t2+flair": 6})
+    b = write_evaluation(tmp_path, "B", some, {"t2": 5, "flair": 5, "t2+flair": 5})
+    assert main(["find-best", str(a), str(b), "-o", str(tmp_path / "best"), "-np", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"best over all subsets: {b}" in said
+    assert f"complete cases alone would choose {a}" in said
+    assert "keep the largest component of foreground" in said
+    choice = json.loads((tmp_path / "best" / "find_best.json").read_text())
+    assert choice["best"] == str(b)
+    assert choice["dice"][str(a)]["complete"] == 1
+    assert choice["dice"][str(a)]["single"] == pytest.approx(0.5)
+    assert choice["dice"][str(b)]["all"] == pytest.approx(2 * 180 / (185 + 216))
+    pooled = choice["postprocessing"]
+    assert pooled["dice_before"] == pytest.approx(2 * 180 / (185 + 216))
+    assert pooled["dice_after"] == pytest.approx(2 * 180 / (180 + 216))
+    with open(tmp_path / "best" / "postprocessing.pkl", "rb") as file:
+        functions, arguments = pickle.load(file)
+    cleaned = functions[0](load(b / "predictions" / "t2" / "a.nii.gz"), **arguments[0])
+    assert cleaned.sum() == 180
+    assert not [path for path in tmp_path.rglob("*__*")], "nothing temporary is left"
+
+
+def test_no_postprocessing_where_none_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_evaluation(tmp_path, "A", dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 5))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "postprocessing.pkl").write_bytes(b"of an earlier choice")
+    assert main(["find-best", str(a), "-o", str(tmp_path / "best"), "-np", "1"]) == 0
+    assert "none helps" in capsys.readouterr().out
+    assert not (tmp_path / "best" / "postprocessing.pkl").exists()
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_evaluation(tmp_path, "A", dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 5))
+    table = (a / "results.csv").read_text()
+    out = ["-o", str(tmp_path / "best")]
+    (a / "results.csv").write_text("\n".join(line for line in table.splitlines() if "t2+flair" not in line))
+    assert main(["find-best", str(a), *out]) == 2
+    assert "2 of 3 subsets" in capsys.readouterr().err
+    (a / "results.csv").write_text(table)
+    summary = json.loads((a / "summary.json").read_text())
+    del summary["model"]
+    (a / "summary.json").write_text(json.dumps(summary))
+    assert main(["find-best", str(a), *out]) == 2
+    assert "--no_postprocessing" in capsys.readouterr().err
+    assert main(["find-best", str(a), *out, "--no_postprocessing"]) == 0
+    assert main(["find-best", str(tmp_path), *out]) == 2
