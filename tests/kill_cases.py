@@ -62,7 +62,8 @@ class Forks:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(wish) + "\n")
         self._process.stdin.flush()
-        answers = json.loads(self._process.stdout.readline())
+        answers = json.loads(self._process.stdout.readline() or "null")
+        assert answers is not None, "the process that forks has ended; pytest -s shows why"
         return [Ended(*answer, Path(log).read_text()) for answer, log in zip(answers, logs, strict=True)]
 
 
