@@ -90,7 +90,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "losses.tensors": ("objective.tensors",),
     "losses.voxel_masking": ("objective.voxel_masking",),
     "network.outputs": ("network.interface",),
-    "planning": ("commands.plan",),
+    "planning": ("workflows.before_0_2", "workflows.plan", "commands.plan"),
     "registration": ("upstream.registration",),
     "subset_report": ("scoring.subset_report", "inference.subset_quality"),
     "topology": ("plans.topology",),

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.commands.plan import NNUNET_KEYS
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.training import TRAINERS
 from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
+from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 from nnunetv2_mgml.dataloading.paper_augmentation import (
@@ -16,6 +15,7 @@ from nnunetv2_mgml.dataloading.paper_augmentation import (
     paper_training_transforms,
 )
 from nnunetv2_mgml.plans.options import TrainingOptions
+from nnunetv2_mgml.upstream.blur import stop_timing
 
 SpatialChoices = tuple[Any, bool, Any, Any]
 """What nnU-Net's hook returns: rotation, whether slices are augmented in 2D, voxels to load per axis, mirror axes."""
@@ -50,14 +50,3 @@ def training_transforms(
     if options.deterministic:
         stop_timing(transforms)
     return transforms
-
-
-def stop_timing(transforms: ComposeTransforms) -> None:
-    """Let nnU-Net's blur always convolve, in place; by default it takes FFT or convolution, whichever it timed faster.
-
-    The two round differently, so that runs would not repeat.
-    """
-    for transform in transforms.transforms:
-        inner = getattr(transform, "transform", transform)  # out of its RandomTransform
-        if isinstance(inner, GaussianBlurTransform):
-            inner.benchmark = False

@@ -19,7 +19,8 @@ def _product(conv: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
     weight = conv.weight.flatten(1).expand(len(x), -1, -1)
     flat = x.flatten(2)
     mixed = torch.bmm(weight, flat) if conv.bias is None else torch.baddbmm(conv.bias[:, None], weight, flat)
-    return mixed.unflatten(2, x.shape[2:])
+    result: torch.Tensor = mixed.unflatten(2, x.shape[2:])
+    return result
 
 
 class PointwiseConv2d(nn.Conv2d):

@@ -6,11 +6,9 @@ else a resumed training needs (the MetaNetwork, its optimizer, weights of the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +16,6 @@ from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training.compatibility import network_differences
 from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
-
-if TYPE_CHECKING:
-    from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
 CHECKPOINT_KEY = "mgml"
 
@@ -76,13 +71,3 @@ class Stored:
                 f"{filename} was trained with another network: {'; '.join(differences)}. Use the plans it was "
                 f"trained with."
             )
-
-
-@contextmanager
-def without_optimizer_state(trainer: nnUNetTrainerMGML) -> Iterator[None]:
-    """Let nnU-Net load a checkpoint whose optimizer is of another kind, so that its state does not fit."""
-    own, trainer.optimizer = trainer.optimizer, SimpleNamespace(load_state_dict=lambda _: None)
-    try:
-        yield
-    finally:
-        trainer.optimizer = own

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunetv2_mgml.dataloading.availability import case_availability
+from nnunetv2_mgml.upstream.validation_cases import announcing
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
@@ -21,24 +22,8 @@ def announcing_cases(trainer: nnUNetTrainerMGML) -> Iterator[None]:
     def announce(dataset: nnUNetBaseDataset, case: str) -> None:
         trainer.learner.announce(case_availability(dataset, [case], len(trainer.channels))[case])
 
-    stock_class = trainer.dataset_class
-    trainer.dataset_class = announcing(stock_class, announce)
-    try:
-        yield
-    finally:
-        trainer.dataset_class = stock_class
-        trainer.learner.announce(None)
-
-
-def announcing(
-    dataset_class: type[nnUNetBaseDataset], announce: Callable[[nnUNetBaseDataset, str], None]
-) -> type[nnUNetBaseDataset]:
-    """Return a dataset class that calls ``announce(dataset, case)`` before it loads a case."""
-
-    class Announcing(dataset_class):  # type: ignore[misc]  # nnunetv2 ships no types
-        def load_case(self, identifier: str) -> Any:
-            stock = dataset_class(self.source_folder, [identifier], self.folder_with_segs_from_previous_stage)
-            announce(stock, identifier)
-            return super().load_case(identifier)
-
-    return Announcing
+    with announcing(trainer, announce):
+        try:
+            yield
+        finally:
+            trainer.learner.announce(None)

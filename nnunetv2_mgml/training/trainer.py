@@ -25,18 +25,21 @@ from nnunetv2_mgml.plans.regions import check_regions
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.scoring.subset_report import carry_report
-from nnunetv2_mgml.training import checkpoint, optimisation
+from nnunetv2_mgml.training import checkpoint
 from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
 from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names, tell_loggers
 from nnunetv2_mgml.training.final_validation import announcing_cases
 from nnunetv2_mgml.training.learners import Learner, SubsetLearner
 from nnunetv2_mgml.training.loaders import build_loaders
+from nnunetv2_mgml.training.optimisation import adam_of_the_paper
 from nnunetv2_mgml.training.repetition import make_deterministic, seed_epoch
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
 from nnunetv2_mgml.training.warm_start import Start, read_donor
+from nnunetv2_mgml.upstream import training_step
 from nnunetv2_mgml.upstream.checkpoints import loading
 from nnunetv2_mgml.upstream.distributed import place
+from nnunetv2_mgml.upstream.optimizer_state import without_optimizer_state
 from nnunetv2_mgml.upstream.pretrained_weights import let_take
 
 FIGURE_NAME = "mgml_progress.png"
@@ -152,7 +155,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         """nnU-Net's SGD, or the paper's Adam (section 4.1), under nnU-Net's poly schedule."""
         optimizer, scheduler = super().configure_optimizers()
         if self.options.training.optimizer == "adam":
-            optimizer = optimisation.adam_of_the_paper(self.network, self.initial_lr, self.weight_decay)
+            optimizer = adam_of_the_paper(self.network, self.initial_lr, self.weight_decay)
             scheduler = type(scheduler)(optimizer, self.initial_lr, self.num_epochs)
         return optimizer, scheduler
 
@@ -204,12 +207,12 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step, with the loss of the learner; returns the columns of the log beside ``loss``."""
-        batch = optimisation.moved(batch, self.device)
-        with optimisation.autocast(self.device, self.options.training.cpu_bfloat16):
+        batch = training_step.moved(batch, self.device)
+        with training_step.autocast(self.device, self.options.training.cpu_bfloat16):
             loss, logged = self.learner.loss(batch, self.progress)
-        optimisation.optimise(loss, [self.optimizer, *self.learner.optimizers], self.network, self.grad_scaler)
+        training_step.optimise(loss, [self.optimizer, *self.learner.optimizers], self.network, self.grad_scaler)
         self.steps_in_epoch += 1
-        return optimisation.as_numbers({"loss": loss, **logged})
+        return training_step.as_numbers({"loss": loss, **logged})
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the mean of everything the steps returned, then what the learner changes between epochs."""
@@ -222,7 +225,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         """nnU-Net's step on the subset drawn for each sample, so that pseudo Dice speaks of random subsets."""
         with (
             self.learner.only_visible(batch) as shown,
-            optimisation.autocast(self.device, self.options.training.cpu_bfloat16),
+            training_step.autocast(self.device, self.options.training.cpu_bfloat16),
         ):
             result: dict[str, Any] = super().validation_step(shown)
         return result
@@ -268,7 +271,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
             self.initialize()
         same = self.stored_optimizer == self.options.training.optimizer
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "checkpoint"
-        with loading(name), nullcontext() if same else checkpoint.without_optimizer_state(self):
+        with loading(name), nullcontext() if same else without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
         self.learner.load_state_dict(stored.training_state, stored.options)
 

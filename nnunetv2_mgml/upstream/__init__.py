@@ -14,13 +14,17 @@ bends, why, and which test fails when a new release changes it:
 - `distributed`: the wrapper for several processes, in a training that ``torchrun`` has started.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
 - `plain_errors`: what nnU-Net's commands print of a user's mistake, ``sys.excepthook``.
+- `loaders`: the body of the trainer's hook that makes nnU-Net's loaders.
+- `training_step`: the body of the trainer's hook for one step.
+- `validation_cases`: the class of data sets nnU-Net's final validation loads its cases from.
+- `optimizer_state`: the optimizer whose state nnU-Net loads from a checkpoint.
+- `blur`: the choice of nnU-Net's blur between two methods.
 - `wrappers`: the network behind ``torch.compile`` and DistributedDataParallel.
 
 Subclasses that override hooks of nnU-Net stay with what they are for: `training.trainer`, `dataloading.loader`,
 `inference.predictor` and `inference.subsets.predictor`. tests/upstream/test_upstream_drift.py and
-tests/upstream/test_inference_drift.py pin their signatures, and the bodies they repeat or rely on:
-`nnUNetTrainer.get_dataloaders`, `nnUNetTrainer.train_step`, those that `inference.predictor` names,
-`nnUNetPredictor.predict_logits_from_preprocessed_data`, which it calls, and `DefaultPreprocessor.run_case` and
-`preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps, and
-`DatasetFingerprintExtractor.run`, `analyze_case`, which `incomplete_data` repeats.
+tests/upstream/test_inference_drift.py pin their signatures, and the bodies they repeat or rely on: those that
+`inference.predictor` names, `nnUNetPredictor.predict_logits_from_preprocessed_data`, which it calls, and
+`DefaultPreprocessor.run_case` and `preprocess_fromfiles_save_to_queue`, whose order `inference.preprocessing` keeps,
+and `DatasetFingerprintExtractor.run`, `analyze_case`, which `incomplete_data` repeats.
 """

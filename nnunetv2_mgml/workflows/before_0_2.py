@@ -1,4 +1,4 @@
-"""The call that the docs of 0.1.0 taught, in terms of `evaluate`; to go with 0.3."""
+"""Calls of 0.1.0 that take other arguments now, in terms of what they have become; to go with 0.3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.io.progress import Log
+from nnunetv2_mgml.plans import folders as nnunet_folders
 from nnunetv2_mgml.scoring.results import Evaluation
 from nnunetv2_mgml.workflows import evaluate
 
@@ -65,3 +66,8 @@ def evaluate_predictions(
             log=chosen.log,
         )
     )
+
+
+def dataset_folder(dataset: str) -> Path:
+    """Return a data set's folder in nnUNet_preprocessed; see `plans.folders.dataset_folder`."""
+    return nnunet_folders.dataset_folder(dataset, nnunet_folders.PREPROCESSED)

@@ -16,12 +16,12 @@ import pytest
 import SimpleITK as sitk
 from fusion_cases import own_designs
 
-from nnunetv2_mgml.commands.plan import NNUNET_KEYS
 from nnunetv2_mgml.ext import mgml_trainers
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets, subset_name
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.phantom import Difficulty
+from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
 MODULES = ("settings", "data", "collect", "pages", "figure", "report", "run")

@@ -22,11 +22,11 @@ from test_chain import labels
 
 from nnunetv2_mgml import MGMLPredictor
 from nnunetv2_mgml.commands.main import main
-from nnunetv2_mgml.commands.plan import make_plans
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import raw_cases
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.upstream.incomplete_data import IncompleteFingerprintExtractor, IncompletePreprocessor
+from nnunetv2_mgml.workflows.plan import make_plans
 
 pytestmark = pytest.mark.slow
 

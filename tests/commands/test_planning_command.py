@@ -219,7 +219,7 @@ def test_ambiguous_dataset_unset_variable_and_broken_file(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"nnUNetPlans\.json is not valid JSON"):
         planning.run(parse("-d", "137"))
     (folder.parent / "Dataset137_Other").mkdir()
-    with pytest.raises(FileNotFoundError, match="ambiguous: Dataset137_Other, Dataset137_Tiny"):
+    with pytest.raises(ValueError, match="has several names: Dataset137_Other, Dataset137_Tiny"):
         planning.run(parse("-d", "137"))
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(ValueError, match="nnUNet_preprocessed is not set"):

@@ -19,7 +19,6 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_mgml.commands.plan import make_plans
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.fusion.published import trainers_table
 from nnunetv2_mgml.objective import Options
@@ -29,6 +28,7 @@ from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.variants import nnUNetTrainerMGML_baseline
 from nnunetv2_mgml.upstream.registration import EXT_DIR, EXT_VARIABLE
+from nnunetv2_mgml.workflows.plan import make_plans
 
 NAMED = {name: trainer for name, trainer in TRAINERS.items() if "fusion" in trainer.config_overrides}
 PLANNED: list[dict[str, Any]] = [

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from nnunetv2.experiment_planning import plan_and_preprocess_api
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -23,6 +26,7 @@ from nnunetv2.training.logging import nnunet_logger
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_mgml.upstream.blur import stop_timing
 from nnunetv2_mgml.upstream.wrappers import bare
 
 VERSIONS = f"nnunetv2 {version('nnunetv2')}, dynamic-network-architectures {version('dynamic-network-architectures')}"
@@ -152,3 +156,16 @@ def test_final_validation_still_loads_cases_through_the_dataset_class() -> None:
     source = inspect.getsource(nnUNetTrainer.perform_actual_validation)
     assert "self.dataset_class(" in source
     assert "dataset_val.load_case(" in source
+
+
+def test_loading_a_checkpoint_still_asks_the_optimizer_of_the_trainer() -> None:
+    assert "self.optimizer.load_state_dict(checkpoint[" in inspect.getsource(nnUNetTrainer.load_checkpoint)
+
+
+def test_the_blur_still_times_itself_unless_told_not_to() -> None:
+    blur = GaussianBlurTransform(blur_sigma=1.0, benchmark=True)
+    assert blur.benchmark is True
+    stop_timing(ComposeTransforms([RandomTransform(blur)]))
+    assert blur.benchmark is False
+    assert "GaussianBlurTransform(" in inspect.getsource(nnUNetTrainer.get_training_transforms)
+    assert "benchmark=True" in inspect.getsource(nnUNetTrainer.get_training_transforms)

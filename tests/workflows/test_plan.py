@@ -17,9 +17,9 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from planning_cases import DATASET, nnunet_plans, plans_that_inherit, resolved
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.commands import plan as planning
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans import topology
+from nnunetv2_mgml.workflows import plan as planning
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 

@@ -1,0 +1,260 @@
+"""Plans of our own beside nnU-Net's: its configurations with the plugin's options; the preprocessed data is shared."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mgml import __version__
+from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.modalities import channel_index, channel_names
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.folders import PREPROCESSED, dataset_folder
+from nnunetv2_mgml.plans.options import FUSION_REVISION, PLANS_KEY, NetworkOptions
+from nnunetv2_mgml.plans.presets import PAPER, presets
+from nnunetv2_mgml.plans.regions import check_regions
+
+NNUNET_KEYS: dict[str, str] = {
+    "batch_size": "samples per training step, a whole number >= 1",
+    "patch_size": "voxels in the axis order of the plan, [80, 80, 80] or 80x80x80; the network is planned anew for it",
+    "batch_dice": "true: Dice over the whole batch, false: per sample",
+}
+"""Keys of nnU-Net's configurations that can be set beside the options."""
+
+STOCK_KEY = "stock_plans"
+"""Key beside our options in the plans: the name of nnU-Net's plans they started from."""
+STOCK_PLANS = "nnUNetPlans"
+MGML_PLANS = "nnUNetMGMLPlans"
+_PREPARE = "nnUNetv2_plan_and_preprocess"
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What plans to write."""
+
+    dataset: str
+    """Id (``137``) or name (``Dataset137_BraTS2021``) of a data set that nnU-Net has planned."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Options, and keys of `NNUNET_KEYS`, to set; they go over ``presets``."""
+    plans: str = STOCK_PLANS
+    """Name of the plans to start from: nnU-Net's, or ours."""
+    configurations: tuple[str, ...] = ()
+    """Those in which `NNUNET_KEYS` are set; none: see `default_configurations`."""
+    presets: tuple[str, ...] = ()
+    """Of `plans.presets.PRESETS`; none: what the plans have."""
+    plans_name: str = MGML_PLANS
+    """Name of the plans to write; plans of ours that are there are replaced, others never."""
+
+
+@dataclass(frozen=True)
+class WrittenPlans:
+    """What `write_plans` has done."""
+
+    path: Path
+    configurations: tuple[str, ...]
+    """Those in which `NNUNET_KEYS` were set."""
+    options: Options
+    """What the plans have now."""
+    changes: dict[str, Any]
+    """What presets and request have set."""
+    replaced: Options | None
+    """What the plans that were there had, or None."""
+
+    @property
+    def lost(self) -> dict[str, tuple[Any, Any]]:
+        """Options of the replaced plans that were not asked to change, but did -> before and now."""
+        if self.replaced is None:
+            return {}
+        pairs = {key: (self.replaced.value(key), now) for key, now in self.options.as_dict().items()}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in self.changes}
+
+
+def write_plans(request: PlanRequest) -> WrittenPlans:
+    """Write plans of our own into the data set's folder in nnUNet_preprocessed.
+
+    Raises:
+        ValueError: an unknown option or configuration, a bad value, regions that cannot work, or a plans name that is
+            taken; the message lists what is allowed.
+        FileNotFoundError: no such data set or plans.
+    """
+    try:
+        folder = dataset_folder(request.dataset, PREPROCESSED)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Run {_PREPARE} -d {request.dataset} first.") from error
+    source = _read(folder / f"{request.plans}.json", _PREPARE)
+    configurations = request.configurations or tuple(default_configurations(source))
+    if "paper" in request.presets and "patch_size" not in request.changes:
+        _check_paper_patch(source, configurations)
+    changes = {**presets(request.presets), **request.changes}
+    target = folder / f"{request.plans_name}.json"
+    replaced = _plans_to_replace(target)
+    dataset_json = _read(folder / "dataset.json", _PREPARE)
+    check_regions(dataset_json)
+    if "nnunet" in request.presets and PLANS_KEY in source:
+        stock = _read(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
+        source = with_stock_sizes(source, stock, configurations)
+    plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
+    write_json(target, plans, indent=4)
+    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced)
+
+
+def make_plans(
+    source: dict[str, Any],
+    changes: dict[str, Any],
+    configurations: Sequence[str],
+    plans_name: str,
+    channels: Sequence[str],
+) -> dict[str, Any]:
+    """Return plans with some options changed; ``source`` stays as it is.
+
+    Args:
+        source: nnU-Net's plans, or plans of ours, whose options are then the ones to start from.
+        changes: options of `Options` and `NNUNET_KEYS`.
+        configurations: those in which `NNUNET_KEYS` are changed.
+        plans_name: name of the new plans.
+        channels: the dataset's modality names in channel order.
+
+    Raises:
+        ValueError: an unknown option or configuration, or a bad value; the message lists what is allowed.
+    """
+    _check_keys(changes)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", plans_name) or "__" in plans_name:
+        raise ValueError(
+            f"Bad plans name '{plans_name}': use letters, digits, '.', '-' and single '_' (nnU-Net splits "
+            f"the names of its result folders at '__')."
+        )
+    unknown = [name for name in configurations if name not in source["configurations"]]
+    if unknown:
+        raise ValueError(
+            f"The plans have no configuration {', '.join(unknown)}. Allowed: {', '.join(source['configurations'])}."
+        )
+    wanted = {key: value for key, value in changes.items() if key not in NNUNET_KEYS}
+    if "fusion" in wanted:  # a design chosen now is meant as it is now, also in plans that were written earlier
+        wanted.setdefault("fusion_revision", FUSION_REVISION)
+    options = Options.from_plans(source).updated(wanted)
+    if {"fusion", "fusion_options", "fusion_revision"} & set(changes):
+        _check_fusion(options.network)
+    for name in options.sampling.modality_missing_rate:
+        channel_index(name, channels)
+    plans = copy.deepcopy(source)
+    for name in configurations:
+        plans["configurations"][name].update(_configuration_changes(source, name, changes))
+    if "patch_size" in changes:
+        _keep_pairs(source, plans)
+    stock = source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS) if PLANS_KEY in source else source["plans_name"]
+    plans["plans_name"] = plans_name
+    plans[PLANS_KEY] = {"config": options.as_dict(), "version": __version__, STOCK_KEY: stock}
+    return plans
+
+
+def with_stock_sizes(plans: dict[str, Any], stock: dict[str, Any], configurations: Sequence[str]) -> dict[str, Any]:
+    """Return our plans with nnU-Net's own patch size, batch size and architecture in some configurations."""
+    plans = copy.deepcopy(plans)
+    for name in set(configurations) & set(plans["configurations"]) & set(stock["configurations"]):
+        for key in ("patch_size", "architecture", "batch_size"):
+            plans["configurations"][name].pop(key, None)
+            if key in stock["configurations"][name]:
+                plans["configurations"][name][key] = copy.deepcopy(stock["configurations"][name][key])
+    return plans
+
+
+def default_configurations(plans: dict[str, Any]) -> list[str]:
+    """Return ``["3d_fullres"]`` where the plans have it, else their first configuration."""
+    names = list(plans["configurations"])
+    return ["3d_fullres"] if "3d_fullres" in names else names[:1]
+
+
+def _plans_to_replace(target: Path) -> Options | None:
+    """Return the options of our plans in a file that is to be written, None where there is no file; refuse others'."""
+    if not target.is_file():
+        return None
+    content = read_json(target)
+    if not isinstance(content, dict) or PLANS_KEY not in content:
+        raise ValueError(
+            f"--plans_name {target.stem} would overwrite {target}, which is not from mgml plan (nnU-Net's "
+            f"own plans, for instance). Choose a name that is not taken, such as {target.stem}_MGML."
+        )
+    return Options.from_plans(content)
+
+
+def _check_paper_patch(source: dict[str, Any], configurations: Sequence[str]) -> None:
+    """The paper's patch has three axes."""
+    for name in configurations:
+        if name in source["configurations"] and len(own := _resolved(source, name)["patch_size"]) != 3:
+            raise ValueError(
+                f"--preset paper sets the paper's patch_size {PAPER['patch_size']}, but configuration "
+                f"{name} has {len(own)} axes. Give a patch of your own, for instance the plan's: --set "
+                f"patch_size={'x'.join(map(str, own))}; or choose a 3D configuration with -c."
+            )
+
+
+def _check_keys(changes: dict[str, Any]) -> None:
+    unknown = [key for key in changes if key not in NNUNET_KEYS and key not in Options.names()]
+    if unknown:
+        raise ValueError(
+            f"Unknown option {', '.join(unknown)}. Allowed: {', '.join(Options.names())}; and, for the "
+            f"configurations named by -c: {', '.join(NNUNET_KEYS)}."
+        )
+
+
+def _check_fusion(options: NetworkOptions) -> None:
+    from nnunetv2_mgml.network.fusion import find_design  # and with it the networks
+
+    find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
+
+
+def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    result = {key: _parse_nnunet_value(key, value) for key, value in changes.items() if key in NNUNET_KEYS}
+    if "patch_size" in result:
+        from nnunetv2_mgml.plans.topology import replan  # and with it nnU-Net
+
+        try:
+            result.update(replan(_resolved(source, name), result["patch_size"]))
+        except ValueError as error:
+            raise ValueError(f"Configuration {name}: {error}") from error
+    return result
+
+
+def _keep_pairs(source: dict[str, Any], plans: dict[str, Any]) -> None:
+    """Patch size and architecture belong together: who inherits only one of them must not get the other's new half."""
+    pair = {"patch_size", "architecture"}
+    for name, configuration in plans["configurations"].items():
+        if len(inherited := pair - set(configuration)) == 1:
+            [key] = inherited
+            configuration[key] = copy.deepcopy(_resolved(source, name)[key])
+
+
+def _resolved(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a configuration with ``inherits_from`` applied, as nnU-Net does it."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    configuration: dict[str, Any] = PlansManager(plans).get_configuration(name).configuration
+    return configuration
+
+
+def _parse_nnunet_value(key: str, value: Any) -> Any:
+    if key == "patch_size" and isinstance(value, str):
+        value = [int(n) if n.strip().isdigit() else n for n in re.split("[x,]", value)]
+    sizes = value if key == "patch_size" and isinstance(value, (list, tuple)) else [value]
+    if key == "batch_dice":
+        good = isinstance(value, bool)
+    else:
+        good = (key == "batch_size" or len(sizes) in (2, 3)) and all(type(n) is int and n >= 1 for n in sizes)
+    if not good:
+        raise ValueError(f"Bad value for {key}: {value!r}. Expected {NNUNET_KEYS[key]}.")
+    return value
+
+
+def _read(file: Path, command: str) -> dict[str, Any]:
+    """Return plans or dataset.json; ``command`` is what writes them."""
+    if not file.is_file():
+        present = ", ".join(sorted(path.stem for path in file.parent.glob("*Plans*.json"))) or "none"
+        raise FileNotFoundError(f"There is no {file} (plans there: {present}). Run {command} first.")
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a JSON object. Run {command} again.")
+    return content
