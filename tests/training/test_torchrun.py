@@ -100,9 +100,9 @@ def test_a_whole_training(nnunet_folders: Path, trainer: str) -> None:
     assert [row["epoch"] for row in read_log(model / "fold_0" / LOG_NAME)] == [0, 1]
     summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
-    table = load_evaluation(model / "fold_0" / "subset_validation")
-    assert len(table.subsets) == 15
-    assert set(table.results["case"]) == {"case_0", "case_1"}
+    evaluation = load_evaluation(model / "fold_0" / "subset_validation")
+    assert len(evaluation.subsets) == 15
+    assert set(evaluation.table["case"]) == {"case_0", "case_1"}
     assert (model / "subset_report.json").is_file()
 
 
