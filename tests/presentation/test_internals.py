@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +115,67 @@ def test_soft_label_is_the_one_of_training(model: Path, case: tuple[Case, Path])
     middle = int((z + 0.5) * half.shape[1] / 16)
     np.testing.assert_allclose(inside.features["t2"], half[:, middle, ::-1, ::-1], atol=1e-5)
     assert inside.scale == 1
+
+
+def log_mean_exp(values: np.ndarray, sharpness: float) -> np.ndarray:
+    """Smooth maximum over the first axis; over a negative sharpness the smooth minimum."""
+    scaled = sharpness * values
+    top = scaled.max(0)
+    return (top + np.log(np.exp(scaled - top).mean(0))) / sharpness
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reading": "paper"},
+        {"reading": "reference"},
+        {"soft_label": "mean"},
+        {"soft_label": "fixed", "fixed_sharpness": 3.0, "fixed_confidence": 0.2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_the_soft_label_is_that_of_the_reading(
+    model: Path, case: tuple[Case, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Against its formula in float64, for a case that lacks two modalities (the published code fuses them as well)."""
+    folder = shutil.copytree(model, tmp_path / model.name)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["mgml"]["config"].update(changes)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    torch.manual_seed(3)
+    meta = meta_network_of(objective_of(Options().updated(changes)))
+    if meta is not None:
+        torch.nn.init.normal_(meta.layers[2].bias)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    state = {} if meta is None else {"meta_network": meta.state_dict()}
+    torch.save({**torch.load(file, weights_only=False), "mgml": state}, file)
+    loaded = load_model(folder, 0, "checkpoint_final.pth", "cpu")
+    inside = compute_internals(loaded, Case("a", {c: case[0].files[c] for c in (1, 3)}), case[1], [])
+
+    data = preprocessed(loaded, case[0])
+    data[:, [0, 2]] = 0
+    available = (False, True, False, True)
+    with torch.no_grad():
+        logits = loaded.network.decode_modalities(loaded.network.encode(data, available))
+        probabilities = logits.double().softmax(2).mean((3, 4, 5)).float()
+        fused = torch.tensor([[True] * 4 if changes.get("reading") == "reference" else available])
+        parameters = None if meta is None else meta(probabilities, fused)
+    scores = logits[0].double().numpy()
+    if "reading" not in changes:
+        scores = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    scores = scores[fused[0].numpy()]
+    if changes.get("soft_label") == "mean":
+        expected = scores.mean(0)
+    else:
+        w, beta, alpha = (0.2, 3.0, 3.0) if parameters is None else (float(value) for value in parameters[2:])
+        high, low = log_mean_exp(scores, beta), log_mean_exp(scores, -alpha)
+        if "reading" in changes:  # sums, not means
+            high, low = high + np.log(len(scores)) / beta, low - np.log(len(scores)) / alpha
+        expected = w * high + (1 - w) * low
+    z = telling_slice(read_axial(case[1])[0])
+    np.testing.assert_array_equal(inside.soft_label, expected.argmax(0)[z, ::-1, ::-1])
+    assert len(np.unique(inside.soft_label)) > 1
+    assert bool(inside.meta_parameters) == (changes.get("soft_label") != "mean")
 
 
 def test_absent_modalities_are_left_out(model: Path, case: tuple[Case, Path]):
