@@ -18,6 +18,22 @@ from nnunetv2_mgml.io.workers import run_jobs
 
 
 @dataclass(frozen=True)
+class BackRequest:
+    """What `write_back` is asked for."""
+
+    source: str | Path
+    """Folder of nnU-Net predictions or labels (``.nii.gz`` or ``.nii``, values 0 to 4)."""
+    target: str | Path
+    """Folder to write to, created if need be."""
+    convention: str
+    """One of `labels.CONVENTIONS`."""
+    overwrite: bool = False
+    """Replace files in ``target``."""
+    num_processes: int | None = None
+    """Worker processes, None for the smaller of 4 and the number of CPUs."""
+
+
+@dataclass(frozen=True)
 class _Job:
     source: Path
     target: Path
@@ -35,14 +51,18 @@ def convert_back(
 ) -> list[Path]:
     """Write all segmentations of a folder with BraTS values; file names and geometry stay.
 
+    The arguments are the fields of `BackRequest`, and ``progress`` shows a bar; the rest is as in `write_back`.
+    """
+    return write_back(BackRequest(source, target, convention, overwrite, num_processes), progress=progress)
+
+
+def write_back(request: BackRequest, *, progress: bool = False) -> list[Path]:
+    """Write all segmentations of a folder with BraTS values; file names and geometry stay.
+
     The new folder is marked (`io.label_mark`), so that it is not taken for label maps with nnU-Net's values.
 
     Args:
-        source: folder of nnU-Net predictions or labels (``.nii.gz`` or ``.nii``, values 0 to 4).
-        target: folder to write to, created if need be.
-        convention: one of `labels.CONVENTIONS`.
-        overwrite: whether files in ``target`` may be replaced.
-        num_processes: worker processes, None for the smaller of 4 and the number of CPUs.
+        request: which, and where to.
         progress: show a progress bar.
 
     Returns:
@@ -52,8 +72,9 @@ def convert_back(
         FileNotFoundError: ``source`` is not a folder.
         ValueError: no or unusable files (one line each, all of them), or a target that exists. Nothing is written then.
     """
+    convention = request.convention
     allowed_values(convention)
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = Path(request.source).expanduser(), Path(request.target).expanduser()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder. Give the folder of the predictions.")
     files = sorted(path for path in source.iterdir() if nifti_stem(path.name) and not path.name.startswith("."))
@@ -62,7 +83,7 @@ def convert_back(
     if source.resolve() == target.resolve():
         raise ValueError(f"Source and target are the same folder ({source}); a second run would convert twice.")
     existing = [path.name for path in files if (target / path.name).exists()]
-    if existing and not overwrite:
+    if existing and not request.overwrite:
         raise ValueError(
             f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. Give --overwrite to replace them."
         )
@@ -83,7 +104,7 @@ def convert_back(
         done = run_jobs(
             _convert,
             [_Job(path, building / path.name, convention) for path in files],
-            num_processes,
+            request.num_processes,
             "Converting back",
             progress,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
@@ -23,6 +24,22 @@ from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SplitRequest:
+    """What `write_split` is asked for."""
+
+    dataset_id: int
+    """nnU-Net dataset id; its raw data must exist, with files ending in ``.nii.gz``."""
+    split: str | None = None
+    """See `convert.ConversionRequest`; either this or ``split_files``."""
+    split_files: Sequence[str | Path] | None = None
+    """See `convert.ConversionRequest`."""
+    seed: int = 0
+    """Seed of a random split."""
+    overwrite: bool = False
+    """Replace another existing split."""
+
+
 def split_dataset(
     dataset_id: int,
     *,
@@ -33,15 +50,19 @@ def split_dataset(
 ) -> tuple[Split, Path]:
     """Write ``splits_final.json`` for an existing dataset of nnU-Net.
 
+    The arguments are the fields of `SplitRequest`; the rest is as in `write_split`.
+    """
+    return write_split(SplitRequest(dataset_id, split, split_files, seed, overwrite))
+
+
+def write_split(request: SplitRequest) -> tuple[Split, Path]:
+    """Write ``splits_final.json`` for an existing dataset of nnU-Net.
+
     Test cases stay in ``imagesTr`` (nnU-Net trains on none of them, as the split does not name them) and are linked
     into ``imagesTs`` and ``labelsTs``, ready for prediction and evaluation.
 
     Args:
-        dataset_id: nnU-Net dataset id; its raw data must exist, with files ending in ``.nii.gz``.
-        split: see `convert.convert_brats`.
-        split_files: likewise.
-        seed: likewise.
-        overwrite: whether another existing split may be replaced.
+        request: of which data set, and how.
 
     Returns:
         The split and the path of ``splits_final.json``.
@@ -50,9 +71,10 @@ def split_dataset(
         FileNotFoundError: there is no such dataset, or a list is missing.
         ValueError: neither or both of ``split`` and ``split_files``; several datasets with this id; a bad list.
     """
+    split, split_files = request.split, request.split_files
     if bool(split) == bool(split_files):
         raise ValueError("Give either --split or --split_files.")
-    raw = nnunet_folder(RAW) / dataset_name(dataset_id)
+    raw = nnunet_folder(RAW) / dataset_name(request.dataset_id)
     cases = sorted(path.name[: -len(FILE_ENDING)] for path in (raw / "labelsTr").glob(f"*{FILE_ENDING}"))
     if not cases:
         raise FileNotFoundError(f"No labels labelsTr/*{FILE_ENDING} in {raw}. Convert it first: mgml convert brats.")
@@ -63,12 +85,12 @@ def split_dataset(
         if left_out:
             _log.warning("Left out, as no split list names them: %s", ", ".join(left_out))
     else:
-        chosen = random_split(cases, parse_ratio(split or ""), seed)
+        chosen = random_split(cases, parse_ratio(split or ""), request.seed)
     folder = nnunet_folder(PREPROCESSED) / raw.name
-    check_existing_split(chosen, folder, overwrite)
+    check_existing_split(chosen, folder, request.overwrite)
     for part in ("images", "labels"):
         _link_test_cases(raw, part, chosen.test)
-    return chosen, write_splits(chosen, folder, overwrite)
+    return chosen, write_splits(chosen, folder, request.overwrite)
 
 
 def _link_test_cases(raw: Path, part: str, test: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         evaluate_model,
         evaluate_predictions,
     )
+    from nnunetv2_mgml.workflows.plan import PlanRequest, write_plans
     from nnunetv2_mgml.workflows.report import InternalsRequest, ReportRequest, make_report
 
 __version__ = "0.2.0"
@@ -57,6 +58,7 @@ __all__ = [
     "Needs",
     "OptionGroup",
     "Options",
+    "PlanRequest",
     "PredictionsRequest",
     "ReportRequest",
     "Step",
@@ -82,6 +84,7 @@ __all__ = [
     "split_dataset",
     "telling_slice",
     "write_phantoms",
+    "write_plans",
 ]
 
 _PLACES = {
@@ -97,6 +100,7 @@ _PLACES = {
     "Needs": "network.interface",
     "OptionGroup": "plans.options",
     "Options": "objective",
+    "PlanRequest": "workflows.plan",
     "PredictionsRequest": "workflows.evaluate",
     "ReportRequest": "workflows.report",
     "Step": "objective.step",
@@ -122,6 +126,7 @@ _PLACES = {
     "split_dataset": "dataset_conversion.resplit",
     "telling_slice": "presentation.figures.slices",
     "write_phantoms": "phantom.files",
+    "write_plans": "workflows.plan",
 }
 """Public name -> the module that has it, and behind a colon what it is called there."""
 

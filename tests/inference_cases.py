@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ def write_model(
     *,
     cascade: bool = False,
     normalization: str = "ZScoreNormalization",
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what nnU-Net's predictor reads of a trained model; every region is predicted somewhere."""
     plans = builders.plans(stages=2)
-    plans["mgml"] = {"config": {"width_factor": 1.0, "decoder_width_ratio": 1.0, "fusion": "concat"}, "num_classes": 4}
+    config = {"width_factor": 1.0, "decoder_width_ratio": 1.0, "fusion": "concat", **(options or {})}
+    plans["mgml"] = {"config": config, "num_classes": 4}
     configuration = plans["configurations"]["3d_fullres"]
     configuration["normalization_schemes"] = [normalization] * 4
     for statistics in plans["foreground_intensity_properties_per_channel"].values():

@@ -6,11 +6,11 @@ import argparse
 
 from nnunetv2_mgml.commands import convert_cohort
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
-from nnunetv2_mgml.dataset_conversion.back import convert_back
+from nnunetv2_mgml.dataset_conversion.back import BackRequest, write_back
 from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
-from nnunetv2_mgml.dataset_conversion.resplit import split_dataset
+from nnunetv2_mgml.dataset_conversion.resplit import SplitRequest, write_split
 from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
@@ -121,14 +121,11 @@ def run(args: argparse.Namespace) -> int:
     if args.what in convert_cohort.COMMANDS:
         return convert_cohort.run(args)
     if args.what == "back":
-        written = convert_back(
-            args.source, args.target, args.to, overwrite=args.overwrite, num_processes=args.num_processes, progress=True
-        )
+        back = BackRequest(args.source, args.target, args.to, args.overwrite, args.num_processes)
+        written = write_back(back, progress=True)
         print(f"Wrote {len(written)} segmentation(s) with the values of {args.to} to {args.target}")
         return 0
-    split, path = split_dataset(
-        args.dataset_id, split=args.split, seed=args.seed, split_files=args.split_files, overwrite=args.overwrite
-    )
+    split, path = write_split(SplitRequest(args.dataset_id, args.split, args.split_files, args.seed, args.overwrite))
     print(
         f"Wrote {path}: {split}. Train fold 0; the test cases are named in {path.parent / TEST_FILE} and linked into "
         f"imagesTs and labelsTs."

@@ -10,21 +10,13 @@ from typing import Any
 
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, CohortSummary, convert_cohort, write_images
-from nnunetv2_mgml.dataset_conversion.decathlon import find_decathlon
 from nnunetv2_mgml.dataset_conversion.record import record_missing
-from nnunetv2_mgml.io.case_files import (
-    SHEET_SUFFIXES,
-    FoundCases,
-    find_bids,
-    find_brats,
-    find_by_patterns,
-    read_sheet,
-)
+from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, read_dataset_json
 from nnunetv2_mgml.plans.folders import RAW, dataset_folder
 
-COMMANDS = ("folders", "sheet", "bids", "msd", "raw", "images")
+COMMANDS = (*FORMS, "raw", "images")
 
 
 def add_arguments(commands: Any, formatter_class: Any) -> None:
@@ -159,22 +151,26 @@ def run(args: argparse.Namespace) -> int:
         return _run_raw(args)
     if args.what == "images":
         return _run_images(args)
-    source = Path(args.source).expanduser().absolute()
-    labels = _parse_labels(args.labels)
-    if args.what == "folders":
-        found = find_by_patterns(source, parse_patterns(args.modalities), args.label, args.case_folders)
-    elif args.what == "sheet":
-        found = read_sheet(source, args.modalities)
-    elif args.what == "bids":
-        found = find_bids(source, parse_patterns(args.modalities) or None, args.label)
-    else:
-        found, own = find_decathlon(source)
-        labels = labels or own
+    source, labels = _source(args, args.what), _parse_labels(args.labels)
+    found, own_labels = source.find()
     given = {name: value for name, value in vars(args).items() if name in CohortRequest.__dataclass_fields__}
-    name = args.name or source.name.split(".")[0].replace(" ", "_")
-    summary = convert_cohort(CohortRequest(found, **{**given, "name": name, "labels": labels}), progress=True)
+    name = args.name or source.path.name.split(".")[0].replace(" ", "_")
+    summary = convert_cohort(
+        CohortRequest(found, **{**given, "name": name, "labels": labels or own_labels}), progress=True
+    )
     print("\n".join(describe(summary)))
     return 1 if summary.skipped else 0
+
+
+def _source(args: argparse.Namespace, form: str | None) -> CohortSource:
+    return CohortSource(
+        path=Path(args.source).expanduser().absolute(),
+        form=form,
+        patterns={} if form == "sheet" else parse_patterns(getattr(args, "modalities", ())),
+        columns=args.modalities if form == "sheet" else (),
+        label=getattr(args, "label", None),
+        case_folders=getattr(args, "case_folders", 1),
+    )
 
 
 def _run_raw(args: argparse.Namespace) -> int:
@@ -187,15 +183,8 @@ def _run_raw(args: argparse.Namespace) -> int:
 
 
 def _run_images(args: argparse.Namespace) -> int:
-    source = Path(args.source).expanduser().absolute()
     like = _channels_of(args.like) if args.like else ()
-    patterns = parse_patterns(args.modalities)
-    if source.is_file() and source.suffix.lower() in SHEET_SUFFIXES:
-        found = read_sheet(source)
-    elif patterns:
-        found = find_by_patterns(source, patterns, None, args.case_folders)
-    else:
-        found = find_brats(source)
+    found, _ = _source(args, None).find()
     if like:
         found = in_order(found, like)
     missing = write_images(
@@ -212,29 +201,6 @@ def _channels_of(text: str) -> tuple[str, ...]:
     if not (folder / "dataset.json").is_file():
         folder = dataset_folder(text, RAW)
     return channel_names(read_dataset_json(folder))
-
-
-def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
-    """Return the cases with the modalities, and in the order, of a data set; other modalities are left out.
-
-    Raises:
-        ValueError: they have none of these modalities.
-    """
-    spelled = {canonical_name(name): name for name in found.modalities}
-    if not set(spelled) & set(channels):
-        raise ValueError(
-            f"The cases have {', '.join(found.modalities)}, the data set {', '.join(channels)}: none of it."
-        )
-    order = tuple(spelled.get(name, name) for name in channels)
-    cases = []
-    problems = dict(found.problems)
-    for case in found.cases:
-        images = {name: case.images[name] for name in order if name in case.images}
-        if images:
-            cases.append(type(case)(case.name, images, case.label, case.site, case.frames))
-        else:
-            problems[case.name] = [f"has none of {', '.join(channels)}"]
-    return FoundCases(order, cases, problems, found.origin)
 
 
 def parse_patterns(entries: Sequence[str]) -> dict[str, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mgml.commands.info import collect
 from nnunetv2_mgml.workflows.demo import LEARNED, DemoRequest, run_demo
+from nnunetv2_mgml.workflows.installation import find_installation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             device=args.device,
             options=args.set,
-            stock_commands=collect()["start_up_line"]["active"],
+            stock_commands=find_installation().active,
         ),
         _say,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.commands.arguments import add_trust, parse_predictions
+from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.presentation.tables import summary_text
 from nnunetv2_mgml.scoring.metrics import all_metrics, default_metrics
 from nnunetv2_mgml.scoring.policy import POLICIES
@@ -267,8 +268,4 @@ def _model_folder(args: argparse.Namespace) -> Path:
             "-d needs nnUNet's folders: set nnUNet_results (and nnUNet_raw, nnUNet_preprocessed), or name "
             "the model with -m."
         )
-    from nnunetv2.utilities.file_path_utilities import get_output_folder  # slow to import
-
-    from nnunetv2_mgml.workflows.labelled_cases import dataset_name
-
-    return Path(get_output_folder(dataset_name(args.d), args.tr, args.p, args.c))
+    return dataset_folder(args.d, RESULTS) / f"{args.tr}__{args.p}__{args.c}"

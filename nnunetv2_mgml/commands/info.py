@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import site
 import textwrap
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-from nnunetv2_mgml import __version__
 from nnunetv2_mgml.upstream.registration import DISABLE_VARIABLE, EXT_DIR, EXT_VARIABLE, PTH_NAME
-
-_NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+from nnunetv2_mgml.workflows.installation import Installation, export_line, find_installation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,58 +37,24 @@ def run(args: argparse.Namespace) -> int:
     elif args.options:
         print(options_text())
     elif args.json:
-        print(json.dumps(collect(), indent=2))
+        print(json.dumps(find_installation().as_dict(), indent=2))
     else:
-        print(summary_text(collect()))
+        print(summary_text(find_installation()))
     return 0
 
 
-def collect() -> dict[str, Any]:
-    """Return versions, folders, the state of the start-up line and nnU-Net's variables, JSON-ready."""
-    pth = start_up_file()
-    return {
-        "versions": {
-            "nnunetv2_mgml": __version__,
-            "python": platform.python_version(),
-            **{name: _installed_version(name) for name in ("nnunetv2", "torch")},
-        },
-        "ext_dir": EXT_DIR,
-        "start_up_line": {
-            "file": pth,
-            "disabled": os.environ.get(DISABLE_VARIABLE) == "1",
-            "active": pth is not None and os.environ.get(DISABLE_VARIABLE) != "1",
-        },
-        "environment": {name: os.environ.get(name) for name in (*_NNUNET_VARIABLES, EXT_VARIABLE)},
-    }
-
-
-def start_up_file() -> str | None:
-    """Return the installed .pth file that this Python reads at start-up, or None."""
-    folders = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
-    files = [os.path.join(folder, PTH_NAME) for folder in folders]
-    return next((file for file in files if os.path.isfile(file)), None)
-
-
-def export_line() -> str:
-    """Return the shell line that replaces the start-up line."""
-    present = os.environ.get(EXT_VARIABLE, "")
-    folders = [folder for folder in present.split(os.pathsep) if folder and folder != EXT_DIR]
-    return f'export {EXT_VARIABLE}="{os.pathsep.join([*folders, EXT_DIR])}"'
-
-
-def summary_text(state: dict[str, Any]) -> str:
-    """Return the state of `collect` as lines for people."""
-    line = state["start_up_line"]
-    if line["active"]:
+def summary_text(installation: Installation) -> str:
+    """Return what is installed as lines for people."""
+    if installation.active:
         found = "on: nnUNetv2_* commands find the trainers by themselves"
     else:
-        reason = f"{DISABLE_VARIABLE}=1" if line["disabled"] else f"no {PTH_NAME} in this Python's site-packages"
+        reason = f"{DISABLE_VARIABLE}=1" if installation.disabled else f"no {PTH_NAME} in this Python's site-packages"
         found = f"off ({reason}); use\n{'':<21}{export_line()}"
     rows = [
-        *((name, number or "not installed") for name, number in state["versions"].items()),
-        ("trainer folder", state["ext_dir"]),
+        *((name, number or "not installed") for name, number in installation.versions.items()),
+        ("trainer folder", EXT_DIR),
         ("start-up line", found),
-        *((name, value or "not set") for name, value in state["environment"].items()),
+        *((name, value or "not set") for name, value in installation.environment.items()),
     ]
     return "\n".join(f"{name:<20} {value}" for name, value in rows)
 
@@ -117,10 +76,3 @@ def fusions_text() -> str:
     designs = fusion_designs()
     width = max(map(len, designs))
     return "\n".join(f"{name:<{width}}  {design.summary}" for name, design in designs.items())
-
-
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

@@ -6,9 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunetv2_mgml.io.files import read_json
-from nnunetv2_mgml.plans.folders import PREPROCESSED, dataset_folder
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml warmstart``."""
@@ -40,31 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``mgml warmstart``; returns the exit code."""
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from nnunetv2_mgml.training.warm_start import WarmStartRequest, warm_start  # torch is slow to import
 
-    from nnunetv2_mgml.training.warm_start import read_donor, warm_started, write_checkpoint
-    from nnunetv2_mgml.upstream.registration import add_ext_dir
-
-    add_ext_dir()
-    folder = dataset_folder(args.d, PREPROCESSED)
-    trainer = recursive_find_trainer_class_by_name(args.tr)
-    if not getattr(trainer, "supports_missing_modalities", False):
-        raise ValueError(
-            f"{args.tr} is nnU-Net's own; nnUNetv2_train -tr {args.tr} -pretrained_weights loads its weights. Give a "
-            f"trainer of this plugin."
-        )
-    content, taken = warm_started(
-        trainer,
-        read_json(folder / f"{args.p}.json"),
-        read_json(folder / "dataset.json"),
-        args.c,
-        read_donor(args.checkpoint, args.channels),
-        parse_use(args.use),
+    request = WarmStartRequest(
+        checkpoint=args.checkpoint,
+        dataset=args.d,
+        configuration=args.c,
+        trainer=args.tr,
+        plans=args.p,
+        stands_for=parse_use(args.use),
+        channels=args.channels,
+        output=args.o,
     )
+    folder, taken = warm_start(request)
     print(f"{args.tr} on {folder.name} takes from {args.checkpoint}:")
     print("\n".join(taken.lines()))
     if args.o is not None:
-        write_checkpoint(content, args.o)
         print(f"Written: {args.o}")
     file = args.o if args.o is not None else args.checkpoint
     print(f"Train with: nnUNetv2_train {args.d} {args.c} 0 -tr {args.tr} -p {args.p} -pretrained_weights {file}")

@@ -10,7 +10,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 
 from nnunetv2_mgml.network.encoders import EncoderSpec
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, beside
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, expand_mask
 from nnunetv2_mgml.network.pointwise import make_pointwise
 from nnunetv2_mgml.upstream.decoder import StepwiseDecoder
 
@@ -158,7 +158,7 @@ class FusionDecoder(StepwiseDecoder):
         if context is not None:
             context = self.raised(scale, context)
         if not fusion.hides_absent:
-            features = torch.where(beside(mask, features), features, 0)
+            features = torch.where(expand_mask(mask, features), features, 0)
         fused = fusion.fuse_scale(scale, features, mask, context, state)
         if context is None:
             return fused, fused.fused

@@ -18,7 +18,7 @@ from torch import nn
 
 from nnunetv2_mgml.network.decoder import Decoded
 from nnunetv2_mgml.network.encoders import EncoderSpec
-from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
+from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
 from nnunetv2_mgml.network.fusion.channel_shuffle import ChannelShuffle
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
@@ -106,7 +106,7 @@ class TrunkDecoder(nn.Module):
         (stems,) = features
         state = fusion.begin() if available is None else fusion.begin_training(available)
         if not fusion.hides_absent:
-            stems = torch.where(beside(mask, stems), stems, 0)
+            stems = torch.where(expand_mask(mask, stems), stems, 0)
         fused = fusion.fuse_scale(0, stems, mask, None, state)
         loss = stems.new_zeros((), dtype=torch.float32)
         if fused.loss is not None:
@@ -145,7 +145,7 @@ class TrunkDecoder(nn.Module):
         for some in masks.split(most):
             stems = features[0].expand(len(some), *features[0].shape[1:])
             if not fusion.hides_absent:
-                stems = torch.where(beside(some, stems), stems, 0)
+                stems = torch.where(expand_mask(some, stems), stems, 0)
             fused = fusion.fuse_scale(0, stems, some, None, fusion.begin(shared)).fused
             results.append(self.heads[0](self.run(fused)[0]))
         return torch.cat(results)

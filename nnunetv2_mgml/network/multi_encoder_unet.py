@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
-from nnunetv2_mgml.network.fusion.base import FusionDesign, beside
+from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import noise, silence
 from nnunetv2_mgml.upstream.plain_errors import PlainError
@@ -261,7 +261,7 @@ def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     extra = x.shape[1] - mask.shape[1]
     keep = torch.cat((mask, mask.new_ones(len(mask), extra)), 1) if extra else mask
-    return torch.where(beside(keep, x), x, 0)
+    return torch.where(expand_mask(keep, x), x, 0)
 
 
 def in_band_mask(x: torch.Tensor, num_modalities: int) -> torch.Tensor:

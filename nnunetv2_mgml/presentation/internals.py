@@ -127,8 +127,10 @@ def compute_internals(
         FileNotFoundError: no label map.
     """
     predictor = model.predictor
-    there = tuple(channel in case.files for channel in range(len(predictor.channels)))
-    item = prepare_case(case, there, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
+    available = tuple(channel in case.files for channel in range(len(predictor.channels)))
+    item = prepare_case(
+        case, available, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
     reference = _reference_on_network_grid(predictor, item, label_file)
     patch_of = _patch_around(reference, tuple(predictor.configuration_manager.patch_size))
     x = torch.from_numpy(np.stack([patch_of(channel) for channel in item["data"]]))[None].to(predictor.device)
@@ -145,44 +147,43 @@ class _Patch:
         self.x = x
         self.reference = reference
         self.channels = self.predictor.channels
-        self.present: Subset = item["availability"]
+        self.available: Subset = item["availability"]
         self.network = model.network
 
     @torch.inference_mode()
     def internals(self, subsets: Sequence[Subset], scale: int) -> Internals:
         """Run everything and cut the most telling axial slice."""
-        available = torch.tensor([self.present], device=self.x.device)
-        features = self.network.encode(self.x, self.present)
+        features = self.network.encode(self.x)  # all, as in training: a published reading fuses absent ones, too
         scale = min(scale, len(features) - 1)
-        single, soft, parameters = self._modality_predictions(features, available)
-        shown = [s for s in subsets if all(has or not wanted for has, wanted in zip(self.present, s, strict=True))]
-        probabilities = {subset_name(s, self.channels): self._probabilities(features, s) for s in shown}
-        fused = self.predictor.label_manager.convert_logits_to_segmentation(self._logits(features, self.present))
-        turn = _Display(self.predictor, self.item)
-        reference = turn(self.reference)
+        single, soft, parameters = self._modality_predictions(features)
+        possible = [s for s in subsets if all(a or not v for a, v in zip(self.available, s, strict=True))]
+        probabilities = {subset_name(s, self.channels): self._probabilities(features, s) for s in possible}
+        fused = self.predictor.label_manager.convert_logits_to_segmentation(self._logits(features, self.available))
+        display = _Display(self.predictor, self.item)
+        reference = display(self.reference)
         z = telling_slice(reference)
-        names = [name for name, here in zip(self.channels, self.present, strict=True) if here]
+        names = [name for name, available in zip(self.channels, self.available, strict=True) if available]
         per_modality = {
-            name: turn(features[scale][0, self.channels.index(name)].float().cpu().numpy()) for name in names
+            name: display(features[scale][0, self.channels.index(name)].float().cpu().numpy()) for name in names
         }
-        small = next(iter(per_modality.values()))
-        middle = min(int((z + 0.5) * small.shape[1] / len(reference)), small.shape[1] - 1)
-        marked = nearest(reference > 0, small.shape[1:])[middle]
+        shape = next(iter(per_modality.values())).shape[1:]
+        feature_z = min(int((z + 0.5) * shape[0] / len(reference)), shape[0] - 1)
+        feature_reference = nearest(reference > 0, shape)[feature_z]
         return Internals(
-            {name: turn(self.x[0, self.channels.index(name)].cpu().numpy())[z] for name in names},
+            {name: display(self.x[0, self.channels.index(name)].cpu().numpy())[z] for name in names},
             reference[z],
-            {name: turn(labels)[z] for name, labels in single.items()},
-            None if soft is None else turn(soft)[z],
+            {name: display(labels)[z] for name, labels in single.items()},
+            None if soft is None else display(soft)[z],
             parameters,
-            turn(np.asarray(fused))[z],
+            display(np.asarray(fused))[z],
             {
-                name: {region: turn(volume)[z] for region, volume in volumes.items()}
+                name: {region: display(volume)[z] for region, volume in volumes.items()}
                 for name, volumes in probabilities.items()
             },
-            {name: volume[:, middle] for name, volume in per_modality.items()},
-            marked,
+            {name: volume[:, feature_z] for name, volume in per_modality.items()},
+            feature_reference,
             scale,
-            turn.pixel_aspect,
+            display.pixel_aspect,
         )
 
     def _logits(self, features: list[torch.Tensor], subset: Subset) -> torch.Tensor:
@@ -200,18 +201,18 @@ class _Patch:
         return dict(zip(names, values[1:], strict=True)) | {"confidence": values.max(0)}
 
     def _modality_predictions(
-        self, features: list[torch.Tensor], available: torch.Tensor
+        self, features: list[torch.Tensor]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None, dict[str, float]]:
         """Return label maps per modality, that of the soft label (or None), and the meta-parameters."""
         if self.network.modality_decoder is None:
             return {}, None, {}
         logits = self.network.decode_modalities(features)
         values = self._label_values(logits.shape[2])
-        winners = logits[0].float().argmax(1).cpu().numpy()
+        predicted = logits[0].float().argmax(1).cpu().numpy()
         single = {
-            name: values[winner]
-            for name, winner, here in zip(self.channels, winners, self.present, strict=True)
-            if here
+            name: values[classes]
+            for name, classes, available in zip(self.channels, predicted, self.available, strict=True)
+            if available
         }
         spec = TermSpec.of_prediction(
             Options.from_plans(self.predictor.plans_manager.plans),
@@ -219,13 +220,14 @@ class _Patch:
             logits.shape[2],
             self.predictor.label_manager.has_regions,
         )
-        fused = soft_label_of(spec, self.model.training_state, logits, available)
+        mask = torch.tensor([self.available], device=self.x.device)
+        fused = soft_label_of(spec, self.model.training_state, logits, mask)
         if fused is None:
             return single, None, {}
-        shown = {}
+        parameters = {}
         if fused.parameters is not None:
-            shown = {name: float(getattr(fused.parameters, name)[0]) for name in ("w_f", "beta", "alpha")}
-        return single, values[fused.scores[0].argmax(0).cpu().numpy()], shown
+            parameters = {name: float(getattr(fused.parameters, name)[0]) for name in ("w_f", "beta", "alpha")}
+        return single, values[fused.scores[0].argmax(0).cpu().numpy()], parameters
 
     def _label_values(self, classes: int) -> NDArray[Any]:
         """Return the label value of each class of the shared decoder (see `objective.segmentation.label_target`)."""
@@ -247,9 +249,9 @@ class _Display:
     def __call__(self, volume: NDArray[Any]) -> NDArray[Any]:
         if volume.ndim == 4:
             return np.stack([self(channel) for channel in volume])
-        turned = np.ascontiguousarray(np.asarray(volume).transpose(self.back))
-        turned = turned.astype(np.float32 if np.issubdtype(turned.dtype, np.floating) else np.int16)
-        return sitk.GetArrayFromImage(self._oriented(turned))
+        transposed = np.ascontiguousarray(np.asarray(volume).transpose(self.back))
+        transposed = transposed.astype(np.float32 if np.issubdtype(transposed.dtype, np.floating) else np.int16)
+        return sitk.GetArrayFromImage(self._oriented(transposed))
 
     def _oriented(self, array: NDArray[Any], spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> sitk.Image:
         image = sitk.GetImageFromArray(array)

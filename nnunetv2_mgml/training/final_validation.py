@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunetv2_mgml.dataloading.availability import case_availability
-from nnunetv2_mgml.upstream.validation_cases import announcing
+from nnunetv2_mgml.upstream.validation_cases import announced_cases
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
@@ -22,7 +22,7 @@ def announcing_cases(trainer: nnUNetTrainerMGML) -> Iterator[None]:
     def announce(dataset: nnUNetBaseDataset, case: str) -> None:
         trainer.learner.announce(case_availability(dataset, [case], len(trainer.channels))[case])
 
-    with announcing(trainer, announce):
+    with announced_cases(trainer, announce):
         try:
             yield
         finally:

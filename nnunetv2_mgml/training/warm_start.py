@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.io.files import replacing
+from nnunetv2_mgml.io.files import read_json, replacing
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.network.transfer import Donor, Transfer, labels_of, transfer
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.folders import PREPROCESSED, dataset_folder
 from nnunetv2_mgml.plans.model_files import check_dataset_json
 from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
+from nnunetv2_mgml.upstream.registration import add_ext_dir
 
 
 def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor:
@@ -159,6 +163,57 @@ def warm_started(
         "init_args": arguments,
         "trainer_name": trainer_class.__name__,
     }, taken
+
+
+@dataclass(frozen=True)
+class WarmStartRequest:
+    """What to start from what."""
+
+    checkpoint: Path
+    """Where the weights come from; see `read_donor`."""
+    dataset: str
+    """Id or name of the dataset to be trained on; it has been planned."""
+    configuration: str = "3d_fullres"
+    trainer: str = "nnUNetTrainerMGML"
+    """Name of a trainer of ours."""
+    plans: str = "nnUNetPlans"
+    stands_for: Mapping[str, str] = field(default_factory=dict)
+    """Modality -> the checkpoint's modality it starts from, where that is not the one of its name."""
+    channels: Sequence[str] | None = None
+    """Modalities of the checkpoint in channel order, where it does not say so itself."""
+    output: Path | None = None
+    """Checkpoint to write; None writes nothing."""
+
+
+def warm_start(request: WarmStartRequest) -> tuple[Path, Transfer]:
+    """Start the network of a training from a checkpoint, without training it.
+
+    Returns:
+        The dataset's folder in nnUNet_preprocessed, and what was taken.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, dataset or plans.
+        ValueError: a trainer that is not ours, or see `read_donor` and `warm_started`.
+    """
+    add_ext_dir()
+    folder = dataset_folder(request.dataset, PREPROCESSED)
+    trainer = recursive_find_trainer_class_by_name(request.trainer)
+    if not getattr(trainer, "supports_missing_modalities", False):
+        raise ValueError(
+            f"{request.trainer} is nnU-Net's own; nnUNetv2_train -tr {request.trainer} -pretrained_weights loads its "
+            f"weights. Give a trainer of this plugin."
+        )
+    content, taken = warm_started(
+        trainer,
+        read_json(folder / f"{request.plans}.json"),
+        read_json(folder / "dataset.json"),
+        request.configuration,
+        read_donor(request.checkpoint, request.channels),
+        request.stands_for,
+    )
+    if request.output is not None:
+        write_checkpoint(content, request.output)
+    return folder, taken
 
 
 def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:

@@ -1,7 +1,8 @@
-"""The cases nnU-Net's final validation loads, known before they are predicted.
+"""nnU-Net's final validation, which says of each case that it comes next.
 
-Bends: the trainer's ``dataset_class`` while ``nnUNetTrainer.perform_actual_validation`` runs.
-Why: nnU-Net hands its predictor an image without the name of its case; what a case has is known by its name.
+Bends: ``nnUNetTrainer.dataset_class``, while ``perform_actual_validation`` runs: the class it reads its cases through.
+Why: the validation loads and predicts case by case inside one function, and the network has to be told of each what it
+    has.
 Guarded by: tests/upstream/test_upstream_drift.py
 """
 
@@ -14,25 +15,28 @@ from typing import Any
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+Announce = Callable[[nnUNetBaseDataset, str], None]
+"""Called with the data set and the name of a case before it is loaded."""
+
 
 @contextmanager
-def announcing(trainer: nnUNetTrainer, announce: Callable[[nnUNetBaseDataset, str], None]) -> Iterator[None]:
-    """Let data sets of the trainer's class call ``announce(dataset, case)`` before they load a case."""
-    stock: type[nnUNetBaseDataset] = trainer.dataset_class
-    trainer.dataset_class = _announcing_class(stock, announce)
+def announced_cases(trainer: nnUNetTrainer, announce: Announce) -> Iterator[None]:
+    """Have ``announce`` called before the trainer loads a case of its final validation."""
+    stock_class = trainer.dataset_class
+    trainer.dataset_class = announcing(stock_class, announce)
     try:
         yield
     finally:
-        trainer.dataset_class = stock
+        trainer.dataset_class = stock_class
 
 
-def _announcing_class(
-    stock: type[nnUNetBaseDataset], announce: Callable[[nnUNetBaseDataset, str], None]
-) -> type[nnUNetBaseDataset]:
-    class Announcing(stock):  # type: ignore[misc]  # nnunetv2 ships no types
+def announcing(dataset_class: type[nnUNetBaseDataset], announce: Announce) -> type[nnUNetBaseDataset]:
+    """Return a dataset class that calls ``announce(dataset, case)`` before it loads a case."""
+
+    class Announcing(dataset_class):  # type: ignore[misc]  # nnunetv2 ships no types
         def load_case(self, identifier: str) -> Any:
-            of_this_case = stock(self.source_folder, [identifier], self.folder_with_segs_from_previous_stage)
-            announce(of_this_case, identifier)
+            stock = dataset_class(self.source_folder, [identifier], self.folder_with_segs_from_previous_stage)
+            announce(stock, identifier)
             return super().load_case(identifier)
 
     return Announcing

@@ -10,6 +10,7 @@ from nnunetv2_mgml.io.progress import Log
 from nnunetv2_mgml.plans import folders as nnunet_folders
 from nnunetv2_mgml.scoring.results import Evaluation
 from nnunetv2_mgml.workflows import evaluate
+from nnunetv2_mgml.workflows.installation import find_installation
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def evaluate_predictions(
             log=chosen.log,
         )
     )
+
+
+def collect() -> dict[str, Any]:
+    """Return versions, folders and variables, JSON-ready; see `installation.find_installation`."""
+    return find_installation().as_dict()
 
 
 def dataset_folder(dataset: str) -> Path:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.dataloading.availability import case_availability
@@ -22,6 +20,7 @@ from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import read_missing
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
 from nnunetv2_mgml.scoring.info import Source
 from nnunetv2_mgml.scoring.sources import file_ending, find_references, load_dataset_json
 
@@ -116,24 +115,24 @@ def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str
         folds: numbers of folds.
 
     Raises:
-        FileNotFoundError: no splits, or images that are not there.
+        FileNotFoundError: no such data set, no splits, or images that are not there.
         ValueError: nnU-Net's folders are not set, or a fold that does not exist.
     """
-    dataset = dataset_name(dataset)
-    if not nnUNet_preprocessed:
+    if not os.environ.get(PREPROCESSED):
         raise ValueError(
             "Validation cases are found through nnUNet_preprocessed, which is not set. Set it, or evaluate a folder "
             "with -i and -l."
         )
+    dataset = dataset_name(dataset, (RAW, PREPROCESSED))
     dataset_json = load_dataset_json(model_folder / "dataset.json")
-    file = Path(nnUNet_preprocessed) / dataset / "splits_final.json"
+    file = nnunet_folder(PREPROCESSED) / dataset / "splits_final.json"
     splits = read_json(file)
     for fold in folds:
         if int(fold) >= len(splits):
             raise ValueError(f"{file} has folds 0 to {len(splits) - 1}, not {fold}.")
     names = {fold: sorted(splits[int(fold)]["val"]) for fold in folds}
-    raw = Path(nnUNet_raw or "", dataset)
-    if not nnUNet_raw or not (raw / "dataset.json").is_file():
+    raw = nnunet_folder(RAW) / dataset if os.environ.get(RAW) else None
+    if raw is None or not (raw / "dataset.json").is_file():
         return _preprocessed_cases(model_folder, dataset, names, dataset_json)
     known = _raw_cases(raw, dataset_json)
     work = []
@@ -163,10 +162,10 @@ def _preprocessed_cases(
         FileNotFoundError: no such data, or no label maps.
         ValueError: a cascade, of which nothing but raw images can be used.
     """
-    folder = Path(nnUNet_preprocessed) / dataset
+    folder = nnunet_folder(PREPROCESSED) / dataset
     plans = PlansManager(str(model_folder / "plans.json"))
     name = model_folder.resolve().name.split("__")[-1]
-    where = f"{dataset} is not in nnUNet_raw ({nnUNet_raw or 'not set'})"
+    where = f"{dataset} is not in nnUNet_raw ({os.environ.get(RAW) or 'not set'})"
     if name not in plans.available_configurations:
         raise FileNotFoundError(f"{where}, and the name of {model_folder} names no configuration of its plans.")
     configuration = plans.get_configuration(name)
@@ -199,14 +198,6 @@ def _preprocessed_cases(
     source = Source("validation", dataset, tuple(map(str, names)), None, labels.resolve())
     work = tuple(FoldCases((fold,), tuple(found[case] for case in cases)) for fold, cases in names.items())
     return LabelledCases(work, find_references(labels, ending), source, data)
-
-
-def dataset_name(text: str) -> str:
-    """Return a data set's name from its name or number. Raises ValueError where there is none."""
-    try:
-        return str(maybe_convert_to_dataset_name(int(text) if text.isdigit() else text))
-    except RuntimeError as error:
-        raise ValueError(f"There is no data set '{text}': {error}") from error
 
 
 def _raw_folders(folder: Path) -> tuple[Path | None, Path | None]:

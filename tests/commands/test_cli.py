@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.commands import info
 from nnunetv2_mgml.commands.main import COMMANDS, _HelpFormatter, main
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.upstream.registration import DISABLE_VARIABLE, EXT_DIR, EXT_VARIABLE, PTH_NAME
+from nnunetv2_mgml.workflows import installation
 
 
 def test_help_lists_every_command_on_one_line(capsys):
@@ -186,8 +186,8 @@ def test_info_options_and_fusions(capsys):
 @pytest.fixture
 def site_folder(tmp_path, monkeypatch) -> Path:
     """An empty folder that this Python believes to be its site-packages."""
-    monkeypatch.setattr(info.site, "getsitepackages", lambda: [str(tmp_path)])
-    monkeypatch.setattr(info.site, "ENABLE_USER_SITE", False)
+    monkeypatch.setattr(installation.site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(installation.site, "ENABLE_USER_SITE", False)
     monkeypatch.delenv(DISABLE_VARIABLE, raising=False)
     monkeypatch.delenv(EXT_VARIABLE, raising=False)
     return tmp_path
@@ -210,7 +210,7 @@ def test_info_says_whether_the_start_up_line_works(site_folder, monkeypatch, cap
 
 def test_info_export_line_keeps_the_users_folders(site_folder, monkeypatch):
     monkeypatch.setenv(EXT_VARIABLE, os.pathsep.join(["/mine", EXT_DIR]))
-    assert info.export_line() == f'export {EXT_VARIABLE}="/mine{os.pathsep}{EXT_DIR}"'
+    assert installation.export_line() == f'export {EXT_VARIABLE}="/mine{os.pathsep}{EXT_DIR}"'
 
 
 def test_info_json(site_folder, monkeypatch, capsys):
@@ -226,8 +226,8 @@ def test_info_json(site_folder, monkeypatch, capsys):
 
 def test_info_without_torch(monkeypatch, capsys):
     def missing(name):
-        raise info.PackageNotFoundError(name)
+        raise installation.PackageNotFoundError(name)
 
-    monkeypatch.setattr(info, "version", missing)
+    monkeypatch.setattr(installation, "version", missing)
     assert main(["info"]) == 0
     assert "torch                not installed" in capsys.readouterr().out

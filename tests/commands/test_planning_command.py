@@ -15,6 +15,7 @@ from planning_cases import DATASET, plans_that_inherit, resolved
 
 from nnunetv2_mgml.commands import plan as planning
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.workflows.plan import PlanRequest, write_plans
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -219,11 +220,25 @@ def test_ambiguous_dataset_unset_variable_and_broken_file(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"nnUNetPlans\.json is not valid JSON"):
         planning.run(parse("-d", "137"))
     (folder.parent / "Dataset137_Other").mkdir()
-    with pytest.raises(ValueError, match="has several names: Dataset137_Other, Dataset137_Tiny"):
+    with pytest.raises(ValueError, match="several names: Dataset137_Other, Dataset137_Tiny"):
         planning.run(parse("-d", "137"))
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(ValueError, match="nnUNet_preprocessed is not set"):
         planning.run(parse("-d", "137"))
+
+
+def test_plans_are_written_from_python(folder):
+    request = PlanRequest("137", {"fusion": "mean", "batch_size": 3}, presets=("paper",), plans_name="Mine")
+    written = write_plans(request)
+    plans = json.loads((folder / "Mine.json").read_text())
+    assert (written.path, written.configurations, written.replaced) == (folder / "Mine.json", ("3d_fullres",), None)
+    assert written.options == Options.from_plans(plans)
+    assert written.options.network.fusion == "mean"
+    assert (written.changes["batch_size"], written.changes["patch_size"]) == (3, [80, 80, 80])
+    assert write_plans(PlanRequest("137", plans_name="Mine")).replaced == written.options
+    (folder / "List.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"List\.json holds a list, not a JSON object\. Run nnUNetv2_plan"):
+        write_plans(PlanRequest("137", plans="List"))
 
 
 def test_a_failed_write_leaves_the_old_plans(folder, monkeypatch):

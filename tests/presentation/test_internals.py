@@ -18,8 +18,12 @@ from nnunetv2_mgml.commands import main as cli
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.preprocessing import prepare_case
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.interface import View
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.adaptive_fusion import adaptive_fusion
+from nnunetv2_mgml.objective.published import paper, reference
+from nnunetv2_mgml.objective.step import Step
+from nnunetv2_mgml.objective.terms import soft_label
 from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
 from nnunetv2_mgml.presentation.internals import LoadedModel, compute_internals, load_model, nearest
 
@@ -60,7 +64,11 @@ def case(tmp_path: Path) -> tuple[Case, Path]:
 def preprocessed(loaded: LoadedModel, case: Case) -> torch.Tensor:
     predictor = loaded.predictor
     item = prepare_case(
-        case, (True,) * 4, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+        case,
+        [c in case.files for c in range(4)],
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.dataset_json,
     )
     return torch.from_numpy(item["data"])[None]
 
@@ -117,6 +125,67 @@ def test_soft_label_is_the_one_of_training(model: Path, case: tuple[Case, Path])
     assert inside.scale == 1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reading": "paper"},
+        {"reading": "reference"},
+        {"reading": "reference", "meta_form": "published"},
+        {"soft_label": "mean"},
+        {"soft_label": "fixed", "fixed_sharpness": 7.0, "fixed_confidence": 0.8},
+    ],
+    ids=lambda changes: "+".join(map(str, changes.values())) or "default",
+)
+def test_every_kind_of_soft_label_is_the_very_one_of_a_training_step(
+    changes: dict[str, Any], case: tuple[Case, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for an incomplete case, of which the published code fuses the absent modality as well."""
+    folder = write_model(tmp_path / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres", options=changes)
+    torch.manual_seed(5)
+    objective = objective_of(Options().updated(changes))
+    meta = meta_network_of(objective)
+    if meta is not None:
+        torch.nn.init.normal_(meta.layers[2].bias)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(file, weights_only=False), "mgml": objective.training_state()}, file)
+    loaded = load_model(folder, 0, "checkpoint_final.pth", "cpu")
+    incomplete = Case("a", {channel: path for channel, path in case[0].files.items() if channel != 2})
+    inside = compute_internals(loaded, incomplete, case[1], [])
+
+    fusions: list[torch.Tensor] = []
+
+    def noting(function: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            fusions.append(function(*args, **kwargs))
+            return fusions[-1]
+
+        return noted
+
+    for module, name in (
+        (soft_label, "adaptive_fusion"),
+        (soft_label, "mean_fusion"),
+        (paper, "raw_fusion"),
+        (reference, "raw_fusion"),
+    ):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    view = View(torch.tensor([[True, True, False, True]]))
+    output = loaded.network(preprocessed(loaded, incomplete), view, objective.needs)
+    step = Step(objective.spec, output, view, torch.zeros(1, 3, *PATCH))
+    objective.terms["soft_label"](step)
+    [scores] = fusions
+    z = telling_slice(read_axial(case[1])[0])
+    expected = scores[0].argmax(0).numpy()
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(inside.soft_label, expected[z, ::-1, ::-1])
+    if changes.get("soft_label") == "mean":
+        assert inside.meta_parameters == {}
+    else:
+        parameters = objective.terms["soft_label"].parameters_of(step)
+        for name in ("w_f", "beta", "alpha"):
+            assert inside.meta_parameters[name] == pytest.approx(float(getattr(parameters, name)[0]), rel=1e-5)
+
+
 def log_mean_exp(values: np.ndarray, sharpness: float) -> np.ndarray:
     """Smooth maximum over the first axis; over a negative sharpness the smooth minimum."""
     scaled = sharpness * values
@@ -156,7 +225,7 @@ def test_the_soft_label_is_that_of_the_reading(
     data[:, [0, 2]] = 0
     available = (False, True, False, True)
     with torch.no_grad():
-        logits = loaded.network.decode_modalities(loaded.network.encode(data, available))
+        logits = loaded.network.decode_modalities(loaded.network.encode(data))  # of all, as in training
         probabilities = logits.double().softmax(2).mean((3, 4, 5)).float()
         fused = torch.tensor([[True] * 4 if changes.get("reading") == "reference" else available])
         parameters = None if meta is None else meta(probabilities, fused)

@@ -112,6 +112,13 @@ def test_a_tag_is_released_only_with_its_version_and_a_date(tmp_path: Path) -> N
     assert len(problems(f"v{version}", tmp_path)) == 2
 
 
+def test_the_rooms_are_counted_whole() -> None:
+    counted = [file for _, files in script("rooms").rooms() for file in files]
+    assert sorted(counted) == [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in (".ci", "docs")]
+    table = script("rooms").table()
+    assert table[-1].split() == ["all", str(len(counted)), str(sum(int(row.split()[2]) for row in table[1:-1]))]
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_sets_itself_up_or_uses_what_it_is_given() -> None:
     def recipe(*arguments: str) -> list[str]:

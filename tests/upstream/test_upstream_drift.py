@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_mgml.upstream.blur import stop_timing
+from nnunetv2_mgml.upstream.validation_cases import announced_cases
 from nnunetv2_mgml.upstream.wrappers import bare
 
 VERSIONS = f"nnunetv2 {version('nnunetv2')}, dynamic-network-architectures {version('dynamic-network-architectures')}"
@@ -158,8 +160,30 @@ def test_final_validation_still_loads_cases_through_the_dataset_class() -> None:
     assert "dataset_val.load_case(" in source
 
 
+def test_an_exchanged_dataset_class_says_what_comes_next_and_is_put_back() -> None:
+    class Cases:
+        def __init__(self, folder: str, identifiers: list[str], previous: str | None) -> None:
+            self.source_folder, self.identifiers = folder, identifiers
+            self.folder_with_segs_from_previous_stage = previous
+
+        def load_case(self, identifier: str) -> str:
+            return f"data of {identifier}"
+
+    told: list[tuple[str, list[str], str]] = []
+
+    def announce(dataset: Any, case: str) -> None:
+        told.append((dataset.source_folder, dataset.identifiers, case))
+
+    trainer = SimpleNamespace(dataset_class=Cases)
+    with announced_cases(trainer, announce):
+        assert trainer.dataset_class("folder", ["a", "b"], None).load_case("b") == "data of b"
+    assert told == [("folder", ["b"], "b")]
+    assert trainer.dataset_class is Cases
+
+
 def test_loading_a_checkpoint_still_asks_the_optimizer_of_the_trainer() -> None:
-    assert "self.optimizer.load_state_dict(checkpoint[" in inspect.getsource(nnUNetTrainer.load_checkpoint)
+    source = inspect.getsource(nnUNetTrainer.load_checkpoint)
+    assert source.count("self.optimizer") == source.count("self.optimizer.load_state_dict(checkpoint[") == 1
 
 
 def test_the_blur_still_times_itself_unless_told_not_to() -> None:

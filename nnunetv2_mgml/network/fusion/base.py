@@ -7,11 +7,12 @@ says that it hides them itself (``hides_absent``); the mask says which those are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.fusion.installed import load_installed_designs
 from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.plans.options import FUSION_REVISION
@@ -283,14 +284,14 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def beside(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def expand_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape a mask ``(B, M)`` to broadcast against features ``(B, M, ...)`` of ``like``'s rank; same dtype."""
     return mask.reshape(*mask.shape, *[1] * (like.ndim - 2))
 
 
-def masked(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the mask `beside` features, as ones and zeros of their dtype."""
-    return beside(mask, like).to(like.dtype)
+def float_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a mask ``(B, M)`` as ones and zeros of the features' rank and dtype; see `expand_mask`."""
+    return expand_mask(mask, like).to(like.dtype)
 
 
 def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -322,3 +323,7 @@ def conv_block(
     if spec.nonlin is not None:
         layers.append(spec.nonlin(**(spec.nonlin_kwargs or {})))
     return nn.Sequential(*layers)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)

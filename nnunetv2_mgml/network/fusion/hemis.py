@@ -16,7 +16,7 @@ from nnunetv2_mgml.network.fusion.base import (
     FusionDesign,
     FusionSpec,
     at_least_float32,
-    masked,
+    float_mask,
     register,
     sum_present,
 )
@@ -34,7 +34,7 @@ def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
         mask: ``(B, M)`` bool, True = present.
     """
     features = at_least_float32(features)
-    weight = masked(mask, features)
+    weight = float_mask(mask, features)
     count = weight.sum(1)
     mean = (features * weight).sum(1) / count
     deviation = (features - mean[:, None]) * weight

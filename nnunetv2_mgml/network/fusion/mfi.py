@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, at_least_float32, masked, register
+from nnunetv2_mgml.network.fusion.base import (
+    FusedScale,
+    FusionDesign,
+    FusionSpec,
+    at_least_float32,
+    float_mask,
+    register,
+)
 
 
 class PairWeights(nn.Module):
@@ -64,7 +71,7 @@ class FeatureInteractionFusion(FusionDesign):
         """See `FusionDesign.fuse_scale`."""
         with torch.autocast(features.device.type, enabled=False):
             pooled = at_least_float32(features).flatten(3).mean(3)
-            share = masked(mask, pooled) / mask.sum(1)[:, None, None]
+            share = float_mask(mask, pooled) / mask.sum(1)[:, None, None]
             pairs = self.scales[scale](pooled, mask)
             # The mean over targets acts on the weights, so no (B, M, M, C, *spatial) tensor is needed.
             weights = share + (share[:, :, None] * pairs).sum(1)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, masked, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, float_mask, register
 from nnunetv2_mgml.network.fusion.positions import PositionCode
 from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
 from nnunetv2_mgml.network.fusion.skip import skip_fusion
@@ -60,7 +60,7 @@ class MultimodalTransformer(nn.Module):
         size = features.shape[3:]
         tokens = self.own_tokens(features) if own is None else own.expand(len(features), *own.shape[1:])
         codes = torch.stack([position(size) for position in self.positions])
-        present = masked(mask, tokens)
+        present = float_mask(mask, tokens)
         keep = mask[:, :, None].expand(*tokens.shape[:3]).flatten(1)
         tokens = (tokens * present).flatten(1, 2)
         for layer in self.inter:

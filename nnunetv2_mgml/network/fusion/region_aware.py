@@ -22,7 +22,7 @@ from nnunetv2_mgml.network.fusion.base import (
     FusionSpec,
     at_least_float32,
     conv_block,
-    masked,
+    float_mask,
     register,
 )
 from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
@@ -95,7 +95,7 @@ class RegionFusion(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             wide, wide_maps = at_least_float32(flat), at_least_float32(flat_maps)
             pooled = torch.einsum("bmcv,bkv->bkmc", wide, wide_maps) / flat.shape[-1]
-            present = masked(mask, pooled[:, 0])
+            present = float_mask(mask, pooled[:, 0])
             share = wide_maps.mean(-1)[..., None] + self.epsilon
             pooled = (pooled * present[:, None]).flatten(2) / share
             weights = self.weights(torch.cat((pooled, share), -1)) * present[:, None, :, 0]

@@ -23,7 +23,7 @@ from torch import nn
 
 from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, beside, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, expand_mask, register
 from nnunetv2_mgml.network.fusion.positions import PositionCode, resize_linear
 from nnunetv2_mgml.network.fusion.score_transformer import CellScores
 from nnunetv2_mgml.network.silence import random_layers_act
@@ -149,7 +149,7 @@ class SelfAttentionFusion(FusionDesign):
 def _weighted_sum(features: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum over present modalities, weighted by the softmax of the scores; all ``(B, M, C, *spatial)``."""
     with torch.autocast(features.device.type, enabled=False):  # keeps the softmax in the features' memory format
-        weights = scores.masked_fill(~beside(mask, scores), -torch.inf).softmax(1)
+        weights = scores.masked_fill(~expand_mask(mask, scores), -torch.inf).softmax(1)
     return (features * weights).sum(1)
 
 

@@ -20,7 +20,7 @@ from nnunetv2_mgml.network.fusion.base import (
     FusionDesign,
     FusionSpec,
     at_least_float32,
-    masked,
+    float_mask,
     register,
     sum_present,
 )
@@ -81,7 +81,7 @@ def subset_kl(
         available: ``(B, M)`` bool, at least one True per row.
         patterns: ``(P, M)`` bool.
     """
-    given_mean, given_variance = product_of_gaussians(mean, precision * masked(visible, precision))
+    given_mean, given_variance = product_of_gaussians(mean, precision * float_mask(visible, precision))
     subsets = patterns[:, None] & available  # (P, B, M)
     exists = subsets.any(2).to(precision.dtype)
     chosen = subsets.to(precision.dtype)
@@ -161,7 +161,7 @@ class UHvedFusion(FusionDesign):
         parameters = self.scales[scale](features.flatten(1, 2)).unflatten(1, (self.spec.num_modalities, 2, -1))
         log_variance = parameters[:, :, 1].clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
         precision = (-at_least_float32(log_variance)).exp()
-        return parameters[:, :, 0], precision * masked(mask, precision)
+        return parameters[:, :, 0], precision * float_mask(mask, precision)
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
@@ -173,7 +173,7 @@ class UHvedFusion(FusionDesign):
         available = state.available if isinstance(state, TrainingPass) else mask
         mean, precision = self.experts(scale, features, available)
         with torch.autocast(features.device.type, enabled=False):
-            fused, variance = product_of_gaussians(mean, precision * masked(mask, precision))
+            fused, variance = product_of_gaussians(mean, precision * float_mask(mask, precision))
             if not random_layers_act(self.training):
                 return FusedScale(fused.to(features.dtype))
             fused = fused + variance.sqrt() * torch.randn_like(variance)

@@ -1,0 +1,80 @@
+"""Where the cases of a cohort are found: one description for all the forms a cohort can have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunetv2_mgml.dataset_conversion.decathlon import find_decathlon
+from nnunetv2_mgml.io.case_files import (
+    SHEET_SUFFIXES,
+    FoundCases,
+    find_bids,
+    find_brats,
+    find_by_patterns,
+    read_sheet,
+)
+from nnunetv2_mgml.modalities import canonical_name
+
+FORMS = ("folders", "sheet", "bids", "msd")
+"""Of cohorts with labels."""
+
+
+@dataclass(frozen=True)
+class CohortSource:
+    """Cases somewhere on a disk."""
+
+    path: Path
+    """Their folder, or a sheet that lists them."""
+    form: str | None = None
+    """One of `FORMS`; None: a sheet by its ending, else by ``patterns``, else names as BraTS has them."""
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    """Modality -> file name pattern (for BIDS: ending), in channel order."""
+    columns: Sequence[str] = ()
+    """Of a sheet; none: all there are."""
+    label: str | None = None
+    """File name pattern of the label maps."""
+    case_folders: int = 1
+    """How many folders below ``path`` name a case."""
+
+    def find(self) -> tuple[FoundCases, dict[str, int]]:
+        """Return the cases, and label name -> value where the source says so (MSD), else an empty dict.
+
+        Raises:
+            FileNotFoundError: no such folder or sheet.
+            ValueError: a source of another form, or without any case; see `io.case_files` and `find_decathlon`.
+        """
+        if self.form == "msd":
+            return find_decathlon(self.path)
+        if self.form == "bids":
+            return find_bids(self.path, dict(self.patterns) or None, self.label), {}
+        is_sheet = self.path.is_file() and self.path.suffix.lower() in SHEET_SUFFIXES
+        if self.form == "sheet" or (self.form is None and is_sheet):
+            return read_sheet(self.path, self.columns), {}
+        if self.form == "folders" or self.patterns:
+            return find_by_patterns(self.path, dict(self.patterns), self.label, self.case_folders), {}
+        return find_brats(self.path), {}
+
+
+def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
+    """Return the cases with the modalities, and in the order, of a data set; other modalities are left out.
+
+    Raises:
+        ValueError: they have none of these modalities.
+    """
+    spelled = {canonical_name(name): name for name in found.modalities}
+    if not set(spelled) & set(channels):
+        raise ValueError(
+            f"The cases have {', '.join(found.modalities)}, the data set {', '.join(channels)}: none of it."
+        )
+    order = tuple(spelled.get(name, name) for name in channels)
+    cases = []
+    problems = dict(found.problems)
+    for case in found.cases:
+        images = {name: case.images[name] for name in order if name in case.images}
+        if images:
+            cases.append(type(case)(case.name, images, case.label, case.site, case.frames))
+        else:
+            problems[case.name] = [f"has none of {', '.join(channels)}"]
+    return FoundCases(order, cases, problems, found.origin)
