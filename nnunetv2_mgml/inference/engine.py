@@ -18,6 +18,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
+from nnunetv2_mgml.inference.case_quality import export_and_sum_up
 from nnunetv2_mgml.inference.preprocessing import Item, Model
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.io.workers import Task, WorkerPool
@@ -128,14 +129,22 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
         return None
 
     def _finish(self, results: list[Any], pool: WorkerPool, index: int, case: str, task: Task) -> None:
+        summary = None
         try:
             results[index] = pool.result(task)
+            if self._sums_up:
+                summary, results[index] = results[index], None
         except Exception as error:  # the disk may be full, or the worker killed: the others are still exported
             _log.exception("Export of case %s failed", case)
             self._fail(case, f"Case {case}: export failed ({type(error).__name__}: {error}).")
             return
         if self._report is not None:
-            self._report.finish(case)
+            self._report.finish(case, summary=summary)
+
+    @property
+    def _sums_up(self) -> bool:
+        """Whether exports also return what the probabilities say: the model's report can make something of it."""
+        return self._report is not None and self._report.estimates_quality
 
     def _refuse_lost(self, outputs: Mapping[str, str]) -> None:
         """Count the cases as failed whose files are gone: somebody has removed the output folder under way."""
@@ -162,7 +171,7 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
     def _export_call(self, item: Item, logits: NDArray[Any], probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
         """Return a picklable function and its arguments: write the files, or return the label map."""
         if item["ofile"] is not None:
-            return export_case, (
+            arguments = (
                 logits,
                 item["data_properties"],
                 self.configuration_manager,
@@ -171,6 +180,7 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 item["ofile"],
                 probabilities,
             )
+            return (export_and_sum_up, (False, *arguments)) if self._sums_up else (export_case, arguments)
         return convert_predicted_logits_to_segmentation_with_correct_shape, (
             logits,
             self.plans_manager,

@@ -1,7 +1,7 @@
 """``mgml_prediction.json``: what a prediction was made with, and from which modalities of each case.
 
-Where the model folder holds a ``subset_report.json`` it also says how good the model was on that subset, and which
-regions are unreliable there. They are flagged, never dropped.
+Where the model folder holds a ``subset_report.json`` it also says how good the model was on that subset, which regions
+are unreliable there, and how good this very prediction may be (`case_quality`). Regions are flagged, never dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml import __version__
+from nnunetv2_mgml.inference.case_quality import Summary, estimates, stored_fit
 from nnunetv2_mgml.inference.subset_quality import (
     expected_quality,
     expected_volume_error,
@@ -75,6 +76,20 @@ class PredictionReport:
             "model": model,
             "channels": list(channels),
         }
+        self._fitted = self._fit_of(model.get("folder"))
+
+    @property
+    def estimates_quality(self) -> bool:
+        """Whether `finish` can make something of a summary of probabilities."""
+        return bool(self._fitted)
+
+    @staticmethod
+    def _fit_of(folder: str | None) -> dict[str, Any]:
+        try:
+            return {} if folder is None else stored_fit(folder)
+        except (ValueError, OSError) as error:  # must not cost the prediction
+            _log.warning("%s", error)
+            return {}
 
     def begin(self, todo: Sequence[str], done: Sequence[str]) -> None:
         """Note the cases to predict, and those skipped because their output is there."""
@@ -118,10 +133,16 @@ class PredictionReport:
             _log.warning("%s", error)
             return {}
 
-    def finish(self, case: str, error: str | None = None) -> None:
-        """Note how a case ended."""
+    def finish(self, case: str, error: str | None = None, summary: Summary | None = None) -> None:
+        """Note how a case ended and, from what its probabilities say, how good it may be."""
         entry = self.cases.setdefault(case, {})
         entry["status"] = "predicted" if error is None else "failed"
+        if summary is not None and "present" in entry:
+            subset = [name in entry["present"] for name in self.channels]
+            found = estimates(self._fitted, subset, self.channels, summary)
+            entry.update(found)
+            if found:
+                _log.info("%s: %s", case, estimate_line(found))
         if error is not None:
             entry["error"] = error
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
@@ -142,6 +163,16 @@ class PredictionReport:
     def _write(self, finished: str | None) -> None:
         write_json(self.path, {**self._head, "finished": finished, "cases": self.cases})
         self._written = time.monotonic()
+
+
+def estimate_line(found: dict[str, Any]) -> str:
+    """Return what `estimates` found in one line, for the log."""
+    parts = []
+    for region, value in found["estimated_dice"].items():
+        around = "" if value["low"] is None else f" ({value['low']:.2f} to {value['high']:.2f})"
+        doubt = ", doubtful" if region in found["doubtful_regions"] else ""
+        parts.append(f"{region} {value['estimate']:.2f}{around}{doubt}")
+    return f"estimated Dice of this case: {'; '.join(parts)}"
 
 
 def _earlier_cases(path: Path) -> dict[str, dict[str, Any]]:

@@ -101,6 +101,16 @@ def quality_lines(entry: Mapping[str, Any]) -> list[str]:
             f"{short_name(region)} {values['mean']:.2f}{spread}" + ("" if error is None else f" (± {error:.1f} ml)")
         )
     lines = [f"Dice of validation cases with these sequences: {', '.join(parts)}."]
+    estimated = entry.get("estimated_dice") or {}
+    if estimated:
+        doubtful = entry.get("doubtful_regions") or []
+        told = [
+            f"{short_name(region)} {value['estimate']:.2f}"
+            + ("" if value["low"] is None else f" ({value['low']:.2f} to {value['high']:.2f})")
+            + (" doubtful" if region in doubtful else "")
+            for region, value in estimated.items()
+        ]
+        lines.append(f"Estimated for this case: {', '.join(told)}.")
     if entry.get("unreliable_regions"):
         lines.append(f"Unreliable from these sequences: {', '.join(map(short_name, entry['unreliable_regions']))}.")
     return lines

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mgml.inference.case_quality import KEY
 from nnunetv2_mgml.inference.subset_quality import CARRIED_KEY, CARRIER, REPORT_NAME
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
 from nnunetv2_mgml.modalities import channel_names
+from nnunetv2_mgml.scoring.case_quality import fit_case_quality
 from nnunetv2_mgml.scoring.info import EvaluatedModel, as_json
 from nnunetv2_mgml.scoring.results import Evaluation
 
@@ -18,12 +20,14 @@ _METRIC = "dice"
 _VOLUME = "absolute_volume_error"
 
 
-def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Path:
+def write_subset_report(evaluation: Evaluation, model_folder: Path | str, predictions: Path | None = None) -> Path:
     """Store mean Dice, spread and number of cases per subset and region in the model folder.
 
     Args:
         evaluation: with the metric ``dice``; of validation cases, or predictions are promised too much.
         model_folder: ``TRAINER__PLANS__CONFIGURATION``.
+        predictions: the label maps of the evaluation and what is kept beside them; with it, also store what a
+            prediction's own probabilities tell of it (`case_quality`).
 
     Returns:
         The file written.
@@ -69,6 +73,8 @@ def write_subset_report(evaluation: Evaluation, model_folder: Path | str) -> Pat
         content["absolute_volume_error_ml"] = {
             name: {region: summary[name] for region, summary in volumes.items()} for name in evaluation.subset_names
         }
+    if predictions is not None:
+        content[KEY] = fit_case_quality(evaluation, predictions)
     path = folder / REPORT_NAME
     write_json(path, content)
     carry_report(folder)

@@ -70,7 +70,7 @@ def validate_subsets(trainer: nnUNetTrainerMGML, weights_file: str | None) -> st
     )
     if _is_others(request.subset_report, trainer.fold):
         return f"{text}\nThe {REPORT_NAME} of other folds is kept; mgml evaluate --write_subset_report replaces it."
-    report = write_subset_report(evaluation, request.model_folder)
+    report = write_subset_report(evaluation, request.model_folder, request.output_folder / "predictions")
     return f"{text}; quality to expect per subset, quoted by predictions: {report}"
 
 

@@ -297,7 +297,7 @@ def evaluate_model(request: ModelRequest) -> Evaluation:
     label_maps.refuse_incomplete()
     evaluation = _evaluate_label_maps(request, label_maps, cases, subsets, scoring, first)
     if request.write_subset_report:
-        write_subset_report(evaluation, request.model_folder)
+        write_subset_report(evaluation, request.model_folder, label_maps.folder)
     return evaluation
 
 

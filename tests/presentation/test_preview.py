@@ -66,7 +66,7 @@ def test_a_case_whose_images_are_gone_costs_its_picture_only(tmp_path: Path) -> 
 
 
 def test_what_is_said_of_the_quality() -> None:
-    entry = {
+    entry: dict[str, Any] = {
         "expected_dice": {"whole_tumor": {"mean": 0.9, "sd": 0.05}, "enhancing_tumor": {"mean": None, "sd": None}},
         "expected_volume_error_ml": {"whole_tumor": {"mean": 3.26}},
         "unreliable_regions": ["enhancing_tumor"],
@@ -75,6 +75,12 @@ def test_what_is_said_of_the_quality() -> None:
         "Dice of validation cases with these sequences: WT 0.90 ± 0.05 (± 3.3 ml), ET unknown.",
         "Unreliable from these sequences: ET.",
     ]
+    entry["estimated_dice"] = {
+        "whole_tumor": {"estimate": 0.81, "low": 0.6, "high": 0.92},
+        "enhancing_tumor": {"estimate": 0.3, "low": None, "high": None},
+    }
+    entry["doubtful_regions"] = ["enhancing_tumor"]
+    assert quality_lines(entry)[1] == "Estimated for this case: WT 0.81 (0.60 to 0.92), ET 0.30 doubtful."
     assert "not known" in quality_lines({})[0]
 
 

@@ -357,6 +357,9 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     report = json.loads((model / "subset_report.json").read_text())
     assert report["number_of_cases"] == 2
     assert report["evaluated"]["kind"] == "validation"
+    assert report["case_quality"] is None, "of two cases nothing is fitted"
+    kept = model / "subset_evaluation_no_mirroring_folds_0_1" / "predictions" / "t1" / "b.probabilities.json"
+    assert json.loads(kept.read_text())["whole_tumor"]["voxels"] == np.isin(ours, (1, 2, 3)).sum()
     assert [
         fold_of_case(load_evaluation(output.parent), case)
         for output in model.glob("subset_evaluation*folds_0_1/summary.json")
