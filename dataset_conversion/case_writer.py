@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
 from nnunetv2_mgml.dataset_conversion.discovery import Case, edition, may_have_cavity
 from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, to_nnunet
+from nnunetv2_mgml.io.forms import told_apart, two_places
 from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, BRATS_FILE_SUFFIXES
@@ -119,10 +120,13 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
             result.missing.append(modality)
             empty.append(modality)
             continue
-        difference = image_difference(image, next(iter(volumes.values()))) if volumes else ""
-        if difference:
+        if volumes:
             first = next(iter(volumes))
-            result.problems.append(f"{path} is not on the grid of {job.case.images[first].name}: {difference}")
+            doubt, difference = two_places(path, job.case.images[first]), image_difference(image, volumes[first])
+            if doubt or difference:
+                result.problems.append(
+                    doubt or f"{path} is not on the grid of {job.case.images[first].name}: {difference}"
+                )
         volumes[modality] = image
     if result.missing and not job.missing_ok:
         absent = [name for name in result.missing if name not in empty]
@@ -194,7 +198,7 @@ def read_segmentation(path: Path, convention: str, reference: sitk.Image) -> tup
     image = read_image(path, (3,))
     difference = image_difference(image, reference)
     if difference:
-        raise ValueError(f"{path} is not on the grid of the images: {difference}")
+        raise ValueError(f"{path} is not on the grid of the images: {difference}{told_apart(path)}")
     values = whole_numbers(path, sitk.GetArrayViewFromImage(image))
     try:
         labels = to_nnunet(values, convention)

@@ -24,6 +24,7 @@ from nnunetv2_mgml.dataset_conversion.splits import (
 )
 from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases
 from nnunetv2_mgml.io.files import replacing_folder, write_json
+from nnunetv2_mgml.io.forms import told_apart, two_places
 from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.io.workers import run_jobs
@@ -272,10 +273,11 @@ def _convert_images(job: _Job) -> _Result:
         if not np.any(values != values.flat[0]):
             empty.append(modality)
             continue
-        first = next(iter(volumes), None)
-        difference = image_difference(image, volumes[first]) if first else ""
-        if difference:
-            result.problems.append(f"{path} is not on the grid of {case.images[str(first)].name}: {difference}")
+        if volumes:
+            first = next(iter(volumes))
+            doubt, difference = two_places(path, case.images[first]), image_difference(image, volumes[first])
+            if doubt or difference:
+                result.problems.append(doubt or f"{path} is not on the grid of {case.images[first].name}: {difference}")
         volumes[modality] = image
     result.missing = tuple(name for name in job.modalities if name not in volumes)
     if not volumes:
@@ -288,8 +290,8 @@ def _convert_images(job: _Job) -> _Result:
             difference = image_difference(label, reference)
             if difference:
                 result.problems.append(
-                    f"{case.label} is not on the grid of the images: {difference}. Resample it to their grid (nearest "
-                    f"neighbour)"
+                    f"{case.label} is not on the grid of the images: {difference}{told_apart(case.label)}. "
+                    f"Resample it to their grid (nearest neighbour)"
                 )
             values = whole_numbers(case.label, sitk.GetArrayViewFromImage(label))
             result.values = tuple(int(value) for value in np.unique(values))

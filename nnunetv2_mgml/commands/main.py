@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import sys
 from typing import NamedTuple
@@ -126,6 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code; 2 for a mistake in the arguments or the files they name.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal, or UTF-8, cannot show
+            stream.reconfigure(errors="backslashreplace")
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(overview())
@@ -165,6 +169,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     """Run a command that parses ``sys.argv`` itself, as nnU-Net's entry points do."""
+    from nnunetv2_mgml.upstream.plain_errors import PlainError
     from nnunetv2_mgml.upstream.registration import PREPROCESS_MODULE, add_ext_dir, install_preprocessing
 
     add_ext_dir()
@@ -175,12 +180,19 @@ def _run_nnunet_like(name: str, arguments: list[str]) -> int:
         arguments = [*arguments, "-tr", _TRAINER]
     sys.argv = [f"mgml {name}", *arguments]
     module = importlib.import_module(COMMANDS[name].module)
-    if name == "train":
-        module.run_training_entry()
-    elif name == "preprocess":
-        module.plan_and_preprocess_entry()
-    else:
-        module.main("predict_entry_point_modelfolder" if from_model_folder else "predict_entry_point")
+    try:
+        if name == "train":
+            from nnunetv2_mgml.upstream.distributed import process_group
+
+            with process_group(arguments):
+                module.run_training_entry()
+        elif name == "preprocess":
+            module.plan_and_preprocess_entry()
+        else:
+            module.main("predict_entry_point_modelfolder" if from_model_folder else "predict_entry_point")
+    except PlainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

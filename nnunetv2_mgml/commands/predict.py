@@ -19,6 +19,7 @@ from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_s
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.uncertainty import FOLDER as UNCERTAINTY_FOLDER
 from nnunetv2_mgml.inference.uncertainty import write_uncertainty
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 
@@ -51,7 +52,7 @@ class _Session:
         add_arguments(parser)
         self.args = parser.parse_args()
         if not self.ours:
-            return self.args, None
+            return self.args, self.build  # nnU-Net's prediction by a predictor that reads files of strangers as data
         for option in ("preview", "save_uncertainty"):
             if getattr(self.args, option) and self.args.missing_modalities is None:
                 raise ValueError(f"--{option} needs --missing_modalities; 'auto' goes by the files that exist.")
@@ -168,7 +169,7 @@ def main(entry_point_name: str) -> NoReturn:
             raise
         _fail("interrupted; the cases finished so far are complete", _INTERRUPTED)
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
-        if not session.ours or not _by_user(error, session):
+        if not isinstance(error, PlainError) and not _by_user(error, session):
             raise
         if session.args is not None and session.args.verbose:
             traceback.print_exc()
@@ -208,7 +209,10 @@ def _show_log() -> None:
 
 def _by_user(error: Exception, session: _Session) -> bool:
     """Whether an exception is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
-    started = session.predictor is not None and session.predictor.network is not None
+    loading = session.predictor is not None and session.predictor.network is None
+    if not session.ours:
+        return loading and isinstance(error, (ValueError, OSError))
+    started = session.predictor is not None and not loading
     return isinstance(error, (ValueError, OSError)) or not started
 
 

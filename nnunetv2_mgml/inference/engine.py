@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
             return plain
         results: list[Any] = []
         waiting: deque[tuple[int, str, Task]] = deque()
+        outputs: dict[str, str] = {}
         at_most = num_processes_segmentation_export and num_processes_segmentation_export + _WAITING_EXPORTS
         try:
             with WorkerPool(num_processes_segmentation_export) as pool:
@@ -89,11 +91,14 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
                     task = self._predict_item(item, save_probabilities, pool)
                     if task is not None:
                         waiting.append((len(results), item["case"], task))
+                        if item["ofile"] is not None:
+                            outputs[item["case"]] = item["ofile"] + self.dataset_json["file_ending"]
                     results.append(None)
                     while len(waiting) > at_most:
                         self._finish(results, pool, *waiting.popleft())
                 while waiting:
                     self._finish(results, pool, *waiting.popleft())
+            self._refuse_lost(outputs)
         finally:
             for _, case, task in waiting:  # interrupted: what the workers still finished is complete
                 if self._report is not None and task.succeeded():
@@ -140,6 +145,12 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
     def _sums_up(self) -> bool:
         """Whether exports also return what the probabilities say: the model's report can make something of it."""
         return self._report is not None and self._report.estimates_quality
+
+    def _refuse_lost(self, outputs: Mapping[str, str]) -> None:
+        """Count the cases as failed whose files are gone: somebody has removed the output folder under way."""
+        for case, file in outputs.items():
+            if case not in self.failures and not os.path.isfile(file):
+                self._fail(case, f"Case {case}: {file} was written, but is gone; predict it again.")
 
     def _fail(self, case: str, message: str) -> None:
         _log.error("%s", message)

@@ -133,7 +133,32 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
         raise ValueError(f"No case in {folder}: {found}. Name the files {_naming(file_ending, channels)}.")
     if ignored:
         _log.warning("Ignored in %s, no channel number _XXXX before %s: %s", folder, file_ending, ", ".join(ignored))
-    return [_case(name, paths, file_ending) for name, paths in sorted(grouped.items())]
+    cases = [_case(name, paths, file_ending) for name, paths in sorted(grouped.items())]
+    _doubt_numbers(cases, channels)
+    return cases
+
+
+def _doubt_numbers(cases: Sequence[Case], channels: Sequence[str]) -> None:
+    """Warn where numbers of patients may have been taken for numbers of channels: one case, without the first one."""
+    if len(cases) != 1 or 0 in cases[0].files:
+        return
+    case = cases[0]
+    known = {c: os.path.basename(case.files[c]) for c in sorted(case.files) if c < len(channels)}
+    if len(known) > 1:
+        number, first = next(iter(known.items()))
+        ending = first[len(f"{case.name}_0000") :]
+        _log.warning(
+            "The numbers of %s are taken for channels: one case, %s, with %s. If they are numbers of patients, add the "
+            "channel: %s is then to be named %s_%04d_0000%s, if it is %s.",
+            ", ".join(known.values()),
+            case.name,
+            ", ".join(channels[c] for c in known),
+            first,
+            case.name,
+            number,
+            ending,
+            channels[0],
+        )
 
 
 def _brats_cases(folder: Path, channels: Sequence[str]) -> list[Case]:
@@ -222,7 +247,8 @@ def resolve(case: Case, missing: str | Sequence[str] | None, channels: Sequence[
     ]
     problems += [
         f"{case.files[c]} has channel number {c:04d}, but the model has {len(channels)} channels "
-        f"({_numbered(range(len(channels)), channels)})"
+        f"({_numbered(range(len(channels)), channels)}). If {c:04d} is part of the case's name, the file of its "
+        f"{channels[0]} is to be named {case.name}_{c:04d}_0000 with the same ending"
         for c in sorted(case.files)
         if c >= len(channels)
     ]

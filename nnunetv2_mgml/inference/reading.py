@@ -9,6 +9,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.inputs import CaseError
+from nnunetv2_mgml.io.forms import two_places
 from nnunetv2_mgml.io.grid import grid_difference
 from nnunetv2_mgml.io.volumes import VolumeError, check_file, check_finite, unreadable
 
@@ -42,6 +43,9 @@ def read_case(
             )
         if volumes:
             origin = min(volumes)
+            doubt = two_places(files[channel], files[origin])
+            if doubt:
+                raise CaseError(f"Case {name}: {doubt}.")
             difference = grid_difference(volumes[origin].shape, first, volume.shape[1:], properties)
             if difference:
                 raise CaseError(

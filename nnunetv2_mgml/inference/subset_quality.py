@@ -77,7 +77,8 @@ def _wrong_entry(content: Any) -> str:
         for subset, regions in subsets.items():
             entries = list(regions.values()) if isinstance(regions, dict) else [None]
             if not all(
-                isinstance(e, dict) and all(n in e and amount(e[n]) for n in ("mean", "sd", "n")) for e in entries
+                isinstance(e, dict) and all(n in e and amount(e[n]) for n in ("mean", "sd", "n")) and e["n"] is not None
+                for e in entries
             ):
                 return f"{name}.{subset}"
     return ""

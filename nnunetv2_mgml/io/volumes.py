@@ -23,9 +23,11 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import read_json, replacing
+from nnunetv2_mgml.io.forms import told_apart
 from nnunetv2_mgml.io.grid import Geometry, grid_difference, sitk_geometry
 
 _CHUNK = 1 << 22
+_NIFTI = (".nii", ".nii.gz")
 _TIFF = (".tif", ".tiff")
 _LARGEST_LABEL = 2**31 - 1
 
@@ -60,6 +62,8 @@ def read_image(path: str | os.PathLike[str], dimensions: tuple[int, ...] = (2, 3
         image = sitk.ReadImage(str(path))
     except Exception as error:  # SimpleITK has one exception for everything
         raise unreadable(path, error) from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise VolumeError(_several(path, image.GetNumberOfComponentsPerPixel()))
     if image.GetDimension() not in dimensions:
         wanted = " or ".join(map(str, dimensions))
         raise VolumeError(f"{path} has {image.GetDimension()} axes, of size {image.GetSize()}; {wanted} are needed.")
@@ -131,8 +135,8 @@ def check_same_geometry(reference: LabelImage, other: LabelImage, case: str) -> 
     difference = grid_difference(reference.labels.shape, reference.geometry, other.labels.shape, other.geometry)
     if difference:
         raise ValueError(
-            f"Case {case}: {other.path} does not lie on the grid of {reference.path}: {difference}. Bring "
-            f"both to one grid first."
+            f"Case {case}: {other.path} does not lie on the grid of {reference.path}: {difference}"
+            f"{told_apart(reference.path, other.path)}. Bring both to one grid first."
         )
 
 
@@ -145,12 +149,14 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        VolumeError: it cannot be read, ends early, holds NaN or infinity, complex numbers or several values per voxel.
+        VolumeError: it cannot be read, ends early, holds NaN or infinity, complex numbers or several values per voxel,
+            or has a name that is not UTF-8.
     """
+    check_name(path)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist{' (a broken link)' if path.is_symlink() else ''}.")
-    if path.name.lower().endswith((".nii", ".nii.gz")):
+    if path.name.lower().endswith(_NIFTI):
         _check_nifti(path)
         return
     if path.suffix.lower() in _TIFF:
@@ -165,6 +171,18 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise VolumeError(_complex(path))
     if reader.GetNumberOfComponents() != 1:
         raise VolumeError(_several(path, reader.GetNumberOfComponents()))
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise a VolumeError where a path is not UTF-8: SimpleITK would end the whole process, without a word."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise VolumeError(
+            f"{shown} has bytes in its name that are not UTF-8, which no image library reads. Rename it, for example "
+            f"with: convmv -f latin1 -t utf8 --notest -r FOLDER"
+        ) from None
 
 
 def check_finite(what: str | os.PathLike[str], values: NDArray[Any]) -> None:
@@ -191,7 +209,7 @@ def not_finished(path: str | os.PathLike[str], like: str | os.PathLike[str] | No
     """
     try:
         check_file(path)
-        if not Path(path).name.lower().endswith((".nii", ".nii.gz")):  # of which the file was read to its end
+        if not Path(path).name.lower().endswith(_NIFTI):  # of which the file was read to its end
             read_image(path)
     except (VolumeError, FileNotFoundError) as error:
         return str(error)
@@ -213,6 +231,10 @@ def not_finished_archive(path: str | os.PathLike[str]) -> str:
 
 def _size(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
     """Return the number of voxels (x, y, z) by the header alone, without axes of one voxel; None if it has none."""
+    try:
+        check_name(path)
+    except VolumeError:  # an image, for whose reader this is
+        return None
     reader = sitk.ImageFileReader()
     reader.SetFileName(os.fspath(path))
     try:
@@ -251,10 +273,9 @@ def _check_nifti(path: Path) -> None:
     try:
         image: Any = nibabel.load(path)
         dtype, offset = image.get_data_dtype(), image.dataobj.offset
-        if dtype.kind == "c":
-            raise VolumeError(_complex(path))
-        if dtype.names:
-            raise VolumeError(_several(path, len(dtype.names)))
+        wrong = _wrong_kind(path, image)
+        if wrong:
+            raise VolumeError(wrong)
         with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
             size, bad = _walk(stream, offset, dtype)
     except VolumeError:
@@ -266,6 +287,30 @@ def _check_nifti(path: Path) -> None:
         raise VolumeError(f"{path} is cut off: it holds {size} of {expected} bytes. Copy it again.")
     if bad:
         raise VolumeError(_not_finite(path, bad))
+
+
+def wrong_kind(path: str | os.PathLike[str]) -> str:
+    """Say, by the header of a NIfTI file alone, that it has no single real number per voxel, or return an empty string.
+
+    Args:
+        path: any file; of one that is no NIfTI file, or a damaged one, nothing is said.
+    """
+    import nibabel  # only these files need it
+
+    try:
+        check_name(path)
+        return _wrong_kind(Path(path), nibabel.load(path)) if Path(path).name.lower().endswith(_NIFTI) else ""
+    except Exception:  # for whoever reads it
+        return ""
+
+
+def _wrong_kind(path: Path, image: Any) -> str:
+    dtype, shape = image.get_data_dtype(), image.shape
+    if dtype.kind == "c":
+        return _complex(path)
+    if dtype.names:
+        return _several(path, len(dtype.names))
+    return _several(path, shape[4]) if len(shape) > 4 and shape[4] > 1 else ""
 
 
 def _walk(stream: BinaryIO | gzip.GzipFile, offset: int, dtype: np.dtype[Any]) -> tuple[int, int]:
@@ -351,10 +396,12 @@ def write_image(image: sitk.Image, path: str | os.PathLike[str]) -> None:
     """Write a volume, compressed where its format can be, read it back and put it in place if it is the same.
 
     Raises:
+        VolumeError: the path is not UTF-8.
         IncompleteWriteError: it is not, because the disk is full, for instance; what was at ``path`` is still there.
         OSError: the folder cannot be written to.
     """
     path = Path(path)
+    check_name(path)
     with replacing(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), True)

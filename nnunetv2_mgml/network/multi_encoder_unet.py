@@ -18,6 +18,7 @@ from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import noise, silence
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 
 class MultiEncoderUNet(nn.Module):
@@ -178,7 +179,7 @@ class MultiEncoderUNet(nn.Module):
             highest resolution first. With them a `TrainingOutput`.
         """
         if x.shape[1] < self.num_modalities:  # a shape: no compiled graph breaks at it
-            raise ValueError(self._too_few_channels(x.shape[1]))
+            raise PlainError(self._too_few_channels(x.shape[1]))
         subset = None
         view = modality_mask if view is None else view
         if view is None:

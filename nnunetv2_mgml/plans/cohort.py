@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,23 @@ def _in_folder(folder: Path, description: Mapping[str, Any], part: str) -> _Foun
             found.setdefault(case, ({}, folder / f"labels{part}" / f"{case}{ending}"))[0][channel] = images / name
     if not found:
         raise FileNotFoundError(f"{images} holds no file named CASE_XXXX{ending}.")
+    labels = folder / f"labels{part}"
+    _refuse_numbers_of_cases(found, set(os.listdir(labels)) if labels.is_dir() else set())
     return found
+
+
+def _refuse_numbers_of_cases(found: _Found, label_names: Container[str]) -> None:
+    """Raise a ValueError where images are named as label maps: their numbers are those of cases, not of channels."""
+    for case, (files, label) in found.items():
+        named = [path for path in files.values() if path.name in label_names]
+        if named and label.name not in label_names:
+            ending = label.name[len(case) :]
+            raise ValueError(
+                f"{named[0]} is named as the label map {label.parent / named[0].name}: its number belongs to the case, "
+                f"not to the channel, and {len(files)} file(s) would become one case, {case}. Name the image "
+                f"{named[0].name[: -len(ending)]}_0000{ending} if it is the first channel, _0001 for the second, and "
+                f"so on."
+            )
 
 
 def _listed(folder: Path, description: Mapping[str, Any]) -> _Found:

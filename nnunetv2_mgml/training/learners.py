@@ -14,7 +14,6 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mgml.dataloading.loader import visible_modalities
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
@@ -24,6 +23,7 @@ from nnunetv2_mgml.network.interface import seeing, subset_network
 from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
 from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
 from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.upstream.distributed import on_own_device
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
@@ -129,8 +129,7 @@ class SubsetLearner(Learner):
         )
         self.objective = Objective(spec).to(self.device)
         if trainer.is_ddp:
-            rank = trainer.local_rank
-            self.objective.distribute(lambda module: DistributedDataParallel(module, device_ids=[rank]))
+            self.objective.distribute(on_own_device)
         self.optimizers = self.objective.optimizers
         self._teacher_transforms = stronger_intensity_transforms() if self.objective.needs.own_view else None
         self._bare_network = trainer.bare_network

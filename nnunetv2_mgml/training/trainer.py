@@ -38,6 +38,7 @@ from nnunetv2_mgml.training.validation import drop_report_of_other_weights, vali
 from nnunetv2_mgml.training.warm_start import Start, read_donor
 from nnunetv2_mgml.upstream import training_step
 from nnunetv2_mgml.upstream.checkpoints import loading
+from nnunetv2_mgml.upstream.distributed import place
 from nnunetv2_mgml.upstream.optimizer_state import without_optimizer_state
 from nnunetv2_mgml.upstream.pretrained_weights import let_take
 
@@ -67,6 +68,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         device: torch.device = torch.device("cuda"),  # noqa: B008 - upstream's default
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
+        place(self, device)
         planned = Options.from_plans(plans)
         for note in run_notes(type(self).__name__, planned, self.config_overrides, get_allowed_n_proc_DA()):
             self.print_to_log_file(note)

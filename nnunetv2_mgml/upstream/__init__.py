@@ -11,7 +11,9 @@ bends, why, and which test fails when a new release changes it:
 - `checkpoints`: ``torch.load`` while nnU-Net loads a model, so that no file runs code.
 - `export`: the writer inside nnU-Net's export of a prediction.
 - `decoder`: the steps of nnU-Net's decoder.
+- `distributed`: the wrapper for several processes, in a training that ``torchrun`` has started.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
+- `plain_errors`: what nnU-Net's commands print of a user's mistake, ``sys.excepthook``.
 - `loaders`: the body of the trainer's hook that makes nnU-Net's loaders.
 - `training_step`: the body of the trainer's hook for one step.
 - `validation_cases`: the class of data sets nnU-Net's final validation loads its cases from.

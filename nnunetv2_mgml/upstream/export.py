@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import naming, scratch
-from nnunetv2_mgml.io.volumes import IncompleteWriteError, check_file, check_written, not_written
+from nnunetv2_mgml.io.volumes import IncompleteWriteError, check_file, check_name, check_written, not_written
 
 
 def export_case(
@@ -41,9 +41,11 @@ def export_case(
         save_probabilities: also write ``.npz`` and ``.pkl``.
 
     Raises:
+        VolumeError: the output's name is not UTF-8.
         IncompleteWriteError: the segmentation could not be written whole; nothing has been put in place.
         OSError: another file could not be written.
     """
+    check_name(ofile)
     folder, name = os.path.split(ofile)
     segmentation = name + dataset_json["file_ending"]
     if folder:

@@ -33,6 +33,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.volumes import wrong_kind
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import (
@@ -44,6 +45,7 @@ from nnunetv2_mgml.plans.cohort import (
     read_dataset_json,
 )
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, nnunet_folder
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 _log = logging.getLogger(__name__)
 _STOCK = default_preprocessor.DefaultPreprocessor
@@ -76,6 +78,7 @@ def _fingerprint(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    _refuse_other_kinds(_raw_folder(dataset_id))
     missing = _missing(_raw_folder(dataset_id))
     if missing:
         _announce(missing)
@@ -113,6 +116,25 @@ def _missing(folder: Path) -> dict[str, tuple[str, ...]]:
         if (folder / MISSING_FILE).is_file():
             raise
         return {}
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Refuse complex numbers, of which nnU-Net takes the real part without a word, and colours or vectors.
+
+    Where one file holds all channels of a case, nnU-Net reads colours as channels.
+
+    Raises:
+        PlainError: there are such files; it names the first ones.
+    """
+    try:
+        cases = raw_cases(folder)
+    except (ValueError, FileNotFoundError):  # for nnU-Net to say
+        return
+    one_file = all(set(case.files) == {0} for case in cases)
+    images = () if one_file else (path for case in cases for path in case.files.values())
+    wrong = [text for path in (*images, *(case.label for case in cases)) if (text := wrong_kind(path))]
+    if wrong:
+        raise PlainError(f"{len(wrong)} file(s) of {folder} are no volumes:\n" + "\n".join(f"  {w}" for w in wrong[:5]))
 
 
 def _raw_folder(dataset_id: int) -> Path:

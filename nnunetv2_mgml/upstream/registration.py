@@ -8,13 +8,14 @@ Why: so that nnU-Net's own commands find the trainers, take ``--missing_modaliti
 Guarded by: tests/upstream/test_registration.py, tests/project/test_packaging.py
 
 The start-up line ``nnunetv2_mgml.pth``, installed beside the package, calls `activate` in every ``nnUNetv2_*`` command
-and in no other process. It does three things:
+and in no other process. It does four things:
 
 1. ``ext/`` is appended to ``nnUNet_extTrainer``, nnU-Net's own search path for trainers. Child processes inherit it.
 2. `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` are handed to `PREDICT_HANDLER` when
    ``--missing_modalities`` or a request for help is among their arguments. Without either, stock code runs.
 3. In the commands that take a fingerprint or preprocess, `incomplete_data.install` stands in front of nnU-Net's steps.
    It leaves every data set to stock code in which no case lacks a modality.
+4. A mistake that our code has found (`plain_errors.PlainError`) is printed in one line, without traceback.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ _FLAG = "--missing_modalities"
 
 def activate() -> None:
     """What the start-up line calls. Harmless to call twice: a virtual environment processes its .pth files twice."""
+    from nnunetv2_mgml.upstream.plain_errors import install
+
     add_ext_dir()
+    install()
     wanted = wanted_change(sys.argv)
     if wanted is not None and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(*wanted))

@@ -23,6 +23,7 @@ from nnunetv2_mgml.plans.cohort import SITES_FILE, RawCase, raw_cases, read_data
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
 from nnunetv2_mgml.presentation.figures.cohort import cohort_page
 from nnunetv2_mgml.presentation.figures.style import save
+from nnunetv2_mgml.scoring.regions import LabelSet, label_set
 from nnunetv2_mgml.workflows.check_associations import Association, associations_of
 from nnunetv2_mgml.workflows.check_case import CaseCheck, check_case
 
@@ -121,7 +122,8 @@ def check_dataset(
         FileNotFoundError, ValueError: no such data set, or one that nnU-Net could not use either.
     """
     folder = dataset_folder(dataset, RAW)
-    channels = channel_names(read_dataset_json(folder))
+    description = read_dataset_json(folder)
+    channels = channel_names(description)
     cases = raw_cases(folder)
     test = raw_cases(folder, "Ts") if any((folder / "imagesTs").glob("*")) else []
     checks = tuple(run_jobs(check_case, [(case, channels) for case in cases], num_processes, "Checking", progress))
@@ -130,7 +132,7 @@ def check_dataset(
         for case, check in zip(cases, checks, strict=True)
     }
     sites = _sites(folder)
-    findings = _findings(checks, channels)
+    findings = _findings(checks, channels, label_set(description) if "labels" in description else None)
     result = DatasetCheck(
         folder.name,
         channels,
@@ -188,8 +190,19 @@ def _sites(folder: Path) -> dict[str, str]:
 
 
 # --- what is strange --------------------------------------------------------------------------------------------------
-def _findings(checks: Sequence[CaseCheck], channels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _findings(
+    checks: Sequence[CaseCheck], channels: Sequence[str], labels: LabelSet | None
+) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = defaultdict(list)
+    if labels is not None:
+        known = labels.known_labels | ({labels.ignore_label} if labels.ignore_label is not None else set())
+        for check in checks:
+            strange = sorted(set(check.label_ml) - known)
+            if strange:
+                found[check.name].append(
+                    f"the label map has the value {', '.join(map(str, strange))}, but dataset.json knows only "
+                    f"{', '.join(map(str, sorted(known)))}; mgml convert numbers any values anew (--labels)"
+                )
     for check in checks:
         found[check.name] += [
             f"{channels[c]} has one value everywhere and counts as absent" for c in check.placeholders

@@ -13,8 +13,8 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from nnunetv2_mgml.io.case_files import NIFTI_SUFFIXES
-from nnunetv2_mgml.io.grid import GRID_TOLERANCE, image_difference
+from nnunetv2_mgml.io.forms import read_forms
+from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers
 from nnunetv2_mgml.plans.cohort import RawCase
 
@@ -160,25 +160,16 @@ def _uncovered(found: dict[int, ChannelCheck], channels: tuple[str, ...]) -> lis
 
 def _header(path: Path) -> Iterator[str]:
     """Yield what is odd in a NIfTI header."""
-    if not path.name.lower().endswith(NIFTI_SUFFIXES):
+    forms = read_forms(path)
+    if forms is None:
         return
-    import nibabel
-
-    header: Any = nibabel.load(path).header
-    sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
-    shape = header.get_data_shape()[:3]
-    for name, affine in (("sform", sform), ("qform", qform)):
+    for name, affine in (("sform", forms.sform), ("qform", forms.qform)):
         if affine is not None and _skew(affine) > _SKEW:
             yield f"{name} has skewed axes"
-    if sform is None and qform is None:
+    if forms.sform is None and forms.qform is None:
         yield "neither sform nor qform is set, so its place in space is not known"
-    elif sform is not None and qform is not None:
-        corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, n - 1) for n in shape))])
-        if len(shape) < 3:
-            return
-        distance = float(np.linalg.norm((corners @ (sform - qform).T)[:, :3], axis=1).max())
-        if distance > GRID_TOLERANCE * float(np.min(header.get_zooms()[:3])):
-            yield f"sform and qform disagree (up to {distance:.3g} mm)"
+    elif forms.disagreement:
+        yield f"sform and qform disagree (up to {forms.disagreement:.3g} mm)"
 
 
 def _skew(affine: NDArray[Any]) -> float:

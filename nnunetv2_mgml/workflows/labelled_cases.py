@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def folder_cases(
     cases = {case.name: case for case in find_cases(images, ending, channel_names(dataset_json))}
     references = find_references(labels, ending)
     labelled = tuple(case for name, case in cases.items() if name in references)
+    _refuse_numbers_of_cases(cases, references, ending)
     if not labelled:
         raise FileNotFoundError(
             f"No case of {images} has a label map in {labels}: found images of "
@@ -88,6 +89,19 @@ def folder_cases(
         _log.warning("%d cases have no label map and are not evaluated: %s.", len(without), ", ".join(without[:10]))
     source = Source("folder", images=images.resolve(), labels=labels.resolve())
     return LabelledCases((FoldCases(folds, labelled),), references, source)
+
+
+def _refuse_numbers_of_cases(cases: Mapping[str, Case], references: Mapping[str, Path], ending: str) -> None:
+    """Raise a ValueError where images are named as label maps: their numbers are those of cases, not of channels."""
+    for case in cases.values():
+        for file in case.files.values():
+            name = Path(file).name[: -len(ending)]
+            if name in references and name not in cases and case.name not in references:
+                raise ValueError(
+                    f"{file} is named as the label map {references[name]}: its number belongs to the case, not to the "
+                    f"channel. Name the image {name}_0000{ending} if it is the model's first modality, _0001 for the "
+                    f"second, and so on."
+                )
 
 
 def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str]) -> LabelledCases:

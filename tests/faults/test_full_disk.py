@@ -6,62 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from conversion_cases import tree, write_cases
+from conversion_cases import write_cases
 from evaluation_cases import write_study
 from inference_cases import load, predictor, write_case, write_image, write_model
 
 from nnunetv2_mgml.commands import main as cli
 from nnunetv2_mgml.io.files import read_json
 
+if TYPE_CHECKING:
+    from conftest import Disk
+
 KILOBYTE = 1024
-
-
-class Disk:
-    """A small file system of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._ballast = folder / "ballast"
-
-    def leave(self, free: int) -> None:
-        """Fill it until this many bytes are free."""
-        self._ballast.unlink(missing_ok=True)
-        room = os.statvfs(self.folder)
-        with open(self._ballast, "wb") as file:
-            file.write(b"\1" * max(0, room.f_bavail * room.f_frsize - free))
-
-    def clear(self) -> None:
-        self._ballast.unlink(missing_ok=True)
-
-    def files(self) -> dict[str, bytes]:
-        """Return what lies on it, hidden things too, but the ballast."""
-        return {
-            name: (self.folder / name).read_bytes()
-            for name in tree(self.folder)
-            if name != self._ballast.name and (self.folder / name).is_file()
-        }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        sys.platform != "linux"
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("no file system can be mounted")
-    try:
-        yield Disk(folder)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("processes", [0, 2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ def outcomes() -> Iterator[Outcome]:
     """Counts what became of the examples; both a right result and an error must have been seen."""
     counted: Outcome = Counter()
     yield counted
+    sys.stdout.write(f"{dict(counted)}\n")  # pytest -rP shows it
     assert sum(counted.values()) > 0
     assert counted["right"] > 0
     assert counted["error"] > 0

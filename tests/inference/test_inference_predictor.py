@@ -132,6 +132,10 @@ def test_parts_continuing_and_probabilities(tmp_path: Path, auto: MGMLPredictor)
     assert segmentations(tmp_path / "parts") == whole
     assert set(report(tmp_path / "parts", "mgml_prediction_part0of2.json")["cases"]) == {"a", "c"}
     assert set(report(tmp_path / "parts", "mgml_prediction_part1of2.json")["cases"]) == {"b"}
+    assert run(auto, tmp_path / "in", tmp_path / "parts", overwrite=False) == whole  # merges what the parts know
+    assert {name: (case["status"], case["present"]) for name, case in report(tmp_path / "parts")["cases"].items()} == {
+        name: ("predicted", [channel]) for name, channel in zip("abc", auto.channels, strict=False)
+    }
 
     for name in "abc":
         probabilities = np.load(tmp_path / "whole" / f"{name}.npz")["probabilities"]

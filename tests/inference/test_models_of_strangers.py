@@ -45,6 +45,12 @@ def test_nothing_runs_what_a_checkpoint_holds(model: Path, tmp_path: Path, capsy
     (tmp_path / "labels" / "a.nii.gz").touch()
     assert cli.main([*command, "-device", "cpu"]) == 2
     assert "--trust_checkpoint" in capsys.readouterr().err
+    command = ["predict", "-m", str(model), "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-f", "0"]
+    for flags in ([], ["--missing_modalities", "auto"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command, "-device", "cpu", *flags])
+        assert stopped.value.code == 2
+        assert "--trust_checkpoint" in capsys.readouterr().err
     assert not ran.exists()
     trusting = predictor(model, trust_checkpoint=True)
     assert ran.is_dir()
