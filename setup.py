@@ -123,6 +123,7 @@ if __name__ == "__main__":
                 "mkdocstrings[python]>=0.30",
             ],
             "lesions": ["panoptica"],
+            "export": ["openvino", "onnx", "onnxscript"],  # mgml export-network; prediction by --backend openvino
             "browser": ["playwright"],  # tests/presentation/test_report_browser.py, with a Chromium on the PATH
         },
         entry_points={"console_scripts": ["mgml = nnunetv2_mgml.commands.main:main"]},

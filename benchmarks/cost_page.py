@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,12 @@ def _prediction(rows: dict[str, dict[str, Any]]) -> list[str]:
 def ratios(seconds: dict[str, list[float]], what: str, to: str) -> list[float]:
     """Return one ratio per turn."""
     return [a / b for a, b in zip(seconds[what], seconds[to], strict=True)]
+
+
+def scatter(values: Sequence[float]) -> float:
+    """Return how far nine of ten values lie from their median at most, as a share of it."""
+    middle = statistics.median(values)
+    return sorted(abs(value / middle - 1) for value in values)[int(0.9 * (len(values) - 1))]
 
 
 def _beside(seconds: dict[str, list[float]], what: str, to: str) -> str:

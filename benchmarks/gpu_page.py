@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cost_page import ratios
+from cost_page import ratios, scatter
 
 from nnunetv2_mgml.io.files import write_text
 
@@ -89,9 +89,7 @@ def ratio(measured: Mapping[str, Any] | None, one: str, other: str) -> str:
     if isinstance(measured[one], Mapping):
         return f"{measured[one]['peak'] / measured[other]['peak']:.2f}"
     values = ratios(dict(measured), one, other)
-    middle = statistics.median(values)
-    scatter = sorted(abs(value / middle - 1) for value in values)[int(0.9 * (len(values) - 1))]
-    return f"{middle:.2f} (scatter {scatter:.0%})"
+    return f"{statistics.median(values):.2f} (scatter {scatter(values):.0%})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

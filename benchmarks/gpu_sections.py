@@ -570,7 +570,7 @@ def profiled(settings: Settings) -> Entries:
     _as_nnunet(settings)
     for name, size in settings.sizes.items():
         step = settings.steps(size)
-        yield f"{name} parts", _parts(settings, step)
+        yield f"{name} parts", parts(settings, step)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if settings.cuda else [])]
         start = time.perf_counter()
         with profile(activities=activities) as recorded:
@@ -595,9 +595,10 @@ def profiled(settings: Settings) -> Entries:
         _empty(settings)
 
 
-def _parts(settings: Settings, step: TrainingStep) -> dict[str, list[float]]:
-    """Return seconds of encoders, one decoding and the shared decoder, forward only, and of the whole step's stages."""
+def parts(settings: Settings, step: TrainingStep) -> dict[str, list[float]]:
+    """Return seconds of encoders, one decoding, the shared decoder and the network, forward only, and of the stages."""
     network, batch = step.learner.network, step.batch
+    view = step.learner.objective.draw_view(batch.visible, batch.available)
     with step.autocast():
         features = [f.detach() for f in network.encode(batch.x)]
 
@@ -611,6 +612,7 @@ def _parts(settings: Settings, step: TrainingStep) -> dict[str, list[float]]:
     functions: dict[str, Callable[[], Any]] = {
         "encode": under_autocast(lambda: network.encode(batch.x)),
         "fuse_decode": under_autocast(lambda: network.fuse_decode(features, batch.visible)),
+        "network": under_autocast(lambda: network(batch.x, view, step.learner.objective.needs)),
         "decode_modalities": under_autocast(lambda: network.decode_modalities(features)),
         "forward_and_loss": step.forward,
         "with_backward": lambda: step.forward().backward(),

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from step import DESIGNS, TERMS, Learner, TrainingStep, make_plan, random_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from nnunetv2_mgml.io.files import write_text
@@ -83,6 +84,35 @@ def saved_bytes(step: TrainingStep, fake: bool = True) -> int:
         loss = step.forward()
     del loss
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_of_step(step: TrainingStep) -> int:
+    """Return the bytes PyTorch's CPU allocator holds at the peak of a training step, all that lives before it included.
+
+    The step is done twice: after the first one the optimizers have their state.
+    """
+    step()
+    for optimizer in step.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    before = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tree_leaves(
+            [step.batch, *(_tensors(part) for part in (*step.learner.modules(), *step.optimizers))]
+        )
+        if isinstance(tensor, torch.Tensor)
+    }
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return sum(before.values()) + peak
+
+
+def _tensors(part: torch.nn.Module | torch.optim.Optimizer) -> list[Any]:
+    return [part.state_dict()] if isinstance(part, torch.optim.Optimizer) else [*part.parameters(), *part.buffers()]
 
 
 def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:

@@ -65,6 +65,7 @@ def files(work: Path, args: argparse.Namespace) -> dict[str, Callable[[], None]]
                 tempfile.mkdtemp(dir=work),
                 "--missing_modalities",
                 *(missing or ["auto"]),
+                *(["--backend", args.backend] if getattr(args, "backend", None) else []),
             ]
         )
 

@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
                 f"({100 * best.before:.2f} -> {100 * best.after:.2f}, empty regions left out). After a prediction:"
             )
             print("\n".join(f"  {line}" for line in commands(best, args.o)))
+            if best.worse:
+                listed = ", ".join(f"{name} (-{100 * loss:.2f})" for name, loss in best.worse.items())
+                print(f"note: it lowers {len(best.worse)} subsets; leave it out for these: {listed}")
         else:
             print("post-processing over all subsets: none helps")
     print(f"written to {args.o}")

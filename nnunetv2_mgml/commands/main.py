@@ -81,6 +81,11 @@ COMMANDS: dict[str, _Command] = {
         "one zip with a model, its expected quality and a model card, to be installed elsewhere",
         "mgml export-model -d 137 -c 3d_fullres -o model.zip --license CC-BY-4.0",
     ),
+    "export-network": _Command(
+        "nnunetv2_mgml.commands.export_network",
+        "a trained network as ONNX and OpenVINO files, what is visible as an input, checked against PyTorch",
+        "mgml export-network -d 137 -c 3d_fullres -o network",
+    ),
     "demo": _Command(
         "nnunetv2_mgml.commands.demo",
         "convert, plan, train, predict and evaluate synthetic cases, on a CPU",

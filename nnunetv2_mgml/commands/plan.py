@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import textwrap
 
 from nnunetv2_mgml.commands.info import options_text
 from nnunetv2_mgml.plans.options import EXACT_REPETITION, parse_assignments
 from nnunetv2_mgml.plans.presets import PAPER, PRESETS
-from nnunetv2_mgml.workflows.plan import MGML_PLANS, NNUNET_KEYS, STOCK_PLANS, PlanRequest, WrittenPlans, write_plans
+from nnunetv2_mgml.workflows.plan import (
+    GPU_SHARE,
+    MGML_PLANS,
+    NNUNET_KEYS,
+    STOCK_PLANS,
+    PlanRequest,
+    WrittenPlans,
+    write_plans,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ". paper-losses: the total of the paper's text, reference-losses: that of its published code; both for "
         "reproduction. Default: what the plans have",
     )
+    parser.add_argument(
+        "--gpu_memory",
+        metavar="GB",
+        nargs="?",
+        type=float,
+        const=math.inf,
+        help="predict the memory of a training step, from shapes alone. With a number, the GB of your GPU: also make "
+        "batch_size, patch_size or width_factor smaller where the step does not fit; what --set names stays",
+    )
     parser.add_argument("--list", action="store_true", help="list all options with their defaults and stop")
 
 
@@ -74,6 +92,7 @@ def request_from(args: argparse.Namespace) -> PlanRequest:
         configurations=tuple(args.c or ()),
         presets=tuple(args.preset),
         plans_name=args.plans_name,
+        gpu_memory=args.gpu_memory,
     )
 
 
@@ -88,6 +107,11 @@ def describe(written: WrittenPlans, request: PlanRequest) -> list[str]:
     for key, value in written.changes.items():
         where = f" ({', '.join(written.configurations)})" if key in NNUNET_KEYS else ""
         lines.append(f"  {key} = {json.dumps(value)}{where}")
+    for name, need in written.memory.items():
+        lines.append(
+            f"  {name}: a training step in 16 bit needs {need:.2f} GiB, predicted from shapes (weights, gradients and "
+            f"optimizer included; a GPU's own context comes on top){_budget(request)}"
+        )
     if written.options.training.seed is not None:
         lines.append(f"  note: {EXACT_REPETITION}")
     lines.append(
@@ -95,3 +119,9 @@ def describe(written: WrittenPlans, request: PlanRequest) -> list[str]:
         f"-p {request.plans_name}"
     )
     return lines
+
+
+def _budget(request: PlanRequest) -> str:
+    if request.gpu_memory is None or math.isinf(request.gpu_memory):
+        return ""
+    return f"; {GPU_SHARE:.0%} of {request.gpu_memory:g} GB are {GPU_SHARE * request.gpu_memory:.2f}"

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from nnunetv2_mgml.commands.arguments import add_trust
 from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
+from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.uncertainty import FOLDER as UNCERTAINTY_FOLDER
 from nnunetv2_mgml.inference.uncertainty import write_uncertainty
@@ -44,6 +45,7 @@ class _Session:
         return (
             self.args.missing_modalities is not None
             or self.args.cpu_bfloat16
+            or self.args.backend != BACKENDS[0]
             or self.args.preview
             or self.args.save_uncertainty
         )
@@ -53,8 +55,8 @@ class _Session:
         self.args = parser.parse_args()
         if not self.ours:
             return self.args, self.build  # nnU-Net's prediction by a predictor that reads files of strangers as data
-        for option in ("preview", "save_uncertainty"):
-            if getattr(self.args, option) and self.args.missing_modalities is None:
+        for option in ("preview", "save_uncertainty", "backend"):
+            if getattr(self.args, option) not in (False, BACKENDS[0]) and self.args.missing_modalities is None:
                 raise ValueError(f"--{option} needs --missing_modalities; 'auto' goes by the files that exist.")
         if self.args.save_uncertainty:
             self.keep_probabilities = self.args.save_probabilities
@@ -70,6 +72,7 @@ class _Session:
             *args,
             missing_modalities=self.args.missing_modalities,
             cpu_bfloat16=self.args.cpu_bfloat16,
+            backend=self.args.backend,
             trust_checkpoint=self.args.trust_checkpoint,
             **kwargs,
         )
@@ -125,6 +128,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="With -device cpu: run the network in bfloat16, faster on CPUs with instructions for it. "
         "nnUNetv2_predict takes it together with --missing_modalities, mgml predict also alone.",
+    )
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="With -device cpu: openvino compiles the network first, which pays from the first case of usual size on "
+        "(pip install openvino). Together with --missing_modalities.",
     )
     add_trust(group)
     group.add_argument(

@@ -19,12 +19,14 @@ from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.inference.case_quality import export_and_sum_up
+from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require_openvino
 from nnunetv2_mgml.inference.preprocessing import Item, Model
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.io.workers import Task, WorkerPool
-from nnunetv2_mgml.modalities import channel_names, subset_name
-from nnunetv2_mgml.network.interface import seeing
+from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
+from nnunetv2_mgml.network.interface import bare, seeing
 from nnunetv2_mgml.upstream.export import export_case
+from nnunetv2_mgml.upstream.sliding_window import network_with_heads
 
 _log = logging.getLogger(__name__)
 _WAITING_EXPORTS = 2
@@ -40,6 +42,7 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
         missing_modalities: Sequence[str] | str | None = None,
         cpu_bfloat16: bool = False,
         trust_checkpoint: bool = False,
+        backend: str = "pytorch",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -49,6 +52,9 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
             )
         if isinstance(missing_modalities, str):
             missing_modalities = [missing_modalities]
+        self.backend = backend
+        self._compiled = self._compiler(backend, missing_modalities is None, cpu_bfloat16)
+        self._subset: Subset | None = None
         self.missing_modalities = None if missing_modalities is None else list(missing_modalities)
         self.cpu_bfloat16 = cpu_bfloat16
         self.trust_checkpoint = trust_checkpoint
@@ -58,6 +64,18 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
         self._report: PredictionReport | None = None
         self.report_file: Path | None = None
         self.report_cases: list[str] = []
+
+    def _compiler(self, backend: str, no_subsets: bool, bfloat16: bool) -> CompiledNetworks | None:
+        if backend not in BACKENDS:
+            raise ValueError(f"Unknown backend '{backend}'. Allowed: {', '.join(BACKENDS)}.")
+        if backend == "pytorch":
+            return None
+        if self.device.type != "cpu":
+            raise ValueError(f"The backend openvino is for device cpu, not {self.device.type}.")
+        if no_subsets:
+            raise ValueError("The backend openvino needs missing_modalities; 'auto' goes by the files that exist.")
+        require_openvino()
+        return CompiledNetworks(bfloat16)
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -163,9 +181,11 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
         threads = torch.get_num_threads()
         try:
             with seeing(self.network, item["availability"]):
+                self._subset = tuple(item["availability"])
                 logits: torch.Tensor = self.predict_logits_from_preprocessed_data(torch.from_numpy(item["data"]))
                 return logits.cpu().numpy()
         finally:
+            self._subset = None
             torch.set_num_threads(threads)
 
     def _export_call(self, item: Item, logits: NDArray[Any], probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -191,8 +211,8 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
         )
 
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
-        """As upstream on ``(M + P, z, y, x)`` float32, in bfloat16 if `cpu_bfloat16` asks for it."""
-        with self._precision():
+        """As upstream on ``(M + P, z, y, x)`` float32, in bfloat16 or by another backend where that was asked for."""
+        with self._precision() if self._compiled is None or self._subset is None else self._by_openvino(input_image):
             logits: torch.Tensor = super().predict_sliding_window_return_logits(input_image)
             return logits
 
@@ -208,3 +228,13 @@ class SubsetEngine(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 yield
         finally:
             hook.remove()
+
+    @contextmanager
+    def _by_openvino(self, image: torch.Tensor) -> Iterator[None]:
+        """Let the sliding window call the compiled network of the case's subset."""
+        assert self._compiled is not None
+        assert self._subset is not None
+        example = torch.zeros(1, len(image), *self.configuration_manager.patch_size)
+        network = self._compiled.of(bare(self.network), self._subset, example)
+        with network_with_heads(self, network, self.label_manager.num_segmentation_heads):
+            yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 MIN_FEATURE_MAP = 4
@@ -81,6 +82,28 @@ def nearest_allowed_size(spacing: Sequence[float], patch_size: Sequence[int]) ->
     # which axes are halved depends on all of them together, so what fits one by one may need padding after all
     padded = [_topology(spacing, start)[2] for start in (size, patch_size)]
     return min(padded, key=lambda p: sum(abs(a - b) for a, b in zip(p, patch_size, strict=True)))
+
+
+def smaller_patches(configuration: dict[str, Any]) -> Iterator[list[int]]:
+    """Yield ever smaller allowed patch sizes, as nnU-Net's planner shrinks them.
+
+    The axis that is longest in mm gets shorter by the least the network can divide, until one has too few stages.
+
+    Args:
+        configuration: resolved configuration.
+    """
+    spacing, size = configuration["spacing"], list(configuration["patch_size"])
+    while True:
+        strides = _topology(spacing, size)[0]
+        divisors = [math.prod(stride[axis] for stride in strides) for axis in range(len(size))]
+        axis = max(range(len(size)), key=lambda axis: size[axis] * spacing[axis])
+        if size[axis] <= divisors[axis]:
+            return
+        size[axis] -= divisors[axis]
+        strides, _, size = _topology(spacing, size)
+        if len(strides) < MIN_STAGES:
+            return
+        yield list(size)
 
 
 def _topology(

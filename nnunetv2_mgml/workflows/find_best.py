@@ -24,6 +24,7 @@ from nnunetv2_mgml.scoring.statistics import pairable
 POSTPROCESSING = "postprocessing.pkl"
 """What ``nnUNetv2_apply_postprocessing -pp_pkl_file`` takes."""
 CHOICE = "find_best.json"
+_SEPARATOR = "__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,13 @@ class Best:
     before: float | None = None
     """Mean Dice over all label maps of all subsets, by nnU-Net's rule for empty regions; None: not decided."""
     after: float | None = None
+    by_subset: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Subset -> that mean before and after."""
+
+    @property
+    def worse(self) -> dict[str, float]:
+        """Subset -> by how much post-processing lowers its mean, of the subsets where it does."""
+        return {name: before - after for name, (before, after) in self.by_subset.items() if after < before}
 
     @property
     def best_when_complete(self) -> Path:
@@ -96,7 +104,12 @@ def find_best(request: BestRequest) -> Best:
             "dice": best.means,
             "postprocessing": None
             if best.before is None
-            else {"keep_largest_component_of": best.steps, "dice_before": best.before, "dice_after": best.after},
+            else {
+                "keep_largest_component_of": best.steps,
+                "dice_before": best.before,
+                "dice_after": best.after,
+                "by_subset": {name: {"before": b, "after": a} for name, (b, a) in best.by_subset.items()},
+            },
         },
     )
     return best
@@ -150,8 +163,10 @@ def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestReques
             for path in sorted(predictions.glob(f"*{files.file_ending}")):
                 case = path.name[: -len(files.file_ending)]
                 if case in cases:
-                    os.symlink(path.resolve(), folder / "predicted" / f"{subset}__{path.name}")
-                    os.symlink((files.labels / path.name).resolve(), folder / "reference" / f"{subset}__{path.name}")
+                    os.symlink(path.resolve(), folder / "predicted" / f"{subset}{_SEPARATOR}{path.name}")
+                    os.symlink(
+                        (files.labels / path.name).resolve(), folder / "reference" / f"{subset}{_SEPARATOR}{path.name}"
+                    )
         with contextlib.redirect_stdout(io.StringIO()):  # what it says is said by the command
             _, arguments = determine_postprocessing(
                 str(folder / "predicted"),
@@ -159,9 +174,13 @@ def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestReques
                 str(model.folder / "plans.json"),
                 str(model.folder / "dataset.json"),
                 request.num_processes,
-                keep_postprocessed_files=False,
+                keep_postprocessed_files=True,
             )
         decided = read_json(folder / "predicted" / "postprocessing.json")
+        before, after = (
+            _by_subset(read_json(place / "summary.json"))
+            for place in (folder / "predicted", folder / "predicted" / "postprocessed")
+        )
         if arguments:
             shutil.move(folder / "predicted" / POSTPROCESSING, request.output / POSTPROCESSING)
     return Best(
@@ -170,7 +189,24 @@ def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestReques
         _steps(arguments, read_json(model.folder / "dataset.json")["labels"]),
         decided["input_folder"]["foreground_mean"]["Dice"],
         decided["postprocessed"]["foreground_mean"]["Dice"],
+        {name: (before[name], after[name]) for name in files.predictions if name in before},
     )
+
+
+def _by_subset(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return subset -> mean over regions of the mean Dice over cases, from nnU-Net's ``summary.json``."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for entry in summary["metric_per_case"]:
+        subset = Path(entry["prediction_file"]).name.partition(_SEPARATOR)[0]
+        for region, values in entry["metrics"].items():
+            found.setdefault(subset, {}).setdefault(region, []).append(values["Dice"])
+    means = {}
+    for subset, regions in found.items():
+        defined = [[value for value in values if value == value] for values in regions.values()]
+        each = [sum(values) / len(values) for values in defined if values]
+        if each:
+            means[subset] = sum(each) / len(each)
+    return means
 
 
 def _steps(arguments: Sequence[Mapping[str, Any]], labels: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,10 @@ STOCK_KEY = "stock_plans"
 """Key beside our options in the plans: the name of nnU-Net's plans they started from."""
 STOCK_PLANS = "nnUNetPlans"
 MGML_PLANS = "nnUNetMGMLPlans"
+GPU_SHARE = 0.8
+"""Of a GPU's memory, that a plan may use by the prediction: on an H200 PyTorch reserved 1.2 times what lived."""
+SIZES = ("batch_size", "patch_size", "width_factor")
+"""What is made smaller where a training step does not fit a GPU."""
 _PREPARE = "nnUNetv2_plan_and_preprocess"
 
 
@@ -48,6 +52,9 @@ class PlanRequest:
     """Of `plans.presets.PRESETS`; none: what the plans have."""
     plans_name: str = MGML_PLANS
     """Name of the plans to write; plans of ours that are there are replaced, others never."""
+    gpu_memory: float | None = None
+    """In 2^30 bytes: say what a training step needs, and make `SIZES` smaller to fit, as far as ``changes`` does not
+    name them; infinity: only say it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class WrittenPlans:
     """What presets and request have set."""
     replaced: Options | None
     """What the plans that were there had, or None."""
+    memory: dict[str, float] = field(default_factory=dict)
+    """Configuration -> GiB that a training step in 16 bit needs; empty where nobody asked."""
 
     @property
     def lost(self) -> dict[str, tuple[Any, Any]]:
@@ -78,7 +87,7 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
 
     Raises:
         ValueError: an unknown option or configuration, a bad value, regions that cannot work, or a plans name that is
-            taken; the message lists what is allowed.
+            taken; the message lists what is allowed. Or nothing allowed fits ``gpu_memory``.
         FileNotFoundError: no such data set or plans.
     """
     try:
@@ -98,8 +107,31 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
         stock = _read(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
         source = with_stock_sizes(source, stock, configurations)
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
+    memory = {}
+    for name in configurations if request.gpu_memory is not None else ():
+        plans, chosen, memory[name] = _fitted(plans, name, dataset_json, request)
+        changes.update(chosen)
     write_json(target, plans, indent=4)
-    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced)
+    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory)
+
+
+def _fitted(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], request: PlanRequest
+) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """Return plans whose training step fits a GPU, what was changed for it, and the GiB it needs."""
+    from nnunetv2_mgml.workflows.memory_budget import fit  # and with it the networks
+
+    gigabytes = request.gpu_memory
+    if gigabytes is None or not gigabytes > 0:
+        raise ValueError(f"--gpu_memory is the memory of a GPU in GB, above 0, got {gigabytes}.")
+    channels = channel_names(dataset_json)
+
+    def changed(changes: dict[str, Any]) -> dict[str, Any]:
+        return make_plans(plans, changes, [configuration], request.plans_name, channels)
+
+    fixed = [key for key in SIZES if key in request.changes]
+    found = fit(changed, configuration, dataset_json, GPU_SHARE * gigabytes * 2**30, fixed)
+    return (changed(found.changes) if found.changes else plans), found.changes, found.memory.peak / 2**30
 
 
 def make_plans(

@@ -31,6 +31,7 @@ MODULES = (
     "cubes_table",
     "cubes_work",
     "cubes",
+    "case_quality_page",
 )
 SMALL = "patch=16,stages=3"
 
@@ -319,3 +320,9 @@ def test_one_run_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert all(len(subsets) == 15 for subsets in ours["dice"].values())
     assert all(len(values) == 5 for subsets in ours["dice"].values() for values in subsets.values())
     assert list(stock["dice"]["whole_tumor"]) == ["t1ce+flair"]
+
+
+def test_the_page_on_case_quality_is_what_was_measured(cubes: SimpleNamespace) -> None:
+    content = json.loads((FOLDER / "results" / "case_quality.json").read_text())
+    assert cubes.case_quality_page.page(content) == (FOLDER.parent / "docs" / "case-quality.md").read_text()
+    assert len(cubes.case_quality_page.scatter(content).axes) == 3

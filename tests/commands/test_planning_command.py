@@ -260,3 +260,34 @@ def test_list_names_every_option(capsys):
     out = capsys.readouterr().out
     assert all(f"{name} = " in out for name in Options.names())
     assert all(f"\n{key}\n" in out for key in planning.NNUNET_KEYS)
+
+
+@pytest.fixture
+def by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kibibyte for every voxel of a batch."""
+    from nnunetv2_mgml.objective import memory
+    from nnunetv2_mgml.workflows import memory_budget
+
+    def count(plans: dict, configuration: str, dataset_json: dict) -> memory.StepMemory:
+        plan = PlansManager(plans).get_configuration(configuration)
+        voxels = plan.patch_size[0] * plan.patch_size[1] * plan.patch_size[2]
+        return memory.StepMemory(0, plan.batch_size * voxels * 1024)
+
+    monkeypatch.setattr(memory_budget, "step_memory", count)
+
+
+def test_gpu_memory_predicts_and_makes_it_fit(folder, capsys, by_voxels):
+    planning.run(parse("-d", "137", "--gpu_memory"))
+    out = capsys.readouterr().out
+    before = resolved(json.loads((folder / "nnUNetMGMLPlans.json").read_text()), "3d_fullres")
+    needs = before["batch_size"] * before["patch_size"][0] * before["patch_size"][1] * before["patch_size"][2] / 2**20
+    assert f"a training step in 16 bit needs {needs:.2f} GiB, predicted from shapes" in out
+    planning.run(parse("-d", "137", "--set", "fusion=mean", "--gpu_memory", "1"))
+    out = capsys.readouterr().out
+    after = resolved(json.loads((folder / "nnUNetMGMLPlans.json").read_text()), "3d_fullres")
+    size = after["batch_size"] * after["patch_size"][0] * after["patch_size"][1] * after["patch_size"][2]
+    assert size * 1024 <= 0.8 * 2**30
+    assert "80% of 1 GB are 0.80" in out
+    assert f"patch_size = {json.dumps(after['patch_size'])}" in out
+    with pytest.raises(ValueError, match=r"above 0, got -1\.0"):
+        planning.run(parse("-d", "137", "--gpu_memory", "-1"))

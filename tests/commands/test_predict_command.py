@@ -121,6 +121,11 @@ def test_sequential_parts_are_not_forgotten(command, tmp_path: Path) -> None:
         (["--missing_modalities", "auto", "-device", "cuda"], "error: -device cuda, but PyTorch finds no CUDA device."),
         (["--missing_modalities", "auto", "-device", "tpu"], "-device must be either cpu, mps or cuda"),
         (["--cpu_bfloat16", "-device", "cuda"], "error: cpu_bfloat16 is for device cpu"),
+        (["--backend", "openvino"], "error: --backend needs --missing_modalities"),
+        (
+            ["--backend", "openvino", "--missing_modalities", "t1", "-device", "cuda"],
+            "error: The backend openvino is for",
+        ),
         (["--missing_modalities"], "expected at least one argument"),
         (["--missing_modalitie", "auto", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
     ],
@@ -169,6 +174,7 @@ def test_help_shows_upstreams_arguments_and_ours(command, entry: str, capsys: py
     for flag in (
         "--missing_modalities NAME [NAME ...]",
         "--cpu_bfloat16",
+        "--backend {pytorch,openvino}",
         "--save_probabilities",
         "-prev_stage_pred",
         "--missing_modalities t1ce",

@@ -35,7 +35,7 @@ def commands() -> list[str]:
     found = re.findall(r"^(mgml .+?)(?:\s+#.*)?$|`(mgml [^`\n]+)`", text, flags=re.MULTILINE)
     lines = {(block or inline).strip() for block, inline in found}
     checked = ("convert", "check", "plan", "warmstart", "evaluate", "compare", "find-best", "report")
-    checked += ("export-model", "info", "demo")
+    checked += ("export-model", "export-network", "info", "demo")
     return sorted(
         line
         for line in lines - MENTIONS

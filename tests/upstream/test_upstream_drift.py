@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,15 @@ def test_final_validation_still_loads_cases_through_the_dataset_class() -> None:
     source = inspect.getsource(nnUNetTrainer.perform_actual_validation)
     assert "self.dataset_class(" in source
     assert "dataset_val.load_case(" in source
+
+
+def test_the_loss_reads_only_what_we_give_it() -> None:
+    source = inspect.getsource(nnUNetTrainer._build_loss) + inspect.getsource(
+        nnUNetTrainer._get_deep_supervision_scales
+    )
+    given = {"label_manager", "configuration_manager", "enable_deep_supervision", "is_ddp"}
+    given |= {"_do_i_compile", "_get_deep_supervision_scales"}
+    assert set(re.findall(r"self\.(\w+)", source)) == given, f"nnUNetTrainer's loss has changed in {VERSIONS}"
 
 
 def test_an_exchanged_dataset_class_says_what_comes_next_and_is_put_back() -> None:

@@ -400,6 +400,37 @@ def test_a_cascade_predicts_its_first_stage_from_the_same_subset(images, tmp_pat
     assert evaluate(*arguments) == 0, "resumed"
 
 
+def test_what_five_cases_tell_is_used_by_a_prediction(nnunet_folders, tmp_path):
+    dataset = "Dataset900_Phantom"
+    raw, preprocessed = nnunet_folders / "raw" / dataset, nnunet_folders / "preprocessed" / dataset
+    model = write_model(nnunet_folders / "results" / dataset / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres")
+    (raw / "labelsTr").mkdir(parents=True)
+    preprocessed.mkdir()
+    (raw / "dataset.json").write_text((model / "dataset.json").read_text())
+    names = [f"case_{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        write_case(raw / "imagesTr", name, seed=number)
+        distance = np.abs(np.indices(SHAPE) - 8 - number).max(axis=0)
+        write_image(raw / "labelsTr" / f"{name}.nii.gz", (distance < 6).astype(np.uint8) + 2 * (distance < 3))
+    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": names}]))
+    arguments = ["evaluate", "-d", "900", "-c", "3d_fullres", "-device", "cpu", "--disable_tta", "--no_figures"]
+    arguments += ["-np", "0", "-npp", "0", "-nps", "0", "--disable_progress_bar", "--write_subset_report"]
+    assert cli.main([*arguments, "--metrics", "dice"]) == 0
+    report = json.loads((model / "subset_report.json").read_text())
+    assert report["case_quality"]["cases"] == 5
+    whole = report["case_quality"]["regions"]["whole_tumor"]
+    assert whole["used"] == (
+        whole["left_out"]["mean_absolute_error"] < whole["left_out"]["mean_absolute_error_of_subset_mean"]
+    )
+    whole["used"] = True  # random weights may say nothing
+    (model / "subset_report.json").write_text(json.dumps(report))
+    predictor(model).predict_from_files_sequential(str(raw / "imagesTr"), str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "mgml_prediction.json").read_text())["cases"]["case_0"]
+    told = found["estimated_dice"]["whole_tumor"]
+    assert told["low"] <= told["estimate"] <= told["high"]
+    assert set(found["doubtful_regions"]) <= set(found["estimated_dice"])
+
+
 def test_model_without_missing_modality_training_is_refused(images, labels, tmp_path, capsys):
     model = write_model(tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres", "nnUNetTrainer")
     assert evaluate(model, images, labels, tmp_path / "out") == 2

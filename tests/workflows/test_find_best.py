@@ -81,11 +81,26 @@ def test_the_choice_is_over_all_subsets(tmp_path: Path, capsys: pytest.CaptureFi
     pooled = choice["postprocessing"]
     assert pooled["dice_before"] == pytest.approx(2 * 180 / (185 + 216))
     assert pooled["dice_after"] == pytest.approx(2 * 180 / (180 + 216))
+    assert set(pooled["by_subset"]) == set(SUBSETS)
+    assert pooled["by_subset"]["t2"]["after"] == pytest.approx(2 * 180 / (180 + 216))
+    assert "note: it lowers" not in said
     with open(tmp_path / "best" / "postprocessing.pkl", "rb") as file:
         functions, arguments = pickle.load(file)
     cleaned = functions[0](load(b / "predictions" / "t2" / "a.nii.gz"), **arguments[0])
     assert cleaned.sum() == 180
     assert not [path for path in tmp_path.rglob("*__*")], "nothing temporary is left"
+
+
+def test_subsets_that_get_worse_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of T2 alone the larger component is the wrong one."""
+    specks, sizes = {"t2": 5, "flair": 12, "t2+flair": 12}, {"t2": 0, "flair": 6, "t2+flair": 6}
+    b = write_evaluation(tmp_path, "B", specks, sizes)
+    for case in ("a", "b"):
+        predicted = load(b / "predictions" / "t2" / f"{case}.nii.gz")
+        predicted[2, 2, 2:6] = 1
+        write_labels(b / "predictions" / "t2" / f"{case}.nii.gz", predicted)
+    assert main(["find-best", str(b), "-o", str(tmp_path / "best"), "-np", "1"]) == 0
+    assert "it lowers 1 subsets; leave it out for these: t2 (-3.56)" in capsys.readouterr().out
 
 
 def test_no_postprocessing_where_none_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

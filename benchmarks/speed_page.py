@@ -1,0 +1,160 @@
+"""Writes docs/speed.md from what `speed.py` measured, each figure beside its goal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_page import table
+
+from nnunetv2_mgml.io.files import write_text
+
+
+class Goal(NamedTuple):
+    """What a key of speed.json says."""
+
+    at_most: float | None
+    """The goal; None where there is none."""
+    what: str
+    how: str
+
+
+GOALS = {
+    "mgml_step_time_ratio": Goal(
+        1.08, "a step with Meta-AMF and L_CR / without", "training steps in float32, in turns, after one untimed turn"
+    ),
+    "default_step_time_ratio": Goal(1.20, "the default's step / without our terms", "as above"),
+    "default_step_memory_ratio": Goal(
+        1.15,
+        "its peak memory",
+        "all that lives at the peak of a step (weights, momentum, batch included), by PyTorch's CPU allocator: "
+        "the same every time",
+    ),
+    "stock_step_time_ratio": Goal(
+        1.00,
+        "the default's step / stock nnU-Net's",
+        "nnU-Net's network at the plan's widths, ours at our default `width_factor`; its own loss and optimiser",
+    ),
+    "stock_step_memory_ratio": Goal(1.10, "its peak memory / stock nnU-Net's", "as above"),
+    "one_of_four_ratio": Goal(0.40, "a patch from one modality / from four", "network alone, float32, in turns"),
+    "fifteen_subsets_ratio": Goal(3.0, "a patch for 15 subsets / for one", "network alone, as `mgml evaluate` does it"),
+    "fifteen_subsets_files_ratio": Goal(
+        3.5,
+        "15 subsets / one, files to files",
+        "`mgml evaluate` (Dice included) / `mgml predict`, both loading the model, no worker processes",
+    ),
+    "stock_prediction_ratio": Goal(
+        0.35,
+        "a whole case by our fastest setting / by stock nnU-Net",
+        "`mgml predict` / nnU-Net's own predictor on the same plan, all modalities there, files to files, one process",
+    ),
+    "export_share": Goal(
+        0.15,
+        "share of a whole case that is not the network",
+        "one profiled `mgml predict` in float32, everything from loading the model to the written label map",
+    ),
+    "loader_ratio": Goal(1.02, "a batch of our loader / of nnU-Net's", "CPU time of one thread, the same patches"),
+    "openvino_patch_ratio": Goal(
+        0.77,
+        "a patch by `--backend openvino` / by PyTorch",
+        "network alone, four modalities, float32 / the faster of float32 and bfloat16; goal: 1.3 times as fast",
+    ),
+    "openvino_one_ratio": Goal(None, "the same, from one modality", "compiled for it, float32 / float32"),
+    "bfloat16_patch_ratio": Goal(None, "a patch in bfloat16 / in float32", "network alone; pays where the CPU has it"),
+}
+"""By the keys of speed.json, in the order of the page."""
+_HEAD = """# Speed
+
+Made by `python benchmarks/speed.py` ({seconds} s) on {processor}, {cores} cores, {threads} thread(s), load before
+it {load}, torch {torch}, commit {commit}, {date}. Patches of {patch}^3, batch {batch}, {stages} stages, `{design}`,
+default options, random weights: small, so that two slow cores measure everything in one run; [costs.md](costs.md) has
+every design on the paper's plan, [gpu.md](gpu.md) a GPU. A ratio is the median of the ratios of turns in one process;
+*scatter*: nine of ten turns lie that close to it. Whole case: {case}, without mirroring, {turns} turn(s).
+"""
+
+
+def write_page(file: Path, result: Mapping[str, Any]) -> None:
+    """Write the page for the content of speed.json."""
+    write_text(file, page(result))
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Return the page; for an empty result the goals alone."""
+    columns = ["what", "measured", "scatter", "goal: at most", "met", "how"]
+    ratios = table(columns, (_row(goal, result.get(key), bool(result)) for key, goal in GOALS.items()))
+    if not result:
+        return f"# Speed\n\n**Not measured yet**: `python benchmarks/speed.py` on an idle machine.\n\n{ratios}"
+    head = _HEAD.format(
+        seconds=result["seconds_measured"],
+        load=result["load_before"],
+        date=result["date"][:10],
+        turns=len(result["stock_prediction_ratio"]["seconds"]["of"]),
+        **{
+            key: result[key]
+            for key in (
+                *("processor", "cores", "threads", "torch", "commit", "patch", "batch", "stages", "design", "case"),
+            )
+        },
+    )
+    tiny = ["**Tiny sizes, to see that it works: not a measurement.**\n"] if result["tiny"] else []
+    profile = result["profile"]
+    return "\n".join(
+        [
+            head,
+            *tiny,
+            ratios,
+            f"`stock_prediction_ratio` is of {result['stock_prediction_ratio']['setting']}; in seconds "
+            f"{_seconds(result['stock_prediction_ratio'])}. 15 subsets / one: "
+            f"{_seconds(result['fifteen_subsets_files_ratio'])}. Keys of `benchmarks/results/speed.json` "
+            "are those of the rows: " + ", ".join(f"`{key}`" for key in GOALS) + ".\n",
+            "## Where the time of a training step goes",
+            "",
+            "Seconds of the default's step, each stage the difference of two that end one stage apart; meanwhile "
+            "worker processes make the next batch.",
+            "",
+            _shares(profile["training_step"], ("network", "loss", "backward", "optimiser"), profile["training_step"]),
+            "Forward passes alone: " + _listed(profile["forward_passes"]) + ".\n",
+            "## Where the time of a whole prediction goes",
+            "",
+            "Seconds of `mgml predict`, all modalities, from files to a label map, every part without those inside it; "
+            "*at 2 mm*: the same case with a plan for 2 mm, so that images and logits are resampled.",
+            "",
+            _prediction(profile["prediction"], profile["prediction_at_2_mm"]),
+        ]
+    )
+
+
+def _row(goal: Goal, entry: Mapping[str, Any] | None, measured: bool) -> list[str]:
+    at_most = "-" if goal.at_most is None else f"{goal.at_most:.2f}"
+    if entry is None:
+        why = "no library, or no instructions of this processor, for it" if measured else goal.how
+        return [goal.what, "not measured", "-", at_most, "-", why]
+    met = "-" if goal.at_most is None else "yes" if entry["value"] <= goal.at_most else "**no**"
+    spread = "-" if entry["scatter"] is None else f"{entry['scatter']:.0%}"
+    return [goal.what, f"{entry['value']:.2f}", spread, at_most, met, goal.how]
+
+
+def _seconds(entry: Mapping[str, Any]) -> str:
+    return " / ".join(", ".join(f"{value:.1f}" for value in entry["seconds"][side]) for side in ("of", "beside"))
+
+
+def _shares(seconds: Mapping[str, float], counted: tuple[str, ...], shown: Mapping[str, float]) -> str:
+    whole = sum(seconds[name] for name in counted)
+    rows = (
+        [name, f"{value:.3f}", f"{value / whole:.0%}" if name in counted else f"({value / whole:.0%})"]
+        for name, value in shown.items()
+    )
+    return table(["part", "seconds", "of the step"], rows)
+
+
+def _listed(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"`{name}` {value:.3f}" for name, value in seconds.items())
+
+
+def _prediction(fine: Mapping[str, float], coarse: Mapping[str, float]) -> str:
+    def cells(seconds: Mapping[str, float], name: str) -> list[str]:
+        return [f"{seconds[name]:.2f}", f"{seconds[name] / sum(seconds.values()):.0%}"]
+
+    rows = ([name, *cells(fine, name), *cells(coarse, name)] for name in fine)
+    return table(["part", "seconds", "share", "at 2 mm", "share"], rows)
