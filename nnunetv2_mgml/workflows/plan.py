@@ -131,8 +131,8 @@ def shared_files(dataset: str, channels: Sequence[str]) -> str:
         return ""
     return (
         f"Every case of {dataset} has one file for its {len(channels)} channels ({', '.join(channels)}), as colours "
-        f"have. A modality is missing where its file is: to predict without one, or to have incomplete cases, give each a file "
-        f"of its own (CASE_0000, CASE_0001, ...)."
+        f"have. A modality is missing where its file is: to predict without one, or to have incomplete cases, give "
+        f"each a file of its own (CASE_0000, CASE_0001, ...)."
     )
 
 
