@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -21,15 +23,50 @@ from numpy.typing import NDArray
 from nnunetv2_mgml.dataloading.availability import present_channels
 from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError, resolve
 from nnunetv2_mgml.inference.reading import read_case, read_file
-from nnunetv2_mgml.io.workers import WorkerDiedError, WorkerPool
+from nnunetv2_mgml.io.workers import Task, WorkerDiedError, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 
-Item = dict[str, Any]
-"""One preprocessed case: ``case`` (name), ``data`` ``(M + P, z, y, x)`` float32 array with ``P`` previous-stage one-hot
-channels, ``data_properties`` (nnU-Net's), ``ofile`` (output without ending, or None), ``availability`` (``M`` bools),
-``files`` (modality -> path). A case that failed has only ``case``, ``ofile`` and ``error`` (text)."""
-
 _log = logging.getLogger(__name__)
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One preprocessed case."""
+
+    case: str
+    """Its name."""
+    data: NDArray[Any]
+    """``(M + P, z, y, x)`` float32; ``P`` one-hot channels of a cascade's previous stage."""
+    properties: dict[str, Any]
+    """nnU-Net's, needed to put a prediction back on the image grid."""
+    available: Subset
+    """``M`` bools: what it is predicted from."""
+    ofile: str | None = None
+    """Output file without ending; None: the prediction is returned."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Modality -> path; empty for arrays."""
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a field by the key it had while items were dicts (version 0.1)."""
+        name = {"data_properties": "properties", "availability": "available"}.get(key, key)
+        warnings.warn(
+            f"Items are no dicts any more: item.{name} instead of item[{key!r}], which works until 0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        if name not in self.__dataclass_fields__:
+            raise KeyError(key)
+        return getattr(self, name)
+
+
+@dataclass(frozen=True)
+class FailedItem:
+    """A case that could not be preprocessed."""
+
+    case: str
+    error: str
+    """Why, a sentence that names the case."""
 
 
 class Model(NamedTuple):
@@ -46,12 +83,13 @@ class Model(NamedTuple):
         return channel_names(self.dataset_json)
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job(Generic[Prepared]):
     """A case to preprocess, now or in a worker process."""
 
     case: str
     ofile: str | None
-    prepare: Callable[[], Item]
+    prepare: Callable[[], Prepared]
     """Picklable; returns the item or raises."""
 
 
@@ -88,8 +126,7 @@ def prepare_case(
     if prev_stage_file is not None:
         previous = read_previous_stage(case.name, prev_stage_file, reader)
     item = preprocess_volumes(case.name, volumes, properties, previous, ofile, model)
-    item["files"] = {model.channels[c]: path for c, path in files.items()}
-    return item
+    return replace(item, files={model.channels[c]: path for c, path in files.items()})
 
 
 def prepare_job(
@@ -108,11 +145,11 @@ def prepare_job(
     )
 
 
-def iterate_items(jobs: Sequence[Job], num_processes: int) -> Iterator[Item]:
+def iterate_items(jobs: Sequence[Job[Prepared]], num_processes: int) -> Iterator[Prepared | FailedItem]:
     """Preprocess cases in order, ahead of the consumer but never more than ``num_processes + 1`` of them.
 
     Args:
-        jobs: the cases. One that fails yields an item with ``error``; the others are not affected.
+        jobs: the cases. One that fails yields a `FailedItem`; the others are not affected.
         num_processes: worker processes; with 0, or a single case, everything happens in this process.
     """
     workers = min(num_processes, len(jobs)) if len(jobs) > 1 else 0
@@ -126,27 +163,23 @@ def iterate_items(jobs: Sequence[Job], num_processes: int) -> Iterator[Item]:
             yield _collect(pool, *waiting.popleft())
 
 
-def run_job(job: Job) -> Item:
-    """Run a job; an exception becomes an item with ``error``."""
+def run_job(job: Job[Prepared]) -> Prepared | FailedItem:
+    """Run a job; an exception becomes a `FailedItem`."""
     try:
         return job.prepare()
     except CaseError as error:
-        return _failed(job, str(error))
+        return FailedItem(job.case, str(error))
     except Exception as error:  # whatever is wrong with this case, the others must still be predicted
         _log.exception("Preprocessing of case %s failed", job.case)
-        return _failed(job, f"Case {job.case}: preprocessing failed ({type(error).__name__}: {error}).")
+        return FailedItem(job.case, f"Case {job.case}: preprocessing failed ({type(error).__name__}: {error}).")
 
 
-def _collect(pool: WorkerPool, job: Job, task: Any) -> Item:
+def _collect(pool: WorkerPool, job: Job[Prepared], task: Task) -> Prepared | FailedItem:
     try:
-        item: Item = pool.result(task)
+        item: Prepared | FailedItem = pool.result(task)
         return item
     except WorkerDiedError as error:
-        return _failed(job, f"Case {job.case}: preprocessing failed, {error}.")
-
-
-def _failed(job: Job, error: str) -> Item:
-    return {"case": job.case, "ofile": job.ofile, "error": error}
+        return FailedItem(job.case, f"Case {job.case}: preprocessing failed, {error}.")
 
 
 def read_previous_stage(name: str, path: str, reader: Any) -> NDArray[Any]:
@@ -211,14 +244,7 @@ def preprocess_volumes(
     if previous is not None:
         labels = model.plans_manager.get_label_manager(model.dataset_json).foreground_labels
         data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
-    return {
-        "case": name,
-        "data": np.ascontiguousarray(data, dtype=np.float32),
-        "data_properties": properties,
-        "ofile": ofile,
-        "availability": present,
-        "files": {},
-    }
+    return Item(name, np.ascontiguousarray(data, dtype=np.float32), properties, present, ofile)
 
 
 def _check_normalised(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.inference.case_quality import Summary, estimates, stored_fit
@@ -29,6 +29,9 @@ from nnunetv2_mgml.inference.subset_quality import (
 )
 from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import subset_name
+
+if TYPE_CHECKING:
+    from nnunetv2_mgml.inference.preprocessing import Item
 
 REPORT_NAME = "mgml_prediction.json"
 SECONDS_BETWEEN_WRITES = 5.0
@@ -101,15 +104,15 @@ class PredictionReport:
             elif entry.get("status") == "failed":  # the segmentation is of an earlier run
                 self.cases[case] = {"status": "skipped"}
 
-    def add_item(self, item: dict[str, Any]) -> None:
+    def add_item(self, item: Item) -> None:
         """Note what a preprocessed case is predicted from."""
-        there = dict(zip(self.channels, item["availability"], strict=True))
-        self.cases[item["case"]] = {
+        there = dict(zip(self.channels, item.available, strict=True))
+        self.cases[item.case] = {
             "status": "pending",
             "present": [name for name in self.channels if there[name]],
             "missing": [name for name in self.channels if not there[name]],
-            "files": item["files"],
-            **self._quality(item["availability"]),
+            "files": item.files,
+            **self._quality(item.available),
         }
 
     def _quality(self, subset: Sequence[bool]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def compute_internals(
     )
     reference = _reference_on_network_grid(predictor, item, label_file)
     patch_of = _patch_around(reference, tuple(predictor.configuration_manager.patch_size))
-    x = torch.from_numpy(np.stack([patch_of(channel) for channel in item["data"]]))[None].to(predictor.device)
+    x = torch.from_numpy(np.stack([patch_of(channel) for channel in item.data]))[None].to(predictor.device)
     return _Patch(model, item, x, patch_of(reference)).internals(subsets, scale)
 
 
@@ -147,7 +147,7 @@ class _Patch:
         self.x = x
         self.reference = reference
         self.channels = self.predictor.channels
-        self.available: Subset = item["availability"]
+        self.available: Subset = item.available
         self.network = model.network
 
     @torch.inference_mode()
@@ -241,7 +241,7 @@ class _Display:
 
     def __init__(self, predictor: MGMLPredictor, item: Item) -> None:
         self.back = list(predictor.plans_manager.transpose_backward)
-        self.direction = _direction(item["data_properties"])
+        self.direction = _direction(item.properties)
         spacing = [predictor.configuration_manager.spacing[axis] for axis in self.back]
         image = self._oriented(np.zeros((2, 2, 2), np.uint8), spacing[::-1])
         self.pixel_aspect = image.GetSpacing()[1] / image.GetSpacing()[0]
@@ -286,11 +286,11 @@ def _reference_on_network_grid(predictor: MGMLPredictor, item: Item, label_file:
     try:
         check_file(label_file)
     except (FileNotFoundError, VolumeError) as error:
-        raise CaseError(f"Case {item['case']}: {error}") from error
+        raise CaseError(f"Case {item.case}: {error}") from error
     labels, _ = predictor.plans_manager.image_reader_writer_class().read_seg(str(label_file))
     labels = labels[0].transpose(predictor.plans_manager.transpose_forward)
-    box = item["data_properties"]["bbox_used_for_cropping"]
-    return nearest(labels[tuple(slice(low, high) for low, high in box)], item["data"].shape[1:]).astype(np.int16)
+    box = item.properties["bbox_used_for_cropping"]
+    return nearest(labels[tuple(slice(low, high) for low, high in box)], item.data.shape[1:]).astype(np.int16)
 
 
 def _patch_around(reference: NDArray[Any], size: tuple[int, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -231,16 +232,18 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         return result
 
     def on_epoch_end(self) -> None:
-        """Write the epoch's row and figure around nnU-Net's bookkeeping (which counts the epoch up)."""
+        """Write the epoch's row and figure around nnU-Net's bookkeeping (which saves checkpoints, counts the epoch up).
+
+        The row comes first: a run killed after its checkpoint goes on with the next epoch, and would never write it.
+        """
         rate = self.optimizer.param_groups[0]["lr"]
         means = mean_over_ranks(self.training_log.means(), self.is_ddp)
         row = epoch_row(
             self.current_epoch, rate, means, self.logger, region_names(self.dataset_json, self.label_manager)
         )
-        super().on_epoch_end()
-        start, end = (self.logger.get_value(f"epoch_{side}_timestamps", step=-1) for side in ("start", "end"))
-        row = {**row, "seconds": end - start}
+        row = {**row, "seconds": time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)}
         self.training_log.end_epoch(row, write=self.local_rank == 0)
+        super().on_epoch_end()
         tell_loggers(self.logger, row)
         if self.local_rank == 0:
             save(training_curves(self.training_log.rows), os.path.join(self.output_folder, FIGURE_NAME))

@@ -1,4 +1,4 @@
-"""Prediction and evaluation as real processes: killed at random moments, and two at once."""
+"""Prediction, evaluation and training as real processes: killed at random moments, without workers, and two at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conversion_cases import needs_installation, tree
+import torch
+from builders import write_dataset
+from conversion_cases import needs_installation, tree, write_cases
 from inference_cases import segmentations, write_case, write_image, write_model
 from kill_cases import Ended, Forks
+
+from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,6 +112,75 @@ def test_evaluation_killed(work: Work, tmp_path: Path) -> None:
         assert maps == {path.relative_to(out): path.read_bytes() for path in out.glob("predictions/*/*")}
         assert hidden(out) == []
     assert killed > KILLS // 2
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerMGML", "nnUNetTrainerModalityDropout"])
+def test_training_killed(work: Work, tmp_path: Path, name: str) -> None:
+    """Going on from whatever checkpoint is there equals the run that nobody killed, to the last bit."""
+    (tmp_path / "preprocessed").mkdir()
+    write_dataset(tmp_path)
+    (plans,) = (tmp_path / "preprocessed").rglob("nnUNetPlans.json")
+    undisturbed = work.forks.run("train", name, plans, tmp_path / "whole")
+    assert undisturbed.code == 0, undisturbed.said
+    whole, killed = final_state(tmp_path / "whole"), 0
+    for number, moment in enumerate(moments(undisturbed, 2)):
+        results = tmp_path / str(number)
+        killed += work.forks.run("train", name, plans, results, kill_after=moment).code == -signal.SIGKILL
+        for path in results.rglob("checkpoint_*.pth"):
+            assert ".mgml_" in str(path) or torch.load(path, weights_only=False)["current_epoch"] <= 4
+        again = work.forks.run("train", name, plans, results)
+        assert again.code == 0, again.said
+        found = final_state(results)
+        assert found.keys() == whole.keys()
+        for key, value in whole.items():
+            assert torch.equal(found[key], value), key
+        (log,) = results.rglob(LOG_NAME)
+        assert [row["epoch"] for row in read_log(log)] == [0, 1, 2, 3]
+        assert hidden(results) == []
+    assert killed > KILLS // 2
+
+
+def final_state(results: Path) -> dict[str, torch.Tensor]:
+    """The weights of a finished training, and how far it says it is."""
+    (file,) = results.rglob("checkpoint_final.pth")
+    content = torch.load(file, weights_only=False)
+    return {**content["network_weights"], "epoch": torch.tensor(content["current_epoch"])}
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+def test_a_worker_killed_once_changes_nothing(work: Work, tmp_path: Path) -> None:
+    assert work.forks.run(*work.predict(tmp_path / "whole")).code == 0
+    ended = work.forks.run(*work.predict(tmp_path / "out", workers=1), kill_workers=1)
+    assert ended.code == 0, ended.said
+    assert segmentations(tmp_path / "out") == segmentations(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "convert"])
+def test_workers_killed_again_and_again(
+    work: Work, tmp_path: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """One error that names it, in time; what was there is there."""
+    write_cases(tmp_path / "source", 2)
+    with Forks(tmp_path / "log") as forks:  # it knows nnU-Net's folders of this test
+        calls = {
+            "predict": work.predict(tmp_path / "out", workers=1),
+            "evaluate": work.evaluate(tmp_path / "out", workers=1),
+            "convert": ["convert", "brats", str(tmp_path / "source"), "-d", "7", "--name", "A", "-np", "2"],
+        }
+        ended = forks.run(*calls[command], kill_workers=1000)
+        assert ended.code in (1, 2), ended.said
+        assert "a worker process died" in ended.said
+        assert "error: " in ended.said
+        assert "Traceback" not in ended.said.partition("error: ")[2]
+        assert tree(nnunet_folders / "raw") == []
+        assert hidden(tmp_path) == []
+        calls = {
+            "predict": work.predict(tmp_path / "out"),
+            "evaluate": work.evaluate(tmp_path / "out"),
+            "convert": [*calls["convert"][:-1], "0"],
+        }
+        again = forks.run(*calls[command])
+        assert again.code == 0, again.said
 
 
 # --- two at once ------------------------------------------------------------------------------------------------------

@@ -217,8 +217,8 @@ def test_predictions_deleted_under_way(tmp_path: Path, monkeypatch: pytest.Monke
     ours = predictor(model)
     logits, out = ours._logits, tmp_path / "out"
 
-    def deletes(item: dict[str, Any]) -> Any:
-        if item["case"] == "c":
+    def deletes(item: Any) -> Any:
+        if item.case == "c":
             shutil.rmtree(out)
         return logits(item)
 

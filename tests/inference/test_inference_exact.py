@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,8 @@ def masked_after_preprocessing(
         model.configuration_manager,
         model.dataset_json,
     )
-    item["data"][[not there for there in subset]] = 0
-    item["availability"] = subset
+    item.data[[not there for there in subset]] = 0
+    item = dataclasses.replace(item, available=subset)
     function, arguments = the_predictor._export_call(item, the_predictor._logits(item), False)
     return function(*arguments)
 

@@ -14,7 +14,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError
-from nnunetv2_mgml.inference.preprocessing import Job, Model, iterate_items, prepare_case, prepare_job
+from nnunetv2_mgml.inference.preprocessing import FailedItem, Job, Model, iterate_items, prepare_case, prepare_job
 from nnunetv2_mgml.modalities import all_subsets
 
 
@@ -60,12 +60,12 @@ def test_a_complete_case_is_preprocessed_as_by_nnunet(tmp_path: Path, model: Mod
     files = write_case(tmp_path, "p")
     item = prepare(model, files)
     data, _, properties = stock(model, files)
-    np.testing.assert_array_equal(item["data"], data)
-    assert item["data"].dtype == np.float32
-    assert str(item["data_properties"]) == str(properties)
-    assert item["availability"] == (True,) * 4
-    assert item["files"] == {name: str(files[c]) for c, name in enumerate(CHANNELS)}
-    assert (item["case"], item["ofile"]) == ("p", "out/p")
+    np.testing.assert_array_equal(item.data, data)
+    assert item.data.dtype == np.float32
+    assert str(item.properties) == str(properties)
+    assert item.available == (True,) * 4
+    assert item.files == {name: str(files[c]) for c, name in enumerate(CHANNELS)}
+    assert (item.case, item.ofile) == ("p", "out/p")
 
 
 @pytest.mark.parametrize("subset", all_subsets(4))
@@ -76,21 +76,21 @@ def test_masked_full_data_equals_absent_files_where_the_brain_mask_is_shared(
     files = write_case(tmp_path, "p")
     absent_files = prepare(model, {c: path for c, path in files.items() if subset[c]}, subset)
     masked = stock(model, files)[0] * np.array(subset, dtype=np.float32)[:, None, None, None]
-    np.testing.assert_array_equal(absent_files["data"], masked)
-    assert absent_files["availability"] == subset
+    np.testing.assert_array_equal(absent_files.data, masked)
+    assert absent_files.available == subset
 
 
 def test_crop_and_statistics_come_from_present_modalities_only(tmp_path: Path, model: Model) -> None:
     files = write_case(tmp_path, "p")
     write_image(files[1], image(1, margin=0))  # t1ce has signal in every voxel, the others in a box two voxels inside
     full, without = prepare(model, files), prepare(model, files, (True, False, True, True))
-    assert full["data"].shape[1:] == SHAPE
-    assert without["data"].shape[1:] == tuple(n - 4 for n in SHAPE)
+    assert full.data.shape[1:] == SHAPE
+    assert without.data.shape[1:] == tuple(n - 4 for n in SHAPE)
     for c in (0, 2, 3):
-        np.testing.assert_allclose(without["data"][c].mean(), 0, atol=1e-5)
-        np.testing.assert_allclose(without["data"][c].std(), 1, atol=1e-4)
-        assert abs(full["data"][c][2:-2, 2:-2, 2:-2].mean()) > 0.1
-    assert not without["data"][1].any()
+        np.testing.assert_allclose(without.data[c].mean(), 0, atol=1e-5)
+        np.testing.assert_allclose(without.data[c].std(), 1, atol=1e-4)
+        assert abs(full.data[c][2:-2, 2:-2, 2:-2].mean()) > 0.1
+    assert not without.data[1].any()
 
 
 def test_an_absent_channel_is_zero_whatever_the_normalisation(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_absent_channel_is_zero_whatever_the_normalisation(tmp_path: Path) ->
     placeholder = dict(files)
     placeholder[2] = write_image(tmp_path / "zero_0002.nii.gz", np.zeros(SHAPE, np.int16))
     assert stock(model, placeholder)[0][2].any()  # the trap
-    assert not prepare(model, files, (True, True, False, True))["data"][2].any()
+    assert not prepare(model, files, (True, True, False, True)).data[2].any()
 
 
 @pytest.mark.parametrize("value", [0, 7])
@@ -109,8 +109,8 @@ def test_a_volume_without_contrast_counts_as_missing_as_it_does_in_training(
     files = write_case(tmp_path, "p")
     write_image(files[1], np.where(image(0) > 0, value, 0).astype(np.int16))
     item = prepare(model, files)
-    assert item["availability"] == (True, False, True, True)
-    assert not item["data"][1].any()
+    assert item.available == (True, False, True, True)
+    assert not item.data[1].any()
     assert "Case p: t1ce has the same value everywhere and counts as missing" in caplog.text
     with pytest.raises(CaseError, match="no modality is left, t1ce has the same value everywhere"):
         prepare(model, files, (False, True, False, False))
@@ -124,9 +124,9 @@ def test_a_placeholder_of_any_value_is_as_good_as_no_file(
     absent = prepare(model, files, (True, False, True, True))
     write_image(files[1], np.full(SHAPE, value, dtype=np.int16))
     item = prepare(model, files)
-    np.testing.assert_array_equal(item["data"], absent["data"])
-    assert str(item["data_properties"]) == str(absent["data_properties"])
-    assert item["availability"] == (True, False, True, True)
+    np.testing.assert_array_equal(item.data, absent.data)
+    assert str(item.properties) == str(absent.properties)
+    assert item.available == (True, False, True, True)
     assert "Case p: t1ce has the same value everywhere and counts as missing (left: t1+t2+flair)." in caplog.text
     with pytest.raises(EmptyCaseError, match="no modality is left, t1ce has the same value everywhere"):
         prepare(model, files, (False, True, False, False))
@@ -139,8 +139,8 @@ def test_cascade_input_is_stacked_as_by_nnunet(tmp_path: Path) -> None:
     previous = write_image(tmp_path / "p.nii.gz", labels)
     data, seg, _ = stock(model, files, previous)
     one_hot = convert_labelmap_to_one_hot(seg[0], [1, 2], data.dtype)
-    np.testing.assert_array_equal(prepare(model, files, previous=previous)["data"], np.vstack((data, one_hot)))
-    without = prepare(model, files, (False, True, True, True), previous)["data"]
+    np.testing.assert_array_equal(prepare(model, files, previous=previous).data, np.vstack((data, one_hot)))
+    without = prepare(model, files, (False, True, True, True), previous).data
     assert not without[0].any()
     np.testing.assert_array_equal(without[4:], one_hot)
     with pytest.raises(CaseError, match=r"Case p: the previous stage's segmentation .*none.nii.gz does not exist"):
@@ -163,11 +163,20 @@ def test_a_bad_case_yields_an_error_item_and_the_others_go_on(tmp_path: Path, mo
         raise ZeroDivisionError("boom")
 
     items = list(iterate_items([job("a", good), job("b", bad), Job("c", None, broken), job("d", {0: good[0]})], 0))
-    assert [item["case"] for item in items] == ["a", "b", "c", "d"]
-    assert "cannot be read" in items[1]["error"]
-    assert "ZeroDivisionError: boom" in items[2]["error"]
-    assert items[3]["availability"] == (True, False, False, False)
-    assert [("data" in item) for item in items] == [True, False, False, True]
+    assert [item.case for item in items] == ["a", "b", "c", "d"]
+    assert "cannot be read" in items[1].error
+    assert "ZeroDivisionError: boom" in items[2].error
+    assert items[3].available == (True, False, False, False)
+    assert [isinstance(item, FailedItem) for item in items] == [False, True, True, False]
+
+
+def test_items_are_read_as_the_dicts_they_were_with_a_warning(tmp_path: Path, model: Model) -> None:
+    item = prepare(model, write_case(tmp_path, "p"))
+    for key, value in (("data", item.data), ("data_properties", item.properties), ("availability", item.available)):
+        with pytest.warns(DeprecationWarning, match="until 0.3"):
+            assert item[key] is value
+    with pytest.warns(DeprecationWarning, match="no dicts"), pytest.raises(KeyError, match="nothing"):
+        item["nothing"]
 
 
 def test_without_workers_only_one_case_is_prepared_at_a_time() -> None:

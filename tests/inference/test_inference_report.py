@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluation_cases import DATASET_JSON, synthetic_evaluation
 
 from nnunetv2_mgml.inference import report as module
+from nnunetv2_mgml.inference.preprocessing import Item
 from nnunetv2_mgml.inference.report import REPORT_NAME, PredictionReport
 from nnunetv2_mgml.scoring.subset_report import write_subset_report
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 
 
-def item(case: str) -> dict:
-    return {"case": case, "availability": (True, False, False, True), "files": [f"{case}_0000.nii.gz"]}
+def item(case: str) -> Item:
+    return Item(case, np.zeros((4, 1, 1, 1)), {}, (True, False, False, True), files={"t1": f"{case}_0000.nii.gz"})
 
 
 def stored(folder: Path) -> dict:

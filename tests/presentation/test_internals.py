@@ -70,7 +70,7 @@ def preprocessed(loaded: LoadedModel, case: Case) -> torch.Tensor:
         predictor.configuration_manager,
         predictor.dataset_json,
     )
-    return torch.from_numpy(item["data"])[None]
+    return torch.from_numpy(item.data)[None]
 
 
 def test_shows_what_the_network_computes(model: Path, case: tuple[Case, Path], tmp_path: Path):

@@ -19,7 +19,7 @@ from nnunetv2_mgml import __version__
 
 REPOSITORY = Path(__file__).parents[2]
 PTH = "nnunetv2_mgml.pth"
-OPTIONAL = ("mamba_ssm", "panoptica")
+OPTIONAL = ("mamba_ssm", "openvino", "panoptica")
 SHIPPED = [
     "setup.py",
     "pyproject.toml",

@@ -12,6 +12,7 @@ from inference_cases import CHANNELS, SHAPE, image, load, predictor, write_case,
 
 from nnunetv2_mgml.commands import main as cli
 from nnunetv2_mgml.inference.inputs import Case
+from nnunetv2_mgml.inference.preprocessing import Item
 from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups
 from nnunetv2_mgml.inference.subsets.label_maps import SubsetLabelMaps
 from nnunetv2_mgml.inference.subsets.predictor import ManySubsets, SubsetPredictor
@@ -115,8 +116,7 @@ def test_mirroring_and_folds_are_those_of_prediction(tmp_path):
     for subset, own in zip(subsets, many.predict_subsets(data, subsets), strict=True):
         alone = data.copy()
         alone[[c for c in range(4) if not subset[c]]] = np.nan
-        item = {"data": alone, "availability": subset}
-        np.testing.assert_allclose(own, single._logits(item), **ROUNDING)
+        np.testing.assert_allclose(own, single._logits(Item("a", alone, {}, subset)), **ROUNDING)
 
 
 def test_encoders_run_once_per_patch(model, images):
@@ -153,7 +153,7 @@ def test_network_without_shared_features_gets_zeroed_channels(images, tmp_path):
     subset = (True, False, True, False)
     logits = many.predict_subsets(data, [SUBSETS[0], subset])
     data[[1, 3]] = 0
-    np.testing.assert_array_equal(logits[1], single._logits({"data": data, "availability": subset}))
+    np.testing.assert_array_equal(logits[1], single._logits(Item("a", data, {}, subset)))
 
 
 def test_subsets_with_one_mask_share_their_preprocessing(model, images):
@@ -161,7 +161,7 @@ def test_subsets_with_one_mask_share_their_preprocessing(model, images):
     for name in ("a", "b"):
         files = {c: str(images / f"{name}_{c:04d}.nii.gz") for c in range(4)}
         item = prepare_subset_groups(Case(name, files), SUBSETS, subset_predictor(model).model, shared=False)
-        groups[name] = item["groups"]
+        groups[name] = item.groups
         assert sorted(s for g in groups[name] for s in g.subsets) == sorted(SUBSETS)
     assert len(groups["a"]) == 1
     by_subset = {s: i for i, g in enumerate(groups["b"]) for s in g.subsets}
@@ -170,14 +170,14 @@ def test_subsets_with_one_mask_share_their_preprocessing(model, images):
     assert len({by_subset[s] for s in with_flair}) == 1
     assert [s for s, i in by_subset.items() if i == by_subset[t2]] == [t2]
     shared = prepare_subset_groups(Case("b", files), SUBSETS, subset_predictor(model).model, shared=True)
-    assert len(shared["groups"]) == 1
+    assert len(shared.groups) == 1
 
 
 def test_shared_preprocessing_does_not_depend_on_the_subsets_left_to_do(model, images):
     case = Case("b", {c: str(images / f"b_{c:04d}.nii.gz") for c in range(4)})
     subset = (True, False, False, False)
-    [whole] = prepare_subset_groups(case, SUBSETS, subset_predictor(model).model, shared=True)["groups"]
-    [rest] = prepare_subset_groups(case, [subset], subset_predictor(model).model, shared=True)["groups"]
+    [whole] = prepare_subset_groups(case, SUBSETS, subset_predictor(model).model, shared=True).groups
+    [rest] = prepare_subset_groups(case, [subset], subset_predictor(model).model, shared=True).groups
     assert (rest.subsets, rest.channels) == ([subset], [0])
     np.testing.assert_array_equal(rest.data, whole.data[:1])
     assert str(rest.properties) == str(whole.properties)
@@ -207,7 +207,7 @@ def test_finished_cases_are_not_predicted_again(model, images, labels, tmp_path,
     original = SubsetLabelMaps._predict_item
 
     def spy(self, item, exporting):
-        predicted.append((item["case"], [s for g in item["groups"] for s in g.subsets]))
+        predicted.append((item.case, [s for g in item.groups for s in g.subsets]))
         return original(self, item, exporting)
 
     monkeypatch.setattr(SubsetLabelMaps, "_predict_item", spy)
@@ -448,8 +448,8 @@ def test_a_modality_that_normalisation_empties_is_lacking_as_in_prediction(model
     files = {c: str(images / f"a_{c:04d}.nii.gz") for c in range(4)}
     write_image(Path(files[1]), np.where(image(0, seed=1) > 0, 7, 0).astype(np.int16))
     item = prepare_subset_groups(Case("a", files), SUBSETS, subset_predictor(model).model, shared)
-    assert item["lacking"] == [s for s in SUBSETS if s[1]]
-    assert [s for g in item["groups"] for s in g.subsets] == [s for s in SUBSETS if not s[1]]
-    assert all(g.channels == [0, 2, 3] for g in item["groups"])
+    assert item.lacking == [s for s in SUBSETS if s[1]]
+    assert [s for g in item.groups for s in g.subsets] == [s for s in SUBSETS if not s[1]]
+    assert all(g.channels == [0, 2, 3] for g in item.groups)
     alone = prepare_subset_groups(Case("a", {1: files[1]}), SUBSETS[:4], subset_predictor(model).model, shared)
-    assert (alone["groups"], alone["lacking"]) == ([], SUBSETS[:4])
+    assert (alone.groups, alone.lacking) == ([], SUBSETS[:4])

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluation_cases import synthetic_evaluation
 from kept_model_cases import FIXTURE, MODEL
@@ -17,6 +18,7 @@ from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 
 from nnunetv2_mgml.commands.main import main
+from nnunetv2_mgml.inference.preprocessing import Item
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.inference.subset_quality import (
     CARRIED_KEY,
@@ -64,7 +66,7 @@ def test_the_report_travels_with_nnunets_own_export_and_install(
     assert quality_line(installed, SUBSETS[0]) == line
     assert "/patients" not in (installed / CARRIER).read_text()
     report = PredictionReport(str(nnunet_folders), {"folder": str(installed)}, ("t1", "t1ce", "t2", "flair"))
-    report.add_item({"case": "a", "availability": SUBSETS[0], "files": {}})
+    report.add_item(Item("a", np.zeros(0), {}, SUBSETS[0]))
     assert report.cases["a"]["expected_dice"] == expected[0]
 
 

@@ -22,7 +22,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError
-from nnunetv2_mgml.inference.preprocessing import Item, Model, preprocess_volumes, read_previous_stage, varying
+from nnunetv2_mgml.inference.preprocessing import Model, preprocess_volumes, read_previous_stage, varying
 from nnunetv2_mgml.inference.reading import read_case
 from nnunetv2_mgml.modalities import Subset
 
@@ -48,13 +48,23 @@ class SubsetGroup:
         return data if self.previous is None else np.concatenate((data, self.previous))
 
 
+@dataclass(frozen=True)
+class SubsetGroups:
+    """One case, preprocessed for all its subsets."""
+
+    case: str
+    groups: list[SubsetGroup]
+    lacking: list[Subset]
+    """Subsets it cannot be evaluated on."""
+
+
 def prepare_subset_groups(
     case: Case,
     subsets: Sequence[Subset],
     model: Model,
     shared: bool,
     previous: Mapping[Subset, Path] | None = None,
-) -> Item:
+) -> SubsetGroups:
     """Read a case and preprocess it for subsets; runs in a worker.
 
     Args:
@@ -65,8 +75,8 @@ def prepare_subset_groups(
         previous: in a cascade's second stage, subset -> label map of the first.
 
     Returns:
-        ``case``, ``ofile`` (None), ``groups`` (list of `SubsetGroup`) and ``lacking``: subsets the case cannot be
-        evaluated on, because a file is absent or a volume has one value everywhere, as it is or once it is normalised.
+        The groups, and the subsets the case cannot be evaluated on: a file is absent, or a volume has one value
+        everywhere, as it is or once it is normalised.
 
     Raises:
         CaseError: a file that is wrong, or no file at all.
@@ -79,7 +89,7 @@ def prepare_subset_groups(
     if not case.files:
         raise CaseError(f"Case {case.name}: no file for any of {', '.join(channels)}.")
     if not wanted:
-        return {"case": case.name, "ofile": None, "groups": [], "lacking": list(subsets)}
+        return SubsetGroups(case.name, [], list(subsets))
     volumes, properties = read_case(
         case.name, {c: case.files[c] for c in wanted}, channels, model.plans_manager.image_reader_writer_class()
     )
@@ -96,10 +106,10 @@ def prepare_subset_groups(
         if group is not None:
             groups.append(group)
     evaluated = {s for group in groups for s in group.subsets}
-    return {"case": case.name, "ofile": None, "groups": groups, "lacking": [s for s in subsets if s not in evaluated]}
+    return SubsetGroups(case.name, groups, [s for s in subsets if s not in evaluated])
 
 
-def preprocessed_group(case: Case, subsets: Sequence[Subset], folder: Path, num_modalities: int) -> Item:
+def preprocessed_group(case: Case, subsets: Sequence[Subset], folder: Path, num_modalities: int) -> SubsetGroups:
     """Take a case from a preprocessed folder, cropped and normalised from all its modalities; runs in a worker.
 
     Args:
@@ -115,7 +125,7 @@ def preprocessed_group(case: Case, subsets: Sequence[Subset], folder: Path, num_
     members = _possible(subsets, case.files)
     kept = sorted(c for c in case.files if any(s[c] for s in members))
     groups = [SubsetGroup(members, kept, np.asarray(data[:num_modalities])[kept], properties)] if members else []
-    return {"case": case.name, "ofile": None, "groups": groups, "lacking": [s for s in subsets if s not in members]}
+    return SubsetGroups(case.name, groups, [s for s in subsets if s not in members])
 
 
 def _preprocess(
@@ -131,11 +141,11 @@ def _preprocess(
         item = preprocess_volumes(name, volumes, properties, previous, None, model)
     except EmptyCaseError:
         return None
-    available = {c for c in volumes if item["availability"][c]}
+    available = {c for c in volumes if item.available[c]}
     members = _possible(members, available)
     kept = sorted(c for c in available if any(s[c] for s in members))
-    one_hot = None if previous is None else item["data"][len(model.channels) :]
-    return SubsetGroup(members, kept, item["data"][kept], item["data_properties"], one_hot) if members else None
+    one_hot = None if previous is None else item.data[len(model.channels) :]
+    return SubsetGroup(members, kept, item.data[kept], item.properties, one_hot) if members else None
 
 
 def _possible(subsets: Sequence[Subset], channels: Container[int]) -> list[Subset]:

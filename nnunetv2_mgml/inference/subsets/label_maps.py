@@ -16,13 +16,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_mgml.inference.case_quality import export_and_sum_up
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.model_check import check_supported
-from nnunetv2_mgml.inference.preprocessing import Job, iterate_items
-from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups, preprocessed_group
+from nnunetv2_mgml.inference.preprocessing import FailedItem, Job, iterate_items
+from nnunetv2_mgml.inference.subsets.groups import SubsetGroups, prepare_subset_groups, preprocessed_group
 from nnunetv2_mgml.inference.subsets.predictor import SubsetPredictor
 from nnunetv2_mgml.io.files import file_stamp, read_json, write_json
 from nnunetv2_mgml.io.volumes import not_finished
@@ -155,14 +154,14 @@ class SubsetLabelMaps:
             try:
                 waiting.append(self._predict_item(item, exporting))
             except Exception as error:  # out of memory, a full disk: the next case may still work
-                _log.exception("Case %s failed", item["case"])
-                yield _failed(item["case"], f"{type(error).__name__}: {error}")
+                _log.exception("Case %s failed", item.case)
+                yield _failed(item.case, f"{type(error).__name__}: {error}")
             while len(waiting) > 1:
                 yield _finished(*waiting.popleft(), exporting)
         while waiting:
             yield _finished(*waiting.popleft(), exporting)
 
-    def _preparation(self, case: Case, subsets: list[Subset]) -> Callable[[], dict[str, Any]]:
+    def _preparation(self, case: Case, subsets: list[Subset]) -> Callable[[], SubsetGroups]:
         settings, model = self.settings, self.predictor.model
         if settings.preprocessed is not None:
             return partial(preprocessed_group, case, subsets, settings.preprocessed, len(model.channels))
@@ -172,16 +171,16 @@ class SubsetLabelMaps:
             previous = {s: folder / f"{case.name}{self.ending}" for s, folder in folders.items()}
         return partial(prepare_subset_groups, case, subsets, model, settings.shared_preprocessing, previous)
 
-    def _predict_item(self, item: dict[str, Any], exporting: WorkerPool) -> tuple[CaseLabelMaps, list[Task]]:
+    def _predict_item(self, item: SubsetGroups | FailedItem, exporting: WorkerPool) -> tuple[CaseLabelMaps, list[Task]]:
         """Predict a preprocessed case and start its exports."""
-        case, predictor = item["case"], self.predictor
-        if "error" in item:
-            return CaseLabelMaps(case, error=ValueError(item["error"])), []
-        names = tuple(subset_name(s, predictor.channels) for s in item["lacking"])
+        case, predictor = item.case, self.predictor
+        if isinstance(item, FailedItem):
+            return CaseLabelMaps(case, error=ValueError(item.error)), []
+        names = tuple(subset_name(s, predictor.channels) for s in item.lacking)
         if names and not self.settings.allow_missing:
             return _failed(case, f"a modality is empty, so it cannot be evaluated on {', '.join(names)}. {_ALLOW}"), []
         exports = []
-        for group in item["groups"]:
+        for group in item.groups:
             logits = predictor.predict_subsets(group.full_data(len(predictor.channels)), group.subsets)
             for subset, answer in zip(group.subsets, logits, strict=True):
                 exports.append(
@@ -197,7 +196,7 @@ class SubsetLabelMaps:
                         False,
                     )
                 )
-        files = self._files(case, [s for s in self.subsets if s not in item["lacking"]])
+        files = self._files(case, [s for s in self.subsets if s not in item.lacking])
         return CaseLabelMaps(case, files, names), exports
 
     def _is_finished(self, subset: Subset, case: Case) -> bool:
