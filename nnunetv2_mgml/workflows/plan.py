@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from nnunetv2_mgml import __version__
 from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import channel_index, channel_names
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.plans.folders import PREPROCESSED, dataset_folder
+from nnunetv2_mgml.plans.cohort import MISSING_FILE, raw_cases
+from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
 from nnunetv2_mgml.plans.options import FUSION_REVISION, PLANS_KEY, NetworkOptions
 from nnunetv2_mgml.plans.presets import PAPER, presets
 from nnunetv2_mgml.plans.regions import check_regions
@@ -34,6 +36,7 @@ GPU_SHARE = 0.8
 SIZES = ("batch_size", "patch_size", "width_factor")
 """What is made smaller where a training step does not fit a GPU."""
 _PREPARE = "nnUNetv2_plan_and_preprocess"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
     replaced = _plans_to_replace(target)
     dataset_json = _read(folder / "dataset.json", _PREPARE)
     check_regions(dataset_json)
+    if note := shared_files(folder.name, channel_names(dataset_json)):
+        _log.warning("%s", note)
     if "nnunet" in request.presets and PLANS_KEY in source:
         stock = _read(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
         source = with_stock_sizes(source, stock, configurations)
@@ -113,6 +118,22 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
         changes.update(chosen)
     write_json(target, plans, indent=4)
     return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory)
+
+
+def shared_files(dataset: str, channels: Sequence[str]) -> str:
+    """Say what follows where one file holds all channels of a case (colours); empty elsewhere, or without raw data."""
+    try:
+        folder = dataset_folder(dataset, RAW)
+        cases = raw_cases(folder)
+    except (ValueError, FileNotFoundError):
+        return ""
+    if len(channels) < 2 or (folder / MISSING_FILE).is_file() or any(set(case.files) != {0} for case in cases):
+        return ""
+    return (
+        f"Every case of {dataset} has one file for its {len(channels)} channels ({', '.join(channels)}), as colours "
+        f"have. A modality is missing where its file is: to predict without one, or to have incomplete cases, give "
+        f"each a file of its own (CASE_0000, CASE_0001, ...)."
+    )
 
 
 def _fitted(

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 from builders import options_with
+from cohort_cases import write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -172,3 +173,11 @@ def test_bad_plans_names(stock, name):
 def test_default_configuration(stock):
     assert planning.default_configurations(stock) == ["3d_fullres"]
     assert planning.default_configurations({"configurations": {"2d": {}}}) == ["2d"]
+
+
+def test_colours_in_one_file_are_said(nnunet_folders):
+    write_raw(nnunet_folders / "raw" / "Dataset046_RGB", {case: ["G", "B"] for case in "abc"}, channels="RGB")
+    assert "one file for its 3 channels (R, G, B)" in planning.shared_files("Dataset046_RGB", ("R", "G", "B"))
+    write_raw(nnunet_folders / "raw" / "Dataset047_MRI", {"a": ["t1"]}, channels=("ct", "t1"))
+    assert planning.shared_files("Dataset047_MRI", ("ct", "t1")) == ""
+    assert planning.shared_files("Dataset048_Elsewhere", ("ct", "t1")) == ""
