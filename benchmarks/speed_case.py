@@ -27,7 +27,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from step import CLASSES, MODALITIES, REGIONS
 from subsets import files
 
-from nnunetv2_mgml.inference import engine
+from nnunetv2_mgml.inference import predictor as prediction
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.phantom import write_phantoms
@@ -246,7 +246,8 @@ _WATCHED = (
     (MultiEncoderUNet, "encode", "network"),
     (MultiEncoderUNet, "decode_subsets", "network"),
     (nnUNetPredictor, "predict_sliding_window_return_logits", "sliding window"),
-    (engine, "export_case", "export"),
+    (prediction, "export_case", "export"),
+    (prediction, "export_and_sum_up", "export"),
 )
 
 
