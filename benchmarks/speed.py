@@ -61,13 +61,18 @@ def main() -> None:
     if not args.page:
         with tempfile.TemporaryDirectory() as work:
             results.parent.mkdir(parents=True, exist_ok=True)
-            write_json(results, measure(args, Path(work)))
+            measure(args, Path(work), results)
     write_page(page, read_json(results) if results.is_file() else {})
     print(f"wrote {results} and {page}")
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Return everything; ``work`` is an empty folder."""
+def measure(args: argparse.Namespace, work: Path, results: Path) -> None:
+    """Measure everything; ``work`` is an empty folder, and what is done is in ``results`` after every part."""
+
+    def say(part: str) -> None:
+        write_json(results, found)
+        announce(part)
+
     until = time.monotonic() + 60 * args.minutes
     settings = Settings("cpu", args.tiny, 0, work, None, work)
     size = TINY_SIZE if args.tiny else SIZE
@@ -93,7 +98,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     dataset = speed_case.write_preprocessed(work, plans, 2, size.patch + size.patch // 4)
     batches = loading(dataset, turns)
     found["loader_ratio"] = entry("loader_ratio", batches, "mgml", "nnunet")
-    say("profiles")
+    say("profile of a step")
     step = parts(settings, settings.steps(size))
     found["profile"] = {
         "training_step": {**stages(step), "loader": statistics.median(batches["mgml"])},
@@ -101,6 +106,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             name: statistics.median(step[name]) for name in ("encode", "fuse_decode", "decode_modalities")
         },
     }
+    say("profile of a whole case")
     found["case"] = speed_case.write_case(work, args.case, TINY_SHAPE if args.tiny else CASE_SHAPE)
     models = {
         name: speed_case.write_model(work / name, trainer, plans, options)
@@ -130,7 +136,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     found["stock_prediction_ratio"]["setting"] = SETTINGS[fastest]
     found["whole_case_seconds"] = cases
     found["seconds_measured"] = round(time.monotonic() - until + 60 * args.minutes)
-    return found
+    write_json(results, found)
 
 
 def about(args: argparse.Namespace, size: Size) -> dict[str, Any]:
@@ -161,7 +167,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def say(what: str) -> None:
+def announce(what: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {what}", flush=True)
 
 
