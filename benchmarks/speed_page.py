@@ -85,13 +85,14 @@ def page(result: Mapping[str, Any]) -> str:
     ratios = table(columns, (_row(goal, result.get(key), bool(result)) for key, goal in GOALS.items()))
     if not result:
         return f"# Speed\n\n**Not measured yet**: `python benchmarks/speed.py` on an idle machine.\n\n{ratios}"
+    whole = "stock_prediction_ratio" in result
     head = _HEAD.format(
-        seconds=result["seconds_measured"],
+        seconds=result.get("seconds_measured", "stopped before its end; so far less than 600"),
         load=result["load_before"],
         date=result["date"][:10],
-        turns=len(result["stock_prediction_ratio"]["seconds"]["of"]),
+        turns=len(result["stock_prediction_ratio"]["seconds"]["of"]) if whole else 0,
         **{
-            key: result[key]
+            key: result.get(key, "not measured")
             for key in (
                 *("processor", "cores", "threads", "torch", "commit", "patch", "batch", "stages", "design", "case"),
             )
@@ -104,9 +105,7 @@ def page(result: Mapping[str, Any]) -> str:
             head,
             *tiny,
             ratios,
-            f"`stock_prediction_ratio` is of {result['stock_prediction_ratio']['setting']}; in seconds "
-            f"{_seconds(result['stock_prediction_ratio'])}. 15 subsets / one: "
-            f"{_seconds(result['fifteen_subsets_files_ratio'])}. Keys of `benchmarks/results/speed.json` "
+            f"{_whole_cases(result) if whole else ''}Keys of `benchmarks/results/speed.json` "
             "are those of the rows: " + ", ".join(f"`{key}`" for key in GOALS) + ".\n",
             "## Where the time of a training step goes",
             "",
@@ -115,20 +114,34 @@ def page(result: Mapping[str, Any]) -> str:
             "",
             _shares(profile["training_step"], ("network", "loss", "backward", "optimiser"), profile["training_step"]),
             "Forward passes alone: " + _listed(profile["forward_passes"]) + ".\n",
-            "## Where the time of a whole prediction goes",
-            "",
-            "Seconds of `mgml predict`, all modalities, from files to a label map, every part without those inside it; "
-            "*at 2 mm*: the same case with a plan for 2 mm, so that images and logits are resampled.",
-            "",
-            _prediction(profile["prediction"], profile["prediction_at_2_mm"]),
+            *(_whole_prediction(profile) if whole else ["Whole cases were not measured.\n"]),
         ]
     )
+
+
+def _whole_cases(result: Mapping[str, Any]) -> str:
+    return (
+        f"`stock_prediction_ratio` is of {result['stock_prediction_ratio']['setting']}; in seconds "
+        f"{_seconds(result['stock_prediction_ratio'])}. 15 subsets / one: "
+        f"{_seconds(result['fifteen_subsets_files_ratio'])}. "
+    )
+
+
+def _whole_prediction(profile: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Where the time of a whole prediction goes",
+        "",
+        "Seconds of `mgml predict`, all modalities, from files to a label map, every part without those inside it; "
+        "*at 2 mm*: the same case with a plan for 2 mm, so that images and logits are resampled.",
+        "",
+        _prediction(profile["prediction"], profile["prediction_at_2_mm"]),
+    ]
 
 
 def _row(goal: Goal, entry: Mapping[str, Any] | None, measured: bool) -> list[str]:
     at_most = "-" if goal.at_most is None else f"{goal.at_most:.2f}"
     if entry is None:
-        why = "no library, or no instructions of this processor, for it" if measured else goal.how
+        why = "stopped before, or no library or instructions of this processor for it" if measured else goal.how
         return [goal.what, "not measured", "-", at_most, "-", why]
     met = "-" if goal.at_most is None else "yes" if entry["value"] <= goal.at_most else "**no**"
     spread = "-" if entry["scatter"] is None else f"{entry['scatter']:.0%}"
