@@ -198,10 +198,13 @@ def test_shared_preprocessing_is_exact_only_where_the_masks_agree(model, images,
 
 
 def test_finished_cases_are_not_predicted_again(model, images, labels, tmp_path, monkeypatch):
+    """An unfinished case is predicted from all its subsets, as without a break, and only what is missing is written."""
     out = tmp_path / "out"
     assert evaluate(model, images, labels, out, "--subsets", "t1", "t2+flair") == 0
     before = load_evaluation(out).table
-    (out / "predictions" / "t1" / "b.nii.gz").unlink()
+    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("predictions/*/*")}
+    for ending in (".nii.gz", ".probabilities.json"):
+        (out / "predictions" / "t1" / f"b{ending}").unlink()
     (out / "cases" / "a.json").unlink()
     predicted = []
     original = SubsetLabelMaps._predict_item
@@ -212,8 +215,13 @@ def test_finished_cases_are_not_predicted_again(model, images, labels, tmp_path,
 
     monkeypatch.setattr(SubsetLabelMaps, "_predict_item", spy)
     assert evaluate(model, images, labels, out, "--subsets", "t1", "t2+flair") == 0
-    assert predicted == [("b", [(True, False, False, False)])]
+    assert predicted == [("b", [(True, False, False, False), (False, False, True, True)])]
     assert load_evaluation(out).table.equals(before)
+    again = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("predictions/*/*")}
+    assert {path: content for path, (content, _) in again.items()} == {p: content for p, (content, _) in files.items()}
+    written = {path.name for path, (_, moment) in again.items() if moment != files[path][1]}
+    assert written == {"b.nii.gz", "b.probabilities.json"}
+    assert {path.parent.name for path, (_, moment) in again.items() if moment != files[path][1]} == {"t1"}
 
 
 def test_a_case_whose_images_changed_is_predicted_again(model, images, labels, tmp_path, caplog):

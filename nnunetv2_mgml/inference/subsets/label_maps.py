@@ -99,6 +99,7 @@ class SubsetLabelMaps:
         self.folder = folder
         self.settings = settings
         self._loaded: tuple[int | str, ...] | None = None
+        self._todo: dict[str, list[Subset]] = {}
         self._load(work[0].folds)
         self.subsets = [parse_subset(name, predictor.channels) for name in subsets]
         self.ending: str = predictor.dataset_json["file_ending"]
@@ -141,14 +142,17 @@ class SubsetLabelMaps:
 
     def _predict_cases(self, cases: Sequence[Case], exporting: WorkerPool) -> Iterator[CaseLabelMaps]:
         jobs = []
+        self._todo = {}
         for case in cases:
             drop_outdated(self.folder, case.name, self.ending, case.files)
             todo = [s for s in self.subsets if not self._is_finished(s, case)]
             if not todo:
                 yield CaseLabelMaps(case.name, self._files(case.name, self.subsets))
                 continue
-            prepare = self._preparation(case, todo)
-            jobs.append(Job(case.name, None, prepare))
+            # What is finished is predicted along: which subsets share a batch decides how their sums round, and a run
+            # that was killed is to end with the very files of one that was not.
+            self._todo[case.name] = todo
+            jobs.append(Job(case.name, None, self._preparation(case, self.subsets)))
         waiting: deque[tuple[CaseLabelMaps, list[Task]]] = deque()
         for item in iterate_items(jobs, self.settings.num_processes_preprocessing):
             try:
@@ -172,7 +176,7 @@ class SubsetLabelMaps:
         return partial(prepare_subset_groups, case, subsets, model, settings.shared_preprocessing, previous)
 
     def _predict_item(self, item: SubsetGroups | FailedItem, exporting: WorkerPool) -> tuple[CaseLabelMaps, list[Task]]:
-        """Predict a preprocessed case and start its exports."""
+        """Predict a preprocessed case and start the exports of what is not finished."""
         case, predictor = item.case, self.predictor
         if isinstance(item, FailedItem):
             return CaseLabelMaps(case, error=ValueError(item.error)), []
@@ -183,6 +187,8 @@ class SubsetLabelMaps:
         for group in item.groups:
             logits = predictor.predict_subsets(group.full_data(len(predictor.channels)), group.subsets)
             for subset, answer in zip(group.subsets, logits, strict=True):
+                if subset not in self._todo[case]:
+                    continue
                 exports.append(
                     exporting.submit(
                         export_and_sum_up,
