@@ -63,6 +63,19 @@ def parse_predictions(entries: Sequence[str]) -> PredictionFolders:
     return folders
 
 
+def add_evaluations(parser: argparse.ArgumentParser, which: str) -> None:
+    """Add the evaluation folders a command compares, and ``--common_cases``.
+
+    Args:
+        parser: of the command.
+        which: what the help says of the folders.
+    """
+    parser.add_argument(
+        "evaluations", nargs="+", type=Path, metavar="FOLDER", help=f"folders written by 'mgml evaluate'{which}"
+    )
+    parser.add_argument("--common_cases", action="store_true", help="compare the shared cases when they differ")
+
+
 def add_model_choice(parser: argparse.ArgumentParser) -> None:
     """Add ``-d -c -tr -p``, or ``-m``: which trained model a command is about."""
     parser.add_argument("-d", metavar="DATASET", help="id or name of the dataset the model was trained on")

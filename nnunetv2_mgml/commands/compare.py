@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunetv2_mgml.commands.arguments import add_evaluations
 from nnunetv2_mgml.presentation.tables import comparison_markdown
 from nnunetv2_mgml.scoring.metrics import all_metrics
 from nnunetv2_mgml.workflows.compare import ComparisonRequest, compare_folders
@@ -12,13 +13,7 @@ from nnunetv2_mgml.workflows.compare import ComparisonRequest, compare_folders
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml compare``."""
-    parser.add_argument(
-        "evaluations",
-        nargs="+",
-        type=Path,
-        metavar="FOLDER",
-        help="folders written by 'mgml evaluate'; the first is the baseline",
-    )
+    add_evaluations(parser, "; the first is the baseline")
     parser.add_argument(
         "-o",
         type=Path,
@@ -35,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC",
         help=f"what to compare, of {', '.join(all_metrics())}",
     )
-    parser.add_argument("--common_cases", action="store_true", help="compare the shared cases when they differ")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
 
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunetv2_mgml.commands.arguments import add_evaluations
 from nnunetv2_mgml.workflows.find_best import CHOICE, BestRequest, commands, find_best
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml find-best``."""
-    parser.add_argument(
-        "evaluations",
-        nargs="+",
-        type=Path,
-        metavar="FOLDER",
-        help="folders written by 'mgml evaluate' for the same cases: one per configuration, trainer or ensemble",
-    )
+    add_evaluations(parser, " for the same cases: one per configuration, trainer or ensemble")
     parser.add_argument(
         "-o", type=Path, metavar="OUT", required=True, help=f"folder for {CHOICE} and postprocessing.pkl"
     )
-    parser.add_argument("--common_cases", action="store_true", help="compare the shared cases when they differ")
     parser.add_argument("--no_postprocessing", action="store_true", help="choose the model only")
     parser.add_argument("-np", type=int, default=2, metavar="N", help="processes for post-processing")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,9 +92,10 @@ def find_best(request: BestRequest) -> Best:
     folder = Path(max(means, key=lambda name: means[name]["all"]))
     best = Best(folder, means)
     request.output.mkdir(parents=True, exist_ok=True)
-    (request.output / POSTPROCESSING).unlink(missing_ok=True)
     if request.postprocessing:
         best = _with_postprocessing(best, load_evaluation(folder), request)
+    if not best.steps:  # of an earlier choice
+        (request.output / POSTPROCESSING).unlink(missing_ok=True)
     write_json(
         request.output / CHOICE,
         {
@@ -182,7 +182,7 @@ def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestReques
             for place in (folder / "predicted", folder / "predicted" / "postprocessed")
         )
         if arguments:
-            shutil.move(folder / "predicted" / POSTPROCESSING, request.output / POSTPROCESSING)
+            os.replace(folder / "predicted" / POSTPROCESSING, request.output / POSTPROCESSING)
     return Best(
         best.folder,
         best.means,

@@ -123,7 +123,11 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads((a / "summary.json").read_text())
     del summary["model"]
     (a / "summary.json").write_text(json.dumps(summary))
+    earlier = tmp_path / "best" / "postprocessing.pkl"
+    earlier.parent.mkdir(exist_ok=True)
+    earlier.write_bytes(b"of an earlier choice")
     assert main(["find-best", str(a), *out]) == 2
     assert "--no_postprocessing" in capsys.readouterr().err
+    assert earlier.read_bytes() == b"of an earlier choice"  # a choice that fails takes nothing away
     assert main(["find-best", str(a), *out, "--no_postprocessing"]) == 0
     assert main(["find-best", str(tmp_path), *out]) == 2
