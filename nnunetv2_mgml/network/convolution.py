@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 _SMALL = 20480
-"""PyTorch's own limit: samples x channels x voxels of the first two axes. At most as large, one sample is small to it."""
+"""PyTorch's own limit for one sample, in channels x voxels of the first two axes; larger ones go to oneDNN."""
 
 
 class Conv3d(nn.Conv3d):

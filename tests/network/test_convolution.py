@@ -1,4 +1,4 @@
-"""Convolutions by oneDNN on a CPU: what `torch.nn.Conv3d` computes, for the sizes PyTorch leaves to other kernels too."""
+"""Convolutions by oneDNN on a CPU: what `torch.nn.Conv3d` computes, also for sizes PyTorch leaves to other kernels."""
 
 from __future__ import annotations
 
