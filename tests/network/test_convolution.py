@@ -126,7 +126,7 @@ def test_pytorchs_own_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert copy.deepcopy(ours).to("meta")(x.to("meta")).device.type == "meta"
     assert ours(x[0]).shape == (3, 4, 4, 4)
     assert ours(x[:0]).shape == (0, 3, 4, 4, 4)
-    assert torch.jit.trace(ours, x)(x).shape == (1, 3, 4, 4, 4)
+    assert torch.jit.trace(ours, x, check_trace=False)(x).shape == (1, 3, 4, 4, 4)
     assert torch.export.export(ours, (x,)).module()(x).shape == (1, 3, 4, 4, 4)
     with torch.backends.mkldnn.flags(enabled=False):
         assert ours(x).shape == (1, 3, 4, 4, 4)
