@@ -32,7 +32,7 @@ SIZES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--designs", nargs="+", default=list(DESIGNS), help="fusion designs")
-    parser.add_argument("--width_factor", type=float, default=0.5, help="the option (default: ours)")
+    parser.add_argument("--width_factor", type=float, default=1.0, help="of nnU-Net's widths 32, 64, 128, ...")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "memory.md")
     args = parser.parse_args()
     rows = {}
@@ -123,8 +123,9 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
         f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors "
         "saved for the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit."
-        " **A lower bound**: temporary tensors, allocator and cuDNN workspace come on top. [On a GPU](gpu.md) has "
-        "measured peaks beside it, and `mgml plan -d DATASET --gpu_memory` predicts the peak for plans of yours.",
+        " **A lower bound**: temporary tensors, allocator and cuDNN workspace come on top. Our default is "
+        "`width_factor` 0.5, which takes about half; [On a GPU](gpu.md) has it counted and measured, and `mgml plan -d "
+        "DATASET --gpu_memory` predicts the peak for plans of yours.",
         "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
         "L_CR; *default*: also the loss on the complete view.",
