@@ -133,9 +133,10 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         "",
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
         f"{args.width_factor:g}, deep supervision, SGD, 16-bit autocast. GiB at the peak of one training step, counted "
-        "on shapes without data as `mgml plan --gpu_memory` does it: weights in 32 bit, their gradients and momentum, "
-        "the batch, what the backward pass needs and every temporary tensor. **Not measured on a GPU**: "
-        "workspaces of the kernels, the allocator's gaps and the context of the GPU come on top.",
+        "on shapes without data as `mgml plan -d DATASET --gpu_memory` does it for plans of yours: weights in 32 bit, "
+        "their gradients and momentum, the batch, what the backward pass needs and every temporary tensor. Workspaces "
+        "of the kernels, the allocator's gaps and the context of a GPU come on top. Our default is `width_factor` 0.5, "
+        "which takes about half; [On a GPU](gpu.md) has it measured.",
         "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
         "L_CR; *default*: also the loss on the complete view.",

@@ -139,7 +139,7 @@ class TrainingOptions(TrainerAttributes):
     recompute_encoders: bool = option(
         False,
         "in a training step compute the encoders twice instead of keeping what is inside them: the same losses and "
-        "gradients in less memory and more time (docs/memory.md)",
+        "gradients in a third less memory and more time",
     )
     augmentation: str = option(
         "nnunet",
