@@ -27,7 +27,7 @@ class Conv3d(nn.Conv3d):
             return super().forward(input)
         x, stride, padding = input.contiguous(), list(self.stride), list(cast("tuple[int, ...]", self.padding))
         if torch.is_grad_enabled():
-            learning: torch.Tensor = _Convolution.apply(x, self.weight, self.bias, stride, padding)  # type: ignore[no-untyped-call]
+            learning: torch.Tensor = _Convolution.apply(x, self.weight, self.bias, stride, padding)
             return learning
         return _convolved(x, self.weight, self.bias, stride, padding)
 
@@ -48,7 +48,7 @@ _NAMES = ("same", "valid")
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     return (
         type(x) is torch.Tensor  # neither a shape without data nor one of a function transform
@@ -58,7 +58,7 @@ def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -84,7 +84,7 @@ class _Convolution(torch.autograd.Function):
         return _convolved(x, weight, bias, stride, padding)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad[:3]

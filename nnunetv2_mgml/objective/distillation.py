@@ -55,7 +55,7 @@ def soft_label_loss(
             )
             return temperature**2 * weighted_mean(voxel_mean((taught * divergence).sum(1), kept), count[:, 0])
         # The target is the same for all modalities, so only the mean of their log-probabilities enters.
-        mean: torch.Tensor = _MeanLogSoftmax.apply(at_least_float32(logits), share, temperature)  # type: ignore[no-untyped-call]
+        mean: torch.Tensor = _MeanLogSoftmax.apply(at_least_float32(logits), share, temperature)
         divergence = (target.exp() * (target - mean)).sum(1)
         return temperature**2 * weighted_mean(voxel_mean(divergence, kept), count[:, 0])
 
@@ -80,7 +80,7 @@ class _MeanLogSoftmax(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, share = ctx.saved_tensors
         own = torch.empty_like(logits)

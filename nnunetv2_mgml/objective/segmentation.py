@@ -59,7 +59,7 @@ def class_mass(log_probabilities: torch.Tensor, valid: torch.Tensor | None) -> t
     Returns:
         ``(B, M, K)``; the predicted volume in Dice, and the MetaNetwork's input (eq. 1) once divided by the voxels.
     """
-    mass: torch.Tensor = _ClassMass.apply(log_probabilities, valid)  # type: ignore[no-untyped-call]
+    mass: torch.Tensor = _ClassMass.apply(log_probabilities, valid)
     return mass
 
 
@@ -75,7 +75,7 @@ class _ClassMass(torch.autograd.Function):
         return probabilities.sum(-1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         log_probabilities, valid = ctx.saved_tensors
         own = log_probabilities.exp()

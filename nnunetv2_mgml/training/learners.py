@@ -132,8 +132,8 @@ class SubsetLearner(Learner):
             self.objective.distribute(on_own_device)
         self.optimizers = self.objective.optimizers
         self._teacher_transforms = stronger_intensity_transforms() if self.objective.needs.own_view else None
-        self._bare_network = cast(MultiEncoderUNet, trainer.bare_network)
-        self._bare_network.recompute_encoders = self.options.training.recompute_encoders
+        self._bare_network = trainer.bare_network
+        cast(MultiEncoderUNet, trainer.bare_network).recompute_encoders = self.options.training.recompute_encoders
 
     @classmethod
     def build_network(

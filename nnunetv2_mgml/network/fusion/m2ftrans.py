@@ -192,6 +192,7 @@ class M2FTransFusion(FusionDesign):
         if str(scale) not in self.channel:
             fused = skip.fuse(features, mask, state.get(str(scale)), weights)
             return self.pyramid.add(scale, FusedScale(fused), context)
+        assert context is not None  # only the bottleneck has none
         query = context if self.replaces else skip.fuse(features, mask, state.get(str(scale)), weights) + context
         features = features * weights[:, :, None].to(features.dtype)
         fused = self.channel[str(scale)](query, features, mask)
