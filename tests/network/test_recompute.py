@@ -71,7 +71,7 @@ def test_a_step_needs_less_memory() -> None:
         plans["mgml"] = {"config": {**builders.TINY, "recompute_encoders": recompute, "width_factor": 1.0}}
         needed.append(step_memory(plans, "3d_fullres", builders.BRATS_JSON))
     assert needed[0].weights == needed[1].weights
-    assert needed[1].peak < 0.85 * needed[0].peak
+    assert needed[1].peak < 0.92 * needed[0].peak  # these encoders have one convolution per stage
 
 
 def test_the_plans_option_reaches_the_network(nnunet_folders: Any) -> None:
