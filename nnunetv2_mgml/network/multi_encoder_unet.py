@@ -135,8 +135,8 @@ class MultiEncoderUNet(nn.Module):
         Args:
             features: as `encode` returns them.
             subsets: ``(S, M)`` bool.
-            voxels: see `FusionDecoder.decode_masks`. On a CPU, PyTorch's convolutions are several times slower on one
-                small tensor than on two at once; with large ones a batch gains nothing and takes memory.
+            voxels: see `FusionDecoder.decode_masks`. Small tensors gain from going through a layer together; with large
+                ones a batch gains nothing and takes memory.
 
         Returns:
             Logits ``(B, S, R, *spatial)``.
