@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _SMALL = 20480
 """PyTorch's own limit for one sample, in channels x voxels of the first two axes; larger ones go to oneDNN."""
@@ -59,6 +60,7 @@ def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
+        and not is_in_torch_dispatch_mode()  # counters of operations know PyTorch's convolution alone
     )
 
 
