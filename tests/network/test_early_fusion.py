@@ -169,7 +169,7 @@ class SlowDeMoSeg:
             for lender, own in itertools.permutations([m for m in range(4) if present[m]], 2):
                 pair = (stems[m][b, slots[own]] for m in (lender, own))
                 kept, said = (channels.log_softmax(0) for channels in pair)
-                divergence = divergence + F.kl_div(kept, said, reduction="mean", log_target=True) / 2
+                divergence = divergence + (said.exp() * (said - kept)).mean() / 2
         skips = [fused]
         for stage in range(2):
             skips.append(
