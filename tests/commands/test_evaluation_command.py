@@ -147,6 +147,18 @@ class TestPredictions:
         assert evaluate(tmp_path) == 2
         assert "--dataset_json" in capsys.readouterr().err
 
+    def test_results_are_not_replaced_by_fewer_or_by_others(self, tmp_path, capsys):
+        write_study(tmp_path)
+        assert evaluate(tmp_path) == 0
+        before = (tmp_path / "out" / "results.csv").read_bytes()
+        assert evaluate(tmp_path, "--subsets", "t1") == 2
+        assert "holds the results of 2 subsets; this run would replace them by those of 1, without flair" in (
+            capsys.readouterr().err
+        )
+        assert evaluate(tmp_path, "--remove_small", "ET=100000") == 2
+        assert "holds an evaluation with other settings" in capsys.readouterr().err
+        assert (tmp_path / "out" / "results.csv").read_bytes() == before
+
     def test_what_names_model_or_predictions_is_asked_for(self, tmp_path, capsys, monkeypatch):
         monkeypatch.delenv("nnUNet_results", raising=False)
         for arguments, message in (
