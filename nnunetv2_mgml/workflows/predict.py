@@ -91,7 +91,7 @@ def build_predictor(request: PredictionRequest, *args: Any, **kwargs: Any) -> MG
         **kwargs,
     )
     check_device(request.device)
-    if request.device == "cpu":  # nnU-Net starts a thread for every CPU of the machine
+    if request.uses_our_flags and request.device == "cpu":  # nnU-Net starts a thread for every CPU of the machine
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     predictor.sequential_part = request.part
     return predictor
