@@ -305,7 +305,7 @@ def _commands(best: Best, evaluation: Evaluation, output: Path) -> list[str]:
         options += [] if model.tile_step_size in (None, 0.5) else ["-step_size", f"{model.tile_step_size:g}"]
         options += ["--disable_tta"] if model.mirroring is False else []
         stage = _previous_stage(model.folder)
-        steps = [("OUT", model.folder, [])]
+        steps: list[tuple[str, Path, list[str]]] = [("OUT", model.folder, [])]
         if stage is not None:
             lower = f"OUT_{stage.name.rpartition('__')[2]}"
             steps = [(lower, stage, []), ("OUT", model.folder, ["-prev_stage_predictions", lower])]
