@@ -77,6 +77,7 @@ class CohortSummary:
         skipped: case -> why it was not converted; empty unless ``skip_bad``.
         split: the fixed split, or None.
         left_out: labelled cases that are in none of the split lists.
+        left_over: images that no pattern matches, below the source.
         seconds: wall-clock time.
     """
 
@@ -90,6 +91,7 @@ class CohortSummary:
     split: Split | None
     left_out: tuple[str, ...]
     seconds: float
+    left_over: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
         split,
         left_out,
         time.perf_counter() - started,
+        tuple(path.relative_to(source) for path in found.left_over),
     )
 
 

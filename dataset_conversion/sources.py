@@ -77,4 +77,4 @@ def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
             cases.append(type(case)(case.name, images, case.label, case.site, case.frames))
         else:
             problems[case.name] = [f"has none of {', '.join(channels)}"]
-    return FoundCases(order, cases, problems, found.origin)
+    return FoundCases(order, cases, problems, found.origin, found.left_over)

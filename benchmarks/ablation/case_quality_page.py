@@ -64,6 +64,10 @@ True mean Dice, Spearman's correlation of estimate and truth, error of the estim
 - The interval holds on average over cases, not for every kind of case, and few validation cases are behind it.
 - Folds, checkpoint and mirroring are those of the evaluation (`expected_dice_from`); an ensemble or a mirrored
   prediction has other probabilities.
+- Agreement of folds and of mirrored copies is not in it. Validation cases, on which it is fitted, were trained on by
+  every fold but one, so how far folds agree on them says nothing of a new case; and mirrored copies are averaged patch
+  by patch, so where they disagree the probabilities above are less sure already, while keeping each copy apart would
+  take the memory of eight predictions. Neither was tried.
 - No doubt is no reason not to look.
 """
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     source, labels = _source(args, args.what), _parse_labels(args.labels)
     found, own_labels = source.find()
     given = {name: value for name, value in vars(args).items() if name in CohortRequest.__dataclass_fields__}
-    name = args.name or source.path.name.split(".")[0].replace(" ", "_")
+    name = args.name or plain_name(source.path.name.split(".")[0])
     summary = convert_cohort(
         CohortRequest(found, **{**given, "name": name, "labels": labels or own_labels}), progress=True
     )
@@ -192,6 +194,8 @@ def _run_images(args: argparse.Namespace) -> int:
     )
     print(f"Channels: {', '.join(f'{i} {name}' for i, name in enumerate(found.modalities))}")
     print(_missing_line({case: names for case, names in missing.items() if names}))
+    if found.left_over:
+        print(_left_over_line([path.relative_to(found.origin) for path in found.left_over]))
     print(f"Wrote {len(missing)} case(s) to {args.target}. Predict them with --missing_modalities auto.")
     return 0
 
@@ -236,6 +240,8 @@ def describe(summary: CohortSummary) -> list[str]:
         f"Cases: {summary.num_training} in imagesTr, {summary.num_test} in imagesTs",
         _missing_line(summary.missing),
     ]
+    if summary.left_over:
+        lines.append(_left_over_line(summary.left_over))
     if summary.split is not None:
         lines.append(f"Split: {summary.split}, written where nnU-Net reads it. Train fold 0.")
     if summary.left_out:
@@ -247,6 +253,18 @@ def describe(summary: CohortSummary) -> list[str]:
         lines.append(f"Skipped {len(summary.skipped)} bad case(s):")
         lines += [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(summary.skipped.items())]
     return lines
+
+
+def plain_name(text: str) -> str:
+    """Return the name of a file or folder as nnU-Net's folders take it (``Köln 1`` -> ``Koln_1``)."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", plain)
+    return (name if name == text.replace(" ", "_") else name.strip("_")) or "Cohort"
+
+
+def _left_over_line(paths: Sequence[Path]) -> str:
+    shown = ", ".join(path.as_posix() for path in paths[:3])
+    return f"Not used, as no pattern matches: {len(paths)} image(s), such as {shown}"
 
 
 def _missing_line(missing: Mapping[str, Sequence[str]]) -> str:

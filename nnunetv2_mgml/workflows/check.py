@@ -40,7 +40,8 @@ class Proposal:
     """Something to do, and the command for it."""
 
     why: str
-    command: str
+    command: str = ""
+    """Empty where no single command does it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class DatasetCheck:
     findings: dict[str, tuple[str, ...]]
     """Case -> what is wrong or strange."""
     proposals: tuple[Proposal, ...]
+    planned: bool = True
+    """Whether nnU-Net has planned it on this machine, so that `mgml plan` has plans to start from."""
 
     @property
     def placeholders(self) -> dict[str, tuple[str, ...]]:
@@ -144,6 +147,7 @@ def check_dataset(
         associations_of(checks, subsets, channels, sites),
         findings,
         (),
+        _is_planned(folder.name),
     )
     result = dataclasses.replace(result, proposals=tuple(_proposals(result)))
     if output is not None:
@@ -182,6 +186,11 @@ def _parts(dataset: str, subsets: Mapping[str, Subset], test: Sequence[RawCase])
     if test:
         parts["imagesTs"] = tuple(case.name for case in test)
     return parts
+
+
+def _is_planned(dataset: str) -> bool:
+    root = os.environ.get(PREPROCESSED)
+    return root is not None and any((Path(root).expanduser() / dataset).glob("*Plans*.json"))
 
 
 def _sites(folder: Path) -> dict[str, str]:
@@ -247,7 +256,7 @@ def outlying(values: Sequence[float]) -> NDArray[np.float64]:
 
 # --- what to do -------------------------------------------------------------------------------------------------------
 def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
-    dataset = str(int(check.dataset[len("Dataset") :].split("_")[0]))
+    dataset = _number(check)
     if check.placeholders:
         yield Proposal(
             f"{len(check.placeholders)} case(s) have placeholder volumes that are not recorded: nnU-Net's fingerprint "
@@ -258,7 +267,8 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
     never = [name for name, count in counts.items() if not count]
     if never:
         yield Proposal(
-            f"no training case has {', '.join(never)}; leave it out of dataset.json", f"mgml check {dataset}"
+            f"no training case has {', '.join(never)}, so nothing can be learned of it: convert again without it "
+            f"(fewer --modalities)"
         )
     if min(counts.values()) < total and not never:
         rates = {name: round(min(1 - count / total, 0.99), 2) for name, count in counts.items()}
@@ -277,9 +287,13 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
         absent = [name for name, count in check.count(part).items() if not count and counts[name]]
         if absent and part.startswith("fold"):
             yield Proposal(
-                f"{part} has no case with {', '.join(absent)}; another seed may give a better split",
+                f"{part} has no case with {', '.join(absent)}; another seed may give a better split (one, fold 0)",
                 f"mgml convert split -d {dataset} --split 4:1 --seed 1 --overwrite",
             )
+
+
+def _number(check: DatasetCheck) -> str:
+    return str(int(check.dataset[len("Dataset") :].split("_")[0]))
 
 
 def _plan(dataset: str, *options: str) -> str:
@@ -297,14 +311,17 @@ def describe(check: DatasetCheck, most: int = 20) -> list[str]:
     total = len(check.subsets)
     incomplete = sum(not all(subset) for subset in check.subsets.values())
     width = max(len(part) for part in check.splits)
+    columns = {name: max(len(name), 8) for name in check.channels}
     lines = [
         f"{check.dataset}: {total} training cases, {incomplete} of them incomplete",
         "",
-        f"{'':<{width}}  cases  " + "  ".join(f"{name:>8}" for name in check.channels),
+        f"{'':<{width}}  cases  " + "  ".join(f"{name:>{n}}" for name, n in columns.items()),
     ]
     for part, names in check.splits.items():
         counts = check.count(part)
-        lines.append(f"{part:<{width}}  {len(names):5}  " + "  ".join(f"{counts[n]:8}" for n in check.channels))
+        lines.append(
+            f"{part:<{width}}  {len(names):5}  " + "  ".join(f"{counts[name]:{n}}" for name, n in columns.items())
+        )
     lines += ["", "Combinations in the training cases:"]
     lines += [f"  {count:5}  {name}" for name, count in check.combinations().items()]
     if incomplete:
@@ -316,9 +333,10 @@ def describe(check: DatasetCheck, most: int = 20) -> list[str]:
     if len(findings) > most:
         lines.append(f"  and {len(findings) - most} more (-o writes all of them to check.json)")
     if check.proposals:
-        lines += ["", "Proposals:"]
+        first = "" if check.planned else f" (mgml plan: once nnUNetv2_plan_and_preprocess -d {_number(check)} is done)"
+        lines += ["", f"Proposals{first}:"]
         for proposal in check.proposals:
-            lines += [f"  {proposal.why}:", f"    {proposal.command}"]
+            lines += [f"  {proposal.why}:", f"    {proposal.command}"] if proposal.command else [f"  {proposal.why}"]
     return lines
 
 

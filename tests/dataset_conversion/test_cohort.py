@@ -143,6 +143,29 @@ def test_the_commands(nnunet_folders: Path, source: Path, tmp_path: Path, capsys
     assert "Bad --modalities 't1'" in capsys.readouterr().err
 
 
+def test_files_and_names_as_hospitals_have_them(
+    nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every format among them, upper-case endings, spaces and umlauts, also in what the data set is named after."""
+    source = tmp_path / "Köln (2020)"
+    endings = {"Müller Anna": ".nii.gz", "p 2": ".nii", "p3": ".mha", "P4": ".nrrd", "P5": ".NII.GZ"}
+    for number, (case, ending) in enumerate(endings.items()):
+        saved = save(volume(number), source / case / f"{case}_t1{ending.lower()}")
+        saved.rename(saved.with_name(f"{case}_{'T1' if ending.isupper() else 't1'}{ending}"))
+        save(volume(9 + number), source / case / f"{case}_fl.nii.gz")
+        save(label(), source / case / "lesion.mha")
+    save(volume(20), source / "P5" / "P5_t2.nii.gz")
+    command = ["convert", "folders", str(source), "-d", "49", "-np", "1", "--label", "lesion.*"]
+    assert main([*command, "--modalities", "t1=*_t1.*", "flair=*_fl.nii.gz"]) == 0
+    printed = capsys.readouterr().out
+    assert "Every case has every modality" in printed
+    assert "no pattern matches: 1 image(s), such as P5/P5_t2.nii.gz" in printed
+    folder = nnunet_folders / "raw" / "Dataset049_Koln_2020"
+    for number, case in enumerate(endings):
+        assert np.array_equal(array_of(folder / "imagesTr" / f"{case}_0000.nii.gz"), volume(number))
+        assert array_of(folder / "labelsTr" / f"{case}.nii.gz").any()
+
+
 def test_record_of_an_existing_data_set(nnunet_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", {"a": ["t1"]})
     save(np.full(SHAPE, -1000, np.float32), folder / "imagesTr" / "b_0000.nii.gz")

@@ -45,6 +45,9 @@ def test_counts_splits_and_proposals(raw: Path, nnunet_folders: Path) -> None:
     text = "\n".join(describe(check))
     assert "10 training cases, 3 of them incomplete" in text
     assert "nothing that these cases show" in text
+    assert "Proposals (mgml plan: once nnUNetv2_plan_and_preprocess -d 45 is done):" in text
+    (nnunet_folders / "preprocessed" / DATASET / "nnUNetPlans.json").write_text("{}")
+    assert "\nProposals:" in "\n".join(describe(check_dataset(45, num_processes=1)))
     for case in "defg":
         (raw / "imagesTr" / f"{case}_0001.nii.gz").unlink()
     assert any("rebalancing=passion" in p.command for p in check_dataset(45, num_processes=1).proposals)
@@ -64,6 +67,20 @@ def test_the_proposed_commands_are_ours(raw: Path, nnunet_folders: Path) -> None
     for command in plans:
         words = shlex.split(command)
         Options().updated(parse_assignments(words[words.index("--set") + 1 :]))
+
+
+def test_a_modality_that_no_case_has(nnunet_folders: Path) -> None:
+    """No command of ours takes it out of a data set, so none is printed."""
+    channels = ("ct", "t1", "apparent diffusion")
+    write_raw(nnunet_folders / "raw" / DATASET, dict.fromkeys("ab", channels[2:]), "ab", channels)
+    check = check_dataset(45, num_processes=1)
+    (proposal,) = check.proposals
+    assert "no training case has apparent diffusion" in proposal.why
+    assert not proposal.command
+    lines = describe(check)
+    assert lines[-1] == f"  {proposal.why}"
+    header, counts = lines[2], lines[3]
+    assert len(header) == len(counts)
 
 
 def test_copies_coverage_placeholders_and_outliers(raw: Path) -> None:
