@@ -39,11 +39,11 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
         "folders",
         "folders of any naming, by patterns -> nnUNet_raw dataset",
         "Convert a folder per case, or one folder with all files. What a case lacks gets no file; it is listed in "
-        f"{MISSING_FILE}. Example: mgml convert folders /data/ms -d 45 --modalities t1=*_t1.nii.gz flair=*_fl.nii.gz "
-        "--label *_lesion.nii.gz",
+        f"{MISSING_FILE}. Example: mgml convert folders /data/ms -d 45 --modalities 't1=*_t1.nii.gz' "
+        "'flair=*_fl.nii.gz' --label '*_lesion.nii.gz'",
     )
     folders.add_argument("source", metavar="SRC", help="folder with the cases")
-    _add_patterns(folders, "file name pattern of each modality, in channel order: t1=*_t1.nii.gz flair=*_fl.nii.gz")
+    _add_patterns(folders, "file name pattern of each modality, in channel order: 't1=*_t1.nii.gz' 'flair=*_fl.nii.gz'")
     folders.add_argument("--label", metavar="PATTERN", help="file name pattern of the label maps")
     _add_case_folders(folders)
     _add_dataset(folders)
@@ -66,7 +66,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
     )
     bids.add_argument("source", metavar="SRC", help="folder of the BIDS data set")
     _add_patterns(
-        bids, "ending of each modality's file names, in channel order: t1=T1w t1ce=ce-*_T1w flair=FLAIR", False
+        bids, "ending of each modality's file names, in channel order: t1=T1w 't1ce=ce-*_T1w' flair=FLAIR", False
     )
     bids.add_argument("--label", metavar="PATTERN", help="file name pattern of the label maps")
     _add_dataset(bids)

@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -168,24 +168,18 @@ def find_by_patterns(
     images: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     labels: dict[str, list[Path]] = defaultdict(list)
     problems: dict[str, list[str]] = defaultdict(list)
-    matched: set[str] = set()
-    others: list[Path] = []
-    for path in walk_files(source):
-        parts = path.relative_to(source).parts
-        folders = min(case_folders, len(parts) - 1)
-        hits = _hits("/".join(parts[folders:]), wanted)
-        matched |= set(hits)
-        if not hits:
-            others.append(path)
-            continue
-        name = "_".join(parts[:folders]) or _starred(parts[-1], wanted[hits[0]])
-        if len(hits) > 1:
-            named = " and ".join(f"{wanted[what]} ({what or 'label'})" for what in hits)
+    paths = list(walk_files(source))
+    hits = _matched(source, paths, wanted, case_folders)
+    for path, (name, whats) in hits.items():
+        if len(whats) > 1:
+            named = " and ".join(f"{wanted[what]} ({what or 'label'})" for what in whats)
             problems[name].append(f"{path} matches {named}; make the patterns narrower")
-        elif hits[0]:
-            images[name][hits[0]].append(path)
+        elif whats[0]:
+            images[name][whats[0]].append(path)
         else:
             labels[name].append(path)
+    matched = {what for _, whats in hits.values() for what in whats}
+    others = [path for path in paths if path not in hits]
     for what, pattern in wanted.items():
         if what not in matched:
             there = f"; files there: {_some(others, source)}" if others else ""
@@ -199,10 +193,29 @@ def find_by_patterns(
     return found
 
 
-def _hits(inner: str, wanted: Mapping[str, str]) -> list[str]:
-    """Return what a path is; where no pattern matches as it is written, upper and lower case count as the same."""
-    exact = [what for what, pattern in wanted.items() if _matches(inner, pattern)]
-    return exact or [what for what, pattern in wanted.items() if _matches(inner.lower(), pattern.lower())]
+def _matched(
+    source: Path, paths: Sequence[Path], wanted: Mapping[str, str], case_folders: int
+) -> dict[Path, tuple[str, list[str]]]:
+    """Return file -> its case, and what its patterns say it is, in sorted order.
+
+    A file that no pattern matches as it is written is matched without regard to case, unless its case has that already.
+    """
+    found: dict[Path, tuple[str, list[str]]] = {}
+    turns: tuple[Callable[[str], str], ...] = (str, str.lower)
+    for turned in turns:
+        there = {(name, what) for name, whats in found.values() for what in whats}
+        for path in paths:
+            if path in found:
+                continue
+            parts = path.relative_to(source).parts
+            folders = min(case_folders, len(parts) - 1)
+            inner = turned("/".join(parts[folders:]))
+            whats = [what for what, pattern in wanted.items() if _matches(inner, turned(pattern))]
+            if whats:
+                name = "_".join(parts[:folders]) or _starred(parts[-1], wanted[whats[0]])
+                if not any((name, what) in there for what in whats):
+                    found[path] = name, whats
+    return dict(sorted(found.items()))
 
 
 def _some(paths: Sequence[Path], source: Path, shown: int = 3) -> str:

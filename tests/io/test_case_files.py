@@ -135,7 +135,10 @@ def test_upper_case_and_files_that_no_pattern_matches(tmp_path: Path) -> None:
     (tmp_path / "B" / "B_T1.nii.gz").unlink()
     found = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "flair": "*_fl.nii.gz"}, "lesion.nii.gz")
     assert found.problems == {"B": ["has a label but no image that a pattern matches: B/B_fl.nrrd"]}
-    touch(tmp_path, "A/A_T1.nii.gz")  # as it is written goes first: no case of two files
+    touch(tmp_path, "A/A_T1.nii.gz")
+    once = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "flair": "*_fl.nii.gz"})
+    assert once.cases[0].images["t1"].name == "A_t1.nii.gz"
+    assert tmp_path / "A" / "A_T1.nii.gz" in once.left_over
     exact = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "post": "*_T1.nii.gz", "flair": "*_fl.nii.gz"})
     assert exact.cases[0].images["t1"].name == "A_t1.nii.gz"
     assert exact.cases[0].images["post"].name == "A_T1.nii.gz"
