@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, CohortSummary, convert_cohort, write_images
 from nnunetv2_mgml.dataset_conversion.record import record_missing
-from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order
+from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order, is_sheet
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, read_dataset_json
 from nnunetv2_mgml.plans.folders import RAW, dataset_folder
@@ -98,7 +98,11 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
     )
     images.add_argument("source", metavar="SRC", help="folder with the cases, or a sheet")
     images.add_argument("target", metavar="DST", help="folder to write to")
-    _add_patterns(images, "file name pattern of each modality, in channel order (default: names of BraTS)", False)
+    _add_patterns(
+        images,
+        "file name pattern of each modality, in channel order (default: names of BraTS); of a sheet, columns to take",
+        False,
+    )
     _add_case_folders(images)
     images.add_argument(
         "--like", metavar="DATASET", help="number the channels as this data set does (id, name, or a model's folder)"
@@ -164,12 +168,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if summary.skipped else 0
 
 
-def _source(args: argparse.Namespace, form: str | None) -> CohortSource:
+def _source(args: argparse.Namespace, form: str | None, known: Sequence[str] = ()) -> CohortSource:
+    path = Path(args.source).expanduser().absolute()
+    sheet = form == "sheet" or (form is None and is_sheet(path))
     return CohortSource(
-        path=Path(args.source).expanduser().absolute(),
+        path=path,
         form=form,
-        patterns={} if form == "sheet" else parse_patterns(getattr(args, "modalities", ())),
-        columns=args.modalities if form == "sheet" else (),
+        patterns={} if sheet else parse_patterns(getattr(args, "modalities", ())),
+        columns=args.modalities if sheet else (),
+        known=known,
         label=getattr(args, "label", None),
         case_folders=getattr(args, "case_folders", 1),
     )
@@ -186,7 +193,7 @@ def _run_raw(args: argparse.Namespace) -> int:
 
 def _run_images(args: argparse.Namespace) -> int:
     like = _channels_of(args.like) if args.like else ()
-    found, _ = _source(args, None).find()
+    found, _ = _source(args, None, like).find()
     if like:
         found = in_order(found, like)
     missing = write_images(

@@ -217,6 +217,22 @@ def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pyt
     assert f"{case}_0000.nii.gz" not in tree(tmp_path / "like")
 
 
+def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns that are no modality are in the way, unless a data set or the user says which are."""
+    save(volume(1), tmp_path / "a.mha")
+    save(volume(2), tmp_path / "b.nii")
+    sheet = tmp_path / "cases.csv"
+    sheet.write_text("case,age,FLAIR,label\na,61,a.mha,NA\nb,48,b.nii,\n")
+    command = ["convert", "images", str(sheet), str(tmp_path / "out"), "-np", "1"]
+    assert main(command) == 2
+    assert "no cell of age is a file" in capsys.readouterr().err
+    assert main([*command, "--modalities", "flair"]) == 0
+    assert tree(tmp_path / "out") == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", channels=("T1", "FLAIR"))
+    assert main([*command, "--like", "45", "--overwrite"]) == 0
+    assert tree(tmp_path / "out") == ["a_0001.nii.gz", "b_0001.nii.gz"]
+
+
 def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
     cases = write_cases(tmp_path / "src", 3)
     (tmp_path / "src" / cases[0] / f"{cases[0]}_t2.nii.gz").unlink()
