@@ -217,25 +217,34 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
     )
 
 
+@dataclass(frozen=True)
+class WrittenImages:
+    """What `write_images` wrote."""
+
+    missing: dict[str, tuple[str, ...]]
+    """Case -> absent modalities, of every case written."""
+    skipped: dict[str, list[str]]
+    """Case -> why it was not written; empty unless ``skip_bad``."""
+
+
 def write_images(
     found: FoundCases,
     target: Path,
     *,
+    skip_bad: bool = False,
     overwrite: bool = False,
     num_processes: int | None = None,
     progress: bool = False,
-) -> dict[str, tuple[str, ...]]:
+) -> WrittenImages:
     """Write cases without labels as ``CASE_XXXX.nii.gz``, ready for prediction; an absent modality gets no file.
 
     Args:
         found: the cases; channels are numbered in the order of their modalities.
         target: folder to write to.
+        skip_bad: write the good cases although others are bad.
         overwrite: whether ``target`` may be replaced.
         num_processes: worker processes, None for the smaller of 4 and the number of CPUs.
         progress: show a progress bar.
-
-    Returns:
-        Case -> absent modalities, of every case written.
 
     Raises:
         ValueError: bad cases, all of them, or a target that exists; nothing has been written then.
@@ -251,13 +260,14 @@ def write_images(
     with replacing_folder(target) as folder:
         jobs = [_Job(case, found.modalities, folder, False, False) for case in found.cases]
         results = run_jobs(_convert_images, jobs, num_processes, "Writing", progress)
+        good = {job.case.name: r.missing for job, r in zip(jobs, results, strict=True) if not r.problems}
         bad = {
             **found.problems,
-            **{job.case.name: result.problems for job, result in zip(jobs, results, strict=True) if result.problems},
+            **{job.case.name: r.problems for job, r in zip(jobs, results, strict=True) if r.problems},
         }
-        if bad:
+        if bad and not (skip_bad and good):
             raise ValueError(bad_cases_text(bad, len(jobs) + len(found.problems)))
-    return {job.case.name: result.missing for job, result in zip(jobs, results, strict=True)}
+    return WrittenImages(good, bad)
 
 
 # --- one case; runs in worker processes -------------------------------------------------------------------------------

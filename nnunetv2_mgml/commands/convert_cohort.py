@@ -107,6 +107,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
     images.add_argument(
         "--like", metavar="DATASET", help="number the channels as this data set does (id, name, or a model's folder)"
     )
+    _add_skip_bad(images)
     images.add_argument("--overwrite", action="store_true", help="replace DST")
     add_processes(images)
 
@@ -137,18 +138,22 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         help="names of the values in the label maps, in the order wanted (default: label_1, ... for what is found)",
     )
     parser.add_argument("--link", action="store_true", help="make symbolic links to .nii.gz images instead of copies")
-    parser.add_argument(
-        "--skip_bad",
-        "--skip-bad",
-        action="store_true",
-        help="convert the good cases although others are bad (exit code 1 then)",
-    )
+    _add_skip_bad(parser)
     parser.add_argument(
         "--split", metavar="A:B:C", help="random train:validation:test split; test cases go to imagesTs"
     )
     add_split_lists(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
     add_processes(parser)
+
+
+def _add_skip_bad(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip_bad",
+        "--skip-bad",
+        action="store_true",
+        help="convert the good cases although others are bad (exit code 1 then)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -196,15 +201,21 @@ def _run_images(args: argparse.Namespace) -> int:
     found, _ = _source(args, None, like).find()
     if like:
         found = in_order(found, like)
-    missing = write_images(
-        found, Path(args.target), overwrite=args.overwrite, num_processes=args.num_processes, progress=True
+    written = write_images(
+        found,
+        Path(args.target),
+        skip_bad=args.skip_bad,
+        overwrite=args.overwrite,
+        num_processes=args.num_processes,
+        progress=True,
     )
     print(f"Channels: {', '.join(f'{i} {name}' for i, name in enumerate(found.modalities))}")
-    print(_missing_line({case: names for case, names in missing.items() if names}))
+    print(_missing_line({case: names for case, names in written.missing.items() if names}))
     if found.left_over:
         print(_left_over_line([path.relative_to(found.origin) for path in found.left_over]))
-    print(f"Wrote {len(missing)} case(s) to {args.target}. Predict them with --missing_modalities auto.")
-    return 0
+    print(f"Wrote {len(written.missing)} case(s) to {args.target}. Predict them with --missing_modalities auto.")
+    print("\n".join(_skipped_lines(written.skipped)), end="\n" if written.skipped else "")
+    return 1 if written.skipped else 0
 
 
 def _channels_of(text: str) -> tuple[str, ...]:
@@ -256,10 +267,14 @@ def describe(summary: CohortSummary) -> list[str]:
     lines.append(f"Wrote {summary.folder} in {summary.seconds:.1f} s")
     dataset = summary.folder.name[len("Dataset") :].split("_")[0].lstrip("0")
     lines.append(f"Next: mgml check {dataset}, then nnUNetv2_plan_and_preprocess -d {dataset}")
-    if summary.skipped:
-        lines.append(f"Skipped {len(summary.skipped)} bad case(s):")
-        lines += [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(summary.skipped.items())]
-    return lines
+    return lines + _skipped_lines(summary.skipped)
+
+
+def _skipped_lines(skipped: Mapping[str, Sequence[str]]) -> list[str]:
+    if not skipped:
+        return []
+    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(skipped.items())]
+    return [f"Skipped {len(skipped)} bad case(s):", *lines]
 
 
 def plain_name(text: str) -> str:

@@ -231,6 +231,13 @@ def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.
     write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", channels=("T1", "FLAIR"))
     assert main([*command, "--like", "45", "--overwrite"]) == 0
     assert tree(tmp_path / "out") == ["a_0001.nii.gz", "b_0001.nii.gz"]
+    (tmp_path / "b.nii").write_bytes(b"")
+    capsys.readouterr()
+    assert main([*command, "--like", "45", "--overwrite"]) == 2
+    assert "1 of 2 case(s) are bad" in capsys.readouterr().err
+    assert main([*command, "--like", "45", "--overwrite", "--skip_bad"]) == 1
+    assert "Skipped 1 bad case(s):\n  b: " in capsys.readouterr().out
+    assert tree(tmp_path / "out") == ["a_0001.nii.gz"]
 
 
 def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
