@@ -300,7 +300,7 @@ def _convert_images(job: _Job) -> _Result:
     reference = next(iter(volumes.values()))
     if job.labelled and case.label is not None:
         try:
-            label = read_image(case.label)
+            label = _read(case.label)
             difference = image_difference(label, reference)
             if difference:
                 result.problems.append(
@@ -330,20 +330,26 @@ def _convert_images(job: _Job) -> _Result:
     return result
 
 
-def _read(path: Path, frame: int | None) -> sitk.Image:
-    if frame is None:
-        return read_image(path)
-    image = read_image(path, (4,))
+def _read(path: Path, frame: int | None = None) -> sitk.Image:
+    """Read a volume: one of a 4-D file, or, without ``frame``, of a 3-D file or one whose fourth axis is 1 long."""
+    image = read_image(path, (2, 3, 4) if frame is None else (4,))
+    if image.GetDimension() < 4:
+        return image
     size = list(image.GetSize())
-    if frame >= size[3]:
+    if frame is None and size[3] > 1:
+        raise ValueError(
+            f"{path} holds {size[3]} volumes; a modality has one. Split it, or, if they are the modalities, convert it "
+            f"as the Medical Segmentation Decathlon's (mgml convert msd)"
+        )
+    if frame is not None and frame >= size[3]:
         raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names more modalities")
-    volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame])
+    volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame or 0])
     return volume
 
 
 def _write_label(job: _LabelJob) -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    image = read_image(job.source)  # a view does not keep its image alive
+    image = _read(job.source)  # a view does not keep its image alive
     values = whole_numbers(job.source, sitk.GetArrayViewFromImage(image))
     label = sitk.GetImageFromArray(np.asarray(job.table, dtype=np.uint8)[values])
     label.CopyInformation(sitk.ReadImage(str(job.image)))

@@ -217,6 +217,23 @@ def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pyt
     assert f"{case}_0000.nii.gz" not in tree(tmp_path / "like")
 
 
+def test_a_fourth_axis_of_one_volume(nnunet_folders: Path, source: Path) -> None:
+    """As some converters of DICOM write it; of several volumes in one file it is said what to do."""
+    for old, new in (("b_fl.nii", "b_fl.nii.nrrd"), ("lesion.nii.gz", "lesion.nrrd")):
+        image = sitk.ReadImage(str(source / "b" / old))
+        (source / "b" / old).unlink()
+        sitk.WriteImage(sitk.JoinSeries([image]), str(source / "b" / new))
+        assert sitk.ReadImage(str(source / "b" / new)).GetDimension() == 4
+    found = find_by_patterns(source, PATTERNS, "lesion.n*")
+    folder = convert_cohort(CohortRequest(found, 45, "Cohort", num_processes=1)).folder
+    for file in ("imagesTr/b_0002.nii.gz", "labelsTr/b.nii.gz"):
+        assert sitk.ReadImage(str(folder / file)).GetSize() == SHAPE[::-1]
+    image = sitk.ReadImage(str(source / "c" / "c_t1.nii.gz"))
+    sitk.WriteImage(sitk.JoinSeries([image, image]), str(source / "c" / "c_t1.nii.gz"))
+    with pytest.raises(ValueError, match=r"c_t1.nii.gz holds 2 volumes; a modality has one. Split it"):
+        convert(source, overwrite=True)
+
+
 def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Columns that are no modality are in the way, unless a data set or the user says which are."""
     save(volume(1), tmp_path / "a.mha")
