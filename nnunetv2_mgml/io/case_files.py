@@ -231,7 +231,8 @@ def _starred(name: str, pattern: str) -> str:
     before, star, after = pattern.partition("*")
     if not star:
         raise ValueError(f"Pattern {pattern} has no *, which would name the case of a file outside a folder.")
-    match = re.fullmatch(f"{_regex(before)}(.*?){_regex(after)}", name, re.DOTALL | re.IGNORECASE)
+    regex = f"{_regex(before)}(.*?){_regex(after)}"
+    match = re.fullmatch(regex, name, re.DOTALL) or re.fullmatch(regex, name, re.DOTALL | re.IGNORECASE)
     case = match[1].strip("_-. ") if match else ""
     if not case:
         raise ValueError(f"The * of {pattern} stands for nothing in {name}; it names the case. Use a narrower pattern.")
