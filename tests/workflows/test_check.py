@@ -12,6 +12,7 @@ from cohort_cases import CHANNELS, SHAPE, label, save, volume, write_raw
 
 from nnunetv2_mgml.commands.check import describe
 from nnunetv2_mgml.commands.main import main
+from nnunetv2_mgml.dataset_conversion.splits import random_split
 from nnunetv2_mgml.workflows.check import CheckRequest, check_dataset, outlying
 
 DATASET = "Dataset045_Tiny"
@@ -42,7 +43,9 @@ def test_counts_splits_and_proposals(raw: Path, nnunet_folders: Path) -> None:
     assert check.combinations() == {"ct+t1+flair": 7, "ct+flair": 3}
     commands = [proposal.command for proposal in check.proposals]
     assert 'modality_missing_rate={"ct": 0.0, "t1": 0.3, "flair": 0.0}' in commands[0]
-    assert any(command.startswith("mgml convert split -d 45") for command in commands)
+    seed = next(int(c.split("--seed ")[1].split()[0]) for c in commands if c.startswith("mgml convert split -d 45"))
+    proposed = random_split(CASES, (4, 1, 0), seed)
+    assert all(any(case not in "abc" for case in part) for part in (proposed.train, proposed.val))
     assert not any("passion" in command for command in commands)
     text = "\n".join(describe(check))
     assert "10 training cases, 3 of them incomplete" in text
