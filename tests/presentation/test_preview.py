@@ -86,7 +86,7 @@ def test_what_is_said_of_the_quality() -> None:
 
 def test_lines_break_between_regions() -> None:
     line = "Dice of validation cases with these sequences: WT 0.90 ± 0.05 (± 3.3 ml), TC 0.81 ± 0.10 (± 2.1 ml), ET 0."
-    assert wrapped(line, 60).splitlines() == [
+    assert wrapped(line, 55).splitlines() == [
         "Dice of validation cases with these sequences:",
         "WT 0.90 ± 0.05 (± 3.3 ml), TC 0.81 ± 0.10 (± 2.1 ml),",
         "ET 0.",

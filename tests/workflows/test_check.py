@@ -76,11 +76,11 @@ def test_the_proposed_commands_are_ours(raw: Path, nnunet_folders: Path) -> None
 
 def test_a_modality_that_no_case_has(nnunet_folders: Path) -> None:
     """No command of ours takes it out of a data set, so none is printed."""
-    channels = ("ct", "t1", "apparent diffusion")
+    channels = ("ct", "t1", "apparentdiffusion")
     write_raw(nnunet_folders / "raw" / DATASET, dict.fromkeys("ab", channels[2:]), "ab", channels)
     check = check_dataset(REQUEST)
     (proposal,) = check.proposals
-    assert "no training case has apparent diffusion" in proposal.why
+    assert "no training case has apparentdiffusion" in proposal.why
     assert not proposal.command
     lines = describe(check)
     assert lines[-1] == f"  {proposal.why}"
