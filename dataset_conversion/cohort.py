@@ -174,12 +174,12 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
         if bad_cases and not request.skip_bad:
             raise ValueError(bad_cases_text(bad_cases, len(cases) + len(found.problems)))
         good = [(case, result) for case, result in zip(cases, results, strict=True) if not result.problems]
-        labels = _number_labels(request.labels, {value for _, result in good for value in result.values})
-        _write_labels(folder, good, test, labels, found.modalities, request.num_processes)
         split = without_bad_cases(split, bad_cases)
         training = [case for case, _ in good if case.name not in test]
         if not training:
             raise ValueError(f"No training case is left. {bad_cases_text(bad_cases, len(cases) + len(found.problems))}")
+        labels = _number_labels(request.labels, {value for _, result in good for value in result.values})
+        _write_labels(folder, good, test, labels, found.modalities, request.num_processes)
         missing = {case.name: result.missing for case, result in good if result.missing}
         _check_channels(found.modalities, training, missing)
         write_json(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,3 +269,41 @@ def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) 
     assert np.array_equal(first, array_of(tmp_path / "src" / cases[0] / f"{cases[0]}_flair.nii.gz"))
     assert len(list((folder / "imagesTr").iterdir())) == 6
     assert not (folder / "missing_modalities.json").exists()
+
+
+def test_a_task_of_the_decathlon_without_images(nnunet_folders: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "Task02").mkdir()
+    (tmp_path / "Task02" / "dataset.json").write_text('{"modality": {"0": "T1", "1": "T2"}, "labels": {"0": "none"}}')
+    assert main(["convert", "msd", str(tmp_path / "Task02"), "-d", "49"]) == 2
+    assert "imagesTr holds no NIfTI file." in capsys.readouterr().err
+
+
+def test_images_are_not_written_over_their_source(tmp_path: Path, capsys: Any) -> None:
+    write_cases(tmp_path / "out" / "val", 1, "brats2023")
+    before = tree(tmp_path)
+    assert main(["convert", "images", str(tmp_path / "out" / "val"), str(tmp_path / "out"), "--overwrite"]) == 2
+    assert "out holds the source" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_raw_data_set_without_a_usable_name(nnunet_folders: Path, capsys: Any) -> None:
+    folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", cases=("a",))
+    for path in list((folder / "imagesTr").iterdir()):
+        path.rename(path.with_name(path.name.replace("_000", "-")))
+    assert main(["check", "45"]) == 2
+    assert "imagesTr holds no file named CASE_XXXX.nii.gz." in capsys.readouterr().err
+
+
+def test_what_is_left_without_the_bad_cases(nnunet_folders: Path, source: Path) -> None:
+    """With --skip_bad, as long as there is something to train on and to validate with."""
+    save(volume(9)[:4], source / "a" / "a_t1.nii.gz")
+    lists = [source.parent / name for name in ("train.txt", "val.txt")]
+    lists[0].write_text("b\nc\n")
+    lists[1].write_text("a\n")
+    with pytest.raises(ValueError, match=r"Without the bad cases the split has .*\n1 of 1 case\(s\) are bad"):
+        convert(source, split_files=lists, skip_bad=True)
+    for case in "bc":
+        (source / case / "lesion.nii.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"No training case is left\. 3 of 4 case\(s\) are bad"):
+        convert(source, skip_bad=True)
+    assert not list((nnunet_folders / "raw").iterdir())

@@ -88,6 +88,9 @@ def test_sheets_with_mistakes(tmp_path: Path) -> None:
     path.write_text("case\tt1\n\ta.nii.gz\n")
     with pytest.raises(ValueError, match="a row without a case name"):
         read_sheet(path)
+    path.write_bytes("case\tt1\tsite\nA\ta.nii.gz\tKöln\n".encode("latin-1"))  # as Excel saves it
+    with pytest.raises(ValueError, match=r"cases\.tsv is not UTF-8 text \(.+\)\. Save it as CSV in UTF-8"):
+        read_sheet(path)
 
 
 def test_bids(tmp_path: Path) -> None:

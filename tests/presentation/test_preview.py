@@ -48,19 +48,22 @@ def test_a_case_whose_images_are_gone_costs_its_picture_only(tmp_path: Path) -> 
     labels = FIXTURE / "labels" / "Phantom_00001.nii.gz"
     shutil.copy(labels, tmp_path / "a.nii.gz")
     shutil.copy(labels, tmp_path / "b.nii.gz")
+    shutil.copy(labels, tmp_path / "d.nii.gz")
     there = str(FIXTURE / "images" / "Phantom_00001_0000.nii.gz")
     entry = {"status": "predicted", "present": ["t1"], "missing": ["flair"]}
     cases = {
         "a": {**entry, "files": {"t1": there}},
         "b": {**entry, "files": {"t1": str(tmp_path / "gone.nii.gz")}},
         "c": {"status": "failed"},
+        "d": {**entry, "files": {"flair": there}},
     }
     report = tmp_path / "mgml_prediction.json"
     report.write_text(json.dumps({"cases": cases}))
     dataset_json = json.loads((FIXTURE / MODEL / "dataset.json").read_text())
     written, failures = write_previews(report, dataset_json)
     assert [path.name for path in written] == ["a.png"]
-    assert list(failures) == ["b"]
+    assert list(failures) == ["b", "d"]
+    assert failures["d"] == "its report names no image files."
     assert "gone.nii.gz" in failures["b"]
     assert write_previews(report, dataset_json, ["b"])[0] == []
 

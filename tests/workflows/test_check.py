@@ -176,3 +176,14 @@ def test_outlying() -> None:
     assert not outlying(values[:7]).any()
     assert not outlying([5.0] * 20).any()
     assert outlying([-1.0, 0, 1, 0.5, -0.5, 0.2, 0.1, -400])[-1] < -6
+
+
+def test_a_modality_nobody_has_and_more_findings_than_are_shown(nnunet_folders: Path) -> None:
+    raw = write_raw(nnunet_folders / "raw" / DATASET, dict.fromkeys(CASES, ("t1",)), CASES)
+    for case in CASES:
+        save(np.zeros(SHAPE, np.uint8), raw / "labelsTr" / f"{case}.nii.gz")
+    check = check_dataset(REQUEST)
+    assert [p.why for p in check.proposals] == ["no training case has t1; leave it out of dataset.json"]
+    text = describe(check, most=4)
+    assert "Findings (10):" in text
+    assert "  and 6 more (-o writes all of them to check.json)" in text

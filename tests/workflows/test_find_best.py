@@ -19,6 +19,7 @@ from nnunetv2.postprocessing import remove_connected_components
 
 from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.workflows.evaluate import PredictionsRequest, evaluate_predictions
+from nnunetv2_mgml.workflows.find_best import BestRequest
 
 DATASET_JSON: dict[str, Any] = {
     "channel_names": {"0": "t2", "1": "flair"},
@@ -218,3 +219,11 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert earlier.read_bytes() == b"of an earlier choice"  # a choice that fails takes nothing away
     assert main(["find-best", str(a), *out, "--no_postprocessing"]) == 0
     assert main(["find-best", str(tmp_path), *out]) == 2
+    with pytest.raises(ValueError, match="at least one evaluation folder"):
+        BestRequest(folders=[], output=tmp_path)
+    with pytest.raises(ValueError, match=r"\(-np\) must be 1 or more, got 0"):
+        BestRequest(folders=[a], output=tmp_path, num_processes=0)
+    (a / "results.csv").write_text("\n".join(line for line in table.splitlines() if ",dice," not in line))
+    (a / "summary.json").write_text(json.dumps({**summary, "metrics": ["hd95"]}))
+    assert main(["find-best", str(a), *out]) == 2
+    assert "has no Dice; evaluate with --metrics dice" in capsys.readouterr().err
