@@ -87,5 +87,5 @@ class _MeanLogSoftmax(torch.autograd.Function):
         whole = gradient.sum(1, keepdim=True)
         for one, part, result in zip(logits.unbind(1), share.unbind(1), own.unbind(1), strict=True):
             moved = (one / ctx.temperature).softmax(1).mul_(whole)
-            torch.sub(gradient, moved, out=result).mul_(per_sample(part / ctx.temperature, one))
+            result.copy_((gradient - moved).mul_(per_sample(part / ctx.temperature, one)))
         return own, None, None
