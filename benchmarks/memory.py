@@ -123,7 +123,9 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
         f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors "
         "saved for the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit."
-        " **A lower bound, not measured on a GPU**: temporary tensors, allocator and cuDNN workspace come on top.",
+        " **A lower bound**: temporary tensors, allocator and cuDNN workspace come on top. Our default is "
+        "`width_factor` 0.5, which takes about half; [On a GPU](gpu.md) has it counted and measured, and `mgml plan -d "
+        "DATASET --gpu_memory` predicts the peak for plans of yours.",
         "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
         "L_CR; *default*: also the loss on the complete view.",

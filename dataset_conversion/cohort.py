@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_mgml.dataset_conversion.bad_cases import bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import same_header
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, building, check_target
 from nnunetv2_mgml.dataset_conversion.splits import (
@@ -137,7 +138,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
     found = request.found
     channels = channel_names({"channel_names": {str(i): name for i, name in enumerate(found.modalities)}})
     if not any(case.label for case in found.cases):
-        bad = _bad_cases(found.problems, len(found.problems)) if found.problems else ""
+        bad = bad_cases_text(found.problems, len(found.problems)) if found.problems else ""
         raise ValueError(
             f"No case of {found.origin} has a label map, so nothing can be trained. Say where the label maps are, or "
             f"write images for prediction: mgml convert images. {bad}".strip()
@@ -169,14 +170,14 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
             **{case.name: result.problems for case, result in zip(cases, results, strict=True) if result.problems},
         }
         if bad_cases and not request.skip_bad:
-            raise ValueError(_bad_cases(bad_cases, len(cases) + len(found.problems)))
+            raise ValueError(bad_cases_text(bad_cases, len(cases) + len(found.problems)))
         good = [(case, result) for case, result in zip(cases, results, strict=True) if not result.problems]
         labels = _number_labels(request.labels, {value for _, result in good for value in result.values})
         _write_labels(folder, good, test, labels, found.modalities, request.num_processes)
-        split = _without(split, bad_cases)
+        split = without_bad_cases(split, bad_cases)
         training = [case for case, _ in good if case.name not in test]
         if not training:
-            raise ValueError(f"No training case is left. {_bad_cases(bad_cases, len(cases) + len(found.problems))}")
+            raise ValueError(f"No training case is left. {bad_cases_text(bad_cases, len(cases) + len(found.problems))}")
         missing = {case.name: result.missing for case, result in good if result.missing}
         _check_channels(found.modalities, training, missing)
         write_json(
@@ -252,7 +253,7 @@ def write_images(
             **{job.case.name: result.problems for job, result in zip(jobs, results, strict=True) if result.problems},
         }
         if bad:
-            raise ValueError(_bad_cases(bad, len(jobs) + len(found.problems)))
+            raise ValueError(bad_cases_text(bad, len(jobs) + len(found.problems)))
     return {job.case.name: result.missing for job, result in zip(jobs, results, strict=True)}
 
 
@@ -393,18 +394,3 @@ def _choose_split(request: CohortRequest) -> tuple[Split | None, tuple[str, ...]
         split, left_out = split_from_files(named, [Path(path) for path in request.split_files])
         return split, tuple(name for name in left_out if name in labelled)
     return (random_split(labelled, parse_ratio(request.split), request.seed), ()) if request.split else (None, ())
-
-
-def _without(split: Split | None, bad: Mapping[str, list[str]]) -> Split | None:
-    if split is None or not bad:
-        return split
-    rest = Split(*(tuple(name for name in part if name not in bad) for part in (split.train, split.val, split.test)))
-    if not rest.train or not rest.val:
-        raise ValueError(f"Without the bad cases the split has {rest}. {_bad_cases(bad, len(bad))}")
-    return rest
-
-
-def _bad_cases(bad: Mapping[str, list[str]], total: int) -> str:
-    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(bad.items())]
-    advice = " --skip_bad converts the others." if len(bad) < total else ""
-    return "\n".join([f"{len(bad)} of {total} case(s) are bad; nothing has been written.{advice}", *lines])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2_mgml.dataset_conversion.bad_cases import bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, convert_case
 from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
@@ -188,9 +189,9 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
         results = run_jobs(convert_case, jobs, request.num_processes, "Converting", progress)
         bad = {**found.problems, **{r.name: r.problems for r in results if r.problems}}
         if bad and not request.skip_bad:
-            raise ValueError(_bad_cases(bad, len(jobs) + len(found.problems)))
+            raise ValueError(bad_cases_text(bad, len(jobs) + len(found.problems)))
         good = [(job.case, result) for job, result in zip(jobs, results, strict=True) if not result.problems]
-        summary = _summary(target, good, bad, held_out, _without(chosen, bad), left_out, found.notes)
+        summary = _summary(target, good, bad, held_out, without_bad_cases(chosen, bad), left_out, found.notes)
         write_description(
             folder,
             folder_name,
@@ -229,7 +230,7 @@ def _discover(source: Path, label_convention: str) -> Discovery:
             f"4 edema. For data of 2023 give --label_convention brats2023; later data are not supported."
         )
     if not found.cases:
-        raise ValueError(_bad_cases(found.problems, len(found.problems)))
+        raise ValueError(bad_cases_text(found.problems, len(found.problems)))
     if not labelled:
         raise ValueError(
             f"None of the {len(found.cases)} case(s) in {source} has a segmentation (<case>_seg.nii.gz or "
@@ -297,24 +298,6 @@ def _job(
     )
 
 
-def _bad_cases(bad: dict[str, list[str]], total: int) -> str:
-    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(bad.items())]
-    advice = " --skip_bad converts the others." if len(bad) < total else ""
-    return "\n".join([f"{len(bad)} of {total} case(s) are bad; nothing has been written.{advice}", *lines])
-
-
-def _without(split: Split | None, bad: dict[str, list[str]]) -> Split | None:
-    if split is None or not bad:
-        return split
-    rest = Split(*(tuple(name for name in part if name not in bad) for part in (split.train, split.val, split.test)))
-    if not rest.train or not rest.val:
-        raise ValueError(
-            f"Without the bad cases the split has {rest}. Repair them, or choose another split.\n"
-            f"{_bad_cases(bad, len(bad))}"
-        )
-    return rest
-
-
 def _summary(
     target: Path,
     good: Converted,
@@ -327,7 +310,7 @@ def _summary(
     unlabelled = sum(case.segmentation is None for case, _ in good)
     tested = sum(case.name in held_out for case, _ in good)
     if len(good) == unlabelled + tested:
-        raise ValueError(f"No training case is left. {_bad_cases(bad, len(bad))}")
+        raise ValueError(f"No training case is left. {bad_cases_text(bad, len(bad))}")
     conventions = Counter(case.convention for case, _ in good)
     if len(conventions) > 1:
         notes = [

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
     from nnunetv2_mgml.scoring.statistics import compare_evaluations
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+    from nnunetv2_mgml.workflows.check import CheckRequest, check_dataset
     from nnunetv2_mgml.workflows.compare import ComparisonRequest, compare_folders
     from nnunetv2_mgml.workflows.evaluate import (
         ModelRequest,
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
         evaluate_model,
         evaluate_predictions,
     )
+    from nnunetv2_mgml.workflows.find_best import BestRequest, find_best
     from nnunetv2_mgml.workflows.plan import PlanRequest, write_plans
     from nnunetv2_mgml.workflows.report import InternalsRequest, ReportRequest, make_report
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "BestRequest",
+    "CheckRequest",
     "ComparisonRequest",
     "Evaluation",
     "FusedScale",
@@ -65,12 +69,14 @@ __all__ = [
     "Term",
     "TermSpec",
     "TermValue",
+    "check_dataset",
     "compare_evaluations",
     "compare_folders",
     "convert_back",
     "convert_brats",
     "evaluate_model",
     "evaluate_predictions",
+    "find_best",
     "load_evaluation",
     "make_report",
     "nnUNetTrainerMGML",
@@ -88,6 +94,8 @@ __all__ = [
 ]
 
 _PLACES = {
+    "BestRequest": "workflows.find_best",
+    "CheckRequest": "workflows.check",
     "ComparisonRequest": "workflows.compare",
     "Evaluation": "scoring.results",
     "FusedScale": "network.fusion.base",
@@ -107,12 +115,14 @@ _PLACES = {
     "Term": "objective.base",
     "TermSpec": "objective.base",
     "TermValue": "objective.base",
+    "check_dataset": "workflows.check",
     "compare_evaluations": "scoring.statistics",
     "compare_folders": "workflows.compare",
     "convert_back": "dataset_conversion.back",
     "convert_brats": "dataset_conversion.convert",
     "evaluate_model": "workflows.evaluate",
     "evaluate_predictions": "workflows.evaluate",
+    "find_best": "workflows.find_best",
     "load_evaluation": "scoring.results",
     "make_report": "workflows.report",
     "nnUNetTrainerMGML": "training.trainer",

@@ -89,7 +89,7 @@ def _head(settings: dict[str, Any], results: Sequence[Result]) -> str:
 
 Made by `python benchmarks/ablation/report.py` from {len(results)} result files in `benchmarks/ablation/results/`;
 never edited by hand. Every run is the plugin's own commands (`benchmarks/ablation/run.py`), settings are in
-`benchmarks/ablation/settings.json`. **These are small experiments on synthetic cases** (no BraTS and no GPU here): they
+`benchmarks/ablation/settings.json`. **These are small experiments, all but the last two on synthetic cases**: they
 show whether the implementation does what it should and which readings of the paper are harmful, not what MGML gains on
 BraTS. **All comparisons are at equal steps of short trainings**, which are far from converged: whatever makes a step do
 more work looks like a better method there. At equal time, on cubes of real patients, see
@@ -320,7 +320,7 @@ mgml compare evaluation/nnUNetTrainerMGML_baseline evaluation/nnUNetTrainerMGML 
 The preset switches the loss on the complete view off; `--set complete_view_weight=1` adds a row for it, and
 `--set fusion=mmformer` (or another design) repeats everything for that design. Expected, not measured: the paper
 trains 900 epochs of 150 steps at batch 1 on 80x80x80 patches, 66 to 77 s an epoch for RFNet on an RTX 3090 (Table 7):
-17 to 19 hours a run. What a step keeps in memory is counted in [memory.md](memory.md), a lower bound: 2 to 3 GiB at the
-paper's size (`uhved` 4), 12 to 17 GiB at nnU-Net's own size (`sfusion` 19, `uhved` 27). [costs.md](costs.md) has the
-time of a training step on a CPU, per fusion design.
+17 to 19 hours a run. [memory.md](memory.md) counts what a step keeps in memory, per fusion design and at two sizes, and
+`mgml plan -d 137 --gpu_memory` predicts what yours needs. [costs.md](costs.md) has the time of a training step on a
+CPU, per fusion design.
 """

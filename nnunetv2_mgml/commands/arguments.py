@@ -85,6 +85,12 @@ def add_model_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", metavar="MODEL_FOLDER", type=Path, help="instead: TRAINER__PLANS__CONFIGURATION itself")
 
 
+def add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Add ``-f`` and ``-chk``: which of a model's folds, and which checkpoint of each."""
+    parser.add_argument("-f", metavar="FOLD", nargs="+", help="folds; by default every numbered one that is trained")
+    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
+
+
 def chosen_model_folder(args: argparse.Namespace) -> Path:
     """Return the model folder that the arguments of `add_model_choice` name.
 

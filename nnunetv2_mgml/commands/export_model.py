@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mgml.commands.arguments import add_model_choice, chosen_model_folder
+from nnunetv2_mgml.commands.arguments import add_checkpoints, add_model_choice, chosen_model_folder
 from nnunetv2_mgml.workflows.share import ExportRequest, export_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml export-model``."""
     add_model_choice(parser)
-    parser.add_argument("-f", metavar="FOLD", nargs="+", help="folds; by default every numbered one that is trained")
-    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
+    add_checkpoints(parser)
     parser.add_argument("-o", metavar="ZIP", type=Path, required=True, help="archive to write")
     parser.add_argument("--license", default="", metavar="TEXT", help="licence of the weights, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an archive of this name")

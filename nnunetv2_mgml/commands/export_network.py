@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mgml.commands.arguments import add_model_choice, add_trust, chosen_model_folder
+from nnunetv2_mgml.commands.arguments import add_checkpoints, add_model_choice, add_trust, chosen_model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml export-network``."""
     add_model_choice(parser)
-    parser.add_argument("-f", metavar="FOLD", nargs="+", help="folds; by default every numbered one that is trained")
-    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
+    add_checkpoints(parser)
     parser.add_argument("-o", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist")
     add_trust(parser)
 

@@ -15,14 +15,12 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from nnunetv2_mgml.commands.arguments import add_trust
-from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
 from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
-from nnunetv2_mgml.inference.uncertainty import FOLDER as UNCERTAINTY_FOLDER
-from nnunetv2_mgml.inference.uncertainty import write_uncertainty
 from nnunetv2_mgml.upstream.plain_errors import PlainError
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
+from nnunetv2_mgml.workflows.predict import PredictionRequest, build_predictor, check_request, write_additions
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _EXAMPLE = (
@@ -30,84 +28,68 @@ _EXAMPLE = (
 )
 
 
-class _Session:
-    """What one command asked for and made."""
+class _Call:
+    """One run of nnU-Net's command, which asks back: for the arguments, then for the predictor."""
 
     def __init__(self) -> None:
-        self.args: argparse.Namespace | None = None
+        self.request = PredictionRequest()
         self.predictor: MGMLPredictor | None = None
-        self.keep_probabilities = True
+        self.verbose = False
 
-    @property
-    def ours(self) -> bool:
-        if self.args is None:
-            return False
-        return (
-            self.args.missing_modalities is not None
-            or self.args.cpu_bfloat16
-            or self.args.backend != BACKENDS[0]
-            or self.args.preview
-            or self.args.save_uncertainty
-        )
-
-    def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build | None]:
+    def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build]:
         add_arguments(parser)
-        self.args = parser.parse_args()
-        if not self.ours:
-            return self.args, self.build  # nnU-Net's prediction by a predictor that reads files of strangers as data
-        for option in ("preview", "save_uncertainty", "backend"):
-            if getattr(self.args, option) not in (False, BACKENDS[0]) and self.args.missing_modalities is None:
-                raise ValueError(f"--{option} needs --missing_modalities; 'auto' goes by the files that exist.")
-        if self.args.save_uncertainty:
-            self.keep_probabilities = self.args.save_probabilities
-            self.args.save_probabilities = True
-        check_folds(self.args.f)
-        check_step_size(self.args.step_size)
-        _show_log()
-        return self.args, self.build
+        args = parser.parse_args()
+        self.request, self.verbose = _request_from(args), args.verbose
+        if self.request.uses_our_flags:
+            check_request(self.request)
+            args.save_probabilities |= self.request.save_uncertainty
+            _show_log()
+        return args, self.build
 
     def build(self, *args: Any, **kwargs: Any) -> MGMLPredictor:
-        assert self.args is not None
-        self.predictor = MGMLPredictor(
-            *args,
-            missing_modalities=self.args.missing_modalities,
-            cpu_bfloat16=self.args.cpu_bfloat16,
-            backend=self.args.backend,
-            trust_checkpoint=self.args.trust_checkpoint,
-            **kwargs,
-        )
-        check_device(self.args.device)
-        # upstream forgets -part_id and -num_parts when -npp 0 -nps 0 make it run without worker processes
-        self.predictor.sequential_part = (getattr(self.args, "part_id", 0), getattr(self.args, "num_parts", 1))
+        self.predictor = build_predictor(self.request, *args, **kwargs)
         return self.predictor
 
-    def draw(self) -> None:
-        """Draw the cases that this call has predicted, where that was asked for."""
-        if self.args is None or not self.args.preview or self.predictor is None or self.predictor.report_file is None:
+    def finish(self) -> None:
+        """Write what was asked for beside the segmentations, and say where it is."""
+        if self.predictor is None:
             return
-        from nnunetv2_mgml.presentation.preview import FOLDER, write_previews  # matplotlib is slow to import
+        written = write_additions(self.request, self.predictor)
+        if written.previews is not None:
+            print(f"{written.num_previews} previews: {written.previews}")
+        if written.uncertainty is not None:
+            print(f"uncertainty maps: {written.uncertainty}")
 
-        report = self.predictor.report_file
-        written, _ = write_previews(report, self.predictor.dataset_json, self.predictor.report_cases)
-        print(f"{len(written)} previews: {report.parent / FOLDER}")
+    def failures(self) -> str:
+        """Return a line for every case that was not predicted, under a heading; empty where there is none."""
+        failures = {} if self.predictor is None else self.predictor.failures
+        if not failures:
+            return ""
+        return "\n".join([f"{len(failures)} cases were not predicted:", *(f"  {text}" for text in failures.values())])
 
-    def save_uncertainty(self) -> None:
-        """Write the maps of the cases that this call has predicted, where that was asked for."""
-        predictor = self.predictor
-        if self.args is None or not self.args.save_uncertainty or predictor is None or predictor.report_file is None:
-            return
-        folder, ending = predictor.report_file.parent, predictor.dataset_json["file_ending"]
-        for case in predictor.report_cases:
-            if case in predictor.failures:
-                continue
-            try:
-                write_uncertainty(folder, case, ending, predictor.label_manager.has_regions)
-            except (ValueError, OSError) as error:  # the segmentation is there; the others' maps can still be written
-                predictor.failures[case] = str(error)
-            if not self.keep_probabilities:
-                for suffix in (".npz", ".pkl"):
-                    (folder / f"{case}{suffix}").unlink(missing_ok=True)
-        print(f"uncertainty maps: {folder / UNCERTAINTY_FOLDER}")
+    def blames_user(self, error: Exception) -> bool:
+        """Whether an error is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
+        loading = self.predictor is not None and self.predictor.network is None
+        if not self.request.uses_our_flags:
+            return loading and isinstance(error, (ValueError, OSError))
+        started = self.predictor is not None and not loading
+        return isinstance(error, (ValueError, OSError)) or not started
+
+
+def _request_from(args: argparse.Namespace) -> PredictionRequest:
+    return PredictionRequest(
+        missing_modalities=args.missing_modalities,
+        cpu_bfloat16=args.cpu_bfloat16,
+        backend=args.backend,
+        trust_checkpoint=args.trust_checkpoint,
+        preview=args.preview,
+        save_uncertainty=args.save_uncertainty,
+        keep_probabilities=args.save_probabilities,
+        device=args.device,
+        folds=args.f,
+        step_size=args.step_size,
+        part=(getattr(args, "part_id", 0), getattr(args, "num_parts", 1)),
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,35 +149,26 @@ def main(entry_point_name: str) -> NoReturn:
         entry_point_name: ``predict_entry_point`` or ``predict_entry_point_modelfolder``.
     """
     add_ext_dir()
-    session = _Session()
+    call = _Call()
     entry_point = stock_entry_point(entry_point_name)
     try:
-        with _own_log(), intercepted(session.parse):
+        with _own_log(), intercepted(call.parse):
             entry_point()
-            session.draw()
-            session.save_uncertainty()
+            call.finish()
     except KeyboardInterrupt:
-        if not session.ours:
+        if not call.request.uses_our_flags:
             raise
         _fail("interrupted; the cases finished so far are complete", _INTERRUPTED)
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
-        if not isinstance(error, PlainError) and not _by_user(error, session):
+        if not isinstance(error, PlainError) and not call.blames_user(error):
             raise
-        if session.args is not None and session.args.verbose:
+        if call.verbose:
             traceback.print_exc()
-        _fail("\n".join(filter(None, [str(error), _failures(session)])), _USAGE)
-    failures = _failures(session)
+        _fail("\n".join(filter(None, [str(error), call.failures()])), _USAGE)
+    failures = call.failures()
     if failures:
         _fail(failures, _FAILED)
     sys.exit(0)
-
-
-def _failures(session: _Session) -> str:
-    """Return a line for every case that was not predicted, under a heading; empty where there is none."""
-    failures = {} if session.predictor is None else session.predictor.failures
-    if not failures:
-        return ""
-    return "\n".join([f"{len(failures)} cases were not predicted:", *(f"  {text}" for text in failures.values())])
 
 
 @contextmanager
@@ -215,15 +188,6 @@ def _show_log() -> None:
     logger = logging.getLogger("nnunetv2_mgml")
     logger.addHandler(logging.StreamHandler(sys.stdout))
     logger.setLevel(logging.INFO)
-
-
-def _by_user(error: Exception, session: _Session) -> bool:
-    """Whether an exception is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
-    loading = session.predictor is not None and session.predictor.network is None
-    if not session.ours:
-        return loading and isinstance(error, (ValueError, OSError))
-    started = session.predictor is not None and not loading
-    return isinstance(error, (ValueError, OSError)) or not started
 
 
 def _fail(message: str, code: int) -> NoReturn:

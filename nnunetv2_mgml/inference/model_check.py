@@ -18,6 +18,8 @@ from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 SUPPORTING_TRAINERS = "nnUNetTrainerMGML (and its variants), nnUNetTrainerModalityDropout"
 """Named in messages; what counts is the trainer's attribute ``supports_missing_modalities``."""
 
+_MODELS_SHOWN = 5
+
 
 def check_model_folder(
     folder: str | Path, use_folds: Sequence[int | str] | int | str | None, checkpoint_name: str
@@ -37,7 +39,7 @@ def check_model_folder(
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"No trained model in {folder}: {name} is missing. Check -d, -tr, -p and -c (or "
-                f"-m), or train the model first."
+                f"-m), or train the model first.{_models_beside(folder)}"
             )
     trained = {path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint_name}")}
     if use_folds is None:
@@ -53,6 +55,14 @@ def check_model_folder(
             f"{', '.join(others) or 'nothing'}. Choose folds with -f and the file with -chk."
         )
     return [fold if fold == "all" else int(fold) for fold in wanted]
+
+
+def _models_beside(folder: Path) -> str:
+    """Name the models of the same data set, as the options that choose them."""
+    beside = sorted(path.parent.name.split("__") for path in folder.parent.glob("*__*__*/dataset.json"))
+    named = [f"-tr {names[0]} -p {names[1]} -c {names[2]}" for names in beside if len(names) == 3]
+    more = f" and {len(named) - _MODELS_SHOWN} more" if len(named) > _MODELS_SHOWN else ""
+    return f" Trained there: {'; '.join(named[:_MODELS_SHOWN])}{more}." if named else ""
 
 
 def check_checkpoint(file: Path, trust: bool) -> None:

@@ -6,6 +6,7 @@ sure the network is, not how often it is right: it is not calibrated, and a netw
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,30 @@ def write_uncertainty(folder: Path, case: str, ending: str, regions: bool) -> Pa
     target.parent.mkdir(exist_ok=True)
     write_image(image, target)
     return target
+
+
+def write_maps(
+    folder: Path, cases: Iterable[str], ending: str, regions: bool, *, keep_probabilities: bool
+) -> dict[str, str]:
+    """Write the maps of several cases; one that cannot be written does not stop the others.
+
+    Args:
+        folder: the output folder.
+        cases: their names.
+        ending: of image files.
+        regions: see `uncertainty`.
+        keep_probabilities: else the ``.npz`` and ``.pkl`` of these cases are deleted.
+
+    Returns:
+        Case -> message of those without a map.
+    """
+    failures = {}
+    for case in cases:
+        try:
+            write_uncertainty(folder, case, ending, regions)
+        except (ValueError, OSError) as error:
+            failures[case] = str(error)
+        if not keep_probabilities:
+            for suffix in (".npz", ".pkl"):
+                (folder / f"{case}{suffix}").unlink(missing_ok=True)
+    return failures

@@ -80,7 +80,7 @@ class FusionDecoder(StepwiseDecoder):
 
         Args:
             features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
-            mask: ``(B, M)`` bool, True = present.
+            mask: ``(B, M)`` bool, True = visible.
             fusion: the design.
             images: ``(B, M, *spatial)`` for the design's `image_loss`; None: no such loss.
             available: ``(B, M)`` bool, the modalities each case has, in the pass a training step learns from; needed

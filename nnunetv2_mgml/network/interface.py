@@ -5,7 +5,7 @@
 that the loss terms need and returns a `TrainingOutput`.
 
 ``B`` batch, ``M`` modalities, ``R`` fused heads (regions, or labels with background), ``K`` label classes with
-background. All masks are bool, True = present; all predictions are raw logits.
+background. All masks are bool, True = visible; all predictions are raw logits.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: any float dtype; the ``P`` previous-stage channels of a cascade stay as they are.
-        mask: ``(B, M)`` bool, True = present, on the device of ``x``.
+        mask: ``(B, M)`` bool, True = visible, on the device of ``x``.
     """
     extra = x.shape[1] - mask.shape[1]
     keep = torch.cat((mask, mask.new_ones(len(mask), extra)), 1) if extra else mask

@@ -74,7 +74,7 @@ def segmentation_of_log_probabilities(
 ) -> torch.Tensor:
     """`modality_segmentation_loss` for log-probabilities ``(B, M, K, *spatial)`` whose `class_mass` is known.
 
-    With ``modality_weights (M,)``: the weighted *sum* over the present modalities, averaged over samples.
+    With ``modality_weights (M,)``: the weighted *sum* over the visible modalities, averaged over samples.
     """
     index = labels.flatten(1)[:, None, None].expand(-1, log_probabilities.shape[1], 1, -1)
     log_true = log_probabilities.flatten(3).gather(2, index).squeeze(2)

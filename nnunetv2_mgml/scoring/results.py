@@ -225,6 +225,11 @@ def load_evaluation(folder: Path) -> Evaluation:
         FileNotFoundError: ``results.csv`` or ``summary.json`` is missing.
         ValueError: a file is damaged or of another kind.
     """
+    if not (folder / "summary.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'summary.json'} does not exist. Give the folder of an evaluation, which 'mgml evaluate' has "
+            f"written to its end."
+        )
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict):
         raise ValueError(f"{folder / 'summary.json'} must hold an object: it was not written by 'mgml evaluate'.")

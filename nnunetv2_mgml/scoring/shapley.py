@@ -35,7 +35,7 @@ def shapley_values(values: Mapping[Subset, float], num_modalities: int) -> tuple
     """Return the exact Shapley value of each modality.
 
     Args:
-        values: score of each of the ``2^M - 1`` non-empty subsets (tuples of ``M`` bools, True = present); NaN is
+        values: score of each of the ``2^M - 1`` non-empty subsets (tuples of ``M`` bools, True = visible); NaN is
             allowed and makes every Shapley value it touches NaN.
         num_modalities: ``M``.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shlex
 from collections import Counter, defaultdict
@@ -33,6 +32,19 @@ OUTLIER = 6.0
 FEWEST_FOR_OUTLIERS = 8
 UNEVEN = 1.5
 """How much more often one modality is there than another for the rates to count as uneven."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """Which data set to look at, and where what was found goes."""
+
+    dataset: int | str
+    """Id or name; its raw data are read."""
+    output: Path | None = None
+    """Folder for ``check.json`` and ``check.png``; None writes nothing."""
+    num_processes: int | None = None
+    """Worker processes; None for the smaller of 4 and the number of CPUs."""
+    show_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,26 +119,19 @@ class DatasetCheck:
         }
 
 
-def check_dataset(
-    dataset: int | str, output: Path | None = None, *, num_processes: int | None = None, progress: bool = False
-) -> DatasetCheck:
-    """Look at every training case of a raw data set.
-
-    Args:
-        dataset: id or name; its raw data must exist.
-        output: folder for ``check.json`` and ``check.png``; None writes nothing.
-        num_processes: worker processes, None for the smaller of 4 and the number of CPUs.
-        progress: show a progress bar.
+def check_dataset(request: CheckRequest) -> DatasetCheck:
+    """Look at every training case of a raw data set and, with ``output``, write what was found.
 
     Raises:
         FileNotFoundError, ValueError: no such data set, or one that nnU-Net could not use either.
     """
-    folder = dataset_folder(dataset, RAW)
+    folder = dataset_folder(request.dataset, RAW)
     description = read_dataset_json(folder)
     channels = channel_names(description)
     cases = raw_cases(folder)
     test = raw_cases(folder, "Ts") if any((folder / "imagesTs").glob("*")) else []
-    checks = tuple(run_jobs(check_case, [(case, channels) for case in cases], num_processes, "Checking", progress))
+    jobs = [(case, channels) for case in cases]
+    checks = tuple(run_jobs(check_case, jobs, request.num_processes, "Checking", request.show_progress))
     subsets = {
         case.name: tuple(c in case.files and c not in check.placeholders for c in range(len(channels)))
         for case, check in zip(cases, checks, strict=True)
@@ -146,10 +151,10 @@ def check_dataset(
         (),
     )
     result = dataclasses.replace(result, proposals=tuple(_proposals(result)))
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "check.json", result.as_dict())
-        save(draw(result), output / "check.png", dpi=130)
+    if request.output is not None:
+        request.output.mkdir(parents=True, exist_ok=True)
+        write_json(request.output / "check.json", result.as_dict())
+        save(draw(result), request.output / "check.png", dpi=130)
     return result
 
 
@@ -284,43 +289,3 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
 
 def _plan(dataset: str, *options: str) -> str:
     return shlex.join(["mgml", "plan", "-d", dataset, "--set", *options])
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-def describe(check: DatasetCheck, most: int = 20) -> list[str]:
-    """Return the report as text, one string a line.
-
-    Args:
-        check: what was found.
-        most: how many findings are written out.
-    """
-    total = len(check.subsets)
-    incomplete = sum(not all(subset) for subset in check.subsets.values())
-    width = max(len(part) for part in check.splits)
-    lines = [
-        f"{check.dataset}: {total} training cases, {incomplete} of them incomplete",
-        "",
-        f"{'':<{width}}  cases  " + "  ".join(f"{name:>8}" for name in check.channels),
-    ]
-    for part, names in check.splits.items():
-        counts = check.count(part)
-        lines.append(f"{part:<{width}}  {len(names):5}  " + "  ".join(f"{counts[n]:8}" for n in check.channels))
-    lines += ["", "Combinations in the training cases:"]
-    lines += [f"  {count:5}  {name}" for name, count in check.combinations().items()]
-    if incomplete:
-        tests = "label, volume and site" if check.sites else "label and volume"
-        lines += ["", f"What is missing goes with ({tests} looked at; p adjusted after Holm):"]
-        lines += [f"  {a.text} (p = {_p(a.p)})" for a in check.associations] or ["  nothing that these cases show"]
-    findings = [f"  {case}: {text}" for case, texts in check.findings.items() for text in texts]
-    lines += ["", f"Findings ({len(findings)}):" if findings else "Findings: none", *findings[:most]]
-    if len(findings) > most:
-        lines.append(f"  and {len(findings) - most} more (-o writes all of them to check.json)")
-    if check.proposals:
-        lines += ["", "Proposals:"]
-        for proposal in check.proposals:
-            lines += [f"  {proposal.why}:", f"    {proposal.command}"]
-    return lines
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 0.001 or math.isnan(value) else "< 0.001"

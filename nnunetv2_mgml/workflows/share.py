@@ -83,7 +83,7 @@ def export_model(request: ExportRequest) -> ExportedModel:
 def commands_for_receiver(
     place: str, archive: str, folds: list[int | str], checkpoint: str = "checkpoint_final.pth"
 ) -> tuple[str, str]:
-    """Return the two commands a receiver types, after ``pip install nnunetv2_mgml``.
+    """Return the two commands a receiver types, once this package is installed.
 
     Args:
         place: ``DatasetXXX_NAME/TRAINER__PLANS__CONFIGURATION``.

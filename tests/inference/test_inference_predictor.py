@@ -312,5 +312,19 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         MGMLPredictor(device=CPU).initialize_from_trained_model_folder(str(tmp_path), None)
 
 
+def test_models_of_the_same_data_set_are_named(tmp_path: Path) -> None:
+    """Options that were set live in plans of their own, and -p is easily forgotten."""
+    trained = tmp_path / "nnUNetTrainerMGML__nnUNetMGMLPlans__3d_fullres"
+    trained.mkdir()
+    (trained / "dataset.json").write_text("{}")
+    (tmp_path / "nnUNetTrainerMGML__never__2d").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"first\. Trained there: -tr nnUNetTrainerMGML -p nnUNetMGMLPlans -c 3d_fullres\.$"
+    ):
+        MGMLPredictor(device=CPU).initialize_from_trained_model_folder(
+            str(tmp_path / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres"), (0,)
+        )
+
+
 def test_folds_are_found_by_themselves(model: Path) -> None:
     assert predictor(model, folds=None)._origin["folds"] == [0, 1]

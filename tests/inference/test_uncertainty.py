@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from inference_cases import predict_kept
 from kept_model_cases import FIXTURE, read
 
-from nnunetv2_mgml.inference.uncertainty import uncertainty, write_uncertainty
+from nnunetv2_mgml.inference.uncertainty import uncertainty, write_maps, write_uncertainty
 
 
 def test_labels_are_undecided_where_all_are_as_likely() -> None:
@@ -54,3 +54,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", probabilities=np.full((2, 1, 4, 5), 0.5, np.float32))
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5), np.uint8)), str(tmp_path / "a.nii.gz"))
     assert read(write_uncertainty(tmp_path, "a", ".nii.gz", True)) == pytest.approx(np.ones((4, 5)))
+
+
+def test_one_map_that_cannot_be_written_does_not_stop_the_others(tmp_path: Path) -> None:
+    for case in "ab":
+        np.savez(tmp_path / f"{case}.npz", probabilities=np.full((2, 3, 4, 5), 0.5, np.float32))
+        (tmp_path / f"{case}.pkl").write_bytes(b"")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "b.nii.gz"))
+    failures = write_maps(tmp_path, "ab", ".nii.gz", True, keep_probabilities=True)
+    assert list(failures) == ["a"]
+    assert "a.nii.gz" in failures["a"]
+    assert (tmp_path / "b.npz").is_file()
+    assert write_maps(tmp_path, "b", ".nii.gz", True, keep_probabilities=False) == {}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.pkl", "b.nii.gz", "uncertainty"]

@@ -86,6 +86,8 @@ def test_differences_are_drawn_with_their_intervals():
 def test_lines_and_labels_differ_in_colour_and_marker():
     styles = [style.line_style(i) for i in range(len(style.CYCLE))]
     assert len({s["color"] for s in styles}) == len({s["marker"] for s in styles}) == len(style.CYCLE)
+    every = [tuple(style.line_style(i).items()) for i in range(2 * len(style.CYCLE))]
+    assert len(set(every)) == len(every)
     assert len(set(style.LABEL_CYCLE)) == len(style.LABEL_CYCLE)
     assert style.label_colours([0, 4, 1, 2]) == dict(zip((1, 2, 4), style.LABEL_CYCLE, strict=False))
 
@@ -116,6 +118,21 @@ def test_training_curves_hold_the_log():
     assert lines["total"].get_ydata() == pytest.approx([2, 1, 0])
     assert {"segmentation", "WT", "mean", "$T_1$", r"$\beta$ (smooth max)", r"$\alpha$ (smooth min)"} <= set(lines)
     assert "fold 0" in texts(figure)
+
+
+def test_losses_of_the_default_can_be_told_apart_also_below_zero():
+    terms = ("segmentation", "auxiliary", "complete", "modality", "soft_label", "meta", "consistency")
+    rows = [
+        {"epoch": e, **{f"train_{t}": 1.0 - 0.9 * e for t in terms}, "train_fusion": 0.0, "val_loss": -0.5}
+        for e in range(3)
+    ]
+    axes = training_curves(rows).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {*(t.replace("_", " ") for t in terms), "segmentation (validation)"}  # none that is always 0
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == len(lines)
+    assert axes.get_yscale() == "symlog"
+    at = axes.transData.transform([(0, y) for y in (-0.8, -0.7, 0.7, 0.8)])[:, 1]
+    assert at[1] - at[0] == pytest.approx(at[3] - at[2])  # as far apart below 0 as above
 
 
 @pytest.mark.parametrize(

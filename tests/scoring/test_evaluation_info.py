@@ -79,3 +79,8 @@ def test_what_makes_no_sense_is_one_line_that_names_it(tmp_path: Path, key: str,
         load_evaluation(tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_evaluation_says_what_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"summary\.json does not exist\. Give the folder of an evaluation"):
+        load_evaluation(tmp_path / "nowhere")

@@ -295,7 +295,7 @@ def test_wrong_options_are_found_before_the_model_is_loaded(
         load_model(model, 0, "checkpoint_final.pth", "mps")
 
 
-def test_incomplete_case_is_refused_or_left_out(model, images, labels, tmp_path, capsys):
+def test_incomplete_case_is_refused_or_left_out(model, images, labels, tmp_path, capsys, monkeypatch):
     (images / "b_0001.nii.gz").unlink()
     assert evaluate(model, images, labels, tmp_path / "out") == 2
     assert "b (t1ce)" in capsys.readouterr().err
@@ -304,6 +304,9 @@ def test_incomplete_case_is_refused_or_left_out(model, images, labels, tmp_path,
     counts = {name: summary["results"]["dice"]["whole_tumor"][name]["n"] for name in NAMES}
     assert all(counts[name] == (1 if "t1ce" in name else 2) for name in NAMES)
     assert all("t1ce" in name for name in summary["not_evaluated"]["b"])
+    monkeypatch.setattr(SubsetPredictor, "predict_subsets", lambda *_: pytest.fail("what is finished is predicted"))
+    assert evaluate(model, images, labels, tmp_path / "out", "--allow_missing") == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["results"] == summary["results"]
 
 
 def test_one_broken_case_does_not_lose_the_others(model, images, labels, tmp_path, capsys):

@@ -185,6 +185,8 @@ class SubsetLabelMaps:
             return _failed(case, f"a modality is empty, so it cannot be evaluated on {', '.join(names)}. {_ALLOW}"), []
         exports = []
         for group in item.groups:
+            if not any(subset in self._todo[case] for subset in group.subsets):
+                continue  # of an incomplete case, say, whose lacking subsets are never finished
             logits = predictor.predict_subsets(group.full_data(len(predictor.channels)), group.subsets)
             for subset, answer in zip(group.subsets, logits, strict=True):
                 if subset not in self._todo[case]:

@@ -168,7 +168,7 @@ class FusionDesign(nn.Module):
         Args:
             scale: 0 is full resolution; called from ``spec.num_scales - 1`` (the bottleneck) down to 0.
             features: ``(B, M, C_s, *spatial_s)``; zero where the mask is False, unless ``hides_absent``.
-            mask: ``(B, M)`` bool, True = present, at least one True per row.
+            mask: ``(B, M)`` bool, True = visible, at least one True per row.
             context: upsampled decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck.
             state: what `begin` returned.
         """
@@ -295,7 +295,7 @@ def float_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over the present modalities, ``(B, ...)`` in the dtype of the parts, without a copy of them.
+    """Sum over the visible modalities, ``(B, ...)`` in the dtype of the parts, without a copy of them.
 
     Args:
         parts: ``(B, M, ...)``, or ``(1, M, ...)``: one sample for all masks.

@@ -2,11 +2,11 @@
 
 The ``C`` channels of the fused feature are cut into ``M`` slots, one per modality. In a modality's own feature the
 channels of its slot describe itself, those of another slot are what it keeps ready to stand in for that other modality.
-A slot is filled from its own modality where that is present, else from the first present one of a fixed order. By
+A slot is filled from its own modality where that is visible, else from the first visible one of a fixed order. By
 position of the channels, ``j`` asks ``j^1``, ``j^2``, ``j^3``, ... (bits exclusive-or): with T1, T1ce, T2, FLAIR these
 are the published partners, T1 with T1ce and T2 with FLAIR first, T1 with T2 and T1ce with FLAIR next.
 
-In training every present modality learns to say what every other present one says of itself (a KL divergence over the
+In training every visible modality learns to say what every other visible one says of itself (a KL divergence over the
 channels of a slot). Each modality's feature then passes a channel-shuffle block of its own. Published as the first
 block of one ordinary U-Net: that is ``network_form=early_fusion`` (`nnunetv2_mgml.network.early_fusion`). Elsewhere it
 is a design like others, at every scale. ``stand_in=none`` is its control: own slots only, zeros for the absent.
@@ -44,14 +44,14 @@ def slot_sizes(width: int, modalities: int) -> list[int]:
 
 
 def stand_in_divergence(features: torch.Tensor, mask: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Sum over ordered pairs of present modalities (a, b) of KL(b's own slot || what a keeps for b).
+    """Sum over ordered pairs of visible modalities (a, b) of KL(b's own slot || what a keeps for b).
 
     Softmax over the channels of the slot, mean over channels, voxels and samples; gradient on both sides. Scalar
     float32.
 
     Args:
         features: ``(B, M, C, V)``.
-        mask: ``(B, M)`` bool, True = present.
+        mask: ``(B, M)`` bool, True = visible.
         sizes: channels of each slot.
     """
     total = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
@@ -143,7 +143,7 @@ class DeMoSegFusion(FusionDesign):
         """Take every channel from whoever fills its slot ``(C,)``; ``(B, C, *spatial)``."""
         dimensions = [1] * (prepared.ndim - 3)
         if self.partners:
-            first = mask[:, self.order].int().argmax(2)  # (B, M): place in a slot's row of the first that is present
+            first = mask[:, self.order].int().argmax(2)  # (B, M): place in a slot's row of the first that is visible
             source = self.order.expand(len(mask), -1, -1).gather(2, first[..., None])[..., 0]
             chosen = source[:, slot]
         else:

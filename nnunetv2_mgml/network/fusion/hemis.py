@@ -27,11 +27,11 @@ _MAX_VARIANCE = 1e4
 
 
 def moments(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and population variance over present modalities, both ``(B, C, *spatial)`` float32.
+    """Return mean and population variance over visible modalities, both ``(B, C, *spatial)`` float32.
 
     Args:
         features: ``(B, M, C, *spatial)``.
-        mask: ``(B, M)`` bool, True = present.
+        mask: ``(B, M)`` bool, True = visible.
     """
     features = at_least_float32(features)
     weight = float_mask(mask, features)
@@ -52,7 +52,7 @@ class Shared(NamedTuple):
     def moments(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `moments` does for a mask ``(B, M)``, of the same batch or for one sample and all masks.
 
-        The variance is half the mean squared difference over all ordered pairs of present modalities: exact beside any
+        The variance is half the mean squared difference over all ordered pairs of visible modalities: exact beside any
         mean, never negative, and absent modalities have no part in it, not even in the rounding.
         """
         count = mask.sum(1).reshape(-1, *[1] * (self.features.ndim - 2))

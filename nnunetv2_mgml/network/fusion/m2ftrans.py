@@ -1,6 +1,6 @@
 """M2FTrans (Shi et al., JBHI 2024): fusion tokens gather the available modalities at the bottleneck.
 
-Tokens of a modality attend to that modality only, fusion tokens to all present modalities and to themselves. The first
+Tokens of a modality attend to that modality only, fusion tokens to all visible modalities and to themselves. The first
 layer's attention, detached, also reweighs the modalities' features in space at the other scales. With
 ``channel_attention`` the two deepest scales are fused by channel cross-attention instead: at the bottleneck the fusion
 tokens ask, the transformer's own output of the modalities, reweighed, answers, and convolutions join both; at the scale

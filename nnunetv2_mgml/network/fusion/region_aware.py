@@ -29,7 +29,7 @@ from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
 
 
 class ProbabilityMap(nn.Module):
-    """PRM: features of present modalities (and the decoder's) ``-> (B, K, *spatial)`` label logits."""
+    """PRM: features of visible modalities (and the decoder's) ``-> (B, K, *spatial)`` label logits."""
 
     def __init__(self, spec: FusionSpec, scale: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The published block of SFusion (Liu et al., MICCAI 2023): tokens of the present modalities become scores per voxel.
+"""The published block of SFusion (Liu et al., MICCAI 2023): tokens of the visible modalities become scores per voxel.
 
-Tokens are means over cells of ``s`` voxels per axis. A sinusoidal code runs on over the tokens of one present modality
+Tokens are means over cells of ``s`` voxels per axis. A sinusoidal code runs on over the tokens of one visible modality
 after the other, so a modality's code depends on its place among those present. Post-norm layers with ReLU follow, and
 a 1x1 convolution to ``C s^3`` channels (no bias) whose channels are moved into the cell's voxels. Left out: the bias of
 the last norm, which is added to every modality's scores alike and cancels in the softmax over them, and dropout on the
@@ -82,7 +82,7 @@ class PostNormLayer(nn.Module):
 
 
 class CellScores(nn.Module):
-    """Pooled tokens of the present modalities ``-> `` scores per voxel and channel."""
+    """Pooled tokens of the visible modalities ``-> `` scores per voxel and channel."""
 
     def __init__(self, spec: FusionSpec, scale: int, options: dict[str, Any]) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class CellScores(nn.Module):
 
         Args:
             tokens: ``(B, M, V, C)`` from `pool`.
-            mask: ``(B, M)`` bool, True = present; None: all are.
+            mask: ``(B, M)`` bool, True = visible; None: all are.
             size: voxels of the features.
 
         Returns:

@@ -147,7 +147,7 @@ class SelfAttentionFusion(FusionDesign):
 
 
 def _weighted_sum(features: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over present modalities, weighted by the softmax of the scores; all ``(B, M, C, *spatial)``."""
+    """Sum over visible modalities, weighted by the softmax of the scores; all ``(B, M, C, *spatial)``."""
     with torch.autocast(features.device.type, enabled=False):  # keeps the softmax in the features' memory format
         weights = scores.masked_fill(~expand_mask(mask, scores), -torch.inf).softmax(1)
     return (features * weights).sum(1)

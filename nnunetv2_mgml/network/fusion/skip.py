@@ -41,7 +41,7 @@ class SkipFusion(nn.Sequential):
 
         Args:
             features: ``(B, M, C, *spatial)``; absent ones may hold anything finite.
-            mask: ``(B, M)`` bool, True = present.
+            mask: ``(B, M)`` bool, True = visible.
             shared: what `share` returned for these features, of the same batch or of one sample for all masks.
         """
         weight, bias, rest = self._first()

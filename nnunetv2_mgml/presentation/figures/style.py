@@ -78,8 +78,13 @@ def new_figure(width: float, height: float, layout: Literal["constrained", "comp
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return colour and marker of the ``index``-th line, as keyword arguments of ``Axes.plot``."""
-    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
+    """Return colour and marker of the ``index``-th line, as keyword arguments of ``Axes.plot``.
+
+    Where colours are used a second time, markers are others, and hollow.
+    """
+    again, place = divmod(index, len(CYCLE))
+    style: dict[str, Any] = {"color": CYCLE[place], "marker": MARKERS[(place + 3 * again) % len(MARKERS)]}
+    return {**style, "markerfacecolor": "white"} if again else style
 
 
 def label_colours(labels: list[int] | tuple[int, ...]) -> dict[int, str]:

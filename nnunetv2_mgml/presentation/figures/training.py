@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from nnunetv2_mgml.presentation.figures.style import BLACK, line_style, new_figure, styled
 
+_VALIDATION = {"val_loss": "segmentation (validation)"}
 _WEIGHTS = {"w_f": "$w_f$", "t1": "$T_1$", "t2": "$T_2$"}
 _SHARPNESS = {"beta": r"$\beta$ (smooth max)", "alpha": r"$\alpha$ (smooth min)"}
 _SUMMARY = {"color": BLACK, "linestyle": "--", "marker": ".", "markersize": 3.0}
@@ -24,8 +25,9 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str | None = None)
 
     Args:
         rows: one mapping per epoch, as ``csv.DictReader`` gives them: ``epoch``, ``train_<term>``, ``w_f``, ``t1``,
-            ``t2``, ``beta``, ``alpha``, ``pseudo_dice_<region>``, ``lr``; values are numbers or their text. Columns
-            that are missing, empty or not a number in all rows are left out.
+            ``t2``, ``beta``, ``alpha``, ``val_loss``, ``pseudo_dice_<region>``, ``lr``; values are numbers or their
+            text. Columns that are missing, empty or not a number in all rows are left out, and so is a loss that is
+            always 0.
         title: heading of the figure.
 
     Raises:
@@ -37,8 +39,12 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str | None = None)
     epochs = columns.pop("epoch", np.arange(len(rows), dtype=float))
     figure = new_figure(9.0, 5.6)
     losses, weights, dice, sharpness = figure.subplots(2, 2).flat
-    terms = {name: name.removeprefix("train_").replace("_", " ") for name in columns if name.startswith("train_")}
-    _panel(losses, epochs, columns, terms, "Training loss", logarithmic=True)
+    terms = {
+        name: name.removeprefix("train_").replace("_", " ")
+        for name, values in columns.items()
+        if name.startswith("train_") and (values != 0).any()
+    }
+    _panel(losses, epochs, columns, {**terms, **_VALIDATION}, "Losses", logarithmic=True)
     scores = {name: name.removeprefix("pseudo_dice_") for name in columns if name.startswith("pseudo_dice_")}
     _panel(dice, epochs, columns, scores, "Pseudo Dice (validation patches)", limits=(0, 1))
     _panel(weights, epochs, columns, _WEIGHTS, "Meta-parameters: weights", limits=(0, 1))
@@ -88,12 +94,16 @@ def _panel(
         return
     if limits:
         axes.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
-    if logarithmic and any((values[np.isfinite(values)] > 0).any() for _, values in drawn):
-        axes.set_yscale("symlog", linthresh=1e-3) if _has_negative(drawn) else axes.set_yscale("log")
+    if logarithmic:
+        _logarithmic(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     axes.grid(color="#E9E9E9", linewidth=0.7)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _has_negative(drawn: Sequence[tuple[str, npt.NDArray[Any]]]) -> bool:
-    return any((values[np.isfinite(values)] < 0).any() for _, values in drawn)
+def _logarithmic(axes: Axes) -> None:
+    """Set an axis linear from -1 to 1 and logarithmic beyond: losses start high and end below 0, as Dice does."""
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.yaxis.set_major_locator(FixedLocator([-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
