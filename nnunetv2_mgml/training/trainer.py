@@ -18,6 +18,7 @@ from torch import nn
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.dataloading import augmentation
+from nnunetv2_mgml.io.cpus import usable_cpus
 from nnunetv2_mgml.modalities import Subset, channel_names
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.objective import Options, Progress
@@ -70,6 +71,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         place(self, device)
+        if device.type == "cpu":  # nnU-Net starts a thread for every CPU of the machine
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         planned = Options.from_plans(plans)
         for note in run_notes(type(self).__name__, planned, self.config_overrides, get_allowed_n_proc_DA()):
             self.print_to_log_file(note)

@@ -46,6 +46,8 @@ SUBSETS: dict[str, tuple[str, ...]] = {
 """Subset -> the names given to ``--missing_modalities``."""
 
 STEPS = 8
+PATIENCE = 15
+"""Minutes of training from which on the user is told how to do with less."""
 MARKER = "mgml_demo.txt"
 LEARNED = {"t1+t1ce+t2+flair": 0.75, "t1": 0.4}
 """Subset -> mean whole-tumour Dice that a working installation reaches at least."""
@@ -95,7 +97,6 @@ def run_demo(request: DemoRequest, say: Callable[[str], None]) -> DemoResult:
                 f"{', or replace it with --overwrite' if (root / MARKER).is_file() else ''}."
             )
         shutil.rmtree(root)
-    started = time.perf_counter()
     demo = _Demo(root, request, say)
     demo.write_phantoms()
     demo.convert_and_plan()
@@ -104,7 +105,7 @@ def run_demo(request: DemoRequest, say: Callable[[str], None]) -> DemoResult:
     table = demo.evaluate()
     figure = demo.draw()
     report = demo.report()
-    return DemoResult(table, figure, report, demo.model_folder, (time.perf_counter() - started) / 60, demo.too_low())
+    return DemoResult(table, figure, report, demo.model_folder, demo.minutes, demo.too_low())
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -130,6 +131,12 @@ class _Demo:
         self.model_folder = root / "nnUNet_results" / DATASET / f"nnUNetTrainerMGML__{PLANS}__3d_fullres"
         self.evaluation = root / "evaluation"
         self.step = 0
+        self.started = time.perf_counter()
+
+    @property
+    def minutes(self) -> float:
+        """How long it has been running."""
+        return (time.perf_counter() - self.started) / 60
 
     def write_phantoms(self) -> None:
         """Step 1."""
@@ -277,7 +284,8 @@ class _Demo:
 
     def _announce(self, what: str) -> None:
         self.step += 1
-        self.say(f"\n[{self.step}/{STEPS}] {what}")
+        since = f" (after {self.minutes:.0f} min)" if self.step > 1 else ""
+        self.say(f"\n[{self.step}/{STEPS}] {what}{since}")
 
     def _call_nnunet(self, log: str, name: str, *arguments: str, epochs: int | None = None) -> None:
         """Run nnU-Net's ``train`` or ``predict``, by way of ``mgml`` where nnU-Net's own would not know our flags."""
@@ -288,6 +296,7 @@ class _Demo:
         """Show and run a command; its output goes to a log file, epochs to a progress bar."""
         self.say(f"  $ {command} {' '.join(arguments)}")
         path = self.logs / f"{log}.txt"
+        ends: list[float] = []
         with (
             open(path, "w") as file,
             subprocess.Popen(
@@ -304,6 +313,10 @@ class _Demo:
                 file.write(line)
                 if epochs is not None and re.search(r"Epoch time:", line):
                     bar.update()
+                    ends.append(time.perf_counter())
+                    if len(ends) == 2 < epochs:  # the first epoch also starts the loaders
+                        bar.clear()
+                        self.say(_remaining(ends[1] - ends[0], epochs - 2))
                 if epochs is not None and (match := re.search(r"Pseudo dice \[(.*)\]", line)):
                     bar.set_postfix_str("pseudo Dice " + " ".join(re.findall(r"0\.\d\d|nan", match.group(1))))
         if process.returncode != 0:
@@ -311,6 +324,13 @@ class _Demo:
             raise ValueError(
                 f"'{command}' ended with exit code {process.returncode}. Its last lines, from {path}:\n{tail}"
             )
+
+
+def _remaining(seconds: float, epochs: int) -> str:
+    """Return what an epoch's seconds say of those that are left, for the user."""
+    left = seconds * epochs / 60
+    text = f"  the training ends in about {max(round(left), 1)} min; predictions and scores of 15 subsets follow"
+    return text if left < PATIENCE else f"{text}. Ctrl-C ends the demo; --set num_epochs=5 makes a shorter one"
 
 
 def _script(command: str) -> str:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnunetv2_mgml.inference import uncertainty
 from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
 from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
+from nnunetv2_mgml.io.cpus import usable_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,8 @@ def build_predictor(request: PredictionRequest, *args: Any, **kwargs: Any) -> MG
         **kwargs,
     )
     check_device(request.device)
+    if request.uses_our_flags and request.device == "cpu":  # nnU-Net starts a thread for every CPU of the machine
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     predictor.sequential_part = request.part
     return predictor
 

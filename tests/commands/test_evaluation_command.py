@@ -147,6 +147,40 @@ class TestPredictions:
         assert evaluate(tmp_path) == 2
         assert "--dataset_json" in capsys.readouterr().err
 
+    def test_results_are_not_replaced_by_fewer_or_by_others(self, tmp_path, capsys):
+        write_study(tmp_path)
+        assert evaluate(tmp_path) == 0
+        before = (tmp_path / "out" / "results.csv").read_bytes()
+        assert evaluate(tmp_path, "--subsets", "t1") == 2
+        assert "holds the results of 2 subsets; this run would replace them by those of 1, without flair" in (
+            capsys.readouterr().err
+        )
+        assert evaluate(tmp_path, "--remove_small", "ET=100000") == 2
+        assert "holds an evaluation with other settings" in capsys.readouterr().err
+        assert (tmp_path / "out" / "results.csv").read_bytes() == before
+
+    def test_what_names_model_or_predictions_is_asked_for(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.delenv("nnUNet_results", raising=False)
+        for arguments, message in (
+            (["-d", "137", "-c", "3d_fullres"], "-d needs nnUNet's folders: set nnUNet_results"),
+            (["--predictions", str(tmp_path), "-o", str(tmp_path)], "--predictions needs -l LABELS."),
+            (["--predictions", str(tmp_path), "-l", str(tmp_path)], "--predictions needs -o OUT."),
+        ):
+            assert cli.main(["evaluate", *arguments]) == 2
+            assert message in capsys.readouterr().err
+
+    def test_no_case_with_all_predictions(self, tmp_path, capsys):
+        write_study(tmp_path)
+        for path in (tmp_path / "predictions" / "flair").glob("*.nii.gz"):
+            path.unlink()
+        assert evaluate(tmp_path, "--allow_missing") == 2
+        assert "No labelled case has a prediction in every folder. Labelled: case_0" in capsys.readouterr().err
+
+    def test_dataset_json_without_a_file_ending(self, tmp_path, capsys):
+        write_study(tmp_path, dataset_json={k: v for k, v in DATASET_JSON.items() if k != "file_ending"})
+        assert evaluate(tmp_path) == 2
+        assert 'dataset.json has no "file_ending"; add it' in capsys.readouterr().err
+
     def test_every_option_of_a_model_is_refused_with_predictions(self):
         parser = argparse.ArgumentParser()
         command._add_model_arguments(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,29 @@ def test_the_commands(nnunet_folders: Path, source: Path, tmp_path: Path, capsys
     assert "Bad --modalities 't1'" in capsys.readouterr().err
 
 
+def test_files_and_names_as_hospitals_have_them(
+    nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every format among them, upper-case endings, spaces and umlauts, also in what the data set is named after."""
+    source = tmp_path / "Köln (2020)"
+    endings = {"Müller Anna": ".nii.gz", "p 2": ".nii", "p3": ".mha", "P4": ".nrrd", "P5": ".NII.GZ"}
+    for number, (case, ending) in enumerate(endings.items()):
+        saved = save(volume(number), source / case / f"{case}_t1{ending.lower()}")
+        saved.rename(saved.with_name(f"{case}_{'T1' if ending.isupper() else 't1'}{ending}"))
+        save(volume(9 + number), source / case / f"{case}_fl.nii.gz")
+        save(label(), source / case / "lesion.mha")
+    save(volume(20), source / "P5" / "P5_t2.nii.gz")
+    command = ["convert", "folders", str(source), "-d", "49", "-np", "1", "--label", "lesion.*"]
+    assert main([*command, "--modalities", "t1=*_t1.*", "flair=*_fl.nii.gz"]) == 0
+    printed = capsys.readouterr().out
+    assert "Every case has every modality" in printed
+    assert "no pattern matches: 1 image(s), such as P5/P5_t2.nii.gz" in printed
+    folder = nnunet_folders / "raw" / "Dataset049_Koln_2020"
+    for number, case in enumerate(endings):
+        assert np.array_equal(array_of(folder / "imagesTr" / f"{case}_0000.nii.gz"), volume(number))
+        assert array_of(folder / "labelsTr" / f"{case}.nii.gz").any()
+
+
 def test_record_of_an_existing_data_set(nnunet_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", {"a": ["t1"]})
     save(np.full(SHAPE, -1000, np.float32), folder / "imagesTr" / "b_0000.nii.gz")
@@ -194,6 +218,46 @@ def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pyt
     assert f"{case}_0000.nii.gz" not in tree(tmp_path / "like")
 
 
+def test_a_fourth_axis_of_one_volume(nnunet_folders: Path, source: Path) -> None:
+    """As some converters of DICOM write it; of several volumes in one file it is said what to do."""
+    for old, new in (("b_fl.nii", "b_fl.nii.nrrd"), ("lesion.nii.gz", "lesion.nrrd")):
+        image = sitk.ReadImage(str(source / "b" / old))
+        (source / "b" / old).unlink()
+        sitk.WriteImage(sitk.JoinSeries([image]), str(source / "b" / new))
+        assert sitk.ReadImage(str(source / "b" / new)).GetDimension() == 4
+    found = find_by_patterns(source, PATTERNS, "lesion.n*")
+    folder = convert_cohort(CohortRequest(found, 45, "Cohort", num_processes=1)).folder
+    for file in ("imagesTr/b_0002.nii.gz", "labelsTr/b.nii.gz"):
+        assert sitk.ReadImage(str(folder / file)).GetSize() == SHAPE[::-1]
+    image = sitk.ReadImage(str(source / "c" / "c_t1.nii.gz"))
+    sitk.WriteImage(sitk.JoinSeries([image, image]), str(source / "c" / "c_t1.nii.gz"))
+    with pytest.raises(ValueError, match=r"c_t1.nii.gz holds 2 volumes; a modality has one. Split it"):
+        convert(source, overwrite=True)
+
+
+def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns that are no modality are in the way, unless a data set or the user says which are."""
+    save(volume(1), tmp_path / "a.mha")
+    save(volume(2), tmp_path / "b.nii")
+    sheet = tmp_path / "cases.csv"
+    sheet.write_text("case,age,FLAIR,label\na,61,a.mha,NA\nb,48,b.nii,\n")
+    command = ["convert", "images", str(sheet), str(tmp_path / "out"), "-np", "1"]
+    assert main(command) == 2
+    assert "no cell of age is a file" in capsys.readouterr().err
+    assert main([*command, "--modalities", "flair"]) == 0
+    assert tree(tmp_path / "out") == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", channels=("T1", "FLAIR"))
+    assert main([*command, "--like", "45", "--overwrite"]) == 0
+    assert tree(tmp_path / "out") == ["a_0001.nii.gz", "b_0001.nii.gz"]
+    (tmp_path / "b.nii").write_bytes(b"")
+    capsys.readouterr()
+    assert main([*command, "--like", "45", "--overwrite"]) == 2
+    assert "1 of 2 case(s) are bad" in capsys.readouterr().err
+    assert main([*command, "--like", "45", "--overwrite", "--skip_bad"]) == 1
+    assert "Skipped 1 bad case(s):\n  b: " in capsys.readouterr().out
+    assert tree(tmp_path / "out") == ["a_0001.nii.gz"]
+
+
 def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
     cases = write_cases(tmp_path / "src", 3)
     (tmp_path / "src" / cases[0] / f"{cases[0]}_t2.nii.gz").unlink()
@@ -205,3 +269,41 @@ def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) 
     assert np.array_equal(first, array_of(tmp_path / "src" / cases[0] / f"{cases[0]}_flair.nii.gz"))
     assert len(list((folder / "imagesTr").iterdir())) == 6
     assert not (folder / "missing_modalities.json").exists()
+
+
+def test_a_task_of_the_decathlon_without_images(nnunet_folders: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "Task02").mkdir()
+    (tmp_path / "Task02" / "dataset.json").write_text('{"modality": {"0": "T1", "1": "T2"}, "labels": {"0": "none"}}')
+    assert main(["convert", "msd", str(tmp_path / "Task02"), "-d", "49"]) == 2
+    assert "imagesTr holds no NIfTI file." in capsys.readouterr().err
+
+
+def test_images_are_not_written_over_their_source(tmp_path: Path, capsys: Any) -> None:
+    write_cases(tmp_path / "out" / "val", 1, "brats2023")
+    before = tree(tmp_path)
+    assert main(["convert", "images", str(tmp_path / "out" / "val"), str(tmp_path / "out"), "--overwrite"]) == 2
+    assert "out holds the source" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_raw_data_set_without_a_usable_name(nnunet_folders: Path, capsys: Any) -> None:
+    folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", cases=("a",))
+    for path in list((folder / "imagesTr").iterdir()):
+        path.rename(path.with_name(path.name.replace("_000", "-")))
+    assert main(["check", "45"]) == 2
+    assert "imagesTr holds no file named CASE_XXXX.nii.gz." in capsys.readouterr().err
+
+
+def test_what_is_left_without_the_bad_cases(nnunet_folders: Path, source: Path) -> None:
+    """With --skip_bad, as long as there is something to train on and to validate with."""
+    save(volume(9)[:4], source / "a" / "a_t1.nii.gz")
+    lists = [source.parent / name for name in ("train.txt", "val.txt")]
+    lists[0].write_text("b\nc\n")
+    lists[1].write_text("a\n")
+    with pytest.raises(ValueError, match=r"Without the bad cases the split has .*\n1 of 1 case\(s\) are bad"):
+        convert(source, split_files=lists, skip_bad=True)
+    for case in "bc":
+        (source / case / "lesion.nii.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"No training case is left\. 3 of 4 case\(s\) are bad"):
+        convert(source, skip_bad=True)
+    assert not list((nnunet_folders / "raw").iterdir())

@@ -219,6 +219,19 @@ class TestFiles:
         with pytest.raises(ValueError, match="must have the columns case, subset"):
             load_evaluation(tmp_path)
 
+    def test_damaged_rows_are_named(self, tmp_path):
+        save_evaluation(synthetic_evaluation(cases=2), tmp_path)
+        header, first, *rest = (tmp_path / "results.csv").read_text().splitlines()
+        start = first.rpartition(",")[0]
+        for row, message in (
+            (f"{start},about 0.8", r"has a value that is no number \(.*about 0\.8"),
+            (f"{start},0.8\n{start},0.7", r"results\.csv has two values for case_0"),
+            (f"{start},0.8\n{start.replace('whole tumor', 'brain')},0.7", "has the region brain, which summary.json"),
+        ):
+            (tmp_path / "results.csv").write_text("\n".join([header, row, *rest]) + "\n")
+            with pytest.raises(ValueError, match=message):
+                load_evaluation(tmp_path)
+
     def test_both_tables_hold_every_metric(self, tmp_path):
         write_tables([synthetic_evaluation()], tmp_path)
         assert (tmp_path / "table.md").read_text().count("mean ± standard deviation") == 2

@@ -14,7 +14,7 @@ from inference_cases import predict_kept
 from kept_model_cases import FIXTURE, MODEL
 
 from nnunetv2_mgml.presentation.figures.preview import preview_sheet
-from nnunetv2_mgml.presentation.preview import quality_lines, write_previews
+from nnunetv2_mgml.presentation.preview import quality_lines, wrapped, write_previews
 
 PRESENT = {"t1": 0, "flair": 3}
 
@@ -48,19 +48,22 @@ def test_a_case_whose_images_are_gone_costs_its_picture_only(tmp_path: Path) -> 
     labels = FIXTURE / "labels" / "Phantom_00001.nii.gz"
     shutil.copy(labels, tmp_path / "a.nii.gz")
     shutil.copy(labels, tmp_path / "b.nii.gz")
+    shutil.copy(labels, tmp_path / "d.nii.gz")
     there = str(FIXTURE / "images" / "Phantom_00001_0000.nii.gz")
     entry = {"status": "predicted", "present": ["t1"], "missing": ["flair"]}
     cases = {
         "a": {**entry, "files": {"t1": there}},
         "b": {**entry, "files": {"t1": str(tmp_path / "gone.nii.gz")}},
         "c": {"status": "failed"},
+        "d": {**entry, "files": {"flair": there}},
     }
     report = tmp_path / "mgml_prediction.json"
     report.write_text(json.dumps({"cases": cases}))
     dataset_json = json.loads((FIXTURE / MODEL / "dataset.json").read_text())
     written, failures = write_previews(report, dataset_json)
     assert [path.name for path in written] == ["a.png"]
-    assert list(failures) == ["b"]
+    assert list(failures) == ["b", "d"]
+    assert failures["d"] == "its report names no image files."
     assert "gone.nii.gz" in failures["b"]
     assert write_previews(report, dataset_json, ["b"])[0] == []
 
@@ -82,6 +85,16 @@ def test_what_is_said_of_the_quality() -> None:
     entry["doubtful_regions"] = ["enhancing_tumor"]
     assert quality_lines(entry)[1] == "Estimated for this case: WT 0.81 (0.60 to 0.92), ET 0.30 doubtful."
     assert "not known" in quality_lines({})[0]
+
+
+def test_lines_break_between_regions() -> None:
+    line = "Dice of validation cases with these sequences: WT 0.90 ± 0.05 (± 3.3 ml), TC 0.81 ± 0.10 (± 2.1 ml), ET 0."
+    assert wrapped(line, 55).splitlines() == [
+        "Dice of validation cases with these sequences:",
+        "WT 0.90 ± 0.05 (± 3.3 ml), TC 0.81 ± 0.10 (± 2.1 ml),",
+        "ET 0.",
+    ]
+    assert wrapped("a" * 30 + " " + "b" * 30, 40).count("\n") == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])

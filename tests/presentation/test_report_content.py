@@ -23,7 +23,7 @@ def test_numbers_of_the_page_are_those_of_the_evaluation(tmp_path: Path):
     evaluation = write_evaluation(tmp_path, CASES)
     metric = content.headline_metric(evaluation)
     table = content.subset_table(evaluation, metric)
-    assert table.heads == ["DWI", "ADC", "FLAIR", "n", "lesion", "core", "mean"]
+    assert table.heads == ["DWI", "ADC", "FLAIR", "modalities", "lesion", "core", "mean"]
     for row, subset in zip(table.rows, evaluation.subsets, strict=True):
         assert [cell.text for cell in row[:3]] == ["●" if on else "○" for on in subset]
         expected = [100 * np.mean([score(i, subset, region) for i in range(3)]) for region in ("lesion", "core")]

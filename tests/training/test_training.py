@@ -56,6 +56,18 @@ class RecordingLogger:
         self.config.update(config)
 
 
+def test_a_cpu_gets_no_more_threads_than_the_process_may_use(
+    nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net's command starts one for every CPU of the machine before it builds the trainer."""
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders))
+    assert threads == [1]
+
+
 def test_a_run_writes_what_a_user_looks_for(nnunet_folders: Path) -> None:
     trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, absent={"case_1": 3}))
     logger = RecordingLogger()

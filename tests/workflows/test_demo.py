@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,58 @@ def test_without_the_start_up_line_our_own_commands_train_and_predict(
         assert {"train", "predict"} <= set(COMMANDS)
     assert len(predictions) == len(demo.SUBSETS) + 1
     assert predictions[-1][-2:] == ("--missing_modalities", "auto")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> demo._Demo:
+    """A demo whose commands are Python programs."""
+    monkeypatch.setattr(demo, "_script", lambda command: sys.executable)
+    said: list[str] = []
+    run = demo._Demo(tmp_path / "demo", demo.DemoRequest(folder=tmp_path / "demo"), said.append)
+    run.said = said  # type: ignore[attr-defined]
+    return run
+
+
+def test_the_training_says_how_long_it_will_take(run: demo._Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100 * 240, 240))  # an epoch takes four minutes
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    program = "for _ in range(15): print('Pseudo dice [0.5, nan]'); print('Epoch time: 1 s')"
+    run._call("train", "python", "-c", program, epochs=15)
+    [text] = [line for line in run.said if "min" in line]
+    assert text.startswith("  the training ends in about 52 min; predictions and scores of 15 subsets follow")
+    assert "--set num_epochs=5" in text
+    assert "--set" not in demo._remaining(60, 13)
+    assert (run.logs / "train.txt").read_text().count("Epoch time") == 15
+
+
+def test_a_command_that_fails_is_shown_with_its_last_lines(run: demo._Demo) -> None:
+    with pytest.raises(ValueError, match=r"'mgml' ended with exit code 3\. .*plan\.txt:\s+no room left") as error:
+        run._call("plan", "mgml", "-c", "print('first'); print('\\n' * 30 + 'no room left'); raise SystemExit(3)")
+    assert "first" not in str(error.value)
+
+
+def test_a_command_that_is_not_installed_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="'no_such_command' is not installed beside"):
+        demo._script("no_such_command")
+
+
+def test_only_a_demo_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo._Demo, "write_phantoms", stop)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"Choose another folder with -o\.$"):
+            demo.run_demo(demo.DemoRequest(folder=tmp_path / "mine", overwrite=overwrite), print)
+    request = demo.DemoRequest(folder=tmp_path / "demo")
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(request, print)
+    (request.folder / "old").mkdir()
+    with pytest.raises(ValueError, match="or replace it with --overwrite"):
+        demo.run_demo(request, print)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(demo.DemoRequest(folder=request.folder, overwrite=True), print)
+    assert sorted(path.name for path in request.folder.iterdir()) == ["logs", demo.MARKER]
+    assert (tmp_path / "mine" / "thesis.txt").is_file()

@@ -43,11 +43,16 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(request_: Predictio
         check_request(request_)
 
 
-def test_the_predictor_has_what_was_asked_for() -> None:
+def test_the_predictor_has_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     request = PredictionRequest(missing_modalities=["auto", "t1"], device="cpu", part=(1, 3), trust_checkpoint=True)
     check_request(request)
     predictor = build_predictor(request, device=torch.device("cpu"))
     assert predictor.missing_modalities == ["auto", "t1"]
     assert predictor.sequential_part == (1, 3)
     assert predictor.trust_checkpoint
+    assert threads == [1]
     assert write_additions(request, predictor) == Additions()  # it has written no file

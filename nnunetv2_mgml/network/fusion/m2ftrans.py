@@ -125,9 +125,12 @@ class M2FTransFusion(FusionDesign):
     }
     differences: ClassVar[tuple[str, ...]] = (
         "MLP 4 times the width instead of 32, positions learned per axis and interpolated on other grids",
-        "no dropout on attention weights and in the channel attention",
+        "no dropout on attention weights and projections and in the channel attention",
         "convolutions pad with zeros, not by mirroring; the decoder upsamples by transposed convolutions",
-        "pyramid heads are compared at their own scale's size",
+        (
+            "a pyramid head is one 1x1 convolution, published two with 8 channels between, and is compared at its own "
+            "scale's size"
+        ),
     )
     default_options: ClassVar[dict[str, Any]] = {
         "depth": 3,

@@ -196,7 +196,7 @@ def subset_table(evaluation: Evaluation, metric: Metric) -> Table:
         )
     foot = _score_cells([summary[AVERAGE] for summary in summaries], metric, len(evaluation.cases))
     direction = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
-    heads = [display_name(name) for name in order] + ["n"] + [short_name(region) for region in regions]
+    heads = [display_name(name) for name in order] + ["modalities"] + [short_name(region) for region in regions]
     return Table(
         metric.name,
         f"{metric.title} ({metric.unit}, {direction}) by available modalities: mean ± standard deviation over cases",

@@ -1,0 +1,90 @@
+"""Which cases a model is evaluated on, and what is said where they are not to be had."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from builders import BRATS_JSON, plans
+
+from nnunetv2_mgml.workflows.labelled_cases import folder_cases, validation_cases
+
+DATASET = "Dataset900_Phantom"
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def put_case(folder: Path, case: str, part: str = "") -> None:
+    """Write empty files: which cases there are is found by names alone."""
+    touch(*(folder / f"images{part}" / f"{case}_{c:04d}.nii.gz" for c in range(4)))
+    touch(folder / f"labels{part}" / f"{case}.nii.gz")
+
+
+@pytest.fixture
+def model(nnunet_folders: Path) -> Path:
+    folder = nnunet_folders / "results" / DATASET / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres"
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(BRATS_JSON))
+    (folder / "plans.json").write_text(json.dumps(plans()))
+    splits = nnunet_folders / "preprocessed" / DATASET / "splits_final.json"
+    splits.parent.mkdir()
+    splits.write_text(json.dumps([{"train": ["b"], "val": ["a"]}, {"train": ["a"], "val": ["b"]}]))
+    return folder
+
+
+def test_cases_of_a_folder_without_labels_or_without_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    put_case(tmp_path, "a")
+    put_case(tmp_path, "b")
+    (labels / "b.nii.gz").rename(labels / "c.nii.gz")
+    with pytest.raises(FileNotFoundError, match=r"1 label maps of .* have no images in .*: c\. .*--allow_missing"):
+        folder_cases(images, labels, (0,), BRATS_JSON, allow_missing=False)
+    found = folder_cases(images, labels, (0, 1), BRATS_JSON, allow_missing=True)
+    assert [(part.folds, [case.name for case in part.cases]) for part in found.work] == [((0, 1), ["a"])]
+    assert "1 cases have no label map and are not evaluated: b." in caplog.text
+    (labels / "a.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No case of .*: found images of a, b and labels of c\."):
+        folder_cases(images, labels, (0,), BRATS_JSON, allow_missing=True)
+
+
+def test_validation_cases_come_from_the_raw_data(model: Path, nnunet_folders: Path) -> None:
+    raw = nnunet_folders / "raw" / DATASET
+    put_case(raw, "a", "Tr")
+    (raw / "dataset.json").write_text(json.dumps(BRATS_JSON))
+    found = validation_cases(model, "900", (0,))
+    assert [case.name for part in found.work for case in part.cases] == ["a"]
+    assert found.lasting_source.images is None, "a data set known by its name may be moved"
+    assert found.source.images == (raw / "imagesTr").resolve()
+    with pytest.raises(FileNotFoundError, match=r"1 validation cases of fold 1 are not in .*: b\."):
+        validation_cases(model, "900", (0, 1))
+    with pytest.raises(ValueError, match=r"splits_final\.json has folds 0 to 1, not 5\."):
+        validation_cases(model, "900", (5,))
+    listed = {"images": [f"imagesTr/a_{c:04d}.nii.gz" for c in range(4)], "label": "labelsTr/a.nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps({**BRATS_JSON, "dataset": {"a": listed}}))
+    found = validation_cases(model, "900", (0,))
+    assert found.references == {"a": (raw / "labelsTr" / "a.nii.gz").resolve()}
+    assert found.source.images is None, "files listed one by one have no folder"
+
+
+def test_what_validation_cases_need(model: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{DATASET} is not in nnUNet_raw")) as error:
+        validation_cases(model, "900", (0,))
+    assert "and there is no" in str(error.value)
+    renamed = model.rename(model.with_name("my_model"))
+    with pytest.raises(FileNotFoundError, match=r"my_model names no configuration of its plans\."):
+        validation_cases(renamed, "900", (0,))
+    content = plans()
+    content["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    content["configurations"]["3d_lowres"] = dict(plans()["configurations"]["3d_fullres"])
+    (renamed / "plans.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="second stage validation cases can be evaluated from raw images only"):
+        validation_cases(renamed.rename(model), "900", (0,))
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(ValueError, match="nnUNet_preprocessed, which is not set"):
+        validation_cases(model, "900", (0,))
