@@ -28,7 +28,7 @@ SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", 
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The scripts as modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("step", "cost", "cost_page", "memory")
+    names = ("step", "cost", "cost_page", "speed_case", "memory")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
@@ -52,6 +52,14 @@ def test_memory_grows_with_the_terms(benchmarks: SimpleNamespace) -> None:
         for terms in ("plain", "mgml", "shipped")
     ]
     assert saved[0] < saved[1] < saved[2]
+
+
+def test_page_of_memory_has_the_peak_of_a_step(benchmarks: SimpleNamespace) -> None:
+    """More with every term, and more than the weights."""
+    counted = [benchmarks.memory.counted("region_aware", terms, SIZE, 0.25) for terms in ("plain", "mgml", "shipped")]
+    assert counted[0].weights < counted[0].peak < counted[1].peak < counted[2].peak
+    text = benchmarks.memory.page({"region_aware": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.04]]}, Namespace(width_factor=0.25))
+    assert "| `region_aware` | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 6.0 |" in text
 
 
 def test_flops_contain_attention_and_scans(benchmarks: SimpleNamespace) -> None:
