@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.io.files import write_json, write_text
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.plans.options import FUSION_REVISION
 
 RESULTS = Path(__file__).parent / "results" / "cost.json"
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -206,6 +207,7 @@ def measure_prediction(design: str, args: argparse.Namespace) -> dict[str, Any]:
             functions["bfloat16"] = lambda: in_bfloat16(four)
         seconds = in_turns(functions, args.repeats, args.device)
     return {
+        "fusion_revision": FUSION_REVISION,
         "seconds": seconds,
         "gflop": flops(four) / 1e9,
         "million": sum(p.numel() for n, p in network.named_parameters() if "modality_decoder" not in n) / 1e6,

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from step import DESIGNS
+
+from nnunetv2_mgml.plans.options import FUSION_REVISION
 
 PAPER = {
     "region_aware_full": "RFNet: 35 M, 65.96 -> 77.33 s",
@@ -19,6 +22,8 @@ PAPER = {
     "imfuse": "IM-Fuse: 254 M, 70.81 -> 76.59 s",
 }
 """Parameters, and seconds per epoch without and with MGML: the paper's Table 7 (RTX 3090, the authors' networks)."""
+CHANGED = {"sfusion": "with interpolated scores and up to 8 heads"}
+"""Designs that cost something else since the last revision of the designs, and what they were before."""
 _HEAD = """# What the fusion designs cost
 
 Made by `python {command}` on {machine}, {cores} cores, {threads} thread(s), device {device}, torch {torch}, commit
@@ -56,7 +61,25 @@ def page(rows: dict[str, dict[str, Any]], plan: ConfigurationManager, args: argp
         most=scatter[len(scatter) * 9 // 10],
         memory="counted by PyTorch's allocator" if args.device.startswith("cuda") else "resident set",
     )
-    return "\n".join([head, *_training(rows), "", *_prediction(rows)]) + "\n"
+    return "\n".join([head + _gaps(rows), *_training(rows), "", *_prediction(rows)]) + "\n"
+
+
+def is_old(name: str, row: dict[str, Any]) -> bool:
+    """Return whether a design was measured before it changed."""
+    return name in CHANGED and row["prediction"].get("fusion_revision", 1) < FUSION_REVISION
+
+
+def _gaps(rows: dict[str, dict[str, Any]]) -> str:
+    """Return what the tables do not show: designs that have changed since, and those that nobody measured."""
+    old = [f"`{name}` {CHANGED[name]}" for name, row in rows.items() if is_old(name, row)]
+    missing = [f"`{name}`" for name in DESIGNS if name not in rows]
+    lines = [f"Rows marked † were measured before the design changed: {', '.join(old)}."] if old else []
+    lines += [f"Not measured: {', '.join(missing)}."] if missing else []
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _mark(name: str, row: dict[str, Any]) -> str:
+    return " †" if is_old(name, row) else ""
 
 
 def _training(rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -70,7 +93,8 @@ def _training(rows: dict[str, dict[str, Any]]) -> list[str]:
         memory = {terms: row[f"memory_{terms}"]["mebibytes"] for terms in seconds}
         peaks = [f"{memory[terms]:.0f} (x {memory[terms] / memory['plain']:.2f})" for terms in ("mgml", "shipped")]
         lines.append(
-            f"| `{name}` | {size['million']:.2f} ({size['fusion_million']:.2f}) | {size['gflop']:.1f} | "
+            f"| `{name}`{_mark(name, row)} | {size['million']:.2f} ({size['fusion_million']:.2f}) | "
+            f"{size['gflop']:.1f} | "
             f"{statistics.median(seconds['plain']):.2f} | {_beside(seconds, 'mgml', 'plain')} | "
             f"{_beside(seconds, 'shipped', 'plain')} | {memory['plain']:.0f} | {' | '.join(peaks)} | "
             f"{PAPER.get(name, '-')} |"
@@ -92,7 +116,7 @@ def _prediction(rows: dict[str, dict[str, Any]]) -> list[str]:
             _beside(seconds, key, "four") if key in seconds else "-"
             for key in ("one", "fifteen", "separately", "bfloat16")
         ]
-        lines.append(f"| `{name}` | {statistics.median(seconds['four']):.2f} | {' | '.join(cells)} |")
+        lines.append(f"| `{name}`{_mark(name, row)} | {statistics.median(seconds['four']):.2f} | {' | '.join(cells)} |")
     return lines
 
 

@@ -130,9 +130,9 @@ def _steps(result: Mapping[str, Any], sizes: Sequence[str]) -> str:
         for step, name in _STEPS.items()
     )
     return (
-        "## A training step\n\n*Counted*: what [memory.md](memory.md)'s counter says on shapes without data, a lower "
-        "bound. Parameters with the shared modality decoder, which only training has.\n\n"
-        + table(["size", "step", "ms", "peak memory, GiB", "counted, GiB", "parameters, M"], rows)
+        "## A training step\n\n*Counted*: what the step keeps for its backward pass, with weights, gradients and "
+        "momentum, on shapes without data: a lower bound. Parameters with the shared modality decoder, which only "
+        "training has.\n\n" + table(["size", "step", "ms", "peak memory, GiB", "counted, GiB", "parameters, M"], rows)
     )
 
 

@@ -415,7 +415,7 @@ def _compile(settings: Settings, step: TrainingStep, full_graph: bool) -> torch.
 
 
 def counter(settings: Settings) -> Entries:
-    """What `memory.py` counts for the same steps on shapes alone, without a GPU: GiB."""
+    """What the same steps keep for the backward pass, counted on shapes alone by `memory.saved_bytes`: GiB."""
     from memory import gibibytes
 
     for name, size in settings.sizes.items():

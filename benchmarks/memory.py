@@ -1,10 +1,9 @@
-"""Memory a full-size training step keeps, counted without a GPU. Writes docs/memory.md.
+"""Memory a full-size training step needs, counted without a GPU. Writes docs/memory.md.
 
     python benchmarks/memory.py
 
-The forward pass and the losses run on fake tensors (shapes without data), and every tensor that autograd keeps for the
-backward pass is counted once, under 16-bit autocast; then the parameters, their gradients and SGD's momentum in 32 bit.
-Temporary tensors, the allocator's cache and cuDNN's workspace come on top: it is a lower bound, not a prediction.
+By the counter of ``mgml plan --gpu_memory`` (`nnunetv2_mgml.objective.memory.step_memory`): a whole step runs on shapes
+without data, under 16-bit autocast, and every storage counts from its making to its release.
 """
 
 from __future__ import annotations
@@ -15,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_case import DATASET, write_plans
 from step import DESIGNS, TERMS, Learner, TrainingStep, make_plan, random_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from nnunetv2_mgml.io.files import write_text
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
+from nnunetv2_mgml.plans.options import PLANS_KEY
 
 SIZES = {
     "80^3, batch 1": {"patch": 80, "batch": 1, "stages": 5},
@@ -38,11 +41,19 @@ def main() -> None:
     rows = {}
     for design in tqdm(args.designs):
         rows[design] = [
-            [gibibytes(training_step(design, terms, size, args.width_factor)) for terms in TERMS]
-            for size in SIZES.values()
+            [counted(design, terms, size, args.width_factor).peak / GIB for terms in TERMS] for size in SIZES.values()
         ]
     write_text(args.output, page(rows, args))
     print(f"wrote {args.output}")
+
+
+def counted(design: str, terms: str, size: dict[str, int], width_factor: float) -> StepMemory:
+    """Return what a training step needs, as ``mgml plan`` says it."""
+    plans = write_plans(make_plan((size["patch"],) * 3, size["stages"]))
+    plans["configurations"]["3d_fullres"]["batch_size"] = size["batch"]
+    options = Options().updated({**DESIGNS[design], **TERMS[terms], "width_factor": width_factor})
+    plans[PLANS_KEY] = {"config": options.as_dict()}
+    return step_memory(plans, "3d_fullres", DATASET)
 
 
 def training_step(design: str, terms: str, size: dict[str, int], width_factor: float) -> TrainingStep:
@@ -53,7 +64,7 @@ def training_step(design: str, terms: str, size: dict[str, int], width_factor: f
 
 
 def gibibytes(step: TrainingStep) -> float:
-    """Return what a training step keeps: tensors saved for backward, parameters, gradients, momentum."""
+    """Return what a training step keeps, a lower bound: tensors saved for backward, parameters, gradients, momentum."""
     parameters = sum(p.numel() for p in step.learner.network.parameters())
     return (saved_bytes(step) + 3 * 4 * parameters) / 2**30
 
@@ -121,11 +132,11 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         "# Memory of full-size training",
         "",
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
-        f"{args.width_factor:g}, deep supervision, 16-bit autocast. GiB that one training step keeps: tensors "
-        "saved for the backward pass, counted on shapes without data, and parameters, gradients and momentum in 32 bit."
-        " **A lower bound**: temporary tensors, allocator and cuDNN workspace come on top. Our default is "
-        "`width_factor` 0.5, which takes about half; [On a GPU](gpu.md) has it counted and measured, and `mgml plan -d "
-        "DATASET --gpu_memory` predicts the peak for plans of yours.",
+        f"{args.width_factor:g}, deep supervision, SGD, 16-bit autocast. GiB at the peak of one training step, counted "
+        "on shapes without data as `mgml plan -d DATASET --gpu_memory` does it for plans of yours: weights in 32 bit, "
+        "their gradients and momentum, the batch, what the backward pass needs and every temporary tensor. Workspaces "
+        "of the kernels, the allocator's gaps and the context of a GPU come on top. Our default is `width_factor` 0.5, "
+        "which takes about half; [On a GPU](gpu.md) has it measured.",
         "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
         "L_CR; *default*: also the loss on the complete view.",

@@ -78,6 +78,7 @@ class CohortSummary:
         skipped: case -> why it was not converted; empty unless ``skip_bad``.
         split: the fixed split, or None.
         left_out: labelled cases that are in none of the split lists.
+        left_over: images that no pattern matches, below the source.
         seconds: wall-clock time.
     """
 
@@ -91,6 +92,7 @@ class CohortSummary:
     split: Split | None
     left_out: tuple[str, ...]
     seconds: float
+    left_over: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,28 +213,38 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
         split,
         left_out,
         time.perf_counter() - started,
+        tuple(path.relative_to(source) for path in found.left_over),
     )
+
+
+@dataclass(frozen=True)
+class WrittenImages:
+    """What `write_images` wrote."""
+
+    missing: dict[str, tuple[str, ...]]
+    """Case -> absent modalities, of every case written."""
+    skipped: dict[str, list[str]]
+    """Case -> why it was not written; empty unless ``skip_bad``."""
 
 
 def write_images(
     found: FoundCases,
     target: Path,
     *,
+    skip_bad: bool = False,
     overwrite: bool = False,
     num_processes: int | None = None,
     progress: bool = False,
-) -> dict[str, tuple[str, ...]]:
+) -> WrittenImages:
     """Write cases without labels as ``CASE_XXXX.nii.gz``, ready for prediction; an absent modality gets no file.
 
     Args:
         found: the cases; channels are numbered in the order of their modalities.
         target: folder to write to.
+        skip_bad: write the good cases although others are bad.
         overwrite: whether ``target`` may be replaced.
         num_processes: worker processes, None for the smaller of 4 and the number of CPUs.
         progress: show a progress bar.
-
-    Returns:
-        Case -> absent modalities, of every case written.
 
     Raises:
         ValueError: bad cases, all of them, or a target that exists; nothing has been written then.
@@ -248,13 +260,14 @@ def write_images(
     with replacing_folder(target) as folder:
         jobs = [_Job(case, found.modalities, folder, False, False) for case in found.cases]
         results = run_jobs(_convert_images, jobs, num_processes, "Writing", progress)
+        good = {job.case.name: r.missing for job, r in zip(jobs, results, strict=True) if not r.problems}
         bad = {
             **found.problems,
-            **{job.case.name: result.problems for job, result in zip(jobs, results, strict=True) if result.problems},
+            **{job.case.name: r.problems for job, r in zip(jobs, results, strict=True) if r.problems},
         }
-        if bad:
+        if bad and not (skip_bad and good):
             raise ValueError(bad_cases_text(bad, len(jobs) + len(found.problems)))
-    return {job.case.name: result.missing for job, result in zip(jobs, results, strict=True)}
+    return WrittenImages(good, bad)
 
 
 # --- one case; runs in worker processes -------------------------------------------------------------------------------
@@ -287,7 +300,7 @@ def _convert_images(job: _Job) -> _Result:
     reference = next(iter(volumes.values()))
     if job.labelled and case.label is not None:
         try:
-            label = read_image(case.label)
+            label = _read(case.label)
             difference = image_difference(label, reference)
             if difference:
                 result.problems.append(
@@ -317,20 +330,26 @@ def _convert_images(job: _Job) -> _Result:
     return result
 
 
-def _read(path: Path, frame: int | None) -> sitk.Image:
-    if frame is None:
-        return read_image(path)
-    image = read_image(path, (4,))
+def _read(path: Path, frame: int | None = None) -> sitk.Image:
+    """Read a volume: one of a 4-D file, or, without ``frame``, of a 3-D file or one whose fourth axis is 1 long."""
+    image = read_image(path, (2, 3, 4) if frame is None else (4,))
+    if image.GetDimension() < 4:
+        return image
     size = list(image.GetSize())
-    if frame >= size[3]:
+    if frame is None and size[3] > 1:
+        raise ValueError(
+            f"{path} holds {size[3]} volumes; a modality has one. Split it, or, if they are the modalities, convert it "
+            f"as the Medical Segmentation Decathlon's (mgml convert msd)"
+        )
+    if frame is not None and frame >= size[3]:
         raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names more modalities")
-    volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame])
+    volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame or 0])
     return volume
 
 
 def _write_label(job: _LabelJob) -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    image = read_image(job.source)  # a view does not keep its image alive
+    image = _read(job.source)  # a view does not keep its image alive
     values = whole_numbers(job.source, sitk.GetArrayViewFromImage(image))
     label = sitk.GetImageFromArray(np.asarray(job.table, dtype=np.uint8)[values])
     label.CopyInformation(sitk.ReadImage(str(job.image)))

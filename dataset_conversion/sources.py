@@ -33,6 +33,8 @@ class CohortSource:
     """Modality -> file name pattern (for BIDS: ending), in channel order."""
     columns: Sequence[str] = ()
     """Of a sheet; none: all there are."""
+    known: Sequence[str] = ()
+    """Modalities of a data set the cases are for: other columns of a sheet are not read; none: all there are."""
     label: str | None = None
     """File name pattern of the label maps."""
     case_folders: int = 1
@@ -49,12 +51,16 @@ class CohortSource:
             return find_decathlon(self.path)
         if self.form == "bids":
             return find_bids(self.path, dict(self.patterns) or None, self.label), {}
-        is_sheet = self.path.is_file() and self.path.suffix.lower() in SHEET_SUFFIXES
-        if self.form == "sheet" or (self.form is None and is_sheet):
-            return read_sheet(self.path, self.columns), {}
+        if self.form == "sheet" or (self.form is None and is_sheet(self.path)):
+            return read_sheet(self.path, self.columns, self.known), {}
         if self.form == "folders" or self.patterns:
             return find_by_patterns(self.path, dict(self.patterns), self.label, self.case_folders), {}
         return find_brats(self.path), {}
+
+
+def is_sheet(path: Path) -> bool:
+    """Return whether a source is a sheet, by its ending, rather than a folder."""
+    return path.is_file() and path.suffix.lower() in SHEET_SUFFIXES
 
 
 def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
@@ -77,4 +83,4 @@ def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
             cases.append(type(case)(case.name, images, case.label, case.site, case.frames))
         else:
             problems[case.name] = [f"has none of {', '.join(channels)}"]
-    return FoundCases(order, cases, problems, found.origin)
+    return FoundCases(order, cases, problems, found.origin, found.left_over)

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from step import autocast
 
 from nnunetv2_mgml.inference.case_quality import SIGNS, estimate, signs_of, summary
 from nnunetv2_mgml.io.files import write_json
-from nnunetv2_mgml.modalities import all_subsets, subset_name
+from nnunetv2_mgml.modalities import Subset, all_subsets, subset_name
 from nnunetv2_mgml.presentation.figures.style import save
-from nnunetv2_mgml.scoring.case_quality import fit_region, rank_correlation
+from nnunetv2_mgml.scoring.case_quality import fit_region, moved_dice, rank_correlation
 
 FOLDER = Path(__file__).parents[1]
 RESULT = FOLDER / "results" / "case_quality.json"
@@ -95,6 +96,52 @@ def look(work: Path, part: str, cubes: Cubes, cases: list[int]) -> tuple[np.ndar
     return dice, signs
 
 
+def agreement(work: Path, part: str) -> np.ndarray:
+    """Return how far stored predictions agree with those from one of their modalities less, ``(N, S, R)``.
+
+    The log-odds of the mean Dice between the masks; 0 for single modalities.
+    """
+    stored = np.load(work / f"logits_{part}.npy", mmap_mode="r")
+    subsets = list(all_subsets(len(CHANNELS)))
+    fewer = [
+        [column for column, other in enumerate(subsets) if sum(other) == sum(one) - 1 and covers(one, other)]
+        for one in subsets
+    ]
+    found = np.zeros(stored.shape[:3])
+    for number in range(len(stored)):
+        masks = to_regions(torch.from_numpy(stored[number].astype(np.float32)))
+        for column, others in enumerate(fewer):
+            if others:
+                mean = dice_of(masks[others], masks[column]).mean(0).double().clamp(1e-3, 1 - 1e-3)
+                found[number, column] = torch.logit(mean).numpy()
+    return found
+
+
+def covers(one: Subset, other: Subset) -> bool:
+    """Return whether a subset has all modalities of another."""
+    return all(a or not b for a, b in zip(one, other, strict=True))
+
+
+def with_agreement(
+    names: Sequence[str], validation: Sequence[np.ndarray], test: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Return the errors of the estimate of a region that also has `agreement` among its signs.
+
+    Args:
+        names: of the ``S`` subsets.
+        validation: Dice ``(N, S)``, signs ``(N, S, 2)`` and agreement ``(N, S)`` of the patients it is fitted on.
+        test: the same of those it is judged on.
+    """
+    (dice, *known), (truth, *new) = validation, test
+    fitted = fit_region(dice, np.concatenate([known[0], known[1][..., None]], -1), names)
+    signs = np.concatenate([new[0], new[1][..., None]], -1)
+    moved = np.array([[moved_dice(fitted, name, line[s]) for s, name in enumerate(names)] for line in signs])
+    return {
+        "validation_left_out": fitted["left_out"]["mean_absolute_error"],
+        "test": float(np.abs(np.clip(moved, *fitted["dice_range"]) - truth).mean()),
+    }
+
+
 def judge(
     dice: np.ndarray, estimated: np.ndarray, mean: np.ndarray, bound: float, rival_bound: float
 ) -> dict[str, Any]:
@@ -149,6 +196,7 @@ def result(work: Path, variant: str) -> dict[str, Any]:
     names = [subset_name(subset, CHANNELS) for subset in subsets]
     dice, signs = look(work, "validation", cubes, parts["validation"])
     test_dice, test_signs = look(work, "test", cubes, parts["test"])
+    agreed, test_agreed = agreement(work, "validation"), agreement(work, "test")
     regions, points = {}, {}
     for row, region in enumerate(REGIONS):
         fitted = fit_region(dice[..., row], signs[..., row, :], names)
@@ -169,6 +217,11 @@ def result(work: Path, variant: str) -> dict[str, Any]:
             "used": fitted["used"],
             "weights": fitted["weights"],
             "validation_left_out": fitted["left_out"],
+            "with_agreement_of_modalities": with_agreement(
+                names,
+                (dice[..., row], signs[..., row, :], agreed[..., row]),
+                (truth, test_signs[..., row, :], test_agreed[..., row]),
+            ),
             "test": {
                 **judge(truth, value, mean, fitted["doubtful_below"], rival_bound),
                 "inside_interval": float(inside.mean()),

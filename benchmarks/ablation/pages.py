@@ -59,13 +59,17 @@ def change_cells(change: Difference | None) -> list[str]:
     ]
 
 
+def mark(results: Sequence[Result]) -> str:
+    """Return the signs that belong behind figures of these results, after a space each; empty where there are none."""
+    return " †" * any(r.of_old_design for r in results) + " ‡" * any(r.in_float32 for r in results)
+
+
 def mean_cells(results: Sequence[Result]) -> list[str]:
     """Return mean with spread, marked where a design was another one, the regions, and the number of seeds."""
     values = statistics(results)
     spread = "" if values["sd"] != values["sd"] else f" ± {values['sd']:.2f}"
-    mark = " †" * any(r.of_old_design for r in results) + " ‡" * any(r.in_float32 for r in results)
     return [
-        f"{values['mean']:.2f}{spread}{mark}",
+        f"{values['mean']:.2f}{spread}{mark(results)}",
         *(f"{values[region]:.2f}" for region in REGIONS),
         str(values["seeds"]),
     ]
@@ -96,7 +100,7 @@ more work looks like a better method there. At equal time, on cubes of real pati
 [further down](#real-cubes-at-equal-time). Rows
 marked † were trained before their fusion design changed, and compare variants of the design as it was
 (`fusion_revision=1`; `uhved` with its earlier loss), not of today's. `python benchmarks/ablation/run.py --changed`
-trains them again. Changed are {changed}.
+trains them again{_open_hours(results)}. Changed are {changed}.
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
@@ -109,6 +113,15 @@ core-hours; commits {commits} (* with uncommitted changes); {used}.
 
 ![differences per subset and design](images/results.png)
 """
+
+
+def _open_hours(results: Sequence[Result]) -> str:
+    """Return a clause on what training the rows of old designs again would take; empty where there are none."""
+    old = [r for r in results if r.of_old_design]
+    hours = sum(sum(r.content["hours"].values()) for r in old)
+    return (
+        f", {len(old)} runs of together {hours:.1f} core-hours at the first time; that has not been done" if old else ""
+    )
 
 
 def _rows(
@@ -147,7 +160,7 @@ def _subsets(results: Sequence[Result]) -> str:
         for index, subset in enumerate(found["baseline"][0].subsets):
             rows.append([subset, *(" / ".join(f"{x:.1f}" for x in mean[v][:, index]) for v in variants)])
     return "## Per subset\n\nWT / TC / ET, mean over seeds.\n\n" + table(
-        ["present", *(f"`{v}`" for v in variants)], rows
+        ["present", *(f"`{v}`{mark(found[v])}" for v in variants)], rows
     )
 
 
@@ -188,8 +201,8 @@ def _headroom(results: Sequence[Result]) -> str:
             rows.append(
                 [
                     subset,
-                    " / ".join(f"{x:.1f}" for x in alone),
-                    " / ".join(f"{x:.1f}" for x in of_all),
+                    " / ".join(f"{x:.1f}" for x in alone) + mark([result]),
+                    " / ".join(f"{x:.1f}" for x in of_all) + mark(shared[:1]),
                     f"{alone.mean() - of_all.mean():+.2f}",
                 ]
             )

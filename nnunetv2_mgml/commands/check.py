@@ -38,14 +38,16 @@ def describe(check: DatasetCheck, most: int = 20) -> list[str]:
     total = len(check.subsets)
     incomplete = sum(not all(subset) for subset in check.subsets.values())
     width = max(len(part) for part in check.splits)
+    columns = {name: max(len(name), 8) for name in check.channels}
     lines = [
         f"{check.dataset}: {total} training cases, {incomplete} of them incomplete",
         "",
-        f"{'':<{width}}  cases  " + "  ".join(f"{name:>8}" for name in check.channels),
+        f"{'':<{width}}  cases  " + "  ".join(f"{name:>{n}}" for name, n in columns.items()),
     ]
     for part, names in check.splits.items():
         counts = check.count(part)
-        lines.append(f"{part:<{width}}  {len(names):5}  " + "  ".join(f"{counts[n]:8}" for n in check.channels))
+        row = "  ".join(f"{counts[name]:{n}}" for name, n in columns.items())
+        lines.append(f"{part:<{width}}  {len(names):5}  {row}")
     lines += ["", "Combinations in the training cases:"]
     lines += [f"  {count:5}  {name}" for name, count in check.combinations().items()]
     if incomplete:
@@ -57,9 +59,10 @@ def describe(check: DatasetCheck, most: int = 20) -> list[str]:
     if len(findings) > most:
         lines.append(f"  and {len(findings) - most} more (-o writes all of them to check.json)")
     if check.proposals:
-        lines += ["", "Proposals:"]
+        planning = f"nnUNetv2_plan_and_preprocess -d {check.dataset_id}"
+        lines += ["", "Proposals:" if check.planned else f"Proposals (mgml plan: once {planning} is done):"]
         for proposal in check.proposals:
-            lines += [f"  {proposal.why}:", f"    {proposal.command}"]
+            lines += [f"  {proposal.why}:", f"    {proposal.command}"] if proposal.command else [f"  {proposal.why}"]
     return lines
 
 

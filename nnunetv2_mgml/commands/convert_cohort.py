@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, CohortSummary, convert_cohort, write_images
 from nnunetv2_mgml.dataset_conversion.record import record_missing
-from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order
+from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order, is_sheet
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, read_dataset_json
 from nnunetv2_mgml.plans.folders import RAW, dataset_folder
@@ -37,11 +39,11 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
         "folders",
         "folders of any naming, by patterns -> nnUNet_raw dataset",
         "Convert a folder per case, or one folder with all files. What a case lacks gets no file; it is listed in "
-        f"{MISSING_FILE}. Example: mgml convert folders /data/ms -d 45 --modalities t1=*_t1.nii.gz flair=*_fl.nii.gz "
-        "--label *_lesion.nii.gz",
+        f"{MISSING_FILE}. Example: mgml convert folders /data/ms -d 45 --modalities 't1=*_t1.nii.gz' "
+        "'flair=*_fl.nii.gz' --label '*_lesion.nii.gz'",
     )
     folders.add_argument("source", metavar="SRC", help="folder with the cases")
-    _add_patterns(folders, "file name pattern of each modality, in channel order: t1=*_t1.nii.gz flair=*_fl.nii.gz")
+    _add_patterns(folders, "file name pattern of each modality, in channel order: 't1=*_t1.nii.gz' 'flair=*_fl.nii.gz'")
     folders.add_argument("--label", metavar="PATTERN", help="file name pattern of the label maps")
     _add_case_folders(folders)
     _add_dataset(folders)
@@ -64,7 +66,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
     )
     bids.add_argument("source", metavar="SRC", help="folder of the BIDS data set")
     _add_patterns(
-        bids, "ending of each modality's file names, in channel order: t1=T1w t1ce=ce-*_T1w flair=FLAIR", False
+        bids, "ending of each modality's file names, in channel order: t1=T1w 't1ce=ce-*_T1w' flair=FLAIR", False
     )
     bids.add_argument("--label", metavar="PATTERN", help="file name pattern of the label maps")
     _add_dataset(bids)
@@ -96,11 +98,16 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
     )
     images.add_argument("source", metavar="SRC", help="folder with the cases, or a sheet")
     images.add_argument("target", metavar="DST", help="folder to write to")
-    _add_patterns(images, "file name pattern of each modality, in channel order (default: names of BraTS)", False)
+    _add_patterns(
+        images,
+        "file name pattern of each modality, in channel order (default: names of BraTS); of a sheet, columns to take",
+        False,
+    )
     _add_case_folders(images)
     images.add_argument(
         "--like", metavar="DATASET", help="number the channels as this data set does (id, name, or a model's folder)"
     )
+    _add_skip_bad(images)
     images.add_argument("--overwrite", action="store_true", help="replace DST")
     add_processes(images)
 
@@ -131,18 +138,22 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         help="names of the values in the label maps, in the order wanted (default: label_1, ... for what is found)",
     )
     parser.add_argument("--link", action="store_true", help="make symbolic links to .nii.gz images instead of copies")
-    parser.add_argument(
-        "--skip_bad",
-        "--skip-bad",
-        action="store_true",
-        help="convert the good cases although others are bad (exit code 1 then)",
-    )
+    _add_skip_bad(parser)
     parser.add_argument(
         "--split", metavar="A:B:C", help="random train:validation:test split; test cases go to imagesTs"
     )
     add_split_lists(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
     add_processes(parser)
+
+
+def _add_skip_bad(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip_bad",
+        "--skip-bad",
+        action="store_true",
+        help="convert the good cases although others are bad (exit code 1 then)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     source, labels = _source(args, args.what), _parse_labels(args.labels)
     found, own_labels = source.find()
     given = {name: value for name, value in vars(args).items() if name in CohortRequest.__dataclass_fields__}
-    name = args.name or source.path.name.split(".")[0].replace(" ", "_")
+    name = args.name or plain_name(source.path.name.split(".")[0])
     summary = convert_cohort(
         CohortRequest(found, **{**given, "name": name, "labels": labels or own_labels}), progress=True
     )
@@ -162,12 +173,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if summary.skipped else 0
 
 
-def _source(args: argparse.Namespace, form: str | None) -> CohortSource:
+def _source(args: argparse.Namespace, form: str | None, known: Sequence[str] = ()) -> CohortSource:
+    path = Path(args.source).expanduser().absolute()
+    sheet = form == "sheet" or (form is None and is_sheet(path))
     return CohortSource(
-        path=Path(args.source).expanduser().absolute(),
+        path=path,
         form=form,
-        patterns={} if form == "sheet" else parse_patterns(getattr(args, "modalities", ())),
-        columns=args.modalities if form == "sheet" else (),
+        patterns={} if sheet else parse_patterns(getattr(args, "modalities", ())),
+        columns=args.modalities if sheet else (),
+        known=known,
         label=getattr(args, "label", None),
         case_folders=getattr(args, "case_folders", 1),
     )
@@ -184,16 +198,24 @@ def _run_raw(args: argparse.Namespace) -> int:
 
 def _run_images(args: argparse.Namespace) -> int:
     like = _channels_of(args.like) if args.like else ()
-    found, _ = _source(args, None).find()
+    found, _ = _source(args, None, like).find()
     if like:
         found = in_order(found, like)
-    missing = write_images(
-        found, Path(args.target), overwrite=args.overwrite, num_processes=args.num_processes, progress=True
+    written = write_images(
+        found,
+        Path(args.target),
+        skip_bad=args.skip_bad,
+        overwrite=args.overwrite,
+        num_processes=args.num_processes,
+        progress=True,
     )
     print(f"Channels: {', '.join(f'{i} {name}' for i, name in enumerate(found.modalities))}")
-    print(_missing_line({case: names for case, names in missing.items() if names}))
-    print(f"Wrote {len(missing)} case(s) to {args.target}. Predict them with --missing_modalities auto.")
-    return 0
+    print(_missing_line({case: names for case, names in written.missing.items() if names}))
+    if found.left_over:
+        print(_left_over_line([path.relative_to(found.origin) for path in found.left_over]))
+    print(f"Wrote {len(written.missing)} case(s) to {args.target}. Predict them with --missing_modalities auto.")
+    print("\n".join(_skipped_lines(written.skipped)), end="\n" if written.skipped else "")
+    return 1 if written.skipped else 0
 
 
 def _channels_of(text: str) -> tuple[str, ...]:
@@ -236,6 +258,8 @@ def describe(summary: CohortSummary) -> list[str]:
         f"Cases: {summary.num_training} in imagesTr, {summary.num_test} in imagesTs",
         _missing_line(summary.missing),
     ]
+    if summary.left_over:
+        lines.append(_left_over_line(summary.left_over))
     if summary.split is not None:
         lines.append(f"Split: {summary.split}, written where nnU-Net reads it. Train fold 0.")
     if summary.left_out:
@@ -243,10 +267,26 @@ def describe(summary: CohortSummary) -> list[str]:
     lines.append(f"Wrote {summary.folder} in {summary.seconds:.1f} s")
     dataset = summary.folder.name[len("Dataset") :].split("_")[0].lstrip("0")
     lines.append(f"Next: mgml check {dataset}, then nnUNetv2_plan_and_preprocess -d {dataset}")
-    if summary.skipped:
-        lines.append(f"Skipped {len(summary.skipped)} bad case(s):")
-        lines += [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(summary.skipped.items())]
-    return lines
+    return lines + _skipped_lines(summary.skipped)
+
+
+def _skipped_lines(skipped: Mapping[str, Sequence[str]]) -> list[str]:
+    if not skipped:
+        return []
+    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(skipped.items())]
+    return [f"Skipped {len(skipped)} bad case(s):", *lines]
+
+
+def plain_name(text: str) -> str:
+    """Return the name of a file or folder as nnU-Net's folders take it (``Köln 1`` -> ``Koln_1``)."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", plain)
+    return (name if name == text.replace(" ", "_") else name.strip("_")) or "Cohort"
+
+
+def _left_over_line(paths: Sequence[Path]) -> str:
+    shown = ", ".join(path.as_posix() for path in paths[:3])
+    return f"Not used, as no pattern matches: {len(paths)} image(s), such as {shown}"
 
 
 def _missing_line(missing: Mapping[str, Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_choice(parser)
     add_checkpoints(parser)
     parser.add_argument("-o", metavar="ZIP", type=Path, required=True, help="archive to write")
-    parser.add_argument("--license", default="", metavar="TEXT", help="licence of the weights, for the model card")
+    parser.add_argument("--license", metavar="TEXT", help="licence of the weights, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an archive of this name")
 
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``mgml export-model``; returns the exit code."""
     folds = None if args.f is None else tuple(args.f)
     model = chosen_model_folder(args)
-    written = export_model(ExportRequest(model, args.o, folds, args.chk, args.license, args.overwrite))
+    written = export_model(ExportRequest(model, args.o, folds, args.chk, args.license or "", args.overwrite))
     print(f"model: {written.path} ({written.path.stat().st_size / 2**20:.1f} MB, {len(written.files)} files)")
     if not written.has_report:
         print(

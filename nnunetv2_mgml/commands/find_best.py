@@ -6,16 +6,23 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_mgml.commands.arguments import add_evaluations
-from nnunetv2_mgml.workflows.find_best import CHOICE, BestRequest, commands, find_best
+from nnunetv2_mgml.workflows.find_best import CHOICE, INSTRUCTIONS, POSTPROCESSING, BestRequest, find_best
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml find-best``."""
     add_evaluations(parser, " for the same cases: one per configuration, trainer or ensemble")
     parser.add_argument(
-        "-o", type=Path, metavar="OUT", required=True, help=f"folder for {CHOICE} and postprocessing.pkl"
+        "-o", type=Path, metavar="OUT", required=True, help=f"folder for {CHOICE}, {INSTRUCTIONS}, {POSTPROCESSING}"
     )
     parser.add_argument("--no_postprocessing", action="store_true", help="choose the model only")
+    parser.add_argument(
+        "--plans",
+        type=Path,
+        metavar="MODEL_FOLDER",
+        help="plans.json, or a model folder with it, for post-processing: of a member, where the best is an ensemble "
+        "that was merged from models that are no candidates",
+    )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="processes for post-processing")
 
 
@@ -26,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         output=args.o,
         common_cases=args.common_cases,
         postprocessing=not args.no_postprocessing,
+        plans=args.plans,
         num_processes=args.np,
     )
     best = find_best(request)
@@ -39,13 +47,15 @@ def run(args: argparse.Namespace) -> int:
         if best.steps:
             print(
                 f"post-processing over all subsets: keep the largest component of {', then of '.join(best.steps)} "
-                f"({100 * best.before:.2f} -> {100 * best.after:.2f}, empty regions left out). After a prediction:"
+                f"({100 * best.before:.2f} -> {100 * best.after:.2f}, empty regions left out)"
             )
-            print("\n".join(f"  {line}" for line in commands(best, args.o)))
             if best.worse:
                 listed = ", ".join(f"{name} (-{100 * loss:.2f})" for name, loss in best.worse.items())
                 print(f"note: it lowers {len(best.worse)} subsets; leave it out for these: {listed}")
         else:
             print("post-processing over all subsets: none helps")
+    if best.commands:
+        print(f"to predict with it ({args.o / INSTRUCTIONS}):")
+        print("\n".join(f"  {line}" for line in best.commands))
     print(f"written to {args.o}")
     return 0

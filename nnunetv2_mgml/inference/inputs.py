@@ -110,7 +110,7 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
         ValueError: no file in it is named as nnU-Net or BraTS does, or the sheet is none.
     """
     if os.path.isfile(folder) and str(folder).lower().endswith(SHEET_SUFFIXES):
-        return _named_cases(read_sheet(Path(folder)), channels)
+        return _named_cases(read_sheet(Path(folder), known=channels), channels)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"Input folder {folder} does not exist.")
     # A broken link is listed too: it is an unreadable file, not a missing modality.

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import io
+import itertools
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from nnunetv2_mgml.modalities import (
 )
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd", ".nhdr", ".tif", ".tiff", ".dcm")
 SHEET_SUFFIXES = (".csv", ".tsv")
 BRATS_CONTENT = {
     suffix: (naming, modality)
@@ -32,7 +35,8 @@ BRATS_CONTENT = {
 """Ending of a file's stem -> (naming, modality or ``seg``)."""
 
 BRATS_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, BRATS_CONTENT))})", re.IGNORECASE)
-_ABSENT = ("", "n/a", "na", "none", "-")
+_ABSENT = ("", "n/a", "#n/a", "na", "n.a.", "nan", "none", "null", "-", "--", ".")
+_NO_IMAGE = "has a label but no image"
 _LABEL_SUFFIXES = ("mask", "dseg", "seg")
 
 
@@ -63,6 +67,8 @@ class FoundCases:
     problems: dict[str, list[str]] = field(default_factory=dict)
     origin: str = ""
     """Where they come from, for the description of a data set."""
+    left_over: list[Path] = field(default_factory=list)
+    """Images that no pattern matches; one of them may be a modality that seems to be missing."""
 
 
 # --- walking ----------------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ def _found(
             if len(paths) > 1
         ]
         if not any(images.get(name, {}).values()):
-            bad[name].append("has a label but no image")
+            bad[name].append(_NO_IMAGE)
         if bad[name]:
             result.problems[name] = bad[name]
             continue
@@ -142,6 +148,8 @@ def find_by_patterns(
     A file in a folder below ``source`` belongs to the case named by its first ``case_folders`` folders, joined by
     ``_``; a file in ``source`` itself to the case named by what the first ``*`` of its pattern stands for.
 
+    Where a file matches no pattern as it is written, upper and lower case count as the same (``A_T1.NII.GZ``).
+
     Args:
         source: the folder.
         patterns: modality -> pattern (``*_t1.nii.gz``) of the file name, or with a slash of the path below the case's
@@ -160,30 +168,58 @@ def find_by_patterns(
     images: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     labels: dict[str, list[Path]] = defaultdict(list)
     problems: dict[str, list[str]] = defaultdict(list)
-    matched: set[str] = set()
-    examples: list[str] = []
-    for path in walk_files(source):
-        parts = path.relative_to(source).parts
-        folders = min(case_folders, len(parts) - 1)
-        inner = "/".join(parts[folders:])
-        hits = [what for what, pattern in wanted.items() if _matches(inner, pattern)]
-        matched |= set(hits)
-        if not hits:
-            examples.append("/".join(parts))
-            continue
-        name = "_".join(parts[:folders]) or _starred(parts[-1], wanted[hits[0]])
-        if len(hits) > 1:
-            named = " and ".join(f"{wanted[what]} ({what or 'label'})" for what in hits)
+    paths = list(walk_files(source))
+    hits = _matched(source, paths, wanted, case_folders)
+    for path, (name, whats) in hits.items():
+        if len(whats) > 1:
+            named = " and ".join(f"{wanted[what]} ({what or 'label'})" for what in whats)
             problems[name].append(f"{path} matches {named}; make the patterns narrower")
-        elif hits[0]:
-            images[name][hits[0]].append(path)
+        elif whats[0]:
+            images[name][whats[0]].append(path)
         else:
             labels[name].append(path)
+    matched = {what for _, whats in hits.values() for what in whats}
+    others = [path for path in paths if path not in hits]
     for what, pattern in wanted.items():
         if what not in matched:
-            others = f"; files there: {', '.join(examples[:3])}" if examples else ""
-            raise ValueError(f"No file below {source} matches {pattern} ({what or 'the label'}){others}.")
-    return _found(tuple(patterns), images, labels, str(source), problems)
+            there = f"; files there: {_some(others, source)}" if others else ""
+            raise ValueError(f"No file below {source} matches {pattern} ({what or 'the label'}){there}.")
+    found = _found(tuple(patterns), images, labels, str(source), problems)
+    found.left_over = [path for path in others if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    for name, texts in found.problems.items():
+        own = [path for path in found.left_over if "_".join(path.relative_to(source).parts[:case_folders]) == name]
+        if _NO_IMAGE in texts and own:
+            texts[texts.index(_NO_IMAGE)] = f"{_NO_IMAGE} that a pattern matches: {_some(own, source)}"
+    return found
+
+
+def _matched(
+    source: Path, paths: Sequence[Path], wanted: Mapping[str, str], case_folders: int
+) -> dict[Path, tuple[str, list[str]]]:
+    """Return file -> its case, and what its patterns say it is, in sorted order.
+
+    A file that no pattern matches as it is written is matched without regard to case, unless its case has that already.
+    """
+    found: dict[Path, tuple[str, list[str]]] = {}
+    turns: tuple[Callable[[str], str], ...] = (str, str.lower)
+    for turned in turns:
+        there = {(name, what) for name, whats in found.values() for what in whats}
+        for path in paths:
+            if path in found:
+                continue
+            parts = path.relative_to(source).parts
+            folders = min(case_folders, len(parts) - 1)
+            inner = turned("/".join(parts[folders:]))
+            whats = [what for what, pattern in wanted.items() if _matches(inner, turned(pattern))]
+            if whats:
+                name = "_".join(parts[:folders]) or _starred(parts[-1], wanted[whats[0]])
+                if not any((name, what) in there for what in whats):
+                    found[path] = name, whats
+    return dict(sorted(found.items()))
+
+
+def _some(paths: Sequence[Path], source: Path, shown: int = 3) -> str:
+    return ", ".join(path.relative_to(source).as_posix() for path in paths[:shown])
 
 
 def _matches(inner: str, pattern: str) -> bool:
@@ -195,7 +231,8 @@ def _starred(name: str, pattern: str) -> str:
     before, star, after = pattern.partition("*")
     if not star:
         raise ValueError(f"Pattern {pattern} has no *, which would name the case of a file outside a folder.")
-    match = re.fullmatch(f"{_regex(before)}(.*?){_regex(after)}", name, re.DOTALL)
+    regex = f"{_regex(before)}(.*?){_regex(after)}"
+    match = re.fullmatch(regex, name, re.DOTALL) or re.fullmatch(regex, name, re.DOTALL | re.IGNORECASE)
     case = match[1].strip("_-. ") if match else ""
     if not case:
         raise ValueError(f"The * of {pattern} stands for nothing in {name}; it names the case. Use a narrower pattern.")
@@ -207,15 +244,16 @@ def _regex(pattern: str) -> str:
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------
-def read_sheet(path: Path, modalities: Sequence[str] = ()) -> FoundCases:
+def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] = ()) -> FoundCases:
     """Read a CSV or TSV sheet with a row per case.
 
     Columns: ``case``; ``label`` and ``site`` where there are such; every other one is a modality, in channel order.
-    A cell holds a path (relative to the sheet), or nothing, ``n/a`` or ``-`` where a modality is absent.
+    A cell holds a path (relative to the sheet), or nothing, ``n/a`` or the like (`_ABSENT`) where a modality is absent.
 
     Args:
         path: the sheet; separated by commas, semicolons or tabs.
         modalities: columns to take, in channel order; none for all.
+        known: modalities whose cells are read; none for all. Others are named, but in no case.
 
     Raises:
         FileNotFoundError: no such file.
@@ -227,40 +265,55 @@ def read_sheet(path: Path, modalities: Sequence[str] = ()) -> FoundCases:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as CSV in UTF-8.") from error
-    header = text.partition("\n")[0]
-    rows = list(csv.DictReader(text.splitlines(), delimiter=max("\t;,", key=header.count)))
-    columns = {name.strip().lower(): name for name in (rows[0] if rows else ()) if name}
+    first, _, rest = text.partition("\n")
+    if first.lower().startswith("sep="):  # a line for Excel alone
+        text, first = rest, rest.partition("\n")[0]
+    header = first.strip()
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=header.count)))
+    columns = {name.strip().lower(): name for name in (rows[0] if rows else ()) if name and name.strip()}
     if "case" not in columns:
-        raise ValueError(f"{path} needs a column 'case' and rows below it; its first line is '{header.strip()}'.")
+        raise ValueError(f"{path} needs a column 'case' and rows below it; its first line is '{header}'.")
     own = [name for low, name in columns.items() if low not in ("case", "label", "site")]
     by_name = {canonical_name(name): name for name in own}
     unknown = [name for name in modalities if canonical_name(name) not in by_name]
     if unknown:
         raise ValueError(f"{path} has no column {', '.join(unknown)}; its columns are {', '.join(columns.values())}.")
     chosen = {name: by_name[canonical_name(name)] for name in modalities} or {name.strip(): name for name in own}
-    result = FoundCases(tuple(chosen), origin=str(path))
-    for row in rows:
-        cell = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)}
-        name = cell[columns["case"]]
-        if not name and not any(cell.values()):
-            continue
-        files = {what: cell[column] for what, column in chosen.items() if cell[column].lower() not in _ABSENT}
-        label = cell[columns["label"]] if "label" in columns else ""
-        images = {what: _below(path.parent, text) for what, text in files.items()}
+    named = tuple(chosen)
+    if known:
+        spellings = set(map(canonical_name, known))
+        chosen = {name: column for name, column in chosen.items() if canonical_name(name) in spellings}
+    cells = [{key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in rows]
+    cells = [row for row in cells if any(row.values())]
+    _check_columns(path, chosen, cells)
+    result = FoundCases(named, origin=str(path))
+    count = Counter(row[columns["case"]] for row in cells)
+    for row in cells:
+        name = row[columns["case"]]
+        images = {what: _below(path.parent, row[c]) for what, c in chosen.items() if not _is_absent(row[c])}
+        label = row[columns["label"]] if "label" in columns else ""
         case = CaseFiles(
             name,
             images,
-            None if label.lower() in _ABSENT else _below(path.parent, label),
-            (cell[columns["site"]] or None) if "site" in columns else None,
+            None if _is_absent(label) else _below(path.parent, label),
+            None if "site" not in columns or _is_absent(row[columns["site"]]) else row[columns["site"]],
         )
-        texts = [f"{file} does not exist" for file in (*images.values(), case.label) if file and not file.is_file()]
-        if any(other.name == name for other in result.cases):
-            texts.append("is in two rows")
+        if not name:
+            raise ValueError(f"{path} has a row without a case name: {', '.join(filter(None, row.values()))[:80]}.")
+        texts = [f"{file} does not exist" for file in (*images.values(), case.label) if file and not _is_file(file)]
+        if name.startswith(".") or "/" in name or "\\" in name:
+            texts.append("its name would name another folder; leave slashes and the dot in front out")
+        if count[name] > 1:
+            texts.append(f"is in {'two' if count[name] == 2 else count[name]} rows")
         if not images:
             texts.append("has no image")
-        if not name:
-            raise ValueError(f"{path} has a row without a case name: {', '.join(filter(None, cell.values()))[:80]}.")
+        texts += [
+            f"{first} and {second} are the same file, {images[first]}"
+            for first, second in itertools.combinations(images, 2)
+            if images[first] == images[second]
+        ]
         if texts:
+            texts = [text for text in texts if text not in result.problems.get(name, ())]
             result.problems.setdefault(name, []).extend(texts)
         else:
             result.cases.append(case)
@@ -268,9 +321,41 @@ def read_sheet(path: Path, modalities: Sequence[str] = ()) -> FoundCases:
     return result
 
 
+def _check_columns(path: Path, chosen: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Refuse columns of several values of which none is a file: age, sex, a comment; or a sheet that was moved."""
+    given = {what: [row[column] for row in rows if not _is_absent(row[column])] for what, column in chosen.items()}
+    files = {what: [text for text in texts if _is_file(_below(path.parent, text))] for what, texts in given.items()}
+    strange = [what for what, texts in given.items() if len(texts) > 1 and not files[what]]
+    images = [what for what in chosen if what not in strange and given[what]]
+    if strange and images:
+        raise ValueError(
+            f"{path}: no cell of {', '.join(strange)} is a file that exists (the first: {given[strange[0]][0]!r}; "
+            f"paths are relative to the sheet). If it is no modality, name those to take: --modalities "
+            f"{' '.join(images)}."
+        )
+    if strange:
+        raise ValueError(
+            f"{path}: none of its files exists, the first is {_below(path.parent, given[strange[0]][0])}. Paths are "
+            f"relative to the sheet's folder, {path.parent}."
+        )
+
+
+def _is_absent(text: str) -> bool:
+    return text.lower() in _ABSENT
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a comment that is too long for a name
+        return False
+
+
 def _below(folder: Path, text: str) -> Path:
-    path = Path(text).expanduser()
-    return path if path.is_absolute() else folder / path
+    r"""Return the file a cell names; backslashes of a sheet written on Windows are slashes, if only so it exists."""
+    path = folder / Path(text).expanduser()  # an absolute path stays what it is
+    turned = folder / Path(text.replace("\\", "/")).expanduser()
+    return turned if turned != path and not _is_file(path) and _is_file(turned) else path
 
 
 # --- BIDS -------------------------------------------------------------------------------------------------------------

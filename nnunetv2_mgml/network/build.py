@@ -10,6 +10,7 @@ from typing import Any, cast
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
+from nnunetv2_mgml.network.convolution import make_fast
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, Stem, TrunkDecoder
 from nnunetv2_mgml.network.encoders import (
@@ -106,6 +107,7 @@ def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet
     network.apply(cast("Callable[[nn.Module], None]", unet.initialize))
     network.fusion.initialize()
     silence_dropout_of_the_teacher(network)
+    make_fast(network.modules())
     return network
 
 

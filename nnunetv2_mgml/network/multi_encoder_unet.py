@@ -13,11 +13,12 @@ from typing import overload
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
 from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
-from nnunetv2_mgml.network.silence import noise, silence
+from nnunetv2_mgml.network.silence import noise, random_layers_act, silence
 from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 
@@ -32,6 +33,8 @@ class MultiEncoderUNet(nn.Module):
 
     Attributes:
         channel_names: of the modalities, for messages; whoever knows them sets them.
+        recompute_encoders: whether a training step computes the encoders again for the backward pass instead of keeping
+            what is inside them.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class MultiEncoderUNet(nn.Module):
         self.decoder = decoder
         self.modality_decoder = modality_decoder
         self.channel_names: tuple[str, ...] = ()
+        self.recompute_encoders = False
         self._visible: torch.Tensor | None = None
         self._visible_subset: tuple[bool, ...] | None = None
 
@@ -98,7 +102,7 @@ class MultiEncoderUNet(nn.Module):
         count = self.num_modalities
         previous_stage = x[:, count:]
         per_modality: list[list[torch.Tensor] | None] = [
-            self.encoders[m](torch.cat((x[:, m : m + 1], previous_stage), 1)) if subset is None or subset[m] else None
+            self._features(m, torch.cat((x[:, m : m + 1], previous_stage), 1)) if subset is None or subset[m] else None
             for m in range(count)
         ]
         present = next(features for features in per_modality if features is not None)
@@ -106,6 +110,15 @@ class MultiEncoderUNet(nn.Module):
             torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
             for s in range(len(present))
         ]
+
+    def _features(self, modality: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """Run an encoder; computed again in the backward pass it must meet the same randomness, so not where silent."""
+        encoder = self.encoders[modality]
+        if self.recompute_encoders and torch.is_grad_enabled() and random_layers_act(self.training):
+            recomputed: list[torch.Tensor] = checkpoint(encoder, x, use_reentrant=False)
+            return recomputed
+        own: list[torch.Tensor] = encoder(x)
+        return own
 
     def fuse_decode(self, features: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Fuse and decode for a mask ``(B, M)`` bool.
@@ -122,8 +135,8 @@ class MultiEncoderUNet(nn.Module):
         Args:
             features: as `encode` returns them.
             subsets: ``(S, M)`` bool.
-            voxels: see `FusionDecoder.decode_masks`. On a CPU, PyTorch's convolutions are several times slower on one
-                small tensor than on two at once; with large ones a batch gains nothing and takes memory.
+            voxels: see `FusionDecoder.decode_masks`. Small tensors gain from going through a layer together; with large
+                ones a batch gains nothing and takes memory.
 
         Returns:
             Logits ``(B, S, R, *spatial)``.

@@ -9,8 +9,10 @@ nnU-Net's, cross-entropy is averaged per sample before the batch, and batch Dice
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nnunetv2_mgml.objective.tensors import at_least_float32, no_autocast, weighted_mean
@@ -57,10 +59,30 @@ def class_mass(log_probabilities: torch.Tensor, valid: torch.Tensor | None) -> t
     Returns:
         ``(B, M, K)``; the predicted volume in Dice, and the MetaNetwork's input (eq. 1) once divided by the voxels.
     """
-    probabilities = log_probabilities.exp().flatten(3)
-    if valid is not None:
-        probabilities = probabilities * valid.flatten(1)[:, None, None]
-    return probabilities.sum(-1)
+    mass: torch.Tensor = _ClassMass.apply(log_probabilities, valid)
+    return mass
+
+
+class _ClassMass(torch.autograd.Function):
+    """Keeps the log-probabilities, which others keep too, and not the probabilities beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probabilities: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(log_probabilities, valid)
+        probabilities = log_probabilities.exp().flatten(3)
+        if valid is not None:
+            probabilities.mul_(valid.flatten(1)[:, None, None])
+        return probabilities.sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        log_probabilities, valid = ctx.saved_tensors
+        own = log_probabilities.exp()
+        own.mul_(gradient.reshape(*gradient.shape, *[1] * (own.ndim - gradient.ndim)))
+        if valid is not None:
+            own.mul_(valid[:, None, None])
+        return own, None
 
 
 def segmentation_of_log_probabilities(

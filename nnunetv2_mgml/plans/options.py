@@ -136,6 +136,11 @@ class TrainingOptions(TrainerAttributes):
         "without one warns). Set seed and nnUNet_n_proc_DA=0 too for a run that "
         "repeats",
     )
+    recompute_encoders: bool = option(
+        False,
+        "in a training step compute the encoders twice instead of keeping what is inside them: the same losses and "
+        "gradients in a third less memory and more time",
+    )
     augmentation: str = option(
         "nnunet",
         "nnunet: nnU-Net's; paper: rotation in one plane by up to 10 degrees, intensity scale and shift of "

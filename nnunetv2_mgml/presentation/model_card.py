@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nnunetv2_mgml.inference.subset_quality import RELIABILITY_BOUND
 from nnunetv2_mgml.modalities import channel_names, subset_name, table_order
 
 MODEL_CARD = "MODEL_CARD.md"
@@ -62,6 +63,9 @@ def model_card(
         "",
         "## Use",
         "",
+        "With PyTorch, nnU-Net v2 and nnunetv2_mgml installed, and `nnUNet_results` naming a folder for models "
+        "(`export nnUNet_results=/models`):",
+        "",
         "```bash",
         *commands,
         "```",
@@ -79,7 +83,8 @@ def model_card(
 
 
 def _stated(what: str, value: Any) -> list[str]:
-    return [f"| {what} | {value} |"] if value else []
+    text = " ".join(str(value).split()).replace("|", "\\|")  # a row of a table is one line
+    return [f"| {what} | {text} |"] if text and value else []
 
 
 def _expectation(report: Mapping[str, Any] | None, channels: Sequence[str]) -> list[str]:
@@ -106,8 +111,8 @@ def _expectation(report: Mapping[str, Any] | None, channels: Sequence[str]) -> l
         f"|---|{'---|' * len(regions)}",
         *(f"| {name} | {' | '.join(row)} |" for name, row in rows.items()),
         "",
-        "Predictions quote these numbers for the modalities of each case. They hold for cases like those of the "
-        "training and validation.",
+        f"Predictions quote these numbers for the modalities of each case, and call a region with a mean below "
+        f"{100 * RELIABILITY_BOUND:.0f} unreliable. They hold for cases like those of the training and validation.",
     ]
 
 

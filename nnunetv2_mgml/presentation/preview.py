@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,10 +79,21 @@ def _draw(case: str, entry: Mapping[str, Any], folder: Path, dataset_json: Mappi
         segmentation[index],
         names,
         title=f"{case}: from {', '.join(entry['present'])}{missing} (slice {index + 1} of {len(segmentation)})",
-        notes="\n".join(part for line in lines for part in textwrap.wrap(line, width)),
+        notes="\n".join(wrapped(line, width) for line in lines),
         pixel_aspect=spacing[1] / spacing[2],
     )
     return save(figure, target, dpi=130)
+
+
+def wrapped(line: str, width: int) -> str:
+    """Break a line after commas and colons where that is enough, so that a region's numbers stay together."""
+    rows: list[str] = []
+    for part in re.split(r"(?<=[,:]) ", line):
+        if rows and len(rows[-1]) + 1 + len(part) <= width:
+            rows[-1] += f" {part}"
+        else:
+            rows.append(part)
+    return "\n".join(textwrap.fill(row, width) for row in rows)
 
 
 def quality_lines(entry: Mapping[str, Any]) -> list[str]:

@@ -85,7 +85,7 @@ def fit_region(dice: Values, signs: Values, subsets: Sequence[str]) -> dict[str,
         without = _fit(dice[others], signs[others], subsets)
         if without is not None:
             for column, subset in enumerate(subsets):
-                estimated[case, column] = _moved(without, subset, signs[case, column])
+                estimated[case, column] = moved_dice(without, subset, signs[case, column])
                 means[case, column] = without["subsets"].get(subset, {}).get("dice", np.nan)
     seen = np.isfinite(estimated) & np.isfinite(dice)
     if fitted is None or not seen.any():
@@ -145,7 +145,7 @@ def _fit(dice: Values, signs: Values, subsets: Sequence[str]) -> dict[str, Any] 
     }
 
 
-def _moved(fitted: Mapping[str, Any], subset: str, signs: Values) -> float:
+def moved_dice(fitted: Mapping[str, Any], subset: str, signs: Values) -> float:
     """Return the estimate before it is cut to what was seen; NaN where there is none."""
     known = fitted["subsets"].get(subset)
     if known is None or not np.isfinite(signs).all():

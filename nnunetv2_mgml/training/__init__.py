@@ -12,7 +12,7 @@ from nnunetv2_mgml.training import variants  # isort: skip
 TRAINERS: dict[str, type[nnUNetTrainerMGML]] = {
     name: value
     for name, value in vars(variants).items()
-    if isinstance(value, type) and issubclass(value, nnUNetTrainerMGML)
+    if name.startswith("nnUNetTrainer") and isinstance(value, type) and issubclass(value, nnUNetTrainerMGML)
 }
 """Every trainer by name, `nnUNetTrainerMGML` among them; ``ext/`` hands these to nnU-Net."""
 

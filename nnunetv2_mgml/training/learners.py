@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -20,7 +20,7 @@ from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.interface import seeing, subset_network
-from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet, zero_absent
 from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
 from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.upstream.distributed import on_own_device
@@ -133,6 +133,7 @@ class SubsetLearner(Learner):
         self.optimizers = self.objective.optimizers
         self._teacher_transforms = stronger_intensity_transforms() if self.objective.needs.own_view else None
         self._bare_network = trainer.bare_network
+        cast(MultiEncoderUNet, trainer.bare_network).recompute_encoders = self.options.training.recompute_encoders
 
     @classmethod
     def build_network(

@@ -8,6 +8,8 @@ import logging
 from typing import Any
 
 from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.objective.base import OURS
 from nnunetv2_mgml.training.learners import Learner
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
@@ -51,6 +53,27 @@ class nnUNetTrainerModalityDropout(nnUNetTrainerMGML):
     learner_class = Learner
 
 
+class TrainerOfDesign(nnUNetTrainerMGML):
+    """Base of the trainers named after a publication: its weights are those of the publication's own total.
+
+    Where the plans ask for another total, theirs count: a published reading of MGML, whose presets set them, and
+    PASSION's rebalancing, which sums the shared decoder's loss over the modalities itself.
+    """
+
+    @classmethod
+    def resolve_options(cls, plans: dict[str, Any]) -> Options:
+        """See `nnUNetTrainerMGML.resolve_options`."""
+        planned = Options.from_plans(plans)
+        given_way: set[str] = set()
+        if planned.value("reading") != OURS:  # a weight of 0 says that the publication lacks the part
+            given_way = {
+                name for name in ("modality_decoder_weight", "auxiliary_weight") if cls.config_overrides.get(name)
+            }
+        elif planned.value("rebalancing") != "none":
+            given_way = {"modality_decoder_weight"}
+        return planned.overridden({k: v for k, v in cls.config_overrides.items() if k not in given_way})
+
+
 def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]]:
     """Return the two trainers named after the publication of a fusion design, by name; none where it names none.
 
@@ -63,6 +86,7 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
 
     One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
     inside our network, not the authors' code.
+    The publication's weights of losses give way to the plans' where those have another total (`TrainerOfDesign`).
     """
     publication = vars(design).get("trainer", "")  # not inherited: a subclass of a design is another design
     if not publication:
@@ -77,7 +101,7 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
 
 
 def _trainer(name: str, doc: str, overrides: dict[str, Any]) -> type[nnUNetTrainerMGML]:
-    return type(name, (nnUNetTrainerMGML,), {"__module__": __name__, "__doc__": doc, "config_overrides": overrides})
+    return type(name, (TrainerOfDesign,), {"__module__": __name__, "__doc__": doc, "config_overrides": overrides})
 
 
 def _add_trainers_of_designs() -> None:

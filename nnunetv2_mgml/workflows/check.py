@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunetv2_mgml.dataset_conversion.splits import parse_ratio, random_split
 from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
@@ -30,6 +31,7 @@ OUTLIER = 6.0
 """Distance from the median, in robust standard deviations, from which an intensity is an outlier."""
 
 FEWEST_FOR_OUTLIERS = 8
+_RATIO = "4:1"
 UNEVEN = 1.5
 """How much more often one modality is there than another for the rates to count as uneven."""
 
@@ -52,7 +54,8 @@ class Proposal:
     """Something to do, and the command for it."""
 
     why: str
-    command: str
+    command: str = ""
+    """Empty where no single command does it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ class DatasetCheck:
     findings: dict[str, tuple[str, ...]]
     """Case -> what is wrong or strange."""
     proposals: tuple[Proposal, ...]
+    planned: bool = True
+    """Whether nnU-Net has planned it on this machine, so that `mgml plan` has plans to start from."""
+
+    @property
+    def dataset_id(self) -> str:
+        """The id in the data set's name, as commands take it."""
+        return str(int(self.dataset[len("Dataset") :].split("_")[0]))
 
     @property
     def placeholders(self) -> dict[str, tuple[str, ...]]:
@@ -149,6 +159,7 @@ def check_dataset(request: CheckRequest) -> DatasetCheck:
         associations_of(checks, subsets, channels, sites),
         findings,
         (),
+        _is_planned(folder.name),
     )
     result = dataclasses.replace(result, proposals=tuple(_proposals(result)))
     if request.output is not None:
@@ -187,6 +198,11 @@ def _parts(dataset: str, subsets: Mapping[str, Subset], test: Sequence[RawCase])
     if test:
         parts["imagesTs"] = tuple(case.name for case in test)
     return parts
+
+
+def _is_planned(dataset: str) -> bool:
+    root = os.environ.get(PREPROCESSED)
+    return root is not None and any((Path(root).expanduser() / dataset).glob("*Plans*.json"))
 
 
 def _sites(folder: Path) -> dict[str, str]:
@@ -252,7 +268,7 @@ def outlying(values: Sequence[float]) -> NDArray[np.float64]:
 
 # --- what to do -------------------------------------------------------------------------------------------------------
 def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
-    dataset = str(int(check.dataset[len("Dataset") :].split("_")[0]))
+    dataset = check.dataset_id
     if check.placeholders:
         yield Proposal(
             f"{len(check.placeholders)} case(s) have placeholder volumes that are not recorded: nnU-Net's fingerprint "
@@ -263,7 +279,8 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
     never = [name for name, count in counts.items() if not count]
     if never:
         yield Proposal(
-            f"no training case has {', '.join(never)}; leave it out of dataset.json", f"mgml check {dataset}"
+            f"no training case has {', '.join(never)}, so nothing can be learned of it: convert again without it "
+            f"(fewer --modalities)"
         )
     if min(counts.values()) < total and not never:
         rates = {name: round(min(1 - count / total, 0.99), 2) for name, count in counts.items()}
@@ -278,13 +295,34 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
                 f"{min(counts, key=counts.__getitem__)}: compare the default with PASSION's rebalancing",
                 _plan(dataset, "rebalancing=passion", "mask_sampling=fixed"),
             )
-    for part in check.splits:
-        absent = [name for name, count in check.count(part).items() if not count and counts[name]]
-        if absent and part.startswith("fold"):
+    absent = {
+        part: [name for name, count in check.count(part).items() if not count and counts[name]]
+        for part in check.splits
+        if part.startswith("fold")
+    }
+    if any(absent.values()):
+        said = "; ".join(f"{part} has no case with {', '.join(names)}" for part, names in absent.items() if names)
+        seed = _good_seed(check)
+        if seed is None:
+            yield Proposal(f"{said}: too few cases for a random split to have it in every part")
+        else:
             yield Proposal(
-                f"{part} has no case with {', '.join(absent)}; another seed may give a better split",
-                f"mgml convert split -d {dataset} --split 4:1 --seed 1 --overwrite",
+                f"{said}; in this random split (one, fold 0) both parts have everything",
+                f"mgml convert split -d {dataset} --split {_RATIO} --seed {seed} --overwrite",
             )
+
+
+def _good_seed(check: DatasetCheck, most: int = 100) -> int | None:
+    """Return a seed by which training and validation both have cases with each modality there is; None: none found."""
+    wanted = [c for c, name in enumerate(check.channels) if check.count("training")[name]]
+    for seed in range(most):
+        try:
+            split = random_split(check.subsets, parse_ratio(_RATIO), seed)
+        except ValueError:  # fewer patients than parts
+            return None
+        if all(any(check.subsets[case][c] for case in part) for part in (split.train, split.val) for c in wanted):
+            return seed
+    return None
 
 
 def _plan(dataset: str, *options: str) -> str:

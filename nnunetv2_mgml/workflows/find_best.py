@@ -2,7 +2,8 @@
 
 Candidates are evaluation folders of the same cases: of configurations, trainers or folds, or of predictions that
 ``nnUNetv2_ensemble`` merged. Post-processing is nnU-Net's own (largest components), decided by nnU-Net's own function
-on the label maps of all subsets together.
+on the label maps of all subsets together. The plans it needs, for the reader of images and the labels, are those of
+the model, or, of merged predictions, those beside them or of a member among the candidates.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.io.files import read_json, scratch, write_json
+from nnunetv2_mgml.io.files import read_json, scratch, write_json, write_text
 from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, load_evaluation
 from nnunetv2_mgml.scoring.sources import find_files
 from nnunetv2_mgml.scoring.statistics import pairable
@@ -23,7 +26,14 @@ from nnunetv2_mgml.scoring.statistics import pairable
 POSTPROCESSING = "postprocessing.pkl"
 """What ``nnUNetv2_apply_postprocessing -pp_pkl_file`` takes."""
 CHOICE = "find_best.json"
+INSTRUCTIONS = "inference_instructions.txt"
+"""The commands that predict with what was chosen, named as nnU-Net names its own."""
+PLANS, DATASET = "plans.json", "dataset.json"
 _SEPARATOR = "__"
+_ADVICE = (
+    " Post-processing needs both files, of an ensemble those of any member: --plans MODEL_FOLDER. Or choose without "
+    "post-processing (--no_postprocessing)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +43,14 @@ class BestRequest:
     folders: Sequence[Path]
     """Folders that `evaluate` wrote, with Dice and all subsets."""
     output: Path
-    """Takes `CHOICE` and `POSTPROCESSING`."""
+    """Takes `CHOICE`, `INSTRUCTIONS`, `POSTPROCESSING`, and the plans and ``dataset.json`` that applying it needs."""
     common_cases: bool = False
     """Compare the shared cases where they differ, instead of refusing."""
     postprocessing: bool = True
-    """Also decide on post-processing; needs the label maps and the plans of the model."""
+    """Also decide on post-processing; needs the label maps, and plans."""
+    plans: Path | None = None
+    """``plans.json``, or a folder with it (a model of the ensemble): needed where none is found beside the predictions
+    or by another candidate."""
     num_processes: int = 2
 
     def __post_init__(self) -> None:
@@ -63,6 +76,10 @@ class Best:
     after: float | None = None
     by_subset: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Subset -> that mean before and after."""
+    plans: Path | None = None
+    """The plans that post-processing was decided with; None: not decided."""
+    commands: list[str] = field(default_factory=list)
+    """What a user types to predict with the choice, from a folder ``IN`` to ``OUT``, and to post-process that."""
 
     @property
     def worse(self) -> dict[str, float]:
@@ -90,12 +107,15 @@ def find_best(request: BestRequest) -> Best:
         _check(evaluation, folder)
         means[str(folder)] = _means(evaluation)
     folder = Path(max(means, key=lambda name: means[name]["all"]))
-    best = Best(folder, means)
+    best, evaluation = Best(folder, means), load_evaluation(folder)
     request.output.mkdir(parents=True, exist_ok=True)
     if request.postprocessing:
-        best = _with_postprocessing(best, load_evaluation(folder), request)
+        best = _with_postprocessing(best, evaluation, evaluations, request)
     if not best.steps:  # of an earlier choice
-        (request.output / POSTPROCESSING).unlink(missing_ok=True)
+        for name in (POSTPROCESSING, PLANS, DATASET):
+            (request.output / name).unlink(missing_ok=True)
+    best = replace(best, commands=_commands(best, evaluation, request.output))
+    write_text(request.output / INSTRUCTIONS, "\n".join(best.commands) + "\n")
     write_json(
         request.output / CHOICE,
         {
@@ -109,7 +129,9 @@ def find_best(request: BestRequest) -> Best:
                 "dice_before": best.before,
                 "dice_after": best.after,
                 "by_subset": {name: {"before": b, "after": a} for name, (b, a) in best.by_subset.items()},
+                "plans": str(best.plans),
             },
+            "commands": best.commands,
         },
     )
     return best
@@ -140,21 +162,19 @@ def _means(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
-def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestRequest) -> Best:
+def _with_postprocessing(
+    best: Best, evaluation: Evaluation, candidates: Sequence[Evaluation], request: BestRequest
+) -> Best:
     """Let nnU-Net decide on the label maps of all subsets together, as if each were a case.
 
     Raises:
-        ValueError: the evaluation does not know its model.
+        FileNotFoundError: no label maps, ``dataset.json`` or plans.
+        ValueError: plans of other labels.
     """
     from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing  # slow to import
 
-    model = evaluation.info.model
-    if model is None or model.folder is None or not (model.folder / "plans.json").is_file():
-        raise ValueError(
-            f"{best.folder} is not of a model on this machine, so its plans are not known. Choose without "
-            f"post-processing (--no_postprocessing)."
-        )
-    files = find_files(evaluation, best.folder, images=best.folder)  # images are not looked at
+    plans, dataset = _plans_and_dataset(best.folder, evaluation, candidates, request.plans)
+    files = find_files(evaluation, best.folder, images=best.folder, dataset_json=dataset)  # images are not looked at
     with scratch(request.output) as folder:
         for name in ("predicted", "reference"):
             (folder / name).mkdir()
@@ -171,8 +191,8 @@ def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestReques
             _, arguments = determine_postprocessing(
                 str(folder / "predicted"),
                 str(folder / "reference"),
-                str(model.folder / "plans.json"),
-                str(model.folder / "dataset.json"),
+                str(plans),
+                str(dataset),
                 request.num_processes,
                 keep_postprocessed_files=True,
             )
@@ -182,15 +202,70 @@ def _with_postprocessing(best: Best, evaluation: Evaluation, request: BestReques
             for place in (folder / "predicted", folder / "predicted" / "postprocessed")
         )
         if arguments:
+            for name, file in ((PLANS, plans), (DATASET, dataset)):
+                shutil.copyfile(file, folder / name)
+                os.replace(folder / name, request.output / name)
             os.replace(folder / "predicted" / POSTPROCESSING, request.output / POSTPROCESSING)
-    return Best(
-        best.folder,
-        best.means,
-        _steps(arguments, read_json(model.folder / "dataset.json")["labels"]),
-        decided["input_folder"]["foreground_mean"]["Dice"],
-        decided["postprocessed"]["foreground_mean"]["Dice"],
-        {name: (before[name], after[name]) for name in files.predictions if name in before},
+    return replace(
+        best,
+        steps=_steps(arguments, read_json(dataset)["labels"]),
+        before=decided["input_folder"]["foreground_mean"]["Dice"],
+        after=decided["postprocessed"]["foreground_mean"]["Dice"],
+        by_subset={name: (before[name], after[name]) for name in files.predictions if name in before},
+        plans=plans,
     )
+
+
+def _plans_and_dataset(
+    folder: Path, evaluation: Evaluation, candidates: Sequence[Evaluation], given: Path | None
+) -> tuple[Path, Path]:
+    """Return ``plans.json`` and ``dataset.json`` that fit an evaluation's label maps.
+
+    Plans are those given, else of the model, beside the label maps, or of another candidate's model; its labels must
+    be the same.
+
+    Raises:
+        FileNotFoundError: there is none; the message names ``--plans``.
+        ValueError: plans that were given are of other labels.
+    """
+    source, own = evaluation.info.source, _model_folders([evaluation])
+    predicted = [place for path in (source.folders or {}).values() for place in (path, path.parent)]
+    beside = [] if source.labels is None else [source.labels, source.labels.parent]
+    members = _model_folders(candidates)
+    places = [*own, *predicted, *beside, *([] if given is None else [given if given.is_dir() else given.parent])]
+    dataset = next((place / DATASET for place in places if (place / DATASET).is_file()), None)
+    if dataset is None:
+        raise FileNotFoundError(f"{folder}: no {DATASET} beside its label maps.{_ADVICE}")
+    if given is not None:
+        plans = given if given.is_file() else given / PLANS
+        if not plans.is_file():
+            raise FileNotFoundError(f"--plans {given} is neither {PLANS} nor a folder with it.")
+        if not _same_labels(plans, dataset):
+            raise ValueError(
+                f"--plans {given} is of a model with other labels, or another file ending, than {dataset}."
+            )
+        return plans, dataset
+    for place in (*own, *predicted, *members):
+        if (place / PLANS).is_file() and _same_labels(place / PLANS, dataset):
+            return place / PLANS, dataset
+    raise FileNotFoundError(
+        f"{folder} is not of a model on this machine, and no {PLANS} for its labels lies beside its label maps or in "
+        f"the model of another candidate.{_ADVICE}"
+    )
+
+
+def _model_folders(evaluations: Sequence[Evaluation]) -> list[Path]:
+    models = [evaluation.info.model for evaluation in evaluations]
+    return [model.folder for model in models if model is not None and model.folder is not None]
+
+
+def _same_labels(plans: Path, dataset: Path) -> bool:
+    """Return whether the ``dataset.json`` beside plans, if there is one, has the labels and the file ending wanted."""
+    own, wanted = plans.parent / DATASET, read_json(dataset)
+    if not own.is_file():
+        return True
+    content = read_json(own)
+    return all(content.get(key) == wanted.get(key) for key in ("labels", "file_ending"))
 
 
 def _by_subset(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -220,11 +295,36 @@ def _steps(arguments: Sequence[Mapping[str, Any]], labels: Mapping[str, Any]) ->
     return steps
 
 
-def commands(best: Best, output: Path) -> list[str]:
-    """Return what a user types after a prediction to apply the post-processing; empty where there is none."""
-    if not best.steps:
-        return []
-    return [
-        f"nnUNetv2_apply_postprocessing -i OUT -o OUT_PP -pp_pkl_file {output / POSTPROCESSING} "
-        f"-plans_json OUT/plans.json -dataset_json OUT/dataset.json"
-    ]
+def _commands(best: Best, evaluation: Evaluation, output: Path) -> list[str]:
+    """Return what a user types: prediction where the model is known, and post-processing where some helps."""
+    lines = []
+    model = evaluation.info.model
+    if model is not None and model.folder is not None:
+        options = ["-f", *dict.fromkeys(model.folds or ("0",))]
+        options += [] if model.checkpoint in (None, "checkpoint_final.pth") else ["-chk", str(model.checkpoint)]
+        options += [] if model.tile_step_size in (None, 0.5) else ["-step_size", f"{model.tile_step_size:g}"]
+        options += ["--disable_tta"] if model.mirroring is False else []
+        stage = _previous_stage(model.folder)
+        steps: list[tuple[str, Path, list[str]]] = [("OUT", model.folder, [])]
+        if stage is not None:
+            lower = f"OUT_{stage.name.rpartition('__')[2]}"
+            steps = [(lower, stage, []), ("OUT", model.folder, ["-prev_stage_predictions", lower])]
+        lines += [
+            f"nnUNetv2_predict_from_modelfolder -i IN -o {out} {shlex.join(['-m', str(folder), *options, *more])} "
+            f"--missing_modalities auto"
+            for out, folder, more in steps
+        ]
+    if best.steps:
+        files = ("-pp_pkl_file", POSTPROCESSING), ("-plans_json", PLANS), ("-dataset_json", DATASET)
+        given = [word for option, name in files for word in (option, str((output / name).resolve()))]
+        lines.append(f"nnUNetv2_apply_postprocessing -i OUT -o OUT_PP {shlex.join(given)}")
+    return lines
+
+
+def _previous_stage(model_folder: Path) -> Path | None:
+    """Return the model that predicts a cascade's first stage; None for other models, and where the plans are gone."""
+    head, _, configuration = model_folder.name.rpartition("__")
+    if not (model_folder / PLANS).is_file():
+        return None
+    stage = read_json(model_folder / PLANS).get("configurations", {}).get(configuration, {}).get("previous_stage")
+    return model_folder.with_name(f"{head}__{stage}") if stage else None

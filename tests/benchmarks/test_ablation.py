@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -183,6 +184,33 @@ def test_rows_of_a_design_that_changed_are_marked(ablation: SimpleNamespace) -> 
     pair = [ablation.collect.select(results, design="sfusion", variant=v) for v in ("baseline", "mgml")]
     assert ablation.collect.difference(*pair) is None
     assert "`sfusion`" not in rows
+
+
+def test_every_table_marks_old_designs(ablation: SimpleNamespace) -> None:
+    """Also those that show no means: Dice per subset, and the headroom."""
+    settings = ablation.settings.read_settings()
+    for run in ablation.settings.all_runs(settings, ["main", "headroom"]):
+        finish(ablation, run, np.full((3, len(run.subsets or SUBSETS), 4), 0.5))
+        content = json.loads(run.file.read_text())
+        if run.variant != "mgml":
+            content["resolved"]["config"].pop("fusion_revision", None)
+        run.file.write_text(json.dumps(content))
+    page = ablation.pages.page(settings, ablation.collect.finished(settings))
+    heading = next(line for line in page.splitlines() if line.startswith("| present | "))
+    assert heading == "| present | `modality_dropout` | `baseline` † | `mgml_paper_terms` † | `mgml` |"
+    rows = page.split("## Headroom")[1].split("\n## ")[0].splitlines()
+    rows = [row for row in rows if row.startswith("| t1 |")]
+    assert [row.count("†") for row in rows] == [2]
+
+
+def test_the_readme_marks_what_the_page_marks() -> None:
+    """Figures of the ablation in README.md stand with the same sign in docs/results.md."""
+    root = FOLDER.parents[1]
+    page, readme = ((root / name).read_text() for name in ("docs/results.md", "README.md"))
+    figures = re.findall(r"\| (\d\d\.\d\d ± \d\.\d\d(?: [†‡])*) \|", readme)
+    assert len(figures) >= 4
+    assert [figure for figure in figures if f"| {figure} |" not in page] == []
+    assert ("†" in "".join(figures)) == ("marked †" in readme)
 
 
 def test_specialists_gap(ablation: SimpleNamespace) -> None:

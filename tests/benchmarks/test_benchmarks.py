@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion_cases import own_designs
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion.selective_scan import selective_scan
+from nnunetv2_mgml.plans.options import FUSION_REVISION
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SIZE = {"patch": 16, "batch": 2, "stages": 3}
@@ -25,7 +28,7 @@ SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", 
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The scripts as modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("step", "cost", "cost_page", "memory")
+    names = ("step", "cost", "cost_page", "speed_case", "memory")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
@@ -49,6 +52,14 @@ def test_memory_grows_with_the_terms(benchmarks: SimpleNamespace) -> None:
         for terms in ("plain", "mgml", "shipped")
     ]
     assert saved[0] < saved[1] < saved[2]
+
+
+def test_page_of_memory_has_the_peak_of_a_step(benchmarks: SimpleNamespace) -> None:
+    """More with every term, and more than the weights."""
+    counted = [benchmarks.memory.counted("region_aware", terms, SIZE, 0.25) for terms in ("plain", "mgml", "shipped")]
+    assert counted[0].weights < counted[0].peak < counted[1].peak < counted[2].peak
+    text = benchmarks.memory.page({"region_aware": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.04]]}, Namespace(width_factor=0.25))
+    assert "| `region_aware` | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 6.0 |" in text
 
 
 def test_flops_contain_attention_and_scans(benchmarks: SimpleNamespace) -> None:
@@ -81,6 +92,25 @@ def test_page_of_what_was_measured(benchmarks: SimpleNamespace) -> None:
         "| `mfi` | 2.00 (1.00) | 3.0 | 2.00 | 2.00 (x 1.50) | 4.00 (x 2.00) | 100 | 110 (x 1.10) | 125 (x 1.25) | - |"
     ) in text.splitlines()
     assert "| `mfi` | 2.00 | 0.50 (x 0.25) | 4.00 (x 2.00) | 15.00 (x 7.50) | - |\n" in text
+    assert "†" not in text
+    assert "Not measured: `concat`, `demoseg`, " in text
+    now = {**row, "prediction": {**row["prediction"], "fusion_revision": FUSION_REVISION}}
+    for sfusion, old in ((row, True), (now, False)):
+        rows = {**dict.fromkeys(benchmarks.step.DESIGNS, row), "sfusion": sfusion}
+        text = benchmarks.cost.page(rows, plan, Namespace(**vars(SMALL), repeats=3))
+        assert text.count("| `sfusion` † |") == 2 * old
+        assert ("measured before the design changed: `sfusion` with interpolated scores" in text) == old
+        assert "Not measured" not in text
+
+
+def test_the_page_of_costs_marks_what_its_results_say() -> None:
+    """docs/costs.md and benchmarks/results/cost.json: rows of designs that have changed since."""
+    measured = json.loads((FOLDER / "results" / "cost.json").read_text())
+    (old,) = (row for key, row in measured.items() if key.startswith("sfusion patch 80 "))
+    page = (FOLDER.parent / "docs" / "costs.md").read_text()
+    assert ("| `sfusion` † |" in page) == ("fusion_revision" not in old["prediction"])
+    rows = page.split("Not measured: ")[-1]
+    assert [name for name in own_designs() if f"`{name}`" not in rows] == [], "measured, or said not to be"
 
 
 @pytest.mark.parametrize("design", ["region_aware_full", "sfusion"])

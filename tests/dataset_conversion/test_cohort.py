@@ -144,6 +144,29 @@ def test_the_commands(nnunet_folders: Path, source: Path, tmp_path: Path, capsys
     assert "Bad --modalities 't1'" in capsys.readouterr().err
 
 
+def test_files_and_names_as_hospitals_have_them(
+    nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every format among them, upper-case endings, spaces and umlauts, also in what the data set is named after."""
+    source = tmp_path / "Köln (2020)"
+    endings = {"Müller Anna": ".nii.gz", "p 2": ".nii", "p3": ".mha", "P4": ".nrrd", "P5": ".NII.GZ"}
+    for number, (case, ending) in enumerate(endings.items()):
+        saved = save(volume(number), source / case / f"{case}_t1{ending.lower()}")
+        saved.rename(saved.with_name(f"{case}_{'T1' if ending.isupper() else 't1'}{ending}"))
+        save(volume(9 + number), source / case / f"{case}_fl.nii.gz")
+        save(label(), source / case / "lesion.mha")
+    save(volume(20), source / "P5" / "P5_t2.nii.gz")
+    command = ["convert", "folders", str(source), "-d", "49", "-np", "1", "--label", "lesion.*"]
+    assert main([*command, "--modalities", "t1=*_t1.*", "flair=*_fl.nii.gz"]) == 0
+    printed = capsys.readouterr().out
+    assert "Every case has every modality" in printed
+    assert "no pattern matches: 1 image(s), such as P5/P5_t2.nii.gz" in printed
+    folder = nnunet_folders / "raw" / "Dataset049_Koln_2020"
+    for number, case in enumerate(endings):
+        assert np.array_equal(array_of(folder / "imagesTr" / f"{case}_0000.nii.gz"), volume(number))
+        assert array_of(folder / "labelsTr" / f"{case}.nii.gz").any()
+
+
 def test_record_of_an_existing_data_set(nnunet_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", {"a": ["t1"]})
     save(np.full(SHAPE, -1000, np.float32), folder / "imagesTr" / "b_0000.nii.gz")
@@ -193,6 +216,46 @@ def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pyt
     written = array_of(tmp_path / "like" / f"{case}_0001.nii.gz")
     assert np.array_equal(written, array_of(tmp_path / "val" / case / f"{case}-t1n.nii.gz"))
     assert f"{case}_0000.nii.gz" not in tree(tmp_path / "like")
+
+
+def test_a_fourth_axis_of_one_volume(nnunet_folders: Path, source: Path) -> None:
+    """As some converters of DICOM write it; of several volumes in one file it is said what to do."""
+    for old, new in (("b_fl.nii", "b_fl.nii.nrrd"), ("lesion.nii.gz", "lesion.nrrd")):
+        image = sitk.ReadImage(str(source / "b" / old))
+        (source / "b" / old).unlink()
+        sitk.WriteImage(sitk.JoinSeries([image]), str(source / "b" / new))
+        assert sitk.ReadImage(str(source / "b" / new)).GetDimension() == 4
+    found = find_by_patterns(source, PATTERNS, "lesion.n*")
+    folder = convert_cohort(CohortRequest(found, 45, "Cohort", num_processes=1)).folder
+    for file in ("imagesTr/b_0002.nii.gz", "labelsTr/b.nii.gz"):
+        assert sitk.ReadImage(str(folder / file)).GetSize() == SHAPE[::-1]
+    image = sitk.ReadImage(str(source / "c" / "c_t1.nii.gz"))
+    sitk.WriteImage(sitk.JoinSeries([image, image]), str(source / "c" / "c_t1.nii.gz"))
+    with pytest.raises(ValueError, match=r"c_t1.nii.gz holds 2 volumes; a modality has one. Split it"):
+        convert(source, overwrite=True)
+
+
+def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns that are no modality are in the way, unless a data set or the user says which are."""
+    save(volume(1), tmp_path / "a.mha")
+    save(volume(2), tmp_path / "b.nii")
+    sheet = tmp_path / "cases.csv"
+    sheet.write_text("case,age,FLAIR,label\na,61,a.mha,NA\nb,48,b.nii,\n")
+    command = ["convert", "images", str(sheet), str(tmp_path / "out"), "-np", "1"]
+    assert main(command) == 2
+    assert "no cell of age is a file" in capsys.readouterr().err
+    assert main([*command, "--modalities", "flair"]) == 0
+    assert tree(tmp_path / "out") == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", channels=("T1", "FLAIR"))
+    assert main([*command, "--like", "45", "--overwrite"]) == 0
+    assert tree(tmp_path / "out") == ["a_0001.nii.gz", "b_0001.nii.gz"]
+    (tmp_path / "b.nii").write_bytes(b"")
+    capsys.readouterr()
+    assert main([*command, "--like", "45", "--overwrite"]) == 2
+    assert "1 of 2 case(s) are bad" in capsys.readouterr().err
+    assert main([*command, "--like", "45", "--overwrite", "--skip_bad"]) == 1
+    assert "Skipped 1 bad case(s):\n  b: " in capsys.readouterr().out
+    assert tree(tmp_path / "out") == ["a_0001.nii.gz"]
 
 
 def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:

@@ -126,3 +126,75 @@ def test_brats_names(tmp_path: Path) -> None:
     assert names_of(found) == {"BraTS-GLI-1-000": ["flair", "t1"], "Brats18_X": ["t1ce"]}
     with pytest.raises(ValueError, match="No BraTS case found"):
         find_brats(touch(tmp_path / "none", "x.nii.gz"))
+
+
+def test_upper_case_and_files_that_no_pattern_matches(tmp_path: Path) -> None:
+    """One file of a case is spelled otherwise: it is not taken for a missing modality."""
+    for case, names in {"A": ("A_t1.nii.gz", "A_FL.NII.GZ"), "B": ("B_T1.nii.gz", "B_fl.nrrd", "notes.txt")}.items():
+        touch(tmp_path / case, *names, "Lesion.nii.gz")
+    found = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "flair": "*_fl.nii.gz"}, "lesion.nii.gz")
+    assert [sorted(case.images) for case in found.cases] == [["flair", "t1"], ["t1"]]
+    assert found.left_over == [tmp_path / "B" / "B_fl.nrrd"]
+    (tmp_path / "B" / "B_T1.nii.gz").unlink()
+    found = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "flair": "*_fl.nii.gz"}, "lesion.nii.gz")
+    assert found.problems == {"B": ["has a label but no image that a pattern matches: B/B_fl.nrrd"]}
+    touch(tmp_path, "A/A_T1.nii.gz")
+    once = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "flair": "*_fl.nii.gz"})
+    assert once.cases[0].images["t1"].name == "A_t1.nii.gz"
+    assert tmp_path / "A" / "A_T1.nii.gz" in once.left_over
+    exact = find_by_patterns(tmp_path, {"t1": "*_t1.nii.gz", "post": "*_T1.nii.gz", "flair": "*_fl.nii.gz"})
+    assert exact.cases[0].images["t1"].name == "A_t1.nii.gz"
+    assert exact.cases[0].images["post"].name == "A_T1.nii.gz"
+    touch(tmp_path / "flat", "C_T1.NII.GZ")
+    assert [case.name for case in find_by_patterns(tmp_path / "flat", {"t1": "*_t1.nii.gz"}).cases] == ["C"]
+
+
+def test_sheet_as_a_spreadsheet_program_saves_it(tmp_path: Path) -> None:
+    """Byte order mark, line for Excel, semicolons, CRLF, backslashes, empty columns and rows, quotes, every 'NA'."""
+    touch(tmp_path, "Müller Anna/t 1.nii.gz", "b/t1.nrrd", "b/x, y.mha", "b/seg.nii")
+    rows = [
+        "sep=;",
+        "Case; T1 ;FLAIR;Label;Site;;",
+        "Müller Anna;Müller Anna\\t 1.nii.gz;NA;n.a.;NaN;;",
+        f'b;{tmp_path}/b/t1.nrrd;"b/x, y.mha";b/seg.nii;Köln;;',
+        ";;;;;;",
+    ]
+    (tmp_path / "cohort.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    found = read_sheet(tmp_path / "cohort.csv")
+    assert not found.problems
+    assert found.modalities == ("T1", "FLAIR")
+    first, second = found.cases
+    assert (first.name, first.label, first.site) == ("Müller Anna", None, None)
+    assert first.images == {"T1": tmp_path / "Müller Anna" / "t 1.nii.gz"}
+    assert (second.label, second.site) == (tmp_path / "b" / "seg.nii", "Köln")
+    assert second.images["FLAIR"] == tmp_path / "b" / "x, y.mha"
+
+
+def test_rows_that_cannot_be_right(tmp_path: Path) -> None:
+    """Of two rows for one case neither is taken, whichever of them has its files."""
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz")
+    rows = ["case,t1,flair", "x,gone.nii.gz,", "x,a.nii.gz,", "y,b.nii.gz,b.nii.gz", "../z,c.nii.gz,a.nii.gz", "v,,"]
+    (tmp_path / "s.csv").write_text("\n".join(rows))
+    found = read_sheet(tmp_path / "s.csv")
+    assert not found.cases
+    assert found.problems == {
+        "x": [f"{tmp_path / 'gone.nii.gz'} does not exist", "is in two rows"],
+        "y": [f"t1 and flair are the same file, {tmp_path / 'b.nii.gz'}"],
+        "../z": ["its name would name another folder; leave slashes and the dot in front out"],
+        "v": ["has no image"],
+    }
+
+
+def test_columns_that_are_no_modality(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    sheet = tmp_path / "s.csv"
+    sheet.write_text(f"case,t1,age,comment\na,a.nii.gz,61,{'x' * 400}\nb,b.nii.gz,48,seen twice\n")
+    with pytest.raises(ValueError, match=r"no cell of age, comment is a file .*'61'.* --modalities t1"):
+        read_sheet(sheet)
+    assert len(read_sheet(sheet, ["t1"]).cases) == 2
+    predicted = read_sheet(sheet, known=["flair", "T1w"])
+    assert predicted.modalities == ("t1", "age", "comment")
+    assert [list(case.images) for case in predicted.cases] == [["t1"], ["t1"]]
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match=r"none of its files exists, the first is .*relative to the sheet's folder"):
+        read_sheet(sheet.rename(tmp_path / "elsewhere" / "s.csv"), ["t1"])

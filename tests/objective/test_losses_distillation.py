@@ -165,3 +165,34 @@ def test_gradient_hardly_depends_on_the_temperature_for_small_logits() -> None:
         ).backward()
         norms.append(logits.grad.norm().item())
     assert norms[0] == pytest.approx(norms[1], rel=0.1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_is_that_of_the_plain_formula(masked: bool) -> None:
+    """Students are gone through one by one, and their probabilities found again on the way back."""
+    logits, fused = randn(2, 3, 4, 5, 3).double(), randn(2, 4, 5, 3, seed=1).double()
+    available = torch.tensor([[True, False, True], [True, True, True]])
+    keep, valid = bools(2, 1, 5, 3, chance=0.7), bools(2, 5, 3, seed=5, chance=0.6) if masked else None
+    mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = soft_label_loss(mine, fused, available, keep, 6.0, valid)
+    target = (fused / 6).log_softmax(1)
+    share = (available / available.sum(1, keepdim=True)).double()[:, :, None, None, None]
+    divergence = (target.exp() * (target - ((plain / 6).log_softmax(2) * share).sum(1))).sum(1)
+    kept = (keep[:, 0] if valid is None else keep[:, 0] & valid).double()
+    counts = available.sum(1)
+    expected = 36 * (((divergence * kept).sum((1, 2)) / kept.sum((1, 2))) * counts).sum() / counts.sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(mine.grad, plain.grad)
+    assert not mine.grad[0, 1].any()
+
+
+def test_keeps_nothing_of_the_students() -> None:
+    """For the backward pass only the students themselves are kept, which are there anyway."""
+    logits, fused = randn(1, 4, 4, 6, 6).requires_grad_(), randn(1, 4, 6, 6, seed=1)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        soft_label_loss(logits, fused, torch.ones(1, 4).bool(), torch.ones(1, 1, 6, 6).bool(), 6.0)
+    large = [tensor for tensor in kept if tensor.numel() >= logits.numel()]
+    assert all(tensor.data_ptr() == logits.data_ptr() for tensor in large)

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import bools, labels_of, nnunet_loss, randn, slow_segmentation_loss
 
-from nnunetv2_mgml.objective.segmentation import auxiliary_loss, label_target, modality_segmentation_loss
+from nnunetv2_mgml.objective.segmentation import (
+    auxiliary_loss,
+    class_mass,
+    label_target,
+    modality_segmentation_loss,
+)
 
 K = 4
 
@@ -161,3 +166,22 @@ def test_auxiliary_loss_is_the_mean_over_outputs_at_their_resolution() -> None:
         expected.append(slow_segmentation_loss(output[:, None], small, small_valid, everyone))
     assert auxiliary_loss(outputs, labels, valid).item() == pytest.approx(sum(expected) / 3, abs=1e-5)
     assert auxiliary_loss([], labels, valid).item() == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_class_mass_and_its_gradient(masked: bool) -> None:
+    """The probabilities are found again on the way back instead of being kept."""
+    log_probabilities = randn(2, 3, 4, 5, 2).double().log_softmax(2)
+    valid = bools(2, 5, 2, chance=0.6) if masked else None
+    weights = randn(2, 3, 4, seed=1).double()
+    mine, plain = log_probabilities.clone().requires_grad_(), log_probabilities.clone().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mass = class_mass(mine, valid)
+    assert all(tensor.data_ptr() == mine.data_ptr() for tensor in kept if tensor.is_floating_point())
+    counted = torch.ones(2, 5, 2) if valid is None else valid
+    expected = (plain.exp() * counted[:, None, None]).flatten(3).sum(-1)
+    torch.testing.assert_close(mass, expected)
+    (mass * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(mine.grad, plain.grad)

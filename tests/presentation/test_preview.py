@@ -14,7 +14,7 @@ from inference_cases import predict_kept
 from kept_model_cases import FIXTURE, MODEL
 
 from nnunetv2_mgml.presentation.figures.preview import preview_sheet
-from nnunetv2_mgml.presentation.preview import quality_lines, write_previews
+from nnunetv2_mgml.presentation.preview import quality_lines, wrapped, write_previews
 
 PRESENT = {"t1": 0, "flair": 3}
 
@@ -85,6 +85,16 @@ def test_what_is_said_of_the_quality() -> None:
     entry["doubtful_regions"] = ["enhancing_tumor"]
     assert quality_lines(entry)[1] == "Estimated for this case: WT 0.81 (0.60 to 0.92), ET 0.30 doubtful."
     assert "not known" in quality_lines({})[0]
+
+
+def test_lines_break_between_regions() -> None:
+    line = "Dice of validation cases with these sequences: WT 0.90 ± 0.05 (± 3.3 ml), TC 0.81 ± 0.10 (± 2.1 ml), ET 0."
+    assert wrapped(line, 55).splitlines() == [
+        "Dice of validation cases with these sequences:",
+        "WT 0.90 ± 0.05 (± 3.3 ml), TC 0.81 ± 0.10 (± 2.1 ml),",
+        "ET 0.",
+    ]
+    assert wrapped("a" * 30 + " " + "b" * 30, 40).count("\n") == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": FOUNDATION | LEARNING,
     "scoring": FOUNDATION | {"inference"},
     "presentation": FOUNDATION | LEARNING | {"inference", "scoring"},
-    "workflows": FOUNDATION | LEARNING | {"inference", "scoring", "presentation", "phantom"},
+    "workflows": FOUNDATION | LEARNING | {"inference", "scoring", "presentation", "phantom", "dataset_conversion"},
     "training": FOUNDATION | LEARNING | {"inference", "scoring", "presentation", "workflows"},
     "ext": {"training"},
     "commands": FOUNDATION

@@ -23,6 +23,7 @@ from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.fusion.published import trainers_table
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.plans.presets import PAPER_LOSSES, REFERENCE_LOSSES
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, nnUNetTrainermmFormer
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.run_notes import run_notes
@@ -78,6 +79,24 @@ def test_a_trainer_equals_the_plans_it_is_said_to_equal(name: str, planned: dict
     assert config == stock.resolve_options(equal)
     fusion_designs()[config.network.fusion].take_options(config.network.fusion_options)
     assert NAMED[name].resolve_options({PLANS_KEY: {"config": config.as_dict()}}) == config  # what inference does
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_another_total_than_the_publications_keeps_its_weights(name: str) -> None:
+    """The presets of MGML's losses are what they say with these trainers too; PASSION's sum is not counted M times."""
+    fixed = NAMED[name].config_overrides
+    weights = ("modality_decoder_weight", "auxiliary_weight")
+    for losses in (PAPER_LOSSES, REFERENCE_LOSSES):
+        found = NAMED[name].resolve_options({PLANS_KEY: {"config": losses}})
+        for weight in weights:
+            absent = fixed.get(weight) == 0
+            assert found.value(weight) == (0 if absent else losses[weight])
+        assert NAMED[name].resolve_options({PLANS_KEY: {"config": found.as_dict()}}) == found
+    passion = {"rebalancing": "passion", "mask_sampling": "fixed", "modality_decoder_weight": 1.0}
+    found = NAMED[name].resolve_options({PLANS_KEY: {"config": passion}})
+    assert found.value("modality_decoder_weight") == 1
+    assert found.value("auxiliary_weight") == fixed.get("auxiliary_weight", 1)
+    assert found.network.fusion == fixed["fusion"]
 
 
 def test_a_model_keeps_the_options_it_was_trained_with() -> None:

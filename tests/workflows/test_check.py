@@ -12,6 +12,7 @@ from cohort_cases import CHANNELS, SHAPE, label, save, volume, write_raw
 
 from nnunetv2_mgml.commands.check import describe
 from nnunetv2_mgml.commands.main import main
+from nnunetv2_mgml.dataset_conversion.splits import random_split
 from nnunetv2_mgml.workflows.check import CheckRequest, check_dataset, outlying
 
 DATASET = "Dataset045_Tiny"
@@ -42,11 +43,16 @@ def test_counts_splits_and_proposals(raw: Path, nnunet_folders: Path) -> None:
     assert check.combinations() == {"ct+t1+flair": 7, "ct+flair": 3}
     commands = [proposal.command for proposal in check.proposals]
     assert 'modality_missing_rate={"ct": 0.0, "t1": 0.3, "flair": 0.0}' in commands[0]
-    assert any(command.startswith("mgml convert split -d 45") for command in commands)
+    seed = next(int(c.split("--seed ")[1].split()[0]) for c in commands if c.startswith("mgml convert split -d 45"))
+    proposed = random_split(CASES, (4, 1, 0), seed)
+    assert all(any(case not in "abc" for case in part) for part in (proposed.train, proposed.val))
     assert not any("passion" in command for command in commands)
     text = "\n".join(describe(check))
     assert "10 training cases, 3 of them incomplete" in text
     assert "nothing that these cases show" in text
+    assert "Proposals (mgml plan: once nnUNetv2_plan_and_preprocess -d 45 is done):" in text
+    (nnunet_folders / "preprocessed" / DATASET / "nnUNetPlans.json").write_text("{}")
+    assert "\nProposals:" in "\n".join(describe(check_dataset(REQUEST)))
     for case in "defg":
         (raw / "imagesTr" / f"{case}_0001.nii.gz").unlink()
     assert any("rebalancing=passion" in p.command for p in check_dataset(REQUEST).proposals)
@@ -66,6 +72,20 @@ def test_the_proposed_commands_are_ours(raw: Path, nnunet_folders: Path) -> None
     for command in plans:
         words = shlex.split(command)
         Options().updated(parse_assignments(words[words.index("--set") + 1 :]))
+
+
+def test_a_modality_that_no_case_has(nnunet_folders: Path) -> None:
+    """No command of ours takes it out of a data set, so none is printed."""
+    channels = ("ct", "t1", "apparentdiffusion")
+    write_raw(nnunet_folders / "raw" / DATASET, dict.fromkeys("ab", channels[2:]), "ab", channels)
+    check = check_dataset(REQUEST)
+    (proposal,) = check.proposals
+    assert "no training case has apparentdiffusion" in proposal.why
+    assert not proposal.command
+    lines = describe(check)
+    assert lines[-1] == f"  {proposal.why}"
+    header, counts = lines[2], lines[3]
+    assert len(header) == len(counts)
 
 
 def test_copies_coverage_placeholders_and_outliers(raw: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing.dummy
 import pickle
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,9 @@ def test_the_choice_is_over_all_subsets(tmp_path: Path, capsys: pytest.CaptureFi
     assert "keep the largest component of foreground" in said
     choice = json.loads((tmp_path / "best" / "find_best.json").read_text())
     assert choice["best"] == str(b)
+    assert choice["commands"][0].startswith(
+        f"nnUNetv2_predict_from_modelfolder -i IN -o OUT -m {tmp_path / 'model'} -f 0 "
+    )
     assert choice["dice"][str(a)]["complete"] == 1
     assert choice["dice"][str(a)]["single"] == pytest.approx(0.5)
     assert choice["dice"][str(b)]["all"] == pytest.approx(2 * 180 / (185 + 216))
@@ -90,6 +95,88 @@ def test_the_choice_is_over_all_subsets(tmp_path: Path, capsys: pytest.CaptureFi
     cleaned = functions[0](load(b / "predictions" / "t2" / "a.nii.gz"), **arguments[0])
     assert cleaned.sum() == 180
     assert not [path for path in tmp_path.rglob("*__*")], "nothing temporary is left"
+
+
+def as_ensemble(evaluation: Path) -> dict[str, Any]:
+    """Turn an evaluation into one of merged predictions: no model, no plans, ``dataset.json`` as nnU-Net leaves it."""
+    summary: dict[str, Any] = json.loads((evaluation / "summary.json").read_text())
+    del summary["model"]
+    summary["source"]["folders"] = {name: str(evaluation / "predictions" / name) for name in SUBSETS}
+    (evaluation / "summary.json").write_text(json.dumps(summary))
+    for name in SUBSETS:
+        (evaluation / "predictions" / name / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    return summary
+
+
+def test_an_ensemble_is_post_processed_with_the_plans_of_a_member(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The printed command is typed: it removes the specks of merged predictions, for which nnU-Net writes no plans."""
+    member = write_evaluation(tmp_path, "member", dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 2))
+    ensemble = write_evaluation(tmp_path, "the ensemble", dict.fromkeys(SUBSETS, 5), dict.fromkeys(SUBSETS, 5))
+    as_ensemble(ensemble)
+    best = tmp_path / "the best"
+    assert main(["find-best", str(member), str(ensemble), "-o", str(best), "-np", "1"]) == 0
+    said = capsys.readouterr().out
+    choice = json.loads((best / "find_best.json").read_text())
+    assert choice["best"] == str(ensemble)
+    assert choice["postprocessing"]["plans"] == str(tmp_path / "model" / "plans.json")
+    assert choice["postprocessing"]["keep_largest_component_of"] == ["foreground"]
+    (command,) = choice["commands"]
+    assert command in said
+    assert (best / "inference_instructions.txt").read_text() == f"{command}\n"
+    (tmp_path / "model" / "plans.json").unlink()  # the copy in the folder is enough
+    words = shlex.split(command)
+    assert words[0] == "nnUNetv2_apply_postprocessing"
+    words[words.index("OUT")] = str(ensemble / "predictions" / "t2")
+    words[words.index("OUT_PP")] = str(tmp_path / "cleaned")
+    monkeypatch.setattr(sys, "argv", words)
+    remove_connected_components.entry_point_apply_postprocessing()
+    assert load(tmp_path / "cleaned" / "a.nii.gz").sum() == 180
+
+
+def test_plans_of_an_ensemble_whose_members_are_no_candidates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ensemble = write_evaluation(tmp_path, "ensemble", dict.fromkeys(SUBSETS, 5), dict.fromkeys(SUBSETS, 5))
+    as_ensemble(ensemble)
+    call = ["find-best", str(ensemble), "-o", str(tmp_path / "best"), "-np", "1"]
+    assert main(call) == 2
+    assert "of any member: --plans MODEL_FOLDER" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "plans.json").write_text("{}")
+    (tmp_path / "other" / "dataset.json").write_text(json.dumps({**DATASET_JSON, "labels": {"background": 0, "a": 2}}))
+    assert main([*call, "--plans", str(tmp_path / "other")]) == 2
+    assert "other labels" in capsys.readouterr().err
+    assert main([*call, "--plans", str(tmp_path / "nowhere")]) == 2
+    assert "neither plans.json nor a folder" in capsys.readouterr().err
+    assert main([*call, "--plans", str(tmp_path / "model" / "plans.json")]) == 0
+    assert (tmp_path / "best" / "postprocessing.pkl").is_file()
+
+
+def test_the_command_predicts_as_was_evaluated(tmp_path: Path) -> None:
+    """Folds, checkpoint, step and mirroring of the evaluation; of a cascade both stages."""
+    a = write_evaluation(tmp_path, "A", dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 5))
+    model = tmp_path / "T__P__fine"
+    model.mkdir()
+    (model / "plans.json").write_text(json.dumps({"configurations": {"fine": {"previous_stage": "coarse"}}}))
+    summary = json.loads((a / "summary.json").read_text())
+    summary["model"] = {
+        "folder": str(model),
+        "folds": ["0", "1"],
+        "checkpoint": "checkpoint_best.pth",
+        "mirroring": False,
+        "tile_step_size": 0.75,
+    }
+    (a / "summary.json").write_text(json.dumps(summary))
+    assert main(["find-best", str(a), "-o", str(tmp_path / "best"), "--no_postprocessing"]) == 0
+    options = "-f 0 1 -chk checkpoint_best.pth -step_size 0.75 --disable_tta"
+    assert json.loads((tmp_path / "best" / "find_best.json").read_text())["commands"] == [
+        f"nnUNetv2_predict_from_modelfolder -i IN -o OUT_coarse -m {tmp_path / 'T__P__coarse'} {options} "
+        f"--missing_modalities auto",
+        f"nnUNetv2_predict_from_modelfolder -i IN -o OUT -m {model} {options} -prev_stage_predictions OUT_coarse "
+        f"--missing_modalities auto",
+    ]
 
 
 def test_subsets_that_get_worse_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,11 +138,16 @@ def test_export_model_writes_what_a_hospital_needs(
 def test_the_card_says_what_is_known(model: Path, nnunet_folders: Path) -> None:
     evaluation = synthetic_evaluation(metrics=["dice", "absolute_volume_error"])
     write_subset_report(evaluation, model)
+    description = json.loads((model / "dataset.json").read_text())
+    description["description"] = "two centres |\n3 T"
+    (model / "dataset.json").write_text(json.dumps(description))
     written = export_model(ExportRequest(model, nnunet_folders / "m"))
     assert written.path.name == "m.zip"
     with zipfile.ZipFile(written.path) as opened:
         card = opened.read(f"{DATASET}/{MODEL}/MODEL_CARD.md").decode()
     assert "licence of the weights | not stated" in card
+    assert "| description of the data | two centres \\| 3 T |" in card
+    assert "a mean below 50 unreliable" in card
     assert card.count("\n| t1") + card.count("\n| flair") + card.count("\n| t2") >= 15
     region = evaluation.region_names[0]
     entry = evaluation.summary("dice", region)["flair"]

@@ -73,6 +73,7 @@ class DeMoSegFusion(FusionDesign):
     publication = "DeMoSeg (kk42yy/DeMoSeg), 2026"
     trainer = "DeMoSeg"
     published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"kl_weight": 1.0},  # half the sum over a batch of two, in the published code
         "network_form": "early_fusion",
         "width_factor": 1.0,
         "decoder_width_ratio": 1.0,
@@ -81,6 +82,11 @@ class DeMoSegFusion(FusionDesign):
     differences: ClassVar[tuple[str, ...]] = (
         "who stands in for whom follows the channels' positions; with T1, T1ce, T2, FLAIR that is the published rule",
         "the gates of the channel-shuffle blocks, which nothing trains in the published code, are stored as constants",
+        (
+            "the plan's norm also inside the blocks, published without scale and shift there; heads and transposed "
+            "convolutions have biases"
+        ),
+        "the divergence is averaged over the samples; published is half their sum, the same for a batch of two",
         "slots differ by a channel where the width cannot be divided by the number of modalities",
     )
     default_options: ClassVar[dict[str, Any]] = {"stand_in": "partners", "gating": "published", "kl_weight": 0.5}

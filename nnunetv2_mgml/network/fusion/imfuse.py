@@ -84,8 +84,9 @@ class ImFuseFusion(FusionDesign):
             "0.02 instead of 1"
         ),
         "absent tokens leave the sequence; there zero vectors pass through the scan",
-        "state size 16 at every width, published min(C, 256)",
+        "state size 16 at every width, published min(C, 256), and at the bottleneck the plan's width instead of 512",
         "no transformers within modalities and none after the scan",
+        "skip fusion in the plan's order (norm after convolution), padded with zeros",
         "the scan at scales up to `max_voxels` voxels, skip fusion elsewhere",
         (
             "pyramid heads read the decoder's feature where it enters the next scale, and are compared at that "

@@ -32,7 +32,7 @@ from nnunetv2_mgml.network.fusion.base import (
 from nnunetv2_mgml.network.fusion.channel_attention import EPSILON, ChannelAttention
 from nnunetv2_mgml.network.fusion.positions import PositionCode, TokenTable
 from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads
-from nnunetv2_mgml.network.fusion.skip import skip_fusion
+from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
 from nnunetv2_mgml.network.layers import layers
 
 
@@ -125,9 +125,12 @@ class M2FTransFusion(FusionDesign):
     }
     differences: ClassVar[tuple[str, ...]] = (
         "MLP 4 times the width instead of 32, positions learned per axis and interpolated on other grids",
-        "no dropout on attention weights and in the channel attention",
+        "no dropout on attention weights and projections and in the channel attention",
         "convolutions pad with zeros, not by mirroring; the decoder upsamples by transposed convolutions",
-        "pyramid heads are compared at their own scale's size",
+        (
+            "a pyramid head is one 1x1 convolution, published two with 8 channels between, and is compared at its own "
+            "scale's size"
+        ),
     )
     default_options: ClassVar[dict[str, Any]] = {
         "depth": 3,
@@ -167,9 +170,14 @@ class M2FTransFusion(FusionDesign):
         scales = range(spec.num_scales) if options["pyramid_heads"] else ()
         self.pyramid = PyramidHeads(spec, scales)
 
-    def begin(self, shared: None = None) -> dict[str, torch.Tensor]:
-        """Return the state: the bottleneck leaves the spatial weights in it."""
-        return {}
+    def share(self, features: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `FusionDesign.share`: what the modalities add to the skip fusions, which need not be weighted before."""
+        skips = {scale: skip for scale, skip in enumerate(self.scales) if isinstance(skip, SkipFusion)}
+        return {str(scale): skip.share(features[scale]) for scale, skip in skips.items()}
+
+    def begin(self, shared: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Return the state: what is shared by scale, beside which the bottleneck leaves the spatial weights."""
+        return dict(shared or {})
 
     def fuse_scale(
         self,
@@ -183,13 +191,14 @@ class M2FTransFusion(FusionDesign):
         if scale == self.spec.num_scales - 1:
             return self._bottleneck(features, mask, state)
         weights = F.interpolate(state["weights"], size=features.shape[3:], mode="nearest")
-        features = features * weights[:, :, None].to(features.dtype)
+        skip = cast(SkipFusion, self.scales[scale])
         if str(scale) not in self.channel:
-            fused = self.scales[scale](features.flatten(1, 2))
-        elif self.replaces:
-            fused = self.channel[str(scale)](context, features, mask)
-        else:
-            fused = self.channel[str(scale)](self.scales[scale](features.flatten(1, 2)) + context, features, mask)
+            fused = skip.fuse(features, mask, state.get(str(scale)), weights)
+            return self.pyramid.add(scale, FusedScale(fused), context)
+        assert context is not None  # only the bottleneck has none
+        query = context if self.replaces else skip.fuse(features, mask, state.get(str(scale)), weights) + context
+        features = features * weights[:, :, None].to(features.dtype)
+        fused = self.channel[str(scale)](query, features, mask)
         return self.pyramid.add(scale, FusedScale(fused), context)
 
     def _bottleneck(self, features: torch.Tensor, mask: torch.Tensor, state: dict[str, torch.Tensor]) -> FusedScale:

@@ -56,6 +56,10 @@ class FeatureInteractionFusion(FusionDesign):
             "the fused feature is the mean over present targets; the published network keeps one U-Net per "
             "modality and links them with five such blocks"
         ),
+        (
+            "heads per modality, and one over all of them, are not here; the shared decoder on each modality alone, "
+            "with the plans' weight, is the nearest there is"
+        ),
         "absent sources have no part in the softmax; there they keep theirs",
         "the last bias, which cancels in the softmax, is left out",
     )

@@ -90,8 +90,8 @@ class MmFormerFusion(FusionDesign):
         "absent modalities are hidden from the attention; there they take part as zero vectors",
         "width of the plan's bottleneck instead of 512, MLP 4 times as wide instead of 8, positions learned per axis",
         (
-            "no dropout on attention weights, no 1x1 convolution between transformer and skip fusion, which "
-            "begins with one"
+            "no dropout on attention weights and projections, no 1x1 convolution between transformer and skip fusion, "
+            "which begins with one"
         ),
         "skip fusion in the plan's order (norm after convolution), padded with zeros",
         (

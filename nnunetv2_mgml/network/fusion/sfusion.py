@@ -7,9 +7,11 @@ published grid of 8 does not divide work too. ``form=interpolated``, what this d
 layers, learned positions that are the same for all modalities, and linear interpolation of the tokens: it does not
 depend on the order of the modalities and has fewer weights, and its scores are smooth inside a cell.
 
-Absent modalities are hidden by key padding, which equals removing them. Where no gradient and no compiled graph ask for
-one shape for all masks, the published form does remove them: subsets of the same size go through the transformer
-together, tokens of absent modalities are never made, and one modality alone, whose weight is 1, comes back as it is.
+Absent modalities are hidden by key padding, which equals removing them, but the transformer then computes all ``M``
+modalities whatever the mask is. On a CPU, where neither training nor a compiled graph asks for one shape for all masks,
+the published form does remove them: subsets of the same size go through the transformer together, tokens of absent
+modalities are left out, and one modality alone, whose weight is 1, comes back as it is. A GPU would have to be waited
+for at every scale.
 """
 
 from __future__ import annotations

@@ -36,16 +36,34 @@ class SkipFusion(nn.Sequential):
         added: torch.Tensor = torch.matmul(weight, features.flatten(3)).unflatten(3, features.shape[3:])
         return added
 
-    def fuse(self, features: torch.Tensor, mask: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
+    def fuse(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        shared: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Map features to ``(B, O', *spatial)``, modalities where the mask is False left out.
 
         Args:
             features: ``(B, M, C, *spatial)``; absent ones may hold anything finite.
             mask: ``(B, M)`` bool, True = visible.
             shared: what `share` returned for these features, of the same batch or of one sample for all masks.
+            weights: ``(B, M, *spatial)``, 0 where the mask is False: by what each voxel of a modality is multiplied
+                first; with ``shared`` that is done after the first convolution, where it is the same.
         """
         weight, bias, rest = self._first()
-        if shared is None:
+        if weights is not None and shared is not None:
+            factors = weights[:, :, None].to(shared.dtype).unbind(1)
+            terms = iter(zip(shared.unbind(1), factors, strict=True))
+            part, factor = next(terms)
+            mixed = part * factor
+            for part, factor in terms:
+                mixed = torch.addcmul(mixed, part, factor)
+            mixed = mixed.flatten(2)
+        elif shared is None:
+            if weights is not None:
+                features = features * weights[:, :, None].to(features.dtype)
             weight = weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
             weight = (weight * mask[:, None, :, None].to(weight.dtype)).flatten(2)  # (B, O, M*C)
             mixed = torch.bmm(weight, features.flatten(3).flatten(1, 2))

@@ -97,7 +97,7 @@ def _intensities(axes: Axes, channels: Sequence[str], intensities: Mapping[str, 
     for column, name in enumerate(channels):
         values = np.array(list(intensities.get(name, {}).values()))
         spread = np.random.default_rng(column).uniform(-0.18, 0.18, size=len(values))
-        axes.scatter(column + spread, values, s=14, alpha=0.6, linewidths=0, color=CYCLE[column % len(CYCLE)])
+        axes.scatter(column + spread, values, s=14, alpha=0.6, linewidths=0, color=CYCLE[0])
         if len(values):
             axes.hlines(np.median(values), column - 0.3, column + 0.3, color=BLACK, linewidth=1.4)
     if everything and min(everything) > 0 and max(everything) > 20 * min(everything):
