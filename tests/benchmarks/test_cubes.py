@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -326,3 +327,28 @@ def test_the_page_on_case_quality_is_what_was_measured(cubes: SimpleNamespace) -
     content = json.loads((FOLDER / "results" / "case_quality.json").read_text())
     assert cubes.case_quality_page.page(content) == (FOLDER.parent / "docs" / "case-quality.md").read_text()
     assert len(cubes.case_quality_page.scatter(content).axes) == 3
+
+
+def test_warm_starts_are_compared_and_the_page_has_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    with np.load(folder / "brats2020_cubes" / "cubes.npz") as stored:  # four stages need edges of whole multiples of 8
+        larger = {
+            name: np.pad(stored[name], [(0, 0)] * (stored[name].ndim - 3) + [(2, 2)] * 3)
+            for name in ("images", "labels")
+        }
+        (tmp_path / "brats2020_cubes").mkdir()
+        np.savez(tmp_path / "brats2020_cubes" / "cubes.npz", patients=stored["patients"], **larger)
+    command = [sys.executable, str(FOLDER / "ablation" / "cubes_warm_start.py"), "--seeds", "1"]
+    command += ["--forms", "multi_encoder_whole", "--stock_steps", "2", "--steps", "4", "--patch", "16"]
+    command += ["--scored", "2", "--patients", "3", "--output", str(tmp_path / "warm_start.json")]
+    subprocess.run(command, check=True, env={**os.environ, "MGML_REAL_DATA": str(tmp_path)})
+    content = json.loads((tmp_path / "warm_start.json").read_text())
+    assert content["patients"] == {"stock": 8, "ours": 3, "validation": 2}
+    assert [(row["start"], row["steps"]) for row in content["rows"]] == [
+        (start, steps) for start in ("scratch", "stock weights") for steps in (1, 2, 4)
+    ]
+
+    measured = json.loads((FOLDER / "ablation" / "results" / "warm_start.json").read_text())
+    rows = [list(rows) for _, rows in groupby(measured["rows"], key=lambda row: (row["form"], row["start"]))]
+    page = (FOLDER.parent / "docs" / "fine-tune.md").read_text()
+    for row in rows:
+        assert " | ".join(f"{entry['dice']:.2f}" for entry in row) in page, row

@@ -307,3 +307,53 @@ def test_what_is_left_without_the_bad_cases(nnunet_folders: Path, source: Path) 
     with pytest.raises(ValueError, match=r"No training case is left\. 3 of 4 case\(s\) are bad"):
         convert(source, skip_bad=True)
     assert not list((nnunet_folders / "raw").iterdir())
+
+
+def test_images_of_which_one_cannot_be_written(source: Path, tmp_path: Path, capsys: Any) -> None:
+    """A folder for prediction is written whole or not at all, and every bad case is named."""
+    (source / "b" / "b_fl.nii").write_bytes(b"")
+    for name in ("ct", "t1"):
+        save(np.full(SHAPE, 7, np.float32), source / "c" / f"c_{name}.nii.gz")
+    patterns = [f"{name}={pattern}" for name, pattern in PATTERNS.items()]
+    command = ["convert", "images", str(source), str(tmp_path / "out"), "-np", "1", "--modalities", *patterns]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "2 of 4 case(s) are bad" in said
+    assert "b_fl.nii" in said
+    assert "c: one value everywhere in ct, t1, so no image is left" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modalities", "t1"], "Bad --modalities 't1': give each modality once, as in t1=*_t1.nii.gz."),
+        (["--modalities", "t1=*_t1.nii.gz", "T1w=*_ct.nii.gz"], "Bad --modalities 'T1w=*_ct.nii.gz'"),
+        (["--labels", "lesion"], "Bad --labels 'lesion': give each name once with a whole number, as in lesion=1."),
+        (["--labels", "a=128", "b=128"], "--labels must give each name a value of its own above 0"),
+        (["--case_folders", "0"], "--case_folders must be 1 or more, got 0."),
+        (["--split", "2:1", "--split_files", "train.txt"], "Give either --split or --split_files, not both."),
+        (["--modalities", "t1=*_t1.nii.gz", "t2=*_t2.nii.gz"], "t2"),
+    ],
+)
+def test_options_that_cannot_be(
+    nnunet_folders: Path, source: Path, capsys: Any, options: list[str], message: str
+) -> None:
+    given = [] if "--modalities" in options else ["--modalities", *(f"{n}={p}" for n, p in PATTERNS.items())]
+    command = ["convert", "folders", str(source), "-d", "45", "-np", "1", "--label", "lesion.nii.gz"]
+    assert main([*command, *given, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert tree(nnunet_folders / "raw") == []
+
+
+def test_a_raw_data_set_in_which_nothing_is_left_of_a_case(nnunet_folders: Path, capsys: Any) -> None:
+    folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny")
+    for c in range(3):
+        save(np.zeros(SHAPE, np.float32), folder / "imagesTr" / f"b_{c:04d}.nii.gz")
+    assert main(["convert", "raw", "-d", "45", "-np", "1"]) == 2
+    assert "Case b: every image has one value everywhere. Remove the case." in capsys.readouterr().err
+    assert not (folder / "missing_modalities.json").exists()
+    for path in (folder / "labelsTr").iterdir():
+        path.unlink()
+    assert main(["convert", "split", "-d", "45", "--split", "2:1"]) == 2
+    assert "No labels labelsTr/*.nii.gz in" in capsys.readouterr().err
