@@ -49,7 +49,8 @@ _NAMES = ("same", "valid")
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
+    if tracing or torch.compiler.is_compiling():
         return False
     return (
         type(x) is torch.Tensor  # neither a shape without data nor one of a function transform
