@@ -10,7 +10,6 @@ from typing import Any, cast
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
-from nnunetv2_mgml.network.convolution import make_fast
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, Stem, TrunkDecoder
 from nnunetv2_mgml.network.encoders import (
@@ -26,6 +25,7 @@ from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.plans.options import NetworkOptions
+from nnunetv2_mgml.upstream.convolution import make_fast
 
 
 def count_modalities(configuration_manager: ConfigurationManager) -> int:

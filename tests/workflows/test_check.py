@@ -183,7 +183,9 @@ def test_a_modality_nobody_has_and_more_findings_than_are_shown(nnunet_folders: 
     for case in CASES:
         save(np.zeros(SHAPE, np.uint8), raw / "labelsTr" / f"{case}.nii.gz")
     check = check_dataset(REQUEST)
-    assert [p.why for p in check.proposals] == ["no training case has t1; leave it out of dataset.json"]
+    assert [p.why for p in check.proposals] == [
+        "no training case has t1, so nothing can be learned of it: convert again without it (fewer --modalities)"
+    ]
     text = describe(check, most=4)
     assert "Findings (10):" in text
     assert "  and 6 more (-o writes all of them to check.json)" in text

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunetv2_mgml.network import convolution
-from nnunetv2_mgml.network.convolution import Conv3d, make_fast
+from nnunetv2_mgml.upstream import convolution
+from nnunetv2_mgml.upstream.convolution import Conv3d, make_fast
 
 SIZES = {"small": (3, 6, 5, 4), "large": (3, 84, 83, 5)}
 """Channels and voxels per axis, on both sides of PyTorch's limit for one sample."""
