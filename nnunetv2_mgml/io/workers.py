@@ -80,7 +80,9 @@ class WorkerPool:
             self._executor = _executor(self.num_workers)
         try:
             future = self._executor.submit(function, *arguments)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, OSError):
+            if not _is_broken(self._executor):  # then the system refused a process
+                raise
             self._executor = _executor(self.num_workers)
             future = self._executor.submit(function, *arguments)
         return Task(function, arguments, future)
@@ -155,6 +157,15 @@ def _run_here(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Futur
 
 def _executor(num_workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _is_broken(executor: ProcessPoolExecutor) -> bool:
+    """Return whether it takes no more jobs; one that breaks while it starts a process reports its closed pipes only."""
+    try:
+        executor.submit(int)
+    except BrokenProcessPool:
+        return True
+    return False
 
 
 def _start_worker() -> None:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,29 @@ def test_a_job_that_kills_its_worker_takes_no_other_with_it() -> None:
             pool.result(tasks[1])
         assert pool.result(tasks[2]) == "d"
         assert pool.result(pool.submit(os.path.basename, "e/f")) == "f"  # a new pool serves the rest
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_pipes_closed_under_a_job_are_a_worker_that_died(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """A pool that breaks while it starts a process for the next job raises what its closed pipes raise."""
+    with WorkerPool(2, "-np") as pool:
+        task = pool.submit(os._exit, 3) if broken else pool.submit(square, 3)
+        task.future.exception()
+        refusals = [OSError("handle is closed")]
+        submit = ProcessPoolExecutor.submit
+
+        def refuse_once(executor: ProcessPoolExecutor, *job: Any) -> Any:
+            if refusals:
+                raise refusals.pop()
+            return submit(executor, *job)
+
+        monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse_once)
+        if broken:
+            assert pool.result(pool.submit(square, 4)) == 16
+        else:
+            with pytest.raises(OSError, match="handle is closed"):
+                pool.submit(square, 4)
+            assert pool.result(pool.submit(square, 5)) == 25
 
 
 def test_an_exception_in_a_job_is_raised_by_result_only() -> None:

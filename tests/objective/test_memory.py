@@ -13,11 +13,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_mgml.network import convolution
 from nnunetv2_mgml.objective import memory
 from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
 from nnunetv2_mgml.plans.topology import replan, smaller_patches
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+from nnunetv2_mgml.upstream import convolution
 from nnunetv2_mgml.workflows import memory_budget
 
 TOLERANCE = 0.02
