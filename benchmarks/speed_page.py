@@ -78,7 +78,7 @@ _TRIED = """## What was tried
 
 One AMD EPYC without AVX-512, one thread, by CPU time; 16 to 16 channels at 64^3 unless said otherwise.
 
-- Kept: PyTorch leaves one small sample to a kernel of its own, which oneDNN's replaces (`upstream/convolution.py`): 16
+- Kept: PyTorch leaves one small sample to a kernel of its own, which oneDNN's replaces (`upstream/cpu_layers.py`): 16
   to 16 channels at 32^3 took 111 ms forward and 226 backward, now 10 and 33; 64 to 64 at 16^3 47 and 86, now 14 and 55.
 - Kept: the gradient of the weights from channels-last copies, 167 ms with the copies instead of 375.
 - Not kept, since slower or no faster: that gradient as 27 (258 ms) or 9 (223 ms) matrix products over shifted views;

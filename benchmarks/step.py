@@ -147,6 +147,7 @@ class Learner:
         self.network: nn.Module = build_network(
             plan, self.options.network, MODALITIES, REGIONS, CLASSES, True, needs
         ).to(device)
+        self.network.gradient_checkpointing = self.options.training.gradient_checkpointing
         self.called = DistributedDataParallel(self.network) if distributed else self.network
         spec = TermSpec(self.options, BRATS_CHANNELS, CLASSES, True, nnunet_loss(plan, every_head))
         self.objective = Objective(spec).to(device)

@@ -68,7 +68,8 @@ class Training:
         if settings["stock"]:
             self.learner: Learner = StockLearner(self.plan, device, settings["stock_width_factor"])
         else:
-            self.learner = Learner(self.plan, {**run.options, "width_factor": settings["width_factor"]}, device)
+            narrow = {"width_factor": settings["width_factor"], "gradient_checkpointing": False}  # time counts here
+            self.learner = Learner(self.plan, {**run.options, **narrow}, device)
         draws = draw(
             cases[: settings["patients"]],
             capacity,

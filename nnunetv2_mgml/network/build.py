@@ -25,7 +25,7 @@ from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.plans.options import NetworkOptions
-from nnunetv2_mgml.upstream.convolution import make_fast
+from nnunetv2_mgml.upstream.cpu_layers import make_fast
 
 
 def count_modalities(configuration_manager: ConfigurationManager) -> int:

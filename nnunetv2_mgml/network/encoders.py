@@ -106,7 +106,7 @@ def silence_dropout_of_the_teacher(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) in _QUIET:
             module.__class__ = _QUIET[type(module)]
-        elif isinstance(module, _DROPOUTS) and type(module) not in _QUIET.values():
+        elif isinstance(module, DROPOUTS) and type(module) not in _QUIET.values():
             raise ValueError(
                 f"The plan's dropout is {type(module).__name__}; MGML can use "
                 f"{', '.join(kind.__name__ for kind in _QUIET)}. Set another dropout_op."
@@ -162,4 +162,4 @@ _QUIET: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout2d: QuietDropout2d,
     nn.Dropout3d: QuietDropout3d,
 }
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
+from nnunetv2_mgml.network.encoders import DROPOUTS
 from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import noise, random_layers_act, silence
@@ -33,8 +34,8 @@ class MultiEncoderUNet(nn.Module):
 
     Attributes:
         channel_names: of the modalities, for messages; whoever knows them sets them.
-        recompute_encoders: whether a training step computes the encoders again for the backward pass instead of keeping
-            what is inside them.
+        gradient_checkpointing: whether a training step computes the encoders, and the decoder of the complete view, again
+            for the backward pass instead of keeping what is inside them. A compiled network decides itself what it keeps.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class MultiEncoderUNet(nn.Module):
         self.decoder = decoder
         self.modality_decoder = modality_decoder
         self.channel_names: tuple[str, ...] = ()
-        self.recompute_encoders = False
+        self.gradient_checkpointing = False
         self._visible: torch.Tensor | None = None
         self._visible_subset: tuple[bool, ...] | None = None
 
@@ -94,7 +95,8 @@ class MultiEncoderUNet(nn.Module):
 
         Args:
             x: ``(B, M + P, *spatial)``.
-            subset: run only these encoders; the features of the others are zero. None: all.
+            subset: run only these encoders; the features of the others are finite, and zero unless the fusion hides them
+                itself. None: all.
 
         Returns:
             Per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.
@@ -106,6 +108,8 @@ class MultiEncoderUNet(nn.Module):
             for m in range(count)
         ]
         present = next(features for features in per_modality if features is not None)
+        if subset is not None and sum(subset) == 1 and self.fusion.hides_absent:  # what is hidden needs no memory
+            return [f[:, None].expand(-1, count, *f.shape[1:]) for f in present]
         return [
             torch.stack([torch.zeros_like(present[s]) if f is None else f[s] for f in per_modality], 1)
             for s in range(len(present))
@@ -114,11 +118,15 @@ class MultiEncoderUNet(nn.Module):
     def _features(self, modality: int, x: torch.Tensor) -> list[torch.Tensor]:
         """Run an encoder; computed again in the backward pass it must meet the same randomness, so not where silent."""
         encoder = self.encoders[modality]
-        if self.recompute_encoders and torch.is_grad_enabled() and random_layers_act(self.training):
-            recomputed: list[torch.Tensor] = checkpoint(encoder, x, use_reentrant=False)
+        if self._checkpoints() and random_layers_act(self.training):
+            random = any(isinstance(module, DROPOUTS) for module in encoder.modules())
+            recomputed: list[torch.Tensor] = checkpoint(encoder, x, use_reentrant=False, preserve_rng_state=random)
             return recomputed
         own: list[torch.Tensor] = encoder(x)
         return own
+
+    def _checkpoints(self) -> bool:
+        return self.gradient_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def fuse_decode(self, features: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Fuse and decode for a mask ``(B, M)`` bool.
@@ -129,18 +137,22 @@ class MultiEncoderUNet(nn.Module):
         decoded = self.decoder(features, mask, self.fusion)
         return decoded.outputs if self.decoder.deep_supervision else decoded.outputs[0]
 
-    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int = 2**19) -> torch.Tensor:
+    def decode_subsets(
+        self, features: list[torch.Tensor], subsets: torch.Tensor, voxels: int | None = None
+    ) -> torch.Tensor:
         """Fuse and decode every sample for every subset.
 
         Args:
             features: as `encode` returns them.
             subsets: ``(S, M)`` bool.
             voxels: see `FusionDecoder.decode_masks`. Small tensors gain from going through a layer together; with large
-                ones a batch gains nothing and takes memory.
+                ones a batch gains nothing and takes memory. None: 2**19, and on a CPU, whose caches hold less, 2**16.
 
         Returns:
             Logits ``(B, S, R, *spatial)``.
         """
+        if voxels is None:
+            voxels = 2**16 if features[0].device.type == "cpu" else 2**19
         samples = [[f[b : b + 1] for f in features] for b in range(len(features[0]))]
         return torch.stack([self.decoder.decode_masks(own, subsets, self.fusion, voxels) for own in samples])
 
@@ -208,9 +220,10 @@ class MultiEncoderUNet(nn.Module):
             return self.fuse_decode(self.encode(shown, subset), view.visible)
         features = self.encode(shown)
         images = shown[:, : self.num_modalities] if self.fusion.wants_images else None
+        # first, so that the backward pass meets it last, when what the others kept is gone
+        complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
         student = self.decoder(features, view.visible, self.fusion, images, available)
         modality = self.decode_modalities(features) if needs.modality else None
-        complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
         single = self._decode_single(features, complete or student) if needs.single else None
         return TrainingOutput(
             student.outputs,
@@ -240,11 +253,20 @@ class MultiEncoderUNet(nn.Module):
     ) -> Decoded:
         """Predict from all that a case has, without dropout unless asked: a target, also where it learns itself."""
         learns = needs.complete == "learns"
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()), noise() if needs.noisy else silence():
+        randomness = noise if needs.noisy else silence
+
+        def decode(*features: torch.Tensor) -> Decoded:
+            with randomness():  # also where it is run again
+                return self.decoder(list(features), available, self.fusion)
+
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             if view.own_images is not None:
-                features = self.encode(zero_absent(view.own_images, available))
-            own = features if learns else [f.detach() for f in features]
-            return self.decoder(own, available, self.fusion)
+                with randomness():
+                    features = self.encode(zero_absent(view.own_images, available))
+            if self._checkpoints():
+                again: Decoded = checkpoint(decode, *features, use_reentrant=False, preserve_rng_state=needs.noisy)
+                return again
+            return decode(*(features if learns else [f.detach() for f in features]))
 
     def _decode_single(self, features: list[torch.Tensor], teacher: Decoded) -> SingleModalities:
         """Run every modality for every sample, also where it is absent: which those are is the loss's business."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunetv2_mgml.upstream.cpu_layers import pointwise_product
+
 
 def _product(conv: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
     """Map ``(B, C, *spatial)`` to ``(B, O, *spatial)``."""
@@ -36,7 +38,10 @@ class PointwiseConv3d(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z, y, x)``."""
-        return _product(self, input) if input.device.type == "cpu" else super().forward(input)
+        if input.device.type != "cpu":
+            return super().forward(input)
+        product = pointwise_product(self, input)
+        return _product(self, input) if product is None else product
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PointwiseConv2d, nn.Conv3d: PointwiseConv3d}

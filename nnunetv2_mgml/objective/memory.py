@@ -59,7 +59,7 @@ def step_memory(
     loss = training_loss(plan, labels)
     with torch.device("meta"):
         network = build_network(plan, options.network, inputs, heads, classes, True, needs)
-        network.recompute_encoders = options.training.recompute_encoders
+        network.gradient_checkpointing = options.training.gradient_checkpointing
         spec = TermSpec(options, channels, classes, labels.has_regions, loss, labels.ignore_label, plan.batch_dice)
         objective = Objective(spec)
     with on_shapes() as live:

@@ -13,7 +13,7 @@ bends, why, and which test fails when a new release changes it:
 - `decoder`: the steps of nnU-Net's decoder.
 - `distributed`: the wrapper for several processes, in a training that ``torchrun`` has started.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
-- `convolution`: the kernels of PyTorch's 3d convolutions on a CPU.
+- `cpu_layers`: the kernels of PyTorch's 3d convolutions and instance norms on a CPU.
 - `live_bytes`: PyTorch on shapes without data, and what would be alive.
 - `loss`: nnU-Net's training loss without a trainer.
 - `plain_errors`: what nnU-Net's commands print of a user's mistake, ``sys.excepthook``.

@@ -17,7 +17,7 @@ from nnunetv2_mgml.objective import memory
 from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
 from nnunetv2_mgml.plans.topology import replan, smaller_patches
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
-from nnunetv2_mgml.upstream import convolution
+from nnunetv2_mgml.upstream import cpu_layers
 from nnunetv2_mgml.workflows import memory_budget
 
 TOLERANCE = 0.02
@@ -76,7 +76,7 @@ def measured_peak(trainer: nnUNetTrainerMGML) -> int:
 def test_prediction_is_what_the_allocator_holds(
     options: dict[str, Any], dataset_json: dict[str, Any], nnunet_folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convolution, "_suits", lambda *_: False)  # a CPU's copies for speed are not counted
+    monkeypatch.setattr(cpu_layers, "_suits", lambda *_: False)  # a CPU's copies for speed are not counted
     written = builders.write_dataset(nnunet_folders, dataset_json)
     trainer = builders.make_trainer(nnUNetTrainerMGML, written, options, dataset_json)
     trainer.initialize()

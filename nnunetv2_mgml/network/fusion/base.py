@@ -294,6 +294,22 @@ def float_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return expand_mask(mask, like).to(like.dtype)
 
 
+def span(mask: torch.Tensor) -> slice:
+    """Return the modalities from the first to the last that any sample sees: the others need not be read at all.
+
+    All of them in training, on a GPU (which would have to be waited for) and where a graph is made for every mask.
+
+    Args:
+        mask: ``(B, M)`` bool.
+    """
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
+    on_data = type(mask) is torch.Tensor and mask.device.type == "cpu"
+    if traced or torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_data:
+        return slice(0, mask.shape[1])
+    seen = mask.any(0).tolist()
+    return slice(seen.index(True), len(seen) - seen[::-1].index(True))
+
+
 def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum over the visible modalities, ``(B, ...)`` in the dtype of the parts, without a copy of them.
 
@@ -301,6 +317,8 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         parts: ``(B, M, ...)``, or ``(1, M, ...)``: one sample for all masks.
         mask: ``(B, M)`` bool.
     """
+    seen = span(mask)
+    parts, mask = parts[:, seen], mask[:, seen]
     flat = parts.flatten(2)
     weights = mask.to(parts.dtype)
     with torch.autocast(parts.device.type, enabled=False):

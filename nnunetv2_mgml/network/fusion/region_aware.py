@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from nnunetv2_mgml.network.fusion.base import (
     FusedScale,
@@ -24,6 +25,7 @@ from nnunetv2_mgml.network.fusion.base import (
     conv_block,
     float_mask,
     register,
+    span,
 )
 from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
 
@@ -91,16 +93,22 @@ class RegionFusion(nn.Module):
     ) -> torch.Tensor:
         """Args: features, mask and shared as for `SkipFusion.fuse`; maps ``(B, K, *spatial)`` probabilities."""
         batch = len(features)
-        flat, flat_maps = features.flatten(3), maps.flatten(2)
+        seen, modalities = span(mask), mask.shape[1]
+        flat, flat_maps, axes = features[:, seen].flatten(3), maps.flatten(2), "bmcv"
+        if batch > 1 and features.stride(0) == 0:  # one sample for all masks: no copies of it
+            flat, axes = flat[0], "mcv"
         with torch.autocast(features.device.type, enabled=False):
             wide, wide_maps = at_least_float32(flat), at_least_float32(flat_maps)
-            pooled = torch.einsum("bmcv,bkv->bkmc", wide, wide_maps) / flat.shape[-1]
+            pooled = torch.einsum(f"{axes},bkv->bkmc", wide, wide_maps) / flat.shape[-1]
             present = float_mask(mask, pooled[:, 0])
             share = wide_maps.mean(-1)[..., None] + self.epsilon
-            pooled = (pooled * present[:, None]).flatten(2) / share
-            weights = self.weights(torch.cat((pooled, share), -1)) * present[:, None, :, 0]
+            pooled = pooled * present[:, None, seen]
+            if pooled.shape[2] < modalities:
+                pooled = functional.pad(pooled, (0, 0, seen.start, modalities - seen.stop))
+            pooled = pooled.flatten(2) / share
+            weights = (self.weights(torch.cat((pooled, share), -1)) * present[:, None, :, 0])[:, :, seen]
             weights = weights.to(features.dtype)
-        weighted = torch.einsum("bmcv,bkm->bkcv", flat, weights)
+        weighted = torch.einsum(f"{axes},bkm->bkcv", flat, weights)
         regions = (weighted * flat_maps[:, :, None]).reshape(batch, -1, *features.shape[3:])
         return torch.cat((self.regions(regions), self.shortcut.fuse(features, mask, shared)), 1)
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from nnunetv2_mgml.network.fusion.base import FusionSpec, conv_block, sum_present
+from nnunetv2_mgml.network.fusion.base import FusionSpec, conv_block, span, sum_present
 
 
 class SkipFusion(nn.Sequential):
@@ -53,19 +53,23 @@ class SkipFusion(nn.Sequential):
                 first; with ``shared`` that is done after the first convolution, where it is the same.
         """
         weight, bias, rest = self._first()
+        seen = span(mask)
+        if weights is not None:
+            weights = weights[:, seen]
         if weights is not None and shared is not None:
             factors = weights[:, :, None].to(shared.dtype).unbind(1)
-            terms = iter(zip(shared.unbind(1), factors, strict=True))
+            terms = iter(zip(shared[:, seen].unbind(1), factors, strict=True))
             part, factor = next(terms)
             mixed = part * factor
             for part, factor in terms:
                 mixed = torch.addcmul(mixed, part, factor)
             mixed = mixed.flatten(2)
         elif shared is None:
+            features = features[:, seen]
             if weights is not None:
                 features = features * weights[:, :, None].to(features.dtype)
             weight = weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
-            weight = (weight * mask[:, None, :, None].to(weight.dtype)).flatten(2)  # (B, O, M*C)
+            weight = (weight * mask[:, None, :, None].to(weight.dtype))[:, :, seen].flatten(2)  # (B, O, M*C)
             mixed = torch.bmm(weight, features.flatten(3).flatten(1, 2))
         else:
             mixed = sum_present(shared, mask).flatten(2)

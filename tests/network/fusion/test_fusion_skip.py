@@ -6,7 +6,7 @@ import pytest
 import torch
 from fusion_cases import hide, make_spec
 
-from nnunetv2_mgml.network.fusion.base import sum_present
+from nnunetv2_mgml.network.fusion.base import build_fusion, span, sum_present
 from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
 
 MASKS = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
@@ -63,3 +63,48 @@ def test_sum_over_present_modalities(samples: int) -> None:
     torch.testing.assert_close(sum_present(parts, MASKS), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert sum_present(parts.float(), MASKS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 0]], [[1, 0, 1]], [[0, 1, 0], [0, 1, 1]], [[1, 1, 1]]])
+@pytest.mark.parametrize("form", ["plain", "shared", "weights", "both"])
+def test_what_no_sample_sees_is_not_read(rows: list[list[int]], form: str) -> None:
+    """Where nothing learns: the same sums as with gradients, which read all; what is never seen may be anything."""
+    mask = torch.tensor(rows).bool()
+    module, features = make()
+    features = features[: len(mask)]
+    weights = torch.rand(len(mask), 3, 6, 6, 6).double() * mask[:, :, None, None, None]
+    own = {"weights": weights} if form in ("weights", "both") else {}
+    expected = module.fuse(features, mask, module.share(features) if form in ("shared", "both") else None, **own)
+    with torch.no_grad():
+        seen = span(mask)
+        outside = [m for m in range(3) if not seen.start <= m < seen.stop]
+        features = features.clone()
+        features[:, outside] = float("nan")
+        shared = module.share(features) if form in ("shared", "both") else None
+        torch.testing.assert_close(module.fuse(features, mask, shared, **own), expected)
+
+
+@pytest.mark.parametrize("rows", [[[0, 0, 1, 0]], [[0, 1, 0, 1], [0, 0, 1, 0]]])
+def test_regions_of_what_is_seen(rows: list[list[int]]) -> None:
+    """`region_aware`: the same with and without gradients, of which only the latter leaves out what no sample sees."""
+    torch.manual_seed(0)
+    spec = make_spec(modalities=4)
+    design, mask = build_fusion("region_aware", spec).double().eval(), torch.tensor(rows).bool()
+    scale = spec.num_scales - 1
+    size = [4] * spec.dimension
+    features = torch.randn(len(mask), 4, spec.channels[scale], *size, dtype=torch.float64)
+    expected = design.fuse_scale(scale, features, mask, None, None)
+    with torch.no_grad():
+        found = design.fuse_scale(scale, features, mask, None, None)
+    torch.testing.assert_close(found.fused, expected.fused)
+    torch.testing.assert_close(found.auxiliary, expected.auxiliary)
+
+
+def test_where_the_mask_is_not_looked_at() -> None:
+    mask = torch.tensor([[False, True, False]])
+    assert span(mask) == slice(0, 3)
+    with torch.no_grad():
+        assert span(mask) == slice(1, 2)
+        assert span(mask.to("meta")) == slice(0, 3)
+        traced = torch.jit.trace(lambda m: m[:, span(m)], mask, check_trace=False)
+    assert traced(~mask).tolist() == [[True, False, True]]

@@ -1,4 +1,4 @@
-"""``recompute_encoders``: the same training in less memory."""
+"""``gradient_checkpointing``: the same training in less memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradients(recompute: bool, dropout: bool, needs: Needs, view: View) -> list[
         plan["architecture"]["arch_kwargs"].update(dropout_op="torch.nn.Dropout3d", dropout_op_kwargs={"p": 0.4})
     torch.manual_seed(0)
     network = build_network(ConfigurationManager(plan), config("region_aware").network, 4, 3, 4, True, needs)
-    network.recompute_encoders = recompute
+    network.gradient_checkpointing = recompute
     torch.manual_seed(1)
     out = network(batch(PATCH), view, needs)
     assert out.modality is not None
@@ -51,7 +51,7 @@ def test_same_outputs_and_gradients(dropout: bool, own_images: bool) -> None:
 
 def test_only_training_steps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     network = builders.network(config("concat")).eval()
-    network.recompute_encoders = True
+    network.gradient_checkpointing = True
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError
@@ -68,7 +68,7 @@ def test_a_step_needs_less_memory() -> None:
     needed = []
     for recompute in (False, True):
         plans = builders.plans()
-        plans["mgml"] = {"config": {**builders.TINY, "recompute_encoders": recompute, "width_factor": 1.0}}
+        plans["mgml"] = {"config": {**builders.TINY, "gradient_checkpointing": recompute, "width_factor": 1.0}}
         needed.append(step_memory(plans, "3d_fullres", builders.BRATS_JSON))
     assert needed[0].weights == needed[1].weights
     assert needed[1].peak < 0.92 * needed[0].peak  # these encoders have one convolution per stage
@@ -76,6 +76,6 @@ def test_a_step_needs_less_memory() -> None:
 
 def test_the_plans_option_reaches_the_network(nnunet_folders: Any) -> None:
     written = builders.write_dataset(nnunet_folders)
-    trainer = builders.make_trainer(nnUNetTrainerMGML, written, {"recompute_encoders": True})
+    trainer = builders.make_trainer(nnUNetTrainerMGML, written, {"gradient_checkpointing": True})
     trainer.initialize()
-    assert trainer.bare_network.recompute_encoders is True
+    assert trainer.bare_network.gradient_checkpointing is True

@@ -1,0 +1,202 @@
+"""Layers by the kernels that are fast on a CPU: the same modules, parameters and sums, added in another order.
+
+PyTorch gives a 3d convolution of a single sample of few channels or voxels to a kernel of its own that is up to twelve
+times slower than oneDNN's, forward and backward, and takes a copy of the input per tap: at batch 1, as every prediction
+is, all of the small feature maps. And oneDNN finds the gradient of the weights in half the time when every voxel's
+channels lie side by side. So does the forward pass, from layer to layer: what is predicted goes through the network in that layout. Its
+instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel per group is
+the same and takes half the time or less, forward and backward. Elsewhere (other devices and dtypes, autocast, tracing,
+shapes without data) they are PyTorch's.
+
+Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
+    networks, and asks PyTorch whether operations are being counted.
+Why: see above; a training step on a CPU takes less than three quarters of the time.
+Guarded by: tests/upstream/test_cpu_layers.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_SMALL = 20480
+"""PyTorch's own limit for one sample, in channels x voxels of the first two axes; larger ones go to oneDNN."""
+
+
+class Conv3d(nn.Conv3d):
+    """``nn.Conv3d``, on a CPU in float32 by oneDNN whatever the size."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, z, y, x)`` to ``(B, O, z', y', x')``."""
+        if not (_suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and _onednn()):
+            return super().forward(input)
+        stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
+        if torch.is_grad_enabled():
+            learning: torch.Tensor = _Convolution.apply(input.contiguous(), self.weight, self.bias, stride, padding)
+            return learning
+        return _convolved(_channels_last(input), self.weight, self.bias, stride, padding)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` whose kernel is its stride, on a CPU in float32 one matrix product where nothing learns."""
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        """Map ``(B, C, z, y, x)`` to ``(B, O, z s, y s, x s)``."""
+        if torch.is_grad_enabled() or not (_suits(input) and input.ndim == 5) or output_size is not None:
+            return super().forward(input, output_size)
+        taps = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (s s s O, C)
+        bias = None if self.bias is None else self.bias.repeat(math.prod(self.stride))
+        spread = functional.linear(_channels_last(input).permute(0, 2, 3, 4, 1), taps, bias)
+        blocks = spread.unflatten(4, (*self.stride, self.out_channels))  # (B, z, y, x, s, s, s, O)
+        return blocks.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d``, on a CPU in float32 as a group norm."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, y, x)`` to the same shape."""
+        return _grouped(self, input) if _normalises(self, input) else super().forward(input)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d``, on a CPU in float32 as a group norm."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, z, y, x)`` to the same shape."""
+        return _grouped(self, input) if _normalises(self, input) else super().forward(input)
+
+
+def make_fast(modules: Iterable[nn.Module]) -> None:
+    """Turn those modules that can be into the classes above, in place."""
+    for module in modules:
+        if type(module) is nn.Conv3d and _plain(module):
+            module.__class__ = Conv3d
+        elif type(module) is nn.ConvTranspose3d and _is_product(module):
+            module.__class__ = ConvTranspose3d
+        elif type(module) is nn.InstanceNorm2d and not module.track_running_stats:
+            module.__class__ = InstanceNorm2d
+        elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
+            module.__class__ = InstanceNorm3d
+
+
+def _grouped(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> torch.Tensor:
+    return functional.group_norm(x, norm.num_features, norm.weight, norm.bias, norm.eps)
+
+
+def _normalises(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> bool:
+    """Return whether a norm's channels may be groups; a wrong number of them, or one voxel, PyTorch shall refuse."""
+    channels, *size = x.shape[1:]
+    return (
+        _suits(x)
+        and x.ndim == (5 if isinstance(norm, nn.InstanceNorm3d) else 4)
+        and channels == norm.num_features
+        and math.prod(size) > 1
+        and (norm.weight is None or norm.weight.dtype == torch.float32)
+    )
+
+
+def _plain(conv: nn.Conv3d) -> bool:
+    """Return whether a convolution has neither groups nor dilation nor a padding other than zeros of a given number."""
+    return conv.groups == 1 and {*conv.dilation} == {1} and conv.padding_mode == "zeros" and conv.padding not in _NAMES
+
+
+_NAMES = ("same", "valid")
+
+
+def _is_product(conv: nn.ConvTranspose3d) -> bool:
+    """Return whether the blocks that the voxels become do not overlap."""
+    return (
+        conv.kernel_size == conv.stride
+        and conv.groups == 1
+        and {*conv.dilation} == {1}
+        and not any((*cast("tuple[int, ...]", conv.padding), *conv.output_padding))
+    )
+
+
+def _suits(x: torch.Tensor) -> bool:
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
+    if tracing or torch.compiler.is_compiling():
+        return False
+    return (
+        type(x) is torch.Tensor  # neither a shape without data nor one of a function transform
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not is_in_torch_dispatch_mode()  # counters of operations know PyTorch's own alone
+    )
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _convolved(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: list[int], padding: list[int]
+) -> torch.Tensor:
+    result: torch.Tensor = torch.mkldnn_convolution(x, weight, bias, padding, stride, [1, 1, 1], 1)
+    return result
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: list[int],
+        padding: list[int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return _convolved(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        gradient = gradient.contiguous()
+
+        def gradients(gradient: torch.Tensor, x: torch.Tensor, *wanted: bool) -> list[Any]:
+            found = torch.ops.aten.convolution_backward(
+                gradient, x, weight, [len(weight)], ctx.stride, ctx.padding, [1, 1, 1], False, [0, 0, 0], 1, wanted
+            )
+            return [each.to_dense() if each is not None and each.is_mkldnn else each for each in found]
+
+        if x[0, :, :, :, 0].numel() <= _SMALL:
+            own, weights, _ = gradients(gradient.to_mkldnn(), x.to_mkldnn(), of_input, of_weight, False)
+        elif {*ctx.stride} != {1} or not of_weight:  # where the copies cost what they bring
+            own, weights, _ = gradients(gradient, x, of_input, of_weight, False)
+        else:
+            own = gradients(gradient, x, True, False, False)[0] if of_input else None
+            weights = torch.zeros_like(weight)
+            for one, sample in zip(gradient.split(1), x.split(1), strict=True):  # the copies of one sample at a time
+                weights += gradients(_channels_last(one), _channels_last(sample), False, True, False)[1]
+        return own, weights, gradient.sum((0, 2, 3, 4)) if of_bias else None, None, None
+
+
+def pointwise_product(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor | None:
+    """Return a 1x1 convolution's ``(B, O, z, y, x)`` of what lies channels last, or None where that is not faster.
+
+    With fewer outputs than a register holds it is not.
+    """
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
+    if torch.is_grad_enabled() or not last or conv.out_channels % 8 or not (_suits(x) and _onednn()):
+        return None
+    return _convolved(x, conv.weight, conv.bias, [1, 1, 1], [0, 0, 0])
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[1] == 1:  # lies both ways: only the strides say which way the result is to lie
+        _, _, z, y, x_axis = x.shape
+        return x.contiguous().as_strided(x.shape, (z * y * x_axis, 1, y * x_axis, x_axis, 1))
+    return x.contiguous(memory_format=torch.channels_last_3d)

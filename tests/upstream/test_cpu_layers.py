@@ -1,0 +1,283 @@
+"""Convolutions and norms by other kernels on a CPU: what PyTorch's modules compute."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_mgml.network.pointwise import make_pointwise
+from nnunetv2_mgml.upstream import cpu_layers
+from nnunetv2_mgml.upstream.cpu_layers import Conv3d, ConvTranspose3d, InstanceNorm2d, InstanceNorm3d, make_fast
+
+SIZES = {"small": (3, 6, 5, 4), "large": (3, 84, 83, 5)}
+"""Channels and voxels per axis, on both sides of PyTorch's limit for one sample."""
+
+
+def pair(*args: Any, **kwargs: Any) -> tuple[nn.Conv3d, nn.Conv3d]:
+    """Return PyTorch's convolution and ours with its weights."""
+    torch.manual_seed(0)
+    stock = nn.Conv3d(*args, **kwargs)
+    ours = copy.deepcopy(stock)
+    make_fast([ours])
+    assert type(ours) is Conv3d
+    return stock, ours
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2, "bias": False},
+        {"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "stride": (1, 2, 2)},
+        {"kernel_size": 1, "stride": 2},
+    ],
+)
+def test_equals_the_convolution(kwargs: dict[str, Any], size: str, batch: int) -> None:
+    """Values and all gradients, up to the order of their sums."""
+    channels, *spatial = SIZES[size]
+    stock, ours = pair(channels, 4, **kwargs)
+    x = torch.randn(batch, channels, *spatial, requires_grad=True)
+    assert (x[0, :, :, :, 0].numel() > cpu_layers._SMALL) == (size == "large")
+    results = [module(x) for module in (stock, ours)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(results[0])
+    gradients = [
+        torch.autograd.grad((result * weights).sum(), [x, *module.parameters()])
+        for module, result in zip((stock, ours), results, strict=True)
+    ]
+    for one, two in zip(*gradients, strict=True):
+        assert torch.linalg.vector_norm(one - two) < 1e-5 * torch.linalg.vector_norm(one)
+
+
+def test_gradients_only_where_they_are_wanted() -> None:
+    """The first layer's input has none; frozen weights have none; without any nothing is kept."""
+    stock, ours = pair(2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 4, 4, 4)
+    ours(x).sum().backward()
+    stock(x).sum().backward()
+    torch.testing.assert_close(ours.weight.grad, stock.weight.grad)
+    ours.requires_grad_(False)
+    assert not ours(x).requires_grad
+    x.requires_grad_()
+    (own,) = torch.autograd.grad(ours(x).sum(), x)
+    (expected,) = torch.autograd.grad(stock(x).sum(), x)
+    torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_twice_the_same(size: str) -> None:
+    _, ours = pair(3, 4, 3, padding=1)
+    x = torch.randn(1, *SIZES[size])
+    runs = []
+    for _ in range(2):
+        result = ours(x)
+        runs.append([result, *torch.autograd.grad(result.square().sum(), list(ours.parameters()))])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+    with torch.no_grad():  # channels last
+        assert torch.equal(ours(x), ours(x.contiguous(memory_format=torch.channels_last_3d)))
+        torch.testing.assert_close(ours(x), runs[0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_by_onednn_and_not_by_the_slow_kernel() -> None:
+    """The small case goes to PyTorch's own kernel; where this fails, PyTorch has changed and ours may be needless."""
+    x = torch.randn(1, *SIZES["small"], requires_grad=True)
+    profiles = []
+    for module in pair(3, 4, 3, padding=1):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            module(x).sum().backward()
+        profiles.append({event.key for event in recorded.key_averages()})
+    assert "aten::slow_conv3d_forward" in profiles[0]
+    assert "aten::slow_conv3d_forward" not in profiles[1]
+    assert "aten::mkldnn_convolution" in profiles[1]
+
+
+def test_pytorchs_own_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other devices and dtypes, autocast, tracing, no oneDNN, nothing to convolve, one sample without a batch."""
+    _, ours = pair(2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 4, 4, 4)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(cpu_layers, "_convolved", refuse)
+    with pytest.raises(AssertionError):
+        ours(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+    assert copy.deepcopy(ours).double()(x.double()).dtype == torch.float64
+    assert copy.deepcopy(ours).to("meta")(x.to("meta")).device.type == "meta"
+    assert ours(x[0]).shape == (3, 4, 4, 4)
+    assert ours(x[:0]).shape == (0, 3, 4, 4, 4)
+    assert torch.jit.trace(ours, x, check_trace=False)(x).shape == (1, 3, 4, 4, 4)
+    assert torch.export.export(ours, (x,)).module()(x).shape == (1, 3, 4, 4, 4)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert ours(x).shape == (1, 3, 4, 4, 4)
+    assert torch.autograd.gradcheck(copy.deepcopy(ours).double(), x.double().requires_grad_())
+
+
+def test_other_layouts_in_and_out() -> None:
+    stock, ours = pair(3, 4, 3, padding=1)
+    x = torch.randn(2, 3, 5, 6, 7).to(memory_format=torch.channels_last_3d).requires_grad_()
+    torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_counter_of_operations_sees_the_convolution() -> None:
+    """It knows PyTorch's operator, not oneDNN's."""
+    _, ours = pair(3, 4, 3, padding=1)
+    with FlopCounterMode(display=False) as counter:
+        ours(torch.randn(1, 3, 5, 6, 7))
+    assert counter.get_total_flops() == 2 * 5 * 6 * 7 * 3 * 4 * 27
+
+
+def test_keeps_what_it_is_not_meant_for() -> None:
+    others = [
+        nn.Conv3d(4, 4, 3, groups=2),
+        nn.Conv3d(4, 4, 3, dilation=2),
+        nn.Conv3d(4, 4, 3, padding="same"),
+        nn.Conv3d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3),
+        nn.ConvTranspose3d(4, 4, 3, 2),
+    ]
+    kinds = [type(other) for other in others]
+    make_fast(others)
+    assert [type(other) for other in others] == kinds
+
+
+def test_is_the_same_module_otherwise() -> None:
+    stock, ours = pair(2, 3, 3, padding=1)
+    assert isinstance(ours, nn.Conv3d)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in stock.named_parameters()]
+    x = torch.randn(1, 2, 4, 4, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(x), ours(x))
+
+
+# --- what is predicted goes through channels last ---------------------------------------------------------------------
+def channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (1, 1, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_transposed_convolution(stride: tuple[int, ...], bias: bool, last: bool) -> None:
+    torch.manual_seed(0)
+    stock = nn.ConvTranspose3d(4, 3, stride, stride, bias=bias)
+    ours = copy.deepcopy(stock)
+    make_fast([ours])
+    assert type(ours) is ConvTranspose3d
+    x = torch.randn(2, 4, 3, 4, 5)
+    given = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+    with torch.no_grad():
+        torch.testing.assert_close(ours(given), stock(x))
+        assert channels_last(ours(given))
+    assert torch.equal(ours(given), stock(given))  # where something learns, PyTorch's
+    others: list[nn.Module] = [nn.ConvTranspose3d(4, 3, 3, 2), nn.ConvTranspose3d(4, 4, 2, 2, groups=2)]
+    make_fast(others)
+    assert {type(other) for other in others} == {nn.ConvTranspose3d}
+
+
+def test_a_block_of_layers_keeps_the_layout() -> None:
+    """Also behind a first layer of one channel, which lies both ways; the values are those of PyTorch's layers."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv3d(1, 8, 3, padding=1),
+        nn.InstanceNorm3d(8, affine=True),
+        nn.LeakyReLU(inplace=True),
+        nn.Conv3d(8, 8, 3, 2, 1),
+        nn.InstanceNorm3d(8),
+        nn.ConvTranspose3d(8, 8, 2, 2),
+        nn.Conv3d(8, 16, 1),
+    )
+    ours = copy.deepcopy(layers)
+    make_fast(ours[:-1])
+    make_pointwise(ours[-1])
+    x = torch.randn(2, 1, 6, 8, 10)
+    with torch.no_grad():
+        expected = layers(x)
+        for layer in ours:
+            x = layer(x)
+            assert channels_last(x), layer
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrow_1x1_convolution_is_a_product_and_lies_plainly() -> None:
+    x = torch.randn(1, 8, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+    stock = nn.Conv3d(8, 3, 1)
+    ours = copy.deepcopy(stock)
+    make_pointwise(ours)
+    with torch.no_grad():
+        assert ours(x).is_contiguous()
+        torch.testing.assert_close(ours(x), stock(x))
+
+
+# --- instance norms ---------------------------------------------------------------------------------------------------
+def norm_pair(stock: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return PyTorch's norm, with weights that are not 1 and 0, and ours with the same."""
+    torch.manual_seed(0)
+    for parameter in stock.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    ours = copy.deepcopy(stock)
+    make_fast([ours])
+    assert type(ours) in (InstanceNorm2d, InstanceNorm3d)
+    return stock, ours
+
+
+@pytest.mark.parametrize(("mean", "affine"), [(3, True), (3, False), (30, True)])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 9, 7), (2, 5, 1, 3, 2), (3, 4, 11, 6), (1, 3, 40, 41, 42)])
+def test_equals_the_norm(shape: tuple[int, ...], mean: int, affine: bool) -> None:
+    """Against float64: values and gradients; less exact where the mean is many deviations from 0."""
+    kind: type[nn.Module] = nn.InstanceNorm3d if len(shape) == 5 else nn.InstanceNorm2d
+    stock, ours = norm_pair(kind(shape[1], eps=1e-5, affine=affine))
+    exact = copy.deepcopy(stock).double()
+    x = torch.randn(shape) * torch.arange(1.0, shape[1] + 1).reshape(-1, *[1] * (len(shape) - 2)) + mean
+    weights = torch.randn(shape)
+
+    def run(norm: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        given = x.to(dtype).requires_grad_()
+        y = norm(given)
+        gradients = torch.autograd.grad((y * weights.to(dtype)).sum(), [given, *norm.parameters()])
+        return [each.detach().double() for each in (y, *gradients)]
+
+    for found, expected in zip(run(ours, torch.float32), run(exact, torch.float64), strict=True):
+        assert torch.linalg.vector_norm(found - expected) < 1e-5 * mean * torch.linalg.vector_norm(expected)
+
+
+def test_a_sample_is_normalised_alone() -> None:
+    """The same bits in a batch of any size, and twice the same."""
+    _, ours = norm_pair(nn.InstanceNorm3d(4, affine=True))
+    x = torch.randn(5, 4, 7, 6, 9)
+    assert torch.equal(ours(x), torch.cat([ours(sample) for sample in x.split(1)]))
+
+
+def test_norms_stay_pytorchs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other dtypes, autocast, tracing; and what it refuses is refused, in its words."""
+    _, ours = norm_pair(nn.InstanceNorm3d(2, affine=True))
+    x = torch.randn(1, 2, 3, 4, 5)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        ours.train()(x[:, :, :1, :1, :1])
+    with pytest.raises(ValueError, match="num_features"):
+        ours(x[:, :1])
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(cpu_layers, "_grouped", refuse)
+    with pytest.raises(AssertionError):
+        ours(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(x)
+    copy.deepcopy(ours).double()(x.double())
+    torch.jit.trace(ours, x, check_trace=False)
+    assert torch.export.export(ours, (x,)).module()(x).shape == x.shape
+    others = [nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm1d(2), nn.BatchNorm3d(2)]
+    kinds = [type(other) for other in others]
+    make_fast(others)
+    assert [type(other) for other in others] == kinds
