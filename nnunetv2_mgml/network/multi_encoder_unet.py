@@ -34,8 +34,8 @@ class MultiEncoderUNet(nn.Module):
 
     Attributes:
         channel_names: of the modalities, for messages; whoever knows them sets them.
-        gradient_checkpointing: whether a training step computes the encoders, and the decoder of the complete view, again
-            for the backward pass instead of keeping what is inside them. A compiled network decides itself what it keeps.
+        gradient_checkpointing: whether a training step computes the encoders, and the decoder of the complete view,
+            again for the backward pass instead of keeping what is inside them. A compiled network decides that itself.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class MultiEncoderUNet(nn.Module):
 
         Args:
             x: ``(B, M + P, *spatial)``.
-            subset: run only these encoders; the features of the others are finite, and zero unless the fusion hides them
-                itself. None: all.
+            subset: run only these encoders; the features of the others are finite, and zero unless the fusion hides
+                them itself. None: all.
 
         Returns:
             Per scale, full resolution first, ``(B, M, C_s, *spatial_s)``.

@@ -133,9 +133,8 @@ class SubsetLearner(Learner):
         self.optimizers = self.objective.optimizers
         self._teacher_transforms = stronger_intensity_transforms() if self.objective.needs.own_view else None
         self._bare_network = trainer.bare_network
-        cast(
-            MultiEncoderUNet, trainer.bare_network
-        ).gradient_checkpointing = self.options.training.gradient_checkpointing
+        network = cast(MultiEncoderUNet, trainer.bare_network)
+        network.gradient_checkpointing = self.options.training.gradient_checkpointing
 
     @classmethod
     def build_network(

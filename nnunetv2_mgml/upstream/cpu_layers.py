@@ -2,11 +2,11 @@
 
 PyTorch gives a 3d convolution of a single sample of few channels or voxels to a kernel of its own that is up to twelve
 times slower than oneDNN's, forward and backward, and takes a copy of the input per tap: at batch 1, as every prediction
-is, all of the small feature maps. And oneDNN finds the gradient of the weights in half the time when every voxel's
-channels lie side by side. So does the forward pass, from layer to layer: what is predicted goes through the network in that layout. Its
-instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel per group is
-the same and takes half the time or less, forward and backward. Elsewhere (other devices and dtypes, autocast, tracing,
-shapes without data) they are PyTorch's.
+is, all of the small feature maps. And oneDNN needs half the time where every voxel's channels lie side by side: a
+prediction goes through the network in that layout, and in training the gradient of the weights is found from copies in
+it. PyTorch's instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel
+per group is the same and takes half the time or less, forward and backward. Elsewhere (other devices and dtypes,
+autocast, tracing, shapes without data) the layers are PyTorch's.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
     networks, and asks PyTorch whether operations are being counted.
@@ -44,7 +44,7 @@ class Conv3d(nn.Conv3d):
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` whose kernel is its stride, on a CPU in float32 one matrix product where nothing learns."""
+    """``nn.ConvTranspose3d`` whose kernel is its stride: on a CPU in float32 a matrix product, unless it learns."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z s, y s, x s)``."""
@@ -52,9 +52,11 @@ class ConvTranspose3d(nn.ConvTranspose3d):
             return super().forward(input, output_size)
         taps = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (s s s O, C)
         bias = None if self.bias is None else self.bias.repeat(math.prod(self.stride))
-        spread = functional.linear(_channels_last(input).permute(0, 2, 3, 4, 1), taps, bias)
+        spread: torch.Tensor = functional.linear(_channels_last(input).permute(0, 2, 3, 4, 1), taps, bias)
         blocks = spread.unflatten(4, (*self.stride, self.out_channels))  # (B, z, y, x, s, s, s, O)
-        return blocks.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
+        blocks = blocks.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        own: torch.Tensor = blocks.permute(0, 4, 1, 2, 3)
+        return own
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
