@@ -81,20 +81,18 @@ One AMD EPYC without AVX-512, one thread, by CPU time; 16 to 16 channels at 64^3
 - Kept: PyTorch leaves one small sample to a kernel of its own, which oneDNN's replaces (`upstream/cpu_layers.py`): 16
   to 16 channels at 32^3 took 111 ms forward and 226 backward, now 10 and 33; 64 to 64 at 16^3 47 and 86, now 14 and 55.
 - Kept: the gradient of the weights from channels-last copies, 167 ms with the copies instead of 375.
-- Kept: instance norms as group norms of one channel, 8 channels at 64^3 6.4 ms forward and 5.9 backward, now 2.3 and 3.5.
-- Kept: predictions channels last from layer to layer: 16 to 16 channels 101 ms, now 46; 8 to 8 29, now 14. A copy before
-  each layer costs what that gains, and PyTorch's backward pass of the norm takes 52 ms in that layout instead of 9, so a
-  training step stays as it is.
-- Kept: the encoders and the complete view's decoder computed twice (`gradient_checkpointing`): 1038 MiB at the peak of a
-  step, now 569. The complete view is computed first, so that its backward pass comes last, when the graphs of the others
-  are gone; else nothing is gained there.
+- Kept: instance norms as group norms of one channel, 8 channels at 64^3 6.4 ms forward and 5.9 backward, now 2.3 and
+  3.5.
+- Kept: predictions channels last from layer to layer: 16 to 16 channels 101 ms, now 46; 8 to 8 29, now 14. A copy
+  before each layer costs what that gains, and PyTorch's backward pass of the norm takes 52 ms in that layout instead
+  of 9, so a training step stays as it is.
+- Kept: the encoders and the complete view's decoder computed twice (`gradient_checkpointing`): 1038 MiB at the peak of
+  a step, now 569. The complete view is computed first, so that its backward pass comes last, when the graphs of the
+  others are gone; else nothing is gained there.
 - Kept: 15 subsets at the finest scale one by one: 2.52 s two by two, 2.04 s one by one.
 - Not kept, since slower or no faster: the gradient of the weights as 27 (258 ms) or 9 (223 ms) matrix products over
   shifted views; channels last for strided convolutions' gradients; other limits of glibc's allocator, which help large
   batches of subsets only.
-- Not done: one backward pass per view as soon as its loss is known, so that only one view's graph lives at a time. That
-  of the complete view is 152 of the 941 MiB which live before the backward pass at 64^3, but DistributedDataParallel
-  refuses a second gradient for a weight within one step.
 """
 
 
