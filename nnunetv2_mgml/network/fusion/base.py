@@ -295,7 +295,7 @@ def float_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def span(mask: torch.Tensor) -> slice:
-    """Return the modalities from the first to the last that any sample sees: the others need not be read at all.
+    """Return the modalities from the first to the last that a sample sees: the others need not be read at all.
 
     All of them in training, on a GPU (which would have to be waited for) and where a graph is made for every mask.
 
@@ -304,9 +304,12 @@ def span(mask: torch.Tensor) -> slice:
     """
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
     on_data = type(mask) is torch.Tensor and mask.device.type == "cpu"
+    everything = slice(0, mask.shape[1])
     if traced or torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_data:
-        return slice(0, mask.shape[1])
+        return everything
     seen = mask.any(0).tolist()
+    if not any(seen):  # of pairs, where each sample sees one
+        return everything
     return slice(seen.index(True), len(seen) - seen[::-1].index(True))
 
 

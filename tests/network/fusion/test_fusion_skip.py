@@ -105,6 +105,8 @@ def test_where_the_mask_is_not_looked_at() -> None:
     assert span(mask) == slice(0, 3)
     with torch.no_grad():
         assert span(mask) == slice(1, 2)
+        assert span(mask & False) == slice(0, 3)
+        assert sum_present(torch.randn(1, 3, 2, 4), mask & False).eq(0).all()
         assert span(mask.to("meta")) == slice(0, 3)
         traced = torch.jit.trace(lambda m: m[:, span(m)], mask, check_trace=False)
     assert traced(~mask).tolist() == [[True, False, True]]
