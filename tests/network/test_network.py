@@ -66,7 +66,8 @@ def test_teacher_is_the_complete_pass_and_student_the_incomplete_one() -> None:
     x, mask = batch((16, 16, 16)), torch.tensor([[True, False, True, True], [False, True, False, False]])
     available = torch.tensor([[True, True, True, True], [True, True, False, True]])
     out = net(x, View(mask, available), Needs(complete="target"))
-    assert torch.allclose(out.complete[0], net(x, modality_mask=available)[0], atol=1e-6)
+    # without gradients a CPU's convolutions add in another order
+    assert torch.allclose(out.complete[0], net(x, modality_mask=available)[0], atol=1e-5)
     assert torch.allclose(out.student[0], net(x, modality_mask=mask)[0], atol=1e-6)
 
 

@@ -85,7 +85,7 @@ def test_compiled_once_for_all_subsets() -> None:
     with torch.no_grad():
         for subset in all_subsets(4):
             net.set_visible(subset)
-            torch.testing.assert_close(compiled(x), net(x), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled(x), net(x), atol=1e-4, rtol=1e-4)
     assert counter.frame_count == 1
 
 
