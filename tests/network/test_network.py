@@ -188,7 +188,7 @@ def test_a_learning_teacher_gives_the_same_prediction_with_gradient(fusion: str)
     view = View(mask, torch.ones_like(mask))
     plain, learning = (net(batch((16, 16, 16)), view, Needs(complete=kind)) for kind in ("target", "learns"))
     for target, learns in zip(plain.complete, learning.complete, strict=True):
-        assert torch.equal(target, learns)
+        torch.testing.assert_close(target, learns, rtol=1e-4, atol=1e-4)  # sums in another order
         assert not target.requires_grad
     sum(output.sum() for output in learning.complete).backward()
     assert all(p.grad is not None for encoder in net.encoders for p in encoder.parameters())
