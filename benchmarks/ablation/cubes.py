@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--equal_time",
         metavar="VARIANT",
-        help="every variant gets as many steps as it can do in the time of this one, timed alone before it starts",
+        help="every variant gets as many steps as it can do in the time of this one: on a CPU by what cubes_seconds.py "
+        "measured, on a GPU timed before they start",
     )
     result.add_argument("--seconds", type=float, help="all runs together take this long at most: steps become fewer")
     result.add_argument("--points", type=int, default=10, help="points of the validation curve")

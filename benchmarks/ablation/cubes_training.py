@@ -7,6 +7,7 @@ can go side by side, each on a stream of its own.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -124,6 +125,19 @@ class Training:
             if self.stream is not None:
                 self._marks.append(torch.cuda.Event())
                 self._marks[-1].record()
+
+    def timed(self, steps: int) -> float:
+        """Do some steps and return their seconds, a GPU's queue emptied before and after."""
+        self.wait()
+        start = time.perf_counter()
+        self.advance(steps)
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Wait for a GPU's queue."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -10,7 +10,11 @@ from typing import Any
 from nnunetv2_mgml.modalities import Subset, all_subsets, parse_subset, subset_name
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
+STEP_SECONDS = Path(__file__).parent / "results" / "cubes_seconds.json"
+"""What `cubes_seconds.py` measured."""
 SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
+_FREE = ("only", "patients", "learning_rate", "weight_decay")
+"""Settings that do not change what a step costs."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Run:
         """Return the name of the result file."""
         budget = f"{self.steps}{'_equal_time' if equal_time else ''}"
         return f"{self.name.translate(str.maketrans(':=,', '___'))}__{budget}__seed{self.seed}.json"
+
+    @property
+    def timed_as(self) -> str:
+        """The name without changes that cost no time: whose step is the same."""
+        variant, _, changes = self.name.partition(":")
+        kept = [change for change in changes.split(",") if change and change.partition("=")[0] not in _FREE]
+        return f"{variant}:{','.join(kept)}" if kept else variant
 
     @property
     def training(self) -> dict[str, Any]:

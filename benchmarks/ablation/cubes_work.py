@@ -17,10 +17,10 @@ import torch
 from cubes_data import SPLIT_SEED, Cubes, cubes_file, read_cubes, split
 from cubes_scores import cases_of, dice, summary
 from cubes_training import Training
-from cubes_variants import Run
+from cubes_variants import STEP_SECONDS, Run
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import read_json, write_json
 
 FOLDER = Path(__file__).parent
 _CHUNK = 25
@@ -55,7 +55,7 @@ def work(args: argparse.Namespace, runs: Sequence[Run]) -> int:
             print(f"{run.name} seed {run.seed} FAILED\n{traceback.format_exc()}", flush=True)
     if not trainings:
         return 1
-    equalise(trainings, args)
+    equalise(trainings, args, cubes, parts["train"])
     together(trainings, cubes, parts, args, started)
     return 1 if failed else 0
 
@@ -64,17 +64,7 @@ def seconds_per_step(training: Training) -> float:
     """Return seconds of a step while nothing else runs in this process; the steps timed count."""
     count = max(1, min(_TIMED if training.device.type == "cuda" else 4, (training.steps - training.done) // 4))
     training.advance(1)
-    synchronise(training.device)
-    start = time.perf_counter()
-    training.advance(count)
-    synchronise(training.device)
-    return (time.perf_counter() - start) / count
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return training.timed(count) / count
 
 
 class Progress:
@@ -98,26 +88,47 @@ class Progress:
         return bool(self.curve) and self.curve[-1]["step"] >= self.training.steps
 
 
-def equalise(trainings: Sequence[Progress], args: argparse.Namespace) -> None:
+def equalise(trainings: Sequence[Progress], args: argparse.Namespace, cubes: Cubes, cases: Sequence[int]) -> None:
     """Give every training the steps it can do in the time of the reference (``--equal_time``).
 
+    On a CPU, whose runs have a process each, by the table of `cubes_seconds.py`; on a GPU by what was timed just now,
+    where the reference is timed too if none of the runs trains it.
+
     Raises:
-        ValueError: the reference is not among the trainings of this process.
+        ValueError: the table lacks one of them.
     """
     if not args.equal_time:
         return
-    reference = [p.alone for p in trainings if p.training.run.name == args.equal_time]
-    if not reference:
+    timed: dict[str, list[float]] = {}
+    if trainings[0].training.device.type == "cpu":
+        names = [args.equal_time, *(progress.training.run.timed_as for progress in trainings)]
+        timed = {name: [seconds] for name, seconds in seconds_in_table(names).items()}
+    else:
+        for progress in trainings:
+            timed.setdefault(progress.training.run.timed_as, []).append(progress.alone)
+        if args.equal_time not in timed:
+            reference = Training(Run(args.equal_time, 0, args.steps), cubes, cases, args.how == "graph")
+            timed[args.equal_time] = [seconds_per_step(reference)]
+    middle = {name: sorted(values)[len(values) // 2] for name, values in timed.items()}
+    for progress in trainings:
+        share = middle[args.equal_time] / middle[progress.training.run.timed_as]
+        progress.training.set_steps(round(args.steps * share))
+
+
+def seconds_in_table(names: Sequence[str]) -> dict[str, float]:
+    """Return the seconds of a step that `cubes_seconds.py` measured.
+
+    Raises:
+        ValueError: it did not measure one of them.
+    """
+    table = read_json(STEP_SECONDS)["seconds"] if STEP_SECONDS.is_file() else {}
+    missing = [name for name in dict.fromkeys(names) if name not in table]
+    if missing:
         raise ValueError(
-            f"--equal_time {args.equal_time} is none of {', '.join({p.training.run.name for p in trainings})}; on a "
-            f"CPU, where every run has a process of its own, set --steps per variant instead."
+            f"{STEP_SECONDS} has no step of {', '.join(missing)}. Measure it on the idle machine: "
+            f"python benchmarks/ablation/cubes_seconds.py --variants {' '.join(missing)}."
         )
-    by_name: dict[str, list[float]] = {}
-    for progress in trainings:
-        by_name.setdefault(progress.training.run.name, []).append(progress.alone)
-    for progress in trainings:
-        times = sorted(by_name[progress.training.run.name])
-        progress.training.set_steps(round(args.steps * sorted(reference)[len(reference) // 2] / times[len(times) // 2]))
+    return {name: table[name]["median"] for name in names}
 
 
 def together(
@@ -162,11 +173,11 @@ def fit(trainings: Sequence[Progress], cubes: Cubes, parts: dict[str, list[int]]
     rounds = min(_TIMED, min(p.training.steps - p.training.done for p in trainings) // 4)
     if rounds < 1:
         return
-    synchronise(trainings[0].training.device)
+    trainings[0].training.wait()
     start = time.time()
     for progress in trainings:
         progress.training.advance(rounds)
-    synchronise(trainings[0].training.device)
+    trainings[0].training.wait()
     per_round = (time.time() - start) / rounds
     left = max(1, *(p.training.steps - p.training.done for p in trainings))
     possible = max(1.0, (args.deadline - time.time() - reserve) / per_round)

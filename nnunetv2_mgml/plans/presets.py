@@ -63,7 +63,19 @@ REFERENCE_LOSSES: dict[str, Any] = {
 }
 """The total of the published code (worldlikerr/MGML @ 51de28e)."""
 
-_SETTINGS = {"paper": PAPER, "paper-losses": PAPER_LOSSES, "reference-losses": REFERENCE_LOSSES}
+EARLY_FUSION: dict[str, Any] = {
+    "network_form": "early_fusion",
+    "fusion": "mean",
+    "width_factor": 1.0,
+    "decoder_width_ratio": 1.0,
+    "soft_label": "none",
+    "consistency_weight": 0.0,
+    "complete_view_weight": 0.0,
+    "modality_decoder_weight": 0.0,
+}
+"""A stem per modality, their mean, one U-Net of the plan's widths, one pass per step: about the stock network's cost."""
+
+_SETTINGS = {"paper": PAPER, "paper-losses": PAPER_LOSSES, "reference-losses": REFERENCE_LOSSES, "early-fusion": EARLY_FUSION}
 PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
 

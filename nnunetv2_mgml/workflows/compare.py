@@ -22,7 +22,7 @@ class ComparisonRequest:
     folders: Sequence[Path]
     """Folders that `evaluate` wrote, the baseline first."""
     names: Sequence[str] | None = None
-    """What they are called in tables; None for the names they have."""
+    """What they are called in tables; None for the names they have, or their folders' where two have the same."""
     metrics: Sequence[str] = ("dice",)
     common_cases: bool = False
     """Compare the shared cases where they differ, instead of refusing."""
@@ -57,7 +57,7 @@ def compare_folders(request: ComparisonRequest) -> Comparison:
 
     Raises:
         FileNotFoundError: a folder is no evaluation.
-        ValueError: evaluations that cannot be compared, or two of one name.
+        ValueError: evaluations that cannot be compared, or two of one name in folders of one name.
     """
     evaluations = pairable(_named(request), request.common_cases)
     table = compare_evaluations(evaluations, request.metrics, seed=request.seed)
@@ -68,9 +68,19 @@ def compare_folders(request: ComparisonRequest) -> Comparison:
 
 
 def _named(request: ComparisonRequest) -> list[Evaluation]:
+    """Read the evaluations; those of one name, as two plans of one trainer have, are called as their folders are."""
     evaluations = [load_evaluation(Path(folder)) for folder in request.folders]
     names = list(request.names or [e.name for e in evaluations])
-    doubles = sorted({name for name in names if names.count(name) > 1})
-    if doubles:
+    if not request.names:
+        shared = _doubles(names)
+        names = [
+            Path(folder).resolve().name if name in shared else name
+            for name, folder in zip(names, request.folders, strict=True)
+        ]
+    if doubles := _doubles(names):
         raise ValueError(f"Two evaluations are called {', '.join(doubles)}; tell them apart with --names.")
     return [dataclasses.replace(e, name=name) for e, name in zip(evaluations, names, strict=True)]
+
+
+def _doubles(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})

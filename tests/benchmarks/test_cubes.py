@@ -306,6 +306,53 @@ def test_runs_side_by_side_as_graphs(
     assert len(graphs) == one["steps"] + two["steps"] - 2 * 6, "six steps each come before the capture"
 
 
+def test_a_job_times_a_reference_it_does_not_train(cubes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every job of the array but the reference's own."""
+    monkeypatch.setattr(cubes.cubes_work, "seconds_per_step", lambda training: len(training.run.name))
+    reference, name = f"baseline:{SMALL}", f"modality_dropout:{SMALL}"
+    args = SimpleNamespace(equal_time=reference, steps=12, how="eager")
+    progress = SimpleNamespace(training=OnlySteps(cubes.cubes_variants.Run(name, 0, 12)), alone=len(name))
+    monkeypatch.setattr(cubes.cubes_work, "Training", lambda run, *_: OnlySteps(run))
+    cubes.cubes_work.equalise([progress], args, None, [])
+    assert progress.training.steps == round(12 * len(reference) / len(name))
+
+
+class OnlySteps:
+    """A training on a GPU of which only the number of steps matters."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.device = run, SimpleNamespace(type="cuda")
+
+    def set_steps(self, steps: int) -> None:
+        self.steps = steps
+
+
+def test_equal_time_on_a_cpu_goes_by_the_table(
+    cubes: SimpleNamespace, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by its own script; what it lacks is asked for."""
+    table = tmp_path / "seconds.json"
+    names = [f"baseline:{SMALL}", f"modality_dropout:{SMALL}"]
+    command = [sys.executable, str(FOLDER / "ablation" / "cubes_seconds.py"), "--turns", "2", "--steps", "1"]
+    for name in names:  # the second adds to what the first wrote
+        done = [*command, "--output", str(table), "--variants", name]
+        subprocess.run(done, check=True, env={**os.environ, "MGML_REAL_DATA": str(folder)})
+    content = json.loads(table.read_text())
+    assert set(content["seconds"]) == set(names)
+    assert all(entry["median"] > 0 for entry in content["seconds"].values())
+    content["seconds"] = {names[0]: {"median": 0.5}, names[1]: {"median": 0.2}}
+    table.write_text(json.dumps(content))
+    monkeypatch.setattr(cubes.cubes_work, "STEP_SECONDS", table)
+    training = OnlySteps(cubes.cubes_variants.Run(f"{names[1]},only=t1,learning_rate=0.1", 0, 100))
+    training.device = torch.device("cpu")
+    args = SimpleNamespace(equal_time=names[0], steps=100, how="eager")
+    cubes.cubes_work.equalise([SimpleNamespace(training=training)], args, None, [])
+    assert training.steps == 250
+    args.equal_time = "mgml"
+    with pytest.raises(ValueError, match=r"has no step of mgml. Measure it .* --variants mgml"):
+        cubes.cubes_work.equalise([SimpleNamespace(training=training)], args, None, [])
+
+
 def test_one_run_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "ablation" / "cubes.py"), "--variants", f"mgml:{SMALL}"]
     command += [f"modality_dropout:{SMALL},only=t1ce+flair", "--steps", "8", "--points", "2", "--test"]

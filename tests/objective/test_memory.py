@@ -13,6 +13,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.objective import memory
 from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
 from nnunetv2_mgml.plans.topology import replan, smaller_patches
@@ -84,6 +85,15 @@ def test_prediction_is_what_the_allocator_holds(
     parameters = sum(p.numel() for p in trainer.network.parameters())
     assert predicted.weights == 4 * parameters * (4 if options.get("optimizer") == "adam" else 2)
     assert predicted.peak == pytest.approx(measured_peak(trainer), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["multi_encoder", "early_fusion"])
+@pytest.mark.parametrize("design", fusion_designs())
+def test_every_design_is_counted(design: str, form: str) -> None:
+    """No design may read what the mask says, which has no data here."""
+    plans = planned(fusion=design, network_form=form, fusion_options={}, width_factor=0.25)
+    told = step_memory(plans, "3d_fullres", builders.BRATS_JSON)
+    assert told.peak > told.weights > 0
 
 
 def test_shapes_alone_need_no_memory() -> None:

@@ -13,7 +13,8 @@ from builders import options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.network.interface import Needs
+from nnunetv2_mgml.objective import Options, needs_of
 from nnunetv2_mgml.objective.flat import MGMLConfig
 from nnunetv2_mgml.plans import options as module
 from nnunetv2_mgml.plans.options import (
@@ -260,6 +261,13 @@ def test_presets():
     assert papers.updated(preset("nnunet")) == Options()
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
         preset("nnU-Net")
+
+
+def test_preset_of_one_network_asks_for_nothing_but_its_own_loss():
+    """One pass of the trunk per step: no term needs the complete view, a teacher or single modalities."""
+    options = options_with(**preset("early-fusion"))
+    assert needs_of(options) == Needs()
+    assert (options.network.network_form, options.network.width_factor) == ("early_fusion", 1.0)
 
 
 def test_flat_names_of_version_0_1():

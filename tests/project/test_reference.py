@@ -51,7 +51,7 @@ def test_commands_are_listed_with_what_help_says(tables: ModuleType) -> None:
     assert "### mgml convert brats" in page
     assert re.search(r"^\| `--seed SEED` \| seed of the random split \(default: 0\) \|$", page, re.MULTILINE)
     assert re.search(
-        r"^\| `--preset \{nnunet,paper,paper-losses,reference-losses\} ...` \| one or several. nnunet: ",
+        r"^\| `--preset \{nnunet,paper,paper-losses,reference-losses,early-fusion\} ...` \| one or several. nnunet: ",
         page,
         re.MULTILINE,
     )

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -247,11 +248,21 @@ class TestCommand:
         assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B")]) == 2
         assert re.search(message, capsys.readouterr().err)
 
+    def test_one_name_twice_gives_way_to_the_folders(self, tmp_path, capsys):
+        """Two plans of one trainer have one name."""
+        for folder, name in (("A", "same"), ("B", "same"), ("C", "other")):
+            save_evaluation(synthetic_evaluation(name), tmp_path / folder)
+        folders = [str(tmp_path / folder) for folder in "ABC"]
+        assert cli.main(["compare", *folders, "-o", str(tmp_path / "out")]) == 0
+        rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+        assert {row["method"] for row in rows} == {"B", "other"}
+        assert "# Comparison with A" in (tmp_path / "out" / "comparison.md").read_text()
+
     def test_names_must_differ(self, tmp_path, capsys):
-        for name in ("A", "B"):
-            save_evaluation(synthetic_evaluation("same"), tmp_path / name)
-        folders = [str(tmp_path / name) for name in ("A", "B")]
+        folders = [str(tmp_path / name / "evaluation") for name in ("A", "B")]
+        for folder in folders:
+            save_evaluation(synthetic_evaluation("same"), Path(folder))
         assert cli.main(["compare", *folders, "-o", str(tmp_path / "out")]) == 2
-        assert "called same" in capsys.readouterr().err
+        assert "called evaluation; tell them apart with --names" in capsys.readouterr().err
         assert cli.main(["compare", *folders, "-o", str(tmp_path / "out"), "--names", "x", "y"]) == 0
         assert "# Comparison with x" in (tmp_path / "out" / "comparison.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,16 @@ def test_another_program_gets_pytorchs_logits(exported: Path, model: Path, file:
     image[:, ~visible[0]] = torch.inf
     got = request({"image": image.numpy(), "visible": visible.numpy()})[0]
     assert np.abs(got - wanted).max() < 1e-3
+
+
+@needs_export
+@pytest.mark.parametrize("options", [{"fusion": "demoseg"}, {"fusion": "mean", "network_form": "early_fusion"}])
+def test_channel_shuffles_are_exported(options: dict[str, Any], tmp_path: Path) -> None:
+    """Their order of channels is made by operations that ONNX has."""
+    model = write_model(tmp_path / "model", options=options)
+    assert main(["export-network", "-m", str(model), "-o", str(tmp_path / "out")]) == 0
+    about = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert about["largest_difference_from_pytorch"] < 1e-3
 
 
 @needs_export

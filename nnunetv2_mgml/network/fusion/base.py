@@ -294,18 +294,27 @@ def float_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return expand_mask(mask, like).to(like.dtype)
 
 
+def can_be_read(mask: torch.Tensor) -> bool:
+    """Return whether what a mask says may decide what is computed.
+
+    Not on a GPU, which would have to be waited for, nor where a graph is made for every mask, nor where the mask has a
+    shape but no data.
+    """
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
+    has_data = type(mask) is torch.Tensor and mask.device.type == "cpu"
+    return has_data and not traced and not torch.compiler.is_compiling()
+
+
 def span(mask: torch.Tensor) -> slice:
     """Return the modalities from the first to the last that a sample sees: the others need not be read at all.
 
-    All of them in training, on a GPU (which would have to be waited for) and where a graph is made for every mask.
+    All of them in training and where the mask cannot be read (`can_be_read`).
 
     Args:
         mask: ``(B, M)`` bool.
     """
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
-    on_data = type(mask) is torch.Tensor and mask.device.type == "cpu"
     everything = slice(0, mask.shape[1])
-    if traced or torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_data:
+    if torch.is_grad_enabled() or not can_be_read(mask):
         return everything
     seen = mask.any(0).tolist()
     if not any(seen):  # of pairs, where each sample sees one

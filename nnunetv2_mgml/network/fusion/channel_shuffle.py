@@ -49,6 +49,18 @@ class ChannelGate(nn.Module):
         return F.linear(hidden, self.second_weight, self.second_bias).sigmoid()
 
 
+def sorted_order(values: torch.Tensor) -> torch.Tensor:
+    """Return ``values.argsort(dim=1, stable=True)`` of ``(B, C)``, by comparing all pairs.
+
+    ONNX has no stable sorting. ``C`` is a number of channels, so that the pairs are few next to the voxels.
+    """
+    places = torch.arange(values.shape[1], device=values.device)
+    mine, other = values[:, :, None], values[:, None, :]
+    before = (other < mine) | ((other == mine) & (places[None, :] < places[:, None]))
+    rank = before.sum(2)  # (B, C): where each channel goes
+    return (rank[:, None, :] == places[:, None]).int().argmax(2)
+
+
 class ChannelShuffle(nn.Module):
     """What follows the convolution of a block: ``(B, C, *spatial)`` to the same.
 
@@ -84,7 +96,7 @@ class ChannelShuffle(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             wide = features.to(torch.promote_types(features.dtype, torch.float32))
             gates = self.gate(wide.flatten(2).mean(2))
-        order = gates.argsort(dim=1, descending=self.descending, stable=True)
+        order = sorted_order(-gates if self.descending else gates)
         spread = order.reshape(*order.shape, *[1] * (features.ndim - 2)).expand_as(features)
         shuffled = features.gather(1, spread)
         if self.learned:

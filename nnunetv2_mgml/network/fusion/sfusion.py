@@ -25,7 +25,7 @@ from torch import nn
 
 from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.fusion.attention import to_grid, to_tokens, transformer_layers
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, expand_mask, register
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, can_be_read, expand_mask, register
 from nnunetv2_mgml.network.fusion.positions import PositionCode, resize_linear
 from nnunetv2_mgml.network.fusion.score_transformer import CellScores
 from nnunetv2_mgml.network.silence import random_layers_act
@@ -118,8 +118,7 @@ class SelfAttentionFusion(FusionDesign):
             tokens = cast(CellScores, self.scales[scale]).pool(features)
         else:
             tokens = state[scale].expand(len(mask), -1, -1, -1)
-        # which modalities there are is read from the mask: free on a CPU, while a GPU would be waited for
-        if torch.compiler.is_compiling() or random_layers_act(self.training) or mask.device.type != "cpu":
+        if random_layers_act(self.training) or not can_be_read(mask):
             scores = self.scales[scale](tokens, mask, tuple(features.shape[3:]))
             return FusedScale(_weighted_sum(features, scores, mask))
         return FusedScale(self._remove_absent(scale, features, mask, tokens))

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.fusion import build_fusion
-from nnunetv2_mgml.network.fusion.channel_shuffle import ChannelShuffle
+from nnunetv2_mgml.network.fusion.channel_shuffle import ChannelShuffle, sorted_order
 from nnunetv2_mgml.network.fusion.demoseg import partner_order, slot_sizes, stand_in_divergence
 
 T1, T1CE, T2, FLAIR = range(4)
@@ -112,6 +112,17 @@ def test_channel_shuffle_against_the_formula(gating: str, descending: bool) -> N
     trained = {name for name, _ in block.gate.named_parameters()}
     assert bool(trained) == (gating == "learned")
     assert {"first_weight", "second_bias"} <= set(block.gate.state_dict()), "in the checkpoint either way"
+
+
+def test_order_by_pairs_is_the_stable_one() -> None:
+    """Ties included, which gates of a saturated sigmoid can be."""
+    torch.manual_seed(0)
+    values = torch.rand(4, 40)
+    values[1] = values[1].mul(3).round()
+    values[2] = 0.5
+    for sign in (1, -1):
+        assert torch.equal(sorted_order(sign * values), (sign * values).argsort(dim=1, stable=True))
+    assert torch.equal(sorted_order(-values), values.argsort(dim=1, descending=True, stable=True))
 
 
 def test_too_few_channels() -> None:

@@ -1,0 +1,67 @@
+"""Times a training step of every variant of the cubes on one core, in turns: what `cubes.py --equal_time` goes by there.
+
+    python benchmarks/ablation/cubes_seconds.py                            # every variant of cubes.json
+    python benchmarks/ablation/cubes_seconds.py --variants baseline baseline:width_factor=0.5   # these as well
+
+On an idle machine, once, before the trainings that are to have equal time: theirs run side by side, and one timed
+while others begin or end would get other steps than the next. Writes ``results/cubes_seconds.json``; times of another
+processor or of another precision are replaced, not kept beside the new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import torch
+from cubes_data import cubes_file, read_cubes, split
+from cubes_training import Training
+from cubes_variants import SETTINGS, STEP_SECONDS, Run
+from cubes_work import code
+from precision import precision_on
+from speed import processor
+from tqdm import trange
+
+from nnunetv2_mgml.io.files import read_json, write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(SETTINGS["variants"]), help="see cubes.json and cubes.py")
+    parser.add_argument("--turns", type=int, default=15, help="the median counts")
+    parser.add_argument("--steps", type=int, default=4, help="of each variant in a turn")
+    parser.add_argument("--output", type=Path, default=STEP_SECONDS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    about = {"processor": processor(), "precision": precision_on(torch.device("cpu")), "threads": 1, **code(None)}
+    before = read_json(args.output) if args.output.is_file() else {}
+    seconds = before["seconds"] if all(before.get(key) == about[key] for key in ("processor", "precision")) else {}
+    write_json(args.output, {**about, "seconds": {**seconds, **measure(args)}})
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return seconds of a step per variant: the median of the turns, and the quarter of them on either side."""
+    cubes = read_cubes(cubes_file())
+    cases = split(cubes.patients)["train"]
+    steps = args.steps * (args.turns + 1)
+    trainings = {name: Training(Run(name, 0, steps), cubes, cases) for name in args.variants}
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for turn in trange(args.turns + 1):
+        for name, training in trainings.items():
+            taken = training.timed(args.steps) / args.steps
+            if turn:
+                times[name].append(taken)
+    told = {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        told[name] = {"median": middle, "quartiles": [low, high], "turns": len(values)}
+        print(f"{name}: {1e3 * middle:.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f})", flush=True)
+    return told
+
+
+if __name__ == "__main__":
+    main()
