@@ -1,4 +1,4 @@
-"""Times a training step of every variant of the cubes on one core, in turns: what `cubes.py --equal_time` goes by there.
+"""Times a training step of every variant of the cubes on one core, in turns: `cubes.py --equal_time` goes by it there.
 
     python benchmarks/ablation/cubes_seconds.py                            # every variant of cubes.json
     python benchmarks/ablation/cubes_seconds.py --variants baseline baseline:width_factor=0.5   # these as well
@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from cubes_data import cubes_file, read_cubes, split
 from cubes_training import Training

@@ -65,7 +65,7 @@ REFERENCE_LOSSES: dict[str, Any] = {
 
 EARLY_FUSION: dict[str, Any] = {
     "network_form": "early_fusion",
-    "fusion": "mean",
+    "fusion": "concat",
     "width_factor": 1.0,
     "decoder_width_ratio": 1.0,
     "soft_label": "none",
@@ -73,9 +73,14 @@ EARLY_FUSION: dict[str, Any] = {
     "complete_view_weight": 0.0,
     "modality_decoder_weight": 0.0,
 }
-"""A stem per modality, their mean, one U-Net of the plan's widths, one pass per step: about the stock network's cost."""
+"""A stem per modality, fused once, and one U-Net of the plan's widths, one pass a step: a stock network's cost."""
 
-_SETTINGS = {"paper": PAPER, "paper-losses": PAPER_LOSSES, "reference-losses": REFERENCE_LOSSES, "early-fusion": EARLY_FUSION}
+_SETTINGS = {
+    "paper": PAPER,
+    "paper-losses": PAPER_LOSSES,
+    "reference-losses": REFERENCE_LOSSES,
+    "early-fusion": EARLY_FUSION,
+}
 PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
 

@@ -5,8 +5,9 @@ times slower than oneDNN's, forward and backward, and takes a copy of the input 
 is, all of the small feature maps. And oneDNN needs half the time where every voxel's channels lie side by side: a
 prediction goes through the network in that layout, and in training the gradient of the weights is found from copies in
 it. PyTorch's instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel
-per group is the same and takes half the time or less, forward and backward. Elsewhere (other devices and dtypes,
-autocast, tracing, shapes without data) the layers are PyTorch's.
+per group is the same and takes half the time or less, forward and backward. A prediction in bfloat16 (autocast, on a
+processor with instructions for it) goes the same way, with the roundings that PyTorch's layers have. Elsewhere (other
+devices and dtypes, training under autocast, tracing, shapes without data) the layers are PyTorch's.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
     networks, and asks PyTorch whether operations are being counted.
@@ -28,9 +29,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _SMALL = 20480
 """PyTorch's own limit for one sample, in channels x voxels of the first two axes; larger ones go to oneDNN."""
 
+_FEW_VOXELS = 1024
+_BFLOAT16_ROW = 16
+"""Channels last, group norms of fewer voxels, or in bfloat16 of fewer channels, cost more than a copy."""
+
 
 class Conv3d(nn.Conv3d):
-    """``nn.Conv3d``, on a CPU in float32 by oneDNN whatever the size."""
+    """``nn.Conv3d``, on a CPU by oneDNN whatever the size."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z', y', x')``."""
@@ -40,11 +45,11 @@ class Conv3d(nn.Conv3d):
         if torch.is_grad_enabled():
             learning: torch.Tensor = _Convolution.apply(input.contiguous(), self.weight, self.bias, stride, padding)
             return learning
-        return _convolved(_channels_last(input), self.weight, self.bias, stride, padding)
+        return _predicted(self, input, stride, padding)
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` whose kernel is its stride: on a CPU in float32 a matrix product, unless it learns."""
+    """``nn.ConvTranspose3d`` whose kernel is its stride: on a CPU a matrix product, unless it learns."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z s, y s, x s)``."""
@@ -60,7 +65,7 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """``nn.InstanceNorm2d``, on a CPU in float32 as a group norm."""
+    """``nn.InstanceNorm2d``, on a CPU as a group norm."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, y, x)`` to the same shape."""
@@ -68,7 +73,7 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """``nn.InstanceNorm3d``, on a CPU in float32 as a group norm."""
+    """``nn.InstanceNorm3d``, on a CPU as a group norm."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to the same shape."""
@@ -89,6 +94,9 @@ def make_fast(modules: Iterable[nn.Module]) -> None:
 
 
 def _grouped(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> torch.Tensor:
+    # channels last, PyTorch's kernel is up to 50 times slower on few voxels, and on rows shorter than a register
+    if x.numel() <= _FEW_VOXELS * x.shape[0] * x.shape[1] or (x.dtype == torch.bfloat16 and x.shape[1] < _BFLOAT16_ROW):
+        x = x.contiguous()
     return functional.group_norm(x, norm.num_features, norm.weight, norm.bias, norm.eps)
 
 
@@ -129,10 +137,18 @@ def _suits(x: torch.Tensor) -> bool:
     return (
         type(x) is torch.Tensor  # neither a shape without data nor one of a function transform
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
         and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
+        and (_predicts_in_bfloat16(x) if torch.is_autocast_enabled("cpu") else x.dtype == torch.float32)
         and not is_in_torch_dispatch_mode()  # counters of operations know PyTorch's own alone
+    )
+
+
+def _predicts_in_bfloat16(x: torch.Tensor) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
@@ -145,6 +161,13 @@ def _convolved(
 ) -> torch.Tensor:
     result: torch.Tensor = torch.mkldnn_convolution(x, weight, bias, padding, stride, [1, 1, 1], 1)
     return result
+
+
+def _predicted(conv: nn.Conv3d, x: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
+    """Convolve channels last, in autocast's type where it is on."""
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return _convolved(_channels_last(x.to(dtype)), conv.weight.to(dtype), bias, stride, padding)
 
 
 class _Convolution(torch.autograd.Function):
@@ -194,7 +217,7 @@ def pointwise_product(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor | None:
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
     if torch.is_grad_enabled() or not last or conv.out_channels % 8 or not (_suits(x) and _onednn()):
         return None
-    return _convolved(x, conv.weight, conv.bias, [1, 1, 1], [0, 0, 0])
+    return _predicted(conv, x, [1, 1, 1], [0, 0, 0])
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

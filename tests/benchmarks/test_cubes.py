@@ -293,6 +293,9 @@ def test_runs_side_by_side_as_graphs(
         cubes.cubes_work, "seconds_per_step", lambda training: (training.advance(1), len(training.run.name))[1]
     )
     names = [f"baseline:{SMALL}", f"modality_dropout:{SMALL}", f"no_such_thing:{SMALL}"]
+    table = {"seconds": {name: {"median": len(name)} for name in names}}
+    (tmp_path / "seconds.json").write_text(json.dumps(table))
+    monkeypatch.setattr(cubes.cubes_work, "STEP_SECONDS", tmp_path / "seconds.json")  # the fake GPU is a CPU
     arguments = ["--steps", "12", "--points", "3", "--seconds", "1000", "--equal_time", names[0]]
     args = cubes.cubes.parser().parse_args(["--how", "graph", "--part", str(tmp_path / "part.json"), *arguments])
     args.deadline = time.time() + 1000

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_mgml.network.pointwise import make_pointwise
@@ -199,13 +200,82 @@ def test_a_block_of_layers_keeps_the_layout() -> None:
     ours = copy.deepcopy(layers)
     make_fast(ours[:-1])
     make_pointwise(ours[-1])
-    x = torch.randn(2, 1, 6, 8, 10)
+    x = torch.randn(2, 1, 24, 22, 26)
     with torch.no_grad():
         expected = layers(x)
         for layer in ours:
             x = layer(x)
             assert channels_last(x), layer
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_of_few_voxels_is_done_on_a_copy() -> None:
+    """Channels last, PyTorch's kernel for it would take many times as long; the values are the same."""
+    norm = nn.InstanceNorm3d(8, affine=True)
+    make_fast([norm])
+    few, many = (
+        torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last_3d) for size in ((8,) * 3, (12,) * 3)
+    )
+    with torch.no_grad():
+        assert norm(few).is_contiguous()
+        assert channels_last(norm(many))
+        for x in (few, many):
+            torch.testing.assert_close(norm(x), functional.instance_norm(x.contiguous()), rtol=1e-5, atol=1e-5)
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor with bfloat16 instructions"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("size", [(6, 8, 10), (16, 12, 14)])
+def test_a_prediction_in_bfloat16_goes_the_same_way(size: tuple[int, ...]) -> None:
+    """As far from the exact sums as PyTorch's layers are in bfloat16, whose type the result has."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv3d(1, 8, 3, padding=1),
+        nn.InstanceNorm3d(8, affine=True),
+        nn.LeakyReLU(inplace=True),
+        nn.Conv3d(8, 24, 3, 2, 1),
+        nn.InstanceNorm3d(24),
+        nn.ConvTranspose3d(24, 16, 2, 2),
+        nn.Conv3d(16, 16, 1),
+    )
+    ours = copy.deepcopy(layers)
+    make_fast(ours[:-1])
+    make_pointwise(ours[-1])
+    x = torch.randn(2, 1, *size)
+    with torch.no_grad():
+        exact = copy.deepcopy(layers).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            stock, found = layers(x), ours(x)
+            assert channels_last(found)
+    assert found.dtype == stock.dtype == torch.bfloat16
+    errors = [torch.linalg.vector_norm(result.double() - exact) for result in (found, stock)]
+    assert errors[0] < 1.1 * errors[1] < 0.02 * torch.linalg.vector_norm(exact)
+
+
+def test_bfloat16_without_instructions_or_in_training_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair(2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 4, 4, 4)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(cpu_layers, "_convolved", refuse)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert ours(x).dtype == torch.float16
+    for there in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            if there:
+                with pytest.raises(AssertionError):
+                    ours(x)
+            else:
+                assert ours(x).dtype == torch.bfloat16
 
 
 def test_a_narrow_1x1_convolution_is_a_product_and_lies_plainly() -> None:

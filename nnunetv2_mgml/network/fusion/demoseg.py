@@ -108,7 +108,7 @@ class DeMoSegFusion(FusionDesign):
             )
         self.register_buffer("order", partner_order(spec.num_modalities), persistent=False)
         for scale, sizes in enumerate(self.sizes):  # made here: made in a step, the copy to a GPU would be waited for
-            slot = torch.repeat_interleave(torch.tensor(sizes))
+            slot = torch.tensor([slot for slot, size in enumerate(sizes) for _ in range(size)])
             self.register_buffer(f"slot_{scale}", slot, persistent=False)
         self.blocks = layers(self._blocks(s) for s in range(spec.num_scales)) if self.partners else None
 

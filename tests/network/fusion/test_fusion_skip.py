@@ -7,7 +7,7 @@ import torch
 from fusion_cases import hide, make_spec
 
 from nnunetv2_mgml.network.fusion.base import build_fusion, span, sum_present
-from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
+from nnunetv2_mgml.network.fusion.skip import SkipFusion, _products, skip_fusion
 
 MASKS = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
 
@@ -37,6 +37,23 @@ def test_equals_the_convolution_over_zeroed_features(layout: str, changes: dict[
         fast = torch.autograd.grad((result * weights).sum(), [features, *module.parameters()])
         for one, two in zip(fast, slow, strict=True):
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_features_that_lie_channels_last_stay_so(samples: int) -> None:
+    """As a prediction's do; what absent modalities hold still changes no bit."""
+    module, features = make(norm_op=None)
+    features = features[:samples]
+    last = features.permute(0, 3, 4, 5, 1, 2).contiguous().permute(0, 4, 5, 1, 2, 3)
+    mask = MASKS[:samples]
+    with torch.no_grad():
+        torch.testing.assert_close(module.fuse(last, mask), module.fuse(features, mask))
+        weight = torch.rand(samples, 6, 3 * features.shape[2], dtype=torch.float64)
+        product = _products(weight, last.flatten(3).flatten(1, 2))
+        torch.testing.assert_close(product, weight @ features.flatten(3).flatten(1, 2))
+        assert product.stride()[1] == 1
+        other = last + hide(1e6 * torch.randn_like(last), ~mask)
+        assert torch.equal(module.fuse(last, mask), module.fuse(other, mask))
 
 
 def test_shares_of_one_sample_serve_every_mask() -> None:
