@@ -175,16 +175,15 @@ def commands(work: Path, model: Path, stock: Path, bfloat16: bool) -> dict[str, 
         work: folder with ``images`` and ``labels``; outputs go there too.
         model: ours.
         stock: nnU-Net's own.
-        bfloat16: also predict with ``--cpu_bfloat16``; by OpenVINO wherever that is installed.
+        bfloat16: also predict with ``--cpu_bfloat16``. By OpenVINO wherever that is installed.
     """
     ours = files(work, argparse.Namespace(m=model, f="0", cpu_bfloat16=False))
     found = {"one": ours["one"], "fifteen": ours["all"], "stock": functools.partial(predict_stock, work, stock)}
-    if bfloat16:
-        found["bfloat16"] = files(work, argparse.Namespace(m=model, f="0", cpu_bfloat16=True))["one"]
-    if find_spec("openvino") is not None:
-        found["openvino"] = files(work, argparse.Namespace(m=model, f="0", cpu_bfloat16=False, backend="openvino"))[
-            "one"
-        ]
+    ways = {"bfloat16": (True, None), "openvino": (False, "openvino"), "openvino_bfloat16": (True, "openvino")}
+    for name, (in_bfloat16, backend) in ways.items():
+        if (bfloat16 or not in_bfloat16) and (backend is None or find_spec(backend) is not None):
+            given = argparse.Namespace(m=model, f="0", cpu_bfloat16=in_bfloat16, backend=backend)
+            found[name] = files(work, given)["one"]
     return found
 
 
