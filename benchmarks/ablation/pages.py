@@ -298,20 +298,36 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
 
 
 def _cubes() -> str:
-    folders = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
-    tables = "\n".join(cubes_table.tables(cubes_table.read(label), "test") for label in folders)
-    return f"""## Real cubes at equal time
+    labels = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
+    found = {label: cubes_table.tables(cubes_table.read(label), "test") for label in labels}
+    parts = [f"{_CUBES_ON.get(label, f'### {label}')}\n{tables}" for label, tables in found.items()]
+    return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"])])
 
-Cubes of 32^3 voxels around the largest lesion of 288 patients of BraTS 2020, split once by a seed into training,
-validation and test patients (`benchmarks/ablation/cubes_data.py`); `python benchmarks/ablation/cubes.py --device cuda
---variants baseline mgml paper_terms modality_dropout --seeds 0 1 2 --steps 6000 --equal_time baseline --seconds 310
---test`. All runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A
-step of four narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the
-stock network does more steps in the same time and is far ahead, and the default, with the most work in a step, is
-behind its own baseline. More in [gpu.md](gpu.md). The whole table, with a specialist for each of the 15 subsets, on a
-cluster: `benchmarks/ablation/cubes.sbatch`, an array of jobs; the command that collects what they wrote stands in it.
 
-{tables or "No finished runs yet."}"""
+_CUBES = """## Real cubes at equal time
+
+Cubes of 32^3 voxels around the largest lesion of 288 patients of BraTS 2020, split once by a seed into 192 patients for
+training, 36 for validation and 60 for testing (`benchmarks/ablation/cubes_data.py`). Choices rest on validation
+patients. The whole table, with a specialist for each of the 15 subsets, on a cluster:
+`benchmarks/ablation/cubes.sbatch`, an array of jobs; the command that collects what they wrote stands in it.
+"""
+_CUBES_ON = {
+    "cpu": """### On one core of a CPU
+
+`python benchmarks/ablation/cubes_seconds.py` timed the steps in turns on the idle machine, an Intel Xeon with bfloat16
+instructions (`results/cubes_seconds.json`); then `cubes.py --variants ... --seeds ... --steps 6000 --equal_time
+baseline --test`. `early_fusion` is the network of `mgml plan --preset early-fusion`, narrowed as the stock network is.
+""",
+    "h200": """### On a shared GPU
+
+`python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
+--steps 6000 --equal_time baseline --seconds 310 --test`. All runs shared one card, so the budget was cut to what
+fitted; **none of these trainings is converged**. A step of four narrow encoders takes four times as long there as one
+of the stock network, even as a CUDA graph. So the stock network does more steps in the same time and is far ahead, and
+the default, with the most work in a step, is behind its own baseline. More in [gpu.md](gpu.md).
+""",
+}
+"""What stands before the tables of a label of results/cubes."""
 
 
 FULL_SIZE = """## At full size

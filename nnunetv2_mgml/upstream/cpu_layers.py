@@ -10,7 +10,7 @@ processor with instructions for it) goes the same way, with the roundings that P
 devices and dtypes, training under autocast, tracing, shapes without data) the layers are PyTorch's.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
-    networks, and asks PyTorch whether operations are being counted.
+    networks, and asks PyTorch whether operations are being counted and oneDNN has bfloat16.
 Why: see above; a training step on a CPU takes less than three quarters of the time.
 Guarded by: tests/upstream/test_cpu_layers.py
 """
@@ -148,6 +148,7 @@ def _predicts_in_bfloat16(x: torch.Tensor) -> bool:
         not torch.is_grad_enabled()
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and x.dtype in (torch.float32, torch.bfloat16)
+        and _onednn()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
