@@ -170,7 +170,7 @@ class NetworkOptions(OptionGroup):
         "multi_encoder",
         "multi_encoder: one encoder per modality, fused at every scale; early_fusion: one convolution per modality, "
         "fused at full resolution, and one U-Net for all (docs/fusion.md): smaller, with memory that hardly grows "
-        "with the number of modalities",
+        "with the number of modalities where no loss term predicts from each alone (preset early-fusion)",
         choices=("multi_encoder", "early_fusion"),
     )
     width_factor: float = option(
