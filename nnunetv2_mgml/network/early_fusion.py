@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml.network.decoder import Decoded
 from nnunetv2_mgml.network.encoders import EncoderSpec
-from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, expand_mask
 from nnunetv2_mgml.network.fusion.channel_shuffle import ChannelShuffle
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
@@ -103,12 +104,8 @@ class TrunkDecoder(nn.Module):
         available: torch.Tensor | None = None,
     ) -> Decoded:
         """Fuse and predict; see `FusionDecoder.forward`. ``features`` are the stems', a list of one."""
-        (stems,) = features
-        state = fusion.begin() if available is None else fusion.begin_training(available)
-        if not fusion.hides_absent:
-            stems = torch.where(expand_mask(mask, stems), stems, 0)
-        fused = fusion.fuse_scale(0, stems, mask, None, state)
-        loss = stems.new_zeros((), dtype=torch.float32)
+        fused = self.fuse(features, mask, fusion, available)
+        loss = fused.fused.new_zeros((), dtype=torch.float32)
         if fused.loss is not None:
             loss = loss + fused.loss
         if images is not None:
@@ -118,6 +115,16 @@ class TrunkDecoder(nn.Module):
         outputs = [head(feature) for head, feature in zip(self.heads, own, strict=True)]
         auxiliary = [] if fused.auxiliary is None else [fused.auxiliary]
         return Decoded(outputs if self.deep_supervision else outputs[:1], auxiliary, loss, own[0])
+
+    def fuse(
+        self, features: list[torch.Tensor], mask: torch.Tensor, fusion: FusionDesign, available: torch.Tensor | None
+    ) -> FusedScale:
+        """Fuse the stems; the arguments are those of `forward`."""
+        (stems,) = features
+        state = fusion.begin() if available is None else fusion.begin_training(available)
+        if not fusion.hides_absent:
+            stems = torch.where(expand_mask(mask, stems), stems, 0)
+        return fusion.fuse_scale(0, stems, mask, None, state)
 
     def run(self, fused: torch.Tensor) -> list[torch.Tensor]:
         """Return what the heads read, per scale ``(B, C_s, *spatial_s)``, full resolution first.
@@ -165,6 +172,16 @@ class EarlyFusionUNet(MultiEncoderUNet):
         """
         if self.modality_decoder is None:
             raise RuntimeError("This network has no modality head (modality_decoder_weight 0, soft_label none).")
+        trunk = cast(TrunkDecoder, self.decoder)
         alone = torch.eye(self.num_modalities, dtype=torch.bool, device=features[0].device)
-        own = [self.decoder(features, row.expand(len(features[0]), -1), self.fusion).features for row in alone]
-        return torch.stack([self.modality_decoder(feature) for feature in own], 1)
+        fused = [trunk.fuse(features, row.expand(len(features[0]), -1), self.fusion, None).fused for row in alone]
+        return torch.stack([self.modality_decoder(self._at_full_resolution(trunk, one)) for one in fused], 1)
+
+    def _at_full_resolution(self, trunk: TrunkDecoder, fused: torch.Tensor) -> torch.Tensor:
+        """Run the trunk, which draws no random numbers; computed again in the backward pass where memory counts."""
+        if not self._checkpoints():
+            return trunk.run(fused)[0]
+        again: torch.Tensor = checkpoint(
+            lambda one: trunk.run(one)[0], fused, use_reentrant=False, preserve_rng_state=False
+        )
+        return again

@@ -138,8 +138,9 @@ class TrainingOptions(TrainerAttributes):
     )
     gradient_checkpointing: bool = option(
         True,
-        "in a training step compute the encoders and the complete view's decoder twice instead of keeping what is "
-        "inside them: the same losses and gradients in half the memory and a tenth more time",
+        "in a training step compute the encoders (of network_form early_fusion: the passes of single modalities) and "
+        "the complete view's decoder twice instead of keeping what is inside them: the same losses and gradients in "
+        "half the memory and a tenth more time",
     )
     augmentation: str = option(
         "nnunet",
@@ -170,7 +171,7 @@ class NetworkOptions(OptionGroup):
         "multi_encoder",
         "multi_encoder: one encoder per modality, fused at every scale; early_fusion: one convolution per modality, "
         "fused at full resolution, and one U-Net for all (docs/fusion.md): smaller, with memory that hardly grows "
-        "with the number of modalities where no loss term predicts from each alone (preset early-fusion)",
+        "with the number of modalities",
         choices=("multi_encoder", "early_fusion"),
     )
     width_factor: float = option(

@@ -19,13 +19,15 @@ from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 PATCH = (16, 16, 16)
 
 
-def gradients(recompute: bool, dropout: bool, needs: Needs, view: View) -> list[torch.Tensor]:
+def gradients(
+    recompute: bool, dropout: bool, needs: Needs, view: View, fusion: str = "region_aware", **options: object
+) -> list[torch.Tensor]:
     """Return outputs and gradients of a step with the same weights and random numbers."""
     plan = configuration(PATCH)
     if dropout:
         plan["architecture"]["arch_kwargs"].update(dropout_op="torch.nn.Dropout3d", dropout_op_kwargs={"p": 0.4})
     torch.manual_seed(0)
-    network = build_network(ConfigurationManager(plan), config("region_aware").network, 4, 3, 4, True, needs)
+    network = build_network(ConfigurationManager(plan), config(fusion, **options).network, 4, 3, 4, True, needs)
     network.gradient_checkpointing = recompute
     torch.manual_seed(1)
     out = network(batch(PATCH), view, needs)
@@ -47,6 +49,23 @@ def test_same_outputs_and_gradients(dropout: bool, own_images: bool) -> None:
     kept, again = (gradients(recompute, dropout, needs, view) for recompute in (False, True))
     assert len(kept) == len(again)
     assert all(torch.equal(one, two) for one, two in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize(("fusion", "share"), [("demoseg", 0.7), ("uhved", 0.95)])
+def test_early_fusion_has_the_same_gradients_in_less_memory(fusion: str, share: float) -> None:
+    """What draws random numbers, the fusion of `uhved`, is not computed again; here it takes most of the memory."""
+    visible = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    view, needs = View(visible, torch.ones_like(visible)), Needs(complete="learns", modality=True)
+    options = {"network_form": "early_fusion", "decoder_width_ratio": 1.0}
+    kept, again = (gradients(recompute, False, needs, view, fusion, **options) for recompute in (False, True))
+    assert len(kept) == len(again)
+    assert all(torch.equal(one, two) for one, two in zip(kept, again, strict=True))
+    needed = []
+    for recompute in (False, True):
+        plans = builders.plans()
+        plans["mgml"] = {"config": {**builders.TINY, **options, "fusion": fusion, "gradient_checkpointing": recompute}}
+        needed.append(step_memory(plans, "3d_fullres", builders.BRATS_JSON).peak)
+    assert needed[1] < share * needed[0]
 
 
 def test_only_training_steps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
