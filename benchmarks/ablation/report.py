@@ -63,7 +63,7 @@ def of_cubes() -> dict[str, Any]:
     scored = [r for r in results if "test" in r and r["equal_time"]]
     if not scored:
         return {}
-    largest = max(scored, key=lambda r: r["seconds_per_step_alone"] * r["steps"])
+    largest = max(scored, key=lambda r: cubes_table.seconds_per_step(r) * r["steps"])
     [(budget, chosen)] = cubes_table.budgets(
         r for r in scored if all(r[key] == largest[key] for key in ("device", "nominal_steps", "equal_time"))
     ).items()

@@ -182,7 +182,7 @@ def finished(cubes: SimpleNamespace, variant: str, seed: int, values: np.ndarray
     """A result with Dice ``(R, S, N)`` in [0, 1] on test patients."""
     subsets = all_subsets(4)
     told = {"test": cubes.cubes_scores.summary(values, subsets), "dice": cubes.cubes_scores.cases_of(values, subsets)}
-    base = {"nominal_steps": 100, "steps": 100, "equal_time": None, "seconds_per_step_alone": 0.0123, "device": "CPU"}
+    base = {"nominal_steps": 100, "steps": 100, "equal_time": None, "seconds_per_step_alone": 0.0123, "device": "a GPU"}
     return {"variant": variant, "seed": seed, **base, **told, **more}
 
 
@@ -199,6 +199,20 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     assert row.endswith("| 2 | 100 | 12.3 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
     assert " | 80 | 12.3 | - | - | - |" in same_time, "the baseline of another budget is none"
     assert "No finished runs yet" in cubes.cubes_table.tables(results, "validation")
+
+
+def test_a_step_on_a_cpu_is_as_long_as_its_equal_time_took_it(
+    cubes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run measured beside others does not count where the table was measured on the idle machine."""
+    table = tmp_path / "seconds.json"
+    table.write_text(json.dumps({"seconds": {"baseline": {"median": 0.5}}}))
+    monkeypatch.setattr(cubes.cubes_table, "STEP_SECONDS", table)
+    result = {"variant": "baseline:only=t1", "seed": 0, "nominal_steps": 10, "equal_time": "baseline"}
+    result.update(seconds_per_step_alone=0.9, device="CPU, 1 thread")
+    assert cubes.cubes_table.seconds_per_step(result) == 0.5
+    for change in ({"equal_time": None}, {"device": "NVIDIA"}, {"variant": "mgml"}):
+        assert cubes.cubes_table.seconds_per_step({**result, **change}) == 0.9
 
 
 def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace, folder: Path) -> None:
