@@ -73,7 +73,7 @@ EARLY_FUSION: dict[str, Any] = {
     "complete_view_weight": 0.0,
     "modality_decoder_weight": 0.0,
 }
-"""A stem per modality, fused once, and one U-Net of the plan's widths, one pass a step: a stock network's cost."""
+"""A stem per modality, fused once, and one U-Net of the plan's widths, one pass a step."""
 
 _SETTINGS = {
     "paper": PAPER,
