@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
+from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.objective import Objective, Options, TermSpec, needs_of
 
 MODALITIES, CLASSES, REGIONS = 4, 4, 3
@@ -178,10 +179,21 @@ class Learner:
 
 
 class StockLearner(Learner):
-    """Stock nnU-Net's network and loss, its absent channels empty: `nnUNetTrainerModalityDropout`."""
+    """Stock nnU-Net's network and loss, its absent channels empty: `nnUNetTrainerModalityDropout`.
+
+    Args:
+        plan: the network's.
+        device: of the network.
+        width_factor: feature channels as a multiple of the plan's.
+        conditional: with conditional norms, `nnUNetTrainerModalityDropout_conditional`.
+    """
 
     def __init__(
-        self, plan: ConfigurationManager, device: torch.device | str = "cpu", width_factor: float = 1.0
+        self,
+        plan: ConfigurationManager,
+        device: torch.device | str = "cpu",
+        width_factor: float = 1.0,
+        conditional: bool = False,
     ) -> None:
         kwargs = copy.deepcopy(plan.network_arch_init_kwargs)
         kwargs["features_per_stage"] = [max(8, round(w * width_factor / 8) * 8) for w in kwargs["features_per_stage"]]
@@ -194,16 +206,23 @@ class StockLearner(Learner):
             allow_init=True,
             deep_supervision=True,
         ).to(device)
+        if conditional:
+            self.network = ConditionedUNet(self.network, MODALITIES)
+        self.conditional = conditional
         self.called = self.network
         self.extra = []
         self.objective = nnunet_loss(plan)
 
     def loss(self, batch: Batch, ramp: float | torch.Tensor = 1.0) -> torch.Tensor:
         """Return nnU-Net's loss of a batch."""
+        if self.conditional:
+            return self.objective(list(self.called(batch.x, batch.visible)), batch.targets)
         return self.objective(list(self.called(zero_absent(batch.x, batch.visible))), batch.targets)
 
     def predict(self, x: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
         """Return logits as `Learner.predict`, from one pass per subset."""
+        if self.conditional:
+            return self.network.decode_subsets([x], subsets)
         rows = [self.network(zero_absent(x, row.expand(len(x), -1))) for row in subsets]
         return torch.stack(rows, 1)
 

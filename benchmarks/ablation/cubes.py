@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cubes_variants import Run, whole_table
+from cubes_variants import SETTINGS, Run, whole_table
 
 from nnunetv2_mgml.io.files import write_json
 
@@ -149,7 +149,8 @@ def finished(run: Run, label: str, equal_time: bool) -> bool:
     if not file.is_file():
         return False
     content = json.loads(file.read_text())
-    return content["finished"] and (content["training"], content["options"]) == (run.training, run.options)
+    training = {**SETTINGS["training"], **content["training"]}  # a setting newer than the result is as it was
+    return content["finished"] and (training, content["options"]) == (run.training, run.options)
 
 
 def done(parts: Sequence[Path]) -> list[Run]:

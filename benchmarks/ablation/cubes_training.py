@@ -67,7 +67,9 @@ class Training:
         stages, patch = settings["stages"], settings["patch"]
         self.plan = make_plan((patch,) * 3, stages, widths=_WIDTHS[:stages])
         if settings["stock"]:
-            self.learner: Learner = StockLearner(self.plan, device, settings["stock_width_factor"])
+            self.learner: Learner = StockLearner(
+                self.plan, device, settings["stock_width_factor"], settings["conditional"]
+            )
         else:
             narrow = {"width_factor": settings["width_factor"], "gradient_checkpointing": False}  # time counts here
             self.learner = Learner(self.plan, {**run.options, **narrow}, device)

@@ -7,7 +7,6 @@ features are left out of the fusion, so whatever an absent channel held cannot c
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import overload
 
@@ -17,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
 from nnunetv2_mgml.network.encoders import DROPOUTS
-from nnunetv2_mgml.network.fusion.base import FusionDesign, expand_mask
+from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import noise, random_layers_act, silence
-from nnunetv2_mgml.upstream.plain_errors import PlainError
+from nnunetv2_mgml.network.subset_module import SubsetModule, zero_absent
 
 
-class MultiEncoderUNet(nn.Module):
+class MultiEncoderUNet(SubsetModule):
     """See the module docstring; built by `nnunetv2_mgml.network.build.build_network`.
 
     Args:
@@ -33,7 +32,6 @@ class MultiEncoderUNet(nn.Module):
         modality_decoder: decoder shared by all modalities, or None where no loss needs it.
 
     Attributes:
-        channel_names: of the modalities, for messages; whoever knows them sets them.
         gradient_checkpointing: whether a training step computes the encoders, and the decoder of the complete view,
             again for the backward pass instead of keeping what is inside them. A compiled network decides that itself.
     """
@@ -50,45 +48,12 @@ class MultiEncoderUNet(nn.Module):
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
-        self.channel_names: tuple[str, ...] = ()
         self.gradient_checkpointing = False
-        self._visible: torch.Tensor | None = None
-        self._visible_subset: tuple[bool, ...] | None = None
 
     @property
     def num_modalities(self) -> int:
         """``M``."""
         return len(self.encoders)
-
-    def set_visible(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
-        """Set what every later `forward` sees that is given no view (a whole case, or a validation batch).
-
-        Args:
-            subset: ``M`` bools (encoders of the others are then not run), a ``(B, M)`` bool tensor, or None to forget
-                it. Use `nnunetv2_mgml.network.interface.seeing`, which takes it back.
-
-        Raises:
-            ValueError: wrong shape or dtype, or a sample without any modality.
-        """
-        if subset is None:
-            self._visible_subset = self._visible = None
-            return
-        case = None if isinstance(subset, torch.Tensor) else tuple(bool(present) for present in subset)
-        mask = subset if isinstance(subset, torch.Tensor) else torch.tensor([case])
-        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.num_modalities or not mask.any(1).all():
-            shown = mask.tolist() if case is None else case
-            raise ValueError(
-                f"Expected {self.num_modalities} bools with at least one True, or a bool tensor "
-                f"(batch, {self.num_modalities}) with such rows, got {shown}. Leave samples without any "
-                f"modality out."
-            )
-        self._visible = mask.to(next(self.parameters()).device)  # once: a copy in each patch would wait for a GPU
-        self._visible_subset = case
-
-    def set_availability(self, subset: Sequence[bool] | torch.Tensor | None) -> None:
-        """Do what `set_visible` does, under the name of version 0.1; to go with 0.3."""
-        warnings.warn("set_availability is now set_visible; the old name works until 0.3.", DeprecationWarning, 2)
-        self.set_visible(subset)
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.
@@ -203,17 +168,12 @@ class MultiEncoderUNet(nn.Module):
             Without ``needs``, what nnU-Net expects: logits ``(B, R, *spatial)``, or with deep supervision a list,
             highest resolution first. With them a `TrainingOutput`.
         """
-        if x.shape[1] < self.num_modalities:  # a shape: no compiled graph breaks at it
-            raise PlainError(self._too_few_channels(x.shape[1]))
         subset = None
-        view = modality_mask if view is None else view
-        if view is None:
-            view = self._default_view(x)
-            # a compiled network that looked at the bools would be compiled anew for every subset
-            if needs is None and not torch.compiler.is_compiling():
-                subset = self._visible_subset
-        elif isinstance(view, torch.Tensor):
-            view = View(view)
+        given = modality_mask if view is None else view
+        # a compiled network that looked at the bools would be compiled anew for every subset
+        if given is None and needs is None and not torch.compiler.is_compiling():
+            subset = self._visible_subset
+        view = self._view(x, given)
         available = view.visible if view.available is None else view.available
         shown = zero_absent(x, available)
         if needs is None:
@@ -234,19 +194,6 @@ class MultiEncoderUNet(nn.Module):
             single,
             None if view.subsets is None else self._decode_further(features, view.subsets),
         )
-
-    def _too_few_channels(self, given: int) -> str:
-        names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
-        return (
-            f"The network was given {given} channels; it has {self.num_modalities} modalities{names}. Where files are "
-            f"missing, say so: --missing_modalities auto goes by the files that exist, --missing_modalities NAME names "
-            f"what is missing (missing_modalities of MGMLPredictor)."
-        )
-
-    def _default_view(self, x: torch.Tensor) -> View:
-        if self._visible is None:
-            return View(in_band_mask(x, self.num_modalities))
-        return View(self._visible.to(x.device).expand(x.shape[0], -1))
 
     def _decode_complete(
         self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs
@@ -285,25 +232,3 @@ class MultiEncoderUNet(nn.Module):
         repeated = [f[:, None].expand(-1, count, *f.shape[1:]).flatten(0, 1) for f in features]
         decoded = self.decoder(repeated, subsets.flatten(0, 1), self.fusion)
         return [output.unflatten(0, (batch, count)) for output in decoded.outputs]
-
-
-def zero_absent(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return ``x (B, M + P, *spatial)`` with the channels of absent modalities zero, NaN included.
-
-    Args:
-        x: any float dtype; the ``P`` previous-stage channels of a cascade stay as they are.
-        mask: ``(B, M)`` bool, True = visible, on the device of ``x``.
-    """
-    extra = x.shape[1] - mask.shape[1]
-    keep = torch.cat((mask, mask.new_ones(len(mask), extra)), 1) if extra else mask
-    return torch.where(expand_mask(keep, x), x, 0)
-
-
-def in_band_mask(x: torch.Tensor, num_modalities: int) -> torch.Tensor:
-    """Read a ``(B, M)`` bool mask off a patch ``(B, M + P, *spatial)``: the fallback when nobody passed one.
-
-    A channel that is zero all over the patch while another is not counts as absent. A patch in which every channel is
-    zero lies outside the brain and counts as all present.
-    """
-    occupied = (x[:, :num_modalities].flatten(2) != 0).any(-1)
-    return occupied | ~occupied.any(1, keepdim=True)

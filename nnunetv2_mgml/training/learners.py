@@ -18,11 +18,14 @@ from torch import nn
 from nnunetv2_mgml.dataloading.loader import visible_modalities
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
 from nnunetv2_mgml.modalities import Subset
-from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.network.build import build_network, count_modalities
+from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.interface import seeing, subset_network
-from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet, zero_absent
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
 from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.upstream.cpu_layers import make_fast
 from nnunetv2_mgml.upstream.distributed import on_own_device
 
 if TYPE_CHECKING:
@@ -111,7 +114,54 @@ class Learner:
         """
 
 
-class SubsetLearner(Learner):
+class ToldLearner(Learner):
+    """A network that is told what is visible (`nnunetv2_mgml.network.interface.SubsetNetwork`)."""
+
+    @contextmanager
+    def only_visible(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Tell the network what is visible for the duration of a validation step."""
+        with seeing(self.network, visible_modalities(batch).to(self.device)):
+            yield batch
+
+    def announce(self, subset: Subset | None) -> None:
+        """Tell the network which modalities the next case has."""
+        network = subset_network(self.network)
+        if network is not None:
+            network.set_visible(subset)
+
+
+class ConditionedLearner(ToldLearner):
+    """`ConditionedUNet`: the stock network with conditional norms; the loss is nnU-Net's."""
+
+    @classmethod
+    def build_network(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        deep_supervision: bool,
+    ) -> nn.Module:
+        """Build nnU-Net's network and condition its norms; see `Learner.build_network`.
+
+        Raises:
+            ValueError: an architecture whose norms cannot be conditional.
+        """
+        unet = super().build_network(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, deep_supervision
+        )
+        network = ConditionedUNet(unet, count_modalities(configuration_manager))
+        network.channel_names = tuple(map(str, plans_manager.plans.get(PLANS_KEY, {}).get("channels", ())))
+        make_fast(network.modules())
+        return network
+
+    def loss(self, batch: dict[str, Any], progress: Progress) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Predict from what is visible; see `Learner.loss`."""
+        output = self.network(batch["data"], visible_modalities(batch))
+        return self.segmentation_loss(output, batch["target"]), {}
+
+
+class SubsetLearner(ToldLearner):
     """`MultiEncoderUNet`, which is told what is visible, and the objective (eq. 10)."""
 
     def __init__(self, trainer: nnUNetTrainerMGML) -> None:
@@ -205,18 +255,6 @@ class SubsetLearner(Learner):
     def end_epoch(self, progress: Progress) -> dict[str, float]:
         """Let the terms change what they change between epochs."""
         return self.objective.end_epoch(progress)
-
-    @contextmanager
-    def only_visible(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Tell the network what is visible for the duration of a validation step."""
-        with seeing(self.network, visible_modalities(batch).to(self.device)):
-            yield batch
-
-    def announce(self, subset: Subset | None) -> None:
-        """Tell the network which modalities the next case has."""
-        network = subset_network(self.network)
-        if network is not None:
-            network.set_visible(subset)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the terms keep: the MetaNetwork and its optimizer, weights of the modalities."""

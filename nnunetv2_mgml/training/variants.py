@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.base import OURS
-from nnunetv2_mgml.training.learners import Learner
+from nnunetv2_mgml.training.learners import ConditionedLearner, Learner
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
 _OWN = "nnunetv2_mgml."
@@ -51,6 +51,12 @@ class nnUNetTrainerModalityDropout(nnUNetTrainerMGML):
     """The stock nnU-Net network, trained with random channels empty: what one would try first."""
 
     learner_class = Learner
+
+
+class nnUNetTrainerModalityDropout_conditional(nnUNetTrainerModalityDropout):
+    """Like nnUNetTrainerModalityDropout, its norms scaled and shifted by what is visible (conditional norms)."""
+
+    learner_class = ConditionedLearner
 
 
 class TrainerOfDesign(nnUNetTrainerMGML):

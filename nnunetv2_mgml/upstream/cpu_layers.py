@@ -69,7 +69,7 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, y, x)`` to the same shape."""
-        return _grouped(self, input) if _normalises(self, input) else super().forward(input)
+        return _grouped(input, self.weight, self.bias, self.eps) if _normalises(self, input) else super().forward(input)
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
@@ -77,7 +77,7 @@ class InstanceNorm3d(nn.InstanceNorm3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to the same shape."""
-        return _grouped(self, input) if _normalises(self, input) else super().forward(input)
+        return _grouped(input, self.weight, self.bias, self.eps) if _normalises(self, input) else super().forward(input)
 
 
 def make_fast(modules: Iterable[nn.Module]) -> None:
@@ -93,23 +93,42 @@ def make_fast(modules: Iterable[nn.Module]) -> None:
             module.__class__ = InstanceNorm3d
 
 
-def _grouped(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> torch.Tensor:
+def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """Instance norm with a scale and a shift for every sample, on a CPU as a group norm.
+
+    Args:
+        x: ``(B, C, *spatial)``.
+        scale: ``(B, C)`` float32 or wider, as in PyTorch's norms also where ``x`` is of 16 bit.
+        shift: ``(B, C)`` like ``scale``.
+        eps: added to the variances.
+    """
+    rows = x.reshape(1, -1, *x.shape[2:])
+    if _can_be_grouped(rows, scale.dtype):
+        result = _grouped(rows, scale.flatten(), shift.flatten(), eps)
+    else:
+        result = functional.instance_norm(rows, weight=scale.flatten(), bias=shift.flatten(), eps=eps)
+    return result.reshape(x.shape)
+
+
+def _grouped(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
     # channels last, PyTorch's kernel is up to 50 times slower on few voxels, and on rows shorter than a register
     if x.numel() <= _FEW_VOXELS * x.shape[0] * x.shape[1] or (x.dtype == torch.bfloat16 and x.shape[1] < _BFLOAT16_ROW):
         x = x.contiguous()
-    return functional.group_norm(x, norm.num_features, norm.weight, norm.bias, norm.eps)
+    return functional.group_norm(x, x.shape[1], scale, shift, eps)
 
 
 def _normalises(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> bool:
-    """Return whether a norm's channels may be groups; a wrong number of them, or one voxel, PyTorch shall refuse."""
-    channels, *size = x.shape[1:]
+    """Return whether a norm's channels may be groups; a wrong number of them PyTorch shall refuse."""
     return (
-        _suits(x)
-        and x.ndim == (5 if isinstance(norm, nn.InstanceNorm3d) else 4)
-        and channels == norm.num_features
-        and math.prod(size) > 1
-        and (norm.weight is None or norm.weight.dtype == torch.float32)
+        x.ndim == (5 if isinstance(norm, nn.InstanceNorm3d) else 4)
+        and x.shape[1] == norm.num_features
+        and _can_be_grouped(x, torch.float32 if norm.weight is None else norm.weight.dtype)
     )
+
+
+def _can_be_grouped(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether channels may be groups; one voxel PyTorch shall refuse."""
+    return _suits(x) and math.prod(x.shape[2:]) > 1 and dtype == torch.float32
 
 
 def _plain(conv: nn.Conv3d) -> bool:

@@ -17,7 +17,7 @@ from nnunetv2_mgml.inference.subsets.predictor import ManySubsets
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View
-from nnunetv2_mgml.network.multi_encoder_unet import in_band_mask
+from nnunetv2_mgml.network.subset_module import in_band_mask
 from nnunetv2_mgml.plans.options import NetworkOptions
 
 

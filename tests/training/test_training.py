@@ -14,7 +14,7 @@ from fusion_cases import own_designs
 from loss_cases import meta_network_of
 from training_cases import synthetic_batch
 
-from nnunetv2_mgml.network.multi_encoder_unet import zero_absent
+from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, validation
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log, region_names
 from nnunetv2_mgml.training.validation import validate_subsets

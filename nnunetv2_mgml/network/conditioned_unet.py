@@ -1,0 +1,152 @@
+"""nnU-Net's own network whose norms depend on what is visible: random empty channels, and a network that knows of them.
+
+An empty channel looks like tissue of mean intensity, and one set of weights has to serve every subset. Here each
+instance norm's scale and shift get a part that every modality adds or takes away, learned and zero at the start:
+conditional instance normalisation (Dumoulin et al., ICLR 2017) with a linear layer on the mask as condition, as in
+feature-wise linear modulation (FiLM; Perez et al., AAAI 2018). It costs a few numbers per norm and no time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from nnunetv2_mgml.network.interface import Logits, View
+from nnunetv2_mgml.network.subset_module import SubsetModule, zero_absent
+from nnunetv2_mgml.upstream.cpu_layers import normed
+
+
+class _Told:
+    """What the norms of one network are told before each pass."""
+
+    visible: torch.Tensor | None = None
+    """``(B, M)`` bool."""
+
+
+class _ConditionalNorm(nn.Module):
+    """Mixed into an instance norm: ``norm(x) (1 + a) + b`` with ``a`` and ``b`` linear in the mask.
+
+    Attributes:
+        of_modalities: ``(M, 2, C)``: what each modality adds to scale and shift where it is visible, and takes away
+            where it is not, halved.
+    """
+
+    of_modalities: nn.Parameter
+    told: _Told
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, C, *spatial)`` to the same shape.
+
+        Raises:
+            RuntimeError: outside a pass of the network, so that nobody knows what is visible.
+        """
+        if self.told.visible is None:
+            raise RuntimeError("A conditional norm works inside its network only, which tells it what is visible.")
+        norm = cast(nn.InstanceNorm3d, self)  # or 2d: what this is mixed into
+        signs = self.told.visible.to(self.of_modalities.dtype) - 0.5
+        scale, shift = (signs[:, :, None, None] * self.of_modalities).sum(1).unbind(1)
+        scale = 1 + scale
+        if norm.affine:
+            shift = shift + scale * norm.bias
+            scale = scale * norm.weight
+        return normed(input, scale, shift, norm.eps)
+
+
+class ConditionalInstanceNorm2d(_ConditionalNorm, nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` that depends on what is visible."""
+
+
+class ConditionalInstanceNorm3d(_ConditionalNorm, nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` that depends on what is visible."""
+
+
+_CONDITIONAL: dict[type[nn.Module], type[_ConditionalNorm]] = {
+    nn.InstanceNorm2d: ConditionalInstanceNorm2d,
+    nn.InstanceNorm3d: ConditionalInstanceNorm3d,
+}
+
+
+class ConditionedUNet(SubsetModule):
+    """A U-Net of nnU-Net, its norms conditional; keys of its state dict are the U-Net's, and ``of_modalities`` more.
+
+    Absent channels are zero, so *missing is exact*: whatever one held cannot change the output by one bit.
+
+    Args:
+        unet: nnU-Net's network with ``M + P`` input channels (``P``: of a cascade's previous stage); taken apart.
+        modalities: ``M``.
+
+    Raises:
+        ValueError: an architecture without encoder and decoder, or without instance norms.
+    """
+
+    def __init__(self, unet: nn.Module, modalities: int) -> None:
+        super().__init__()
+        if not (hasattr(unet, "encoder") and hasattr(unet, "decoder")):
+            raise ValueError(
+                f"The plan's architecture {type(unet).__name__} has no encoder and decoder; supported are "
+                f"PlainConvUNet and ResidualEncoderUNet. Plan with nnUNetPlannerResEncM or the default planner."
+            )
+        self._modalities = modalities
+        self._told = _Told()
+        for module in unet.modules():
+            if type(module) in _CONDITIONAL:
+                self._condition(module)
+        if not any(isinstance(module, _ConditionalNorm) for module in unet.modules()):
+            raise ValueError(
+                f"The plan's architecture {type(unet).__name__} has no instance norms, which are what depends on the "
+                f"visible modalities here. Plan with one of nnU-Net's planners, or use nnUNetTrainerModalityDropout."
+            )
+        self.encoder: Any = unet.encoder
+        self.decoder: Any = unet.decoder
+        """``decoder.deep_supervision`` is the switch nnU-Net sets."""
+
+    def _condition(self, norm: Any) -> None:
+        """Turn an instance norm into a conditional one, in place, since nnU-Net's blocks hold each module twice."""
+        norm.__class__ = _CONDITIONAL[type(norm)]
+        like = norm.weight if norm.affine else torch.empty(0)
+        parts = torch.zeros(self._modalities, 2, norm.num_features, dtype=like.dtype, device=like.device)
+        norm.of_modalities = nn.Parameter(parts)
+        norm.told = self._told
+
+    @property
+    def num_modalities(self) -> int:
+        """``M``."""
+        return self._modalities
+
+    def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
+        """Return the images themselves, ``[(B, M + P, *spatial)]``: no pass here serves several subsets."""
+        return [x]
+
+    def decode_subsets(self, features: list[torch.Tensor], subsets: torch.Tensor) -> torch.Tensor:
+        """Return logits ``(B, S, R, *spatial)`` for every sample and subset ``(S, M)``, a pass for each subset.
+
+        Args:
+            features: as `encode` returns them.
+            subsets: ``(S, M)`` bool.
+        """
+        (x,) = features
+        each = [self._pass(x, row.expand(len(x), -1)) for row in subsets]
+        return torch.stack([logits if isinstance(logits, torch.Tensor) else logits[0] for logits in each], 1)
+
+    def forward(
+        self, x: torch.Tensor, view: View | torch.Tensor | None = None, *, modality_mask: torch.Tensor | None = None
+    ) -> Logits:
+        """Predict.
+
+        Args:
+            x: ``(B, M + P, *spatial)``: the modalities in channel order, then a cascade's previous-stage one-hot.
+            view: what may be seen; a tensor ``(B, M)`` is what is visible. None: what `set_visible` was told, else read
+                in-band (see `nnunetv2_mgml.network.subset_module.in_band_mask`).
+            modality_mask: ``(B, M)`` bool, another name for a view that is a tensor.
+
+        Returns:
+            Logits ``(B, R, *spatial)``, or with deep supervision a list, highest resolution first.
+        """
+        return self._pass(x, self._view(x, modality_mask if view is None else view).visible)
+
+    def _pass(self, x: torch.Tensor, visible: torch.Tensor) -> Logits:
+        self._told.visible = visible
+        logits: Logits = self.decoder(self.encoder(zero_absent(x, visible)))
+        return logits
