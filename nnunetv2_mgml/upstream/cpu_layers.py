@@ -5,7 +5,8 @@ times slower than oneDNN's, forward and backward, and takes a copy of the input 
 is, all of the small feature maps. And oneDNN needs half the time where every voxel's channels lie side by side: a
 prediction goes through the network in that layout, and in training the gradient of the weights is found from copies in
 it. PyTorch's instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel
-per group is the same and takes half the time or less, forward and backward. A prediction in bfloat16 (autocast, on a
+per group is the same and takes half the time or less, forward and backward, but is inexact where channels lie side by
+side: there the sums are our own. A prediction in bfloat16 (autocast, on a
 processor with instructions for it) goes the same way, with the roundings that PyTorch's layers have. Elsewhere (other
 devices and dtypes, training under autocast, tracing, shapes without data) the layers are PyTorch's.
 
@@ -30,8 +31,13 @@ _SMALL = 20480
 """PyTorch's own limit for one sample, in channels x voxels of the first two axes; larger ones go to oneDNN."""
 
 _FEW_VOXELS = 1024
-_BFLOAT16_ROW = 16
-"""Channels last, group norms of fewer voxels, or in bfloat16 of fewer channels, cost more than a copy."""
+"""Feature maps of fewer voxels stay channel by channel after a norm: the next convolution's copy costs little."""
+
+_PIECE = 8192
+"""Voxels whose sums are in float32, and whose channels stay in the cache meanwhile."""
+
+_PIECE_ROW = 16
+"""With fewer channels, or in bfloat16, norms of copies are faster than of pieces."""
 
 
 class Conv3d(nn.Conv3d):
@@ -111,10 +117,46 @@ def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
 
 
 def _grouped(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
-    # channels last, PyTorch's kernel is up to 50 times slower on few voxels, and on rows shorter than a register
-    if x.numel() <= _FEW_VOXELS * x.shape[0] * x.shape[1] or (x.dtype == torch.bfloat16 and x.shape[1] < _BFLOAT16_ROW):
-        x = x.contiguous()
-    return functional.group_norm(x, x.shape[1], scale, shift, eps)
+    # on what does not lie channel by channel PyTorch's sums are inexact, and on few voxels up to 50 times slower
+    few = x.numel() <= _FEW_VOXELS * x.shape[0] * x.shape[1]
+    last = x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
+    if last and not few and not torch.is_grad_enabled() and x.dtype == torch.float32 and x.shape[1] >= _PIECE_ROW:
+        return _normed_in_pieces(x, scale, shift, eps)
+    result = functional.group_norm(x.contiguous(), x.shape[1], scale, shift, eps)
+    return _channels_last(result) if last and not few else result
+
+
+def _normed_in_pieces(
+    x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Norm what lies channels last, and leave it so.
+
+    PyTorch's group norm takes mean and variance of this layout from two sums over all voxels, which costs three or four
+    digits of them. Here a piece's sums are those of distances from a first guess of the mean, joined in float64.
+    """
+    voxels, channels = x.permute(0, 2, 3, 4, 1).flatten(1, 3), x.shape[1]
+    result = torch.empty_like(voxels)
+
+    def rows(values: torch.Tensor) -> torch.Tensor:  # as long as a piece: broadcasting few channels is slow
+        return values.float().expand(min(_PIECE, voxels.shape[1]), channels).contiguous()
+
+    for sample, normed_sample in zip(voxels, result, strict=True):
+        guess = sample[:_PIECE].mean(0)
+        guesses = rows(guess)
+        sums, squares = [], []
+        for piece in sample.split(_PIECE):
+            distances = piece - guesses[: len(piece)]
+            sums.append(distances.sum(0))
+            squares.append((distances * distances).sum(0))
+        off, square = (torch.stack(parts).double().sum(0) / len(sample) for parts in (sums, squares))
+        factor = (square - off * off + eps).rsqrt()
+        factor = factor if scale is None else factor * scale
+        constant = -(guess.double() + off) * factor
+        factors, constants = rows(factor), rows(constant if shift is None else constant + shift)
+        for piece, normed_piece in zip(sample.split(_PIECE), normed_sample.split(_PIECE), strict=True):
+            torch.addcmul(constants[: len(piece)], piece, factors[: len(piece)], out=normed_piece)
+    own: torch.Tensor = result.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3)
+    return own
 
 
 def _normalises(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> bool:

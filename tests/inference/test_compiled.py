@@ -20,9 +20,9 @@ ROUNDING = 2e-3
 """Of logits, which nnU-Net's sliding window keeps in 16 bit."""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model", folds=(0, 1))
+@pytest.fixture(scope="module", params=["nnUNetTrainerMGML", "nnUNetTrainerModalityDropout_conditional"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "model", request.param, folds=(0, 1))
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ from nnunetv2_mgml.inference.preprocessing import prepare_case
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "mgml", folds=(0, 1))
+@pytest.fixture(scope="module", params=["nnUNetTrainerMGML", "nnUNetTrainerModalityDropout_conditional"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "mgml", request.param, folds=(0, 1))
 
 
 @pytest.fixture(scope="module")

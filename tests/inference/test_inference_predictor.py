@@ -259,13 +259,15 @@ def test_without_missing_modalities_everything_is_upstreams(tmp_path: Path, mode
     assert written[0] == written[1]
 
 
-def test_a_compiled_network_is_told_too(model: Path, auto: MGMLPredictor) -> None:
-    compiled = predictor(model)
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerMGML", "nnUNetTrainerModalityDropout_conditional"])
+def test_a_compiled_network_is_told_too(trainer: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", trainer)
+    plain, compiled = predictor(model), predictor(model)
     compiled.network = torch.compile(compiled.network, backend="eager")
-    images = {"t1": image(0), "t2": image(2)}
-    np.testing.assert_array_equal(
-        compiled.predict_case(images, spacing=(1, 1, 1)), auto.predict_case(images, spacing=(1, 1, 1))
-    )
+    for images in ({"t1": image(0), "t2": image(2)}, {"flair": image(3)}):
+        np.testing.assert_array_equal(
+            compiled.predict_case(images, spacing=(1, 1, 1)), plain.predict_case(images, spacing=(1, 1, 1))
+        )
 
 
 def test_bfloat16_on_a_cpu(model: Path, auto: MGMLPredictor) -> None:

@@ -14,6 +14,8 @@ from fusion_cases import own_designs
 from loss_cases import meta_network_of
 from training_cases import synthetic_batch
 
+from nnunetv2_mgml.dataloading.loader import visible_modalities
+from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.training import TRAINERS, nnUNetTrainerMGML, validation
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log, region_names
@@ -25,6 +27,7 @@ from nnunetv2_mgml.training.variants import (
     nnUNetTrainerMGML_noMetaAMF,
     nnUNetTrainerMGML_paperTerms,
     nnUNetTrainerModalityDropout,
+    nnUNetTrainerModalityDropout_conditional,
 )
 from nnunetv2_mgml.workflows.evaluate import ModelRequest
 
@@ -236,10 +239,36 @@ def test_modality_dropout_trains_the_stock_network_on_visible_channels(nnunet_fo
     assert torch.equal(shown[:, 2:], x[:, 2:])
 
 
+def test_conditional_norms_learn_from_the_mask(nnunet_folders: Path) -> None:
+    """Their parts per modality start at zero and get gradients; validation sees nothing of what is hidden."""
+    trainer = make_trainer(
+        nnUNetTrainerModalityDropout_conditional, write_dataset(nnunet_folders), {"num_epochs": 1, "seed": 1}
+    )
+    trainer.initialize()
+    network = trainer.bare_network
+    assert isinstance(network, ConditionedUNet)
+    own = [parameter for name, parameter in network.named_parameters() if name.endswith("of_modalities")]
+    assert own
+    assert not any(parameter.any() for parameter in own)
+    batch = synthetic_batch(trainer)
+    visible = visible_modalities(batch)
+    assert not visible.all()
+    loss, _ = trainer.learner.loss(batch, trainer.progress)
+    hidden = {**batch, "data": torch.where(visible[:, :, None, None, None], batch["data"], torch.nan)}
+    assert torch.equal(loss, trainer.learner.loss(hidden, trainer.progress)[0])
+    network.eval()
+    with torch.no_grad():
+        assert trainer.validation_step(batch)["loss"] == trainer.validation_step(hidden)["loss"]
+    trainer.run_training()
+    assert all(parameter.any() for parameter in own)
+    assert np.isfinite(read_log(Path(trainer.output_folder) / LOG_NAME)[0]["train_total"])
+
+
+@pytest.mark.parametrize("cls", [nnUNetTrainerMGML, nnUNetTrainerModalityDropout_conditional])
 def test_final_validation_tells_the_network_what_each_case_has(
-    nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
+    cls: type[nnUNetTrainerMGML], nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders, absent={"case_1": 2}), {"num_epochs": 1})
+    trainer = make_trainer(cls, write_dataset(nnunet_folders, absent={"case_1": 2}), {"num_epochs": 1})
     trainer.run_training()
     told: list[Any] = []
     original = trainer.bare_network.set_visible

@@ -21,7 +21,7 @@ from nnunetv2_mgml.commands.warmstart import parse_use
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.transfer import Donor, labels_of, transfer, unique_tensors
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
-from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
+from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout, nnUNetTrainerModalityDropout_conditional
 from nnunetv2_mgml.training.warm_start import read_donor
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -301,7 +301,9 @@ def checkpoint(nnunet_folders: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("cls", [nnUNetTrainerMGML, nnUNetTrainerModalityDropout])
+@pytest.mark.parametrize(
+    "cls", [nnUNetTrainerMGML, nnUNetTrainerModalityDropout, nnUNetTrainerModalityDropout_conditional]
+)
 def test_pretrained_weights_of_a_stock_training(checkpoint: Path, cls: Any, capsys: Any) -> None:
     trainer = make_trainer(cls, plans())
     run_training.maybe_load_checkpoint(trainer, False, False, str(checkpoint))

@@ -320,6 +320,42 @@ def test_equals_the_norm(shape: tuple[int, ...], mean: int, affine: bool) -> Non
         assert torch.linalg.vector_norm(found - expected) < 1e-5 * mean * torch.linalg.vector_norm(expected)
 
 
+LAST = torch.channels_last_3d
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("mean", [0, 1, 30])
+@pytest.mark.parametrize(("channels", "size"), [(16, 64), (8, 64), (16, 11), (32, 9), (3, 30)])
+def test_predictions_are_as_exact_as_the_norm(channels: int, size: int, mean: int, affine: bool) -> None:
+    """Channels last, as they go through the network: every voxel within a few times PyTorch's own error.
+
+    Whatever the number of voxels, and where one part of the image, empty background, is far from the rest.
+    """
+    stock, ours = norm_pair(nn.InstanceNorm3d(channels, affine=affine))
+    x = torch.randn(2, channels, size, size, size + 1, generator=torch.Generator().manual_seed(1)) + mean
+    x[:, :, : size // 3] = -5.0
+    last = x.contiguous(memory_format=LAST)
+    with torch.no_grad():
+        exact = copy.deepcopy(stock).double()(x.double())
+        errors = [(norm(given).double() - exact).abs().max() for norm, given in ((ours, last), (stock, x))]
+        assert errors[0] < 4 * errors[1] + 1e-6
+        if channels >= 16 and size**2 * (size + 1) > 1024:
+            assert ours(last).is_contiguous(memory_format=LAST)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("mean", [1, 30])
+def test_predictions_in_bfloat16_are_as_exact_as_the_norm(mean: int) -> None:
+    stock, ours = norm_pair(nn.InstanceNorm3d(16, affine=True))
+    x = (torch.randn(1, 16, 64, 64, 64, generator=torch.Generator().manual_seed(1)) + mean).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        exact = copy.deepcopy(stock).double()(x.double())
+        found, expected = ours(x.contiguous(memory_format=LAST)), stock(x)
+    assert found.dtype == torch.bfloat16
+    errors = [torch.linalg.vector_norm(y.double() - exact) for y in (found, expected)]
+    assert errors[0] < 1.1 * errors[1]
+
+
 def test_a_sample_is_normalised_alone() -> None:
     """The same bits in a batch of any size, and twice the same."""
     _, ours = norm_pair(nn.InstanceNorm3d(4, affine=True))

@@ -77,6 +77,14 @@ def test_channel_shuffles_are_exported(options: dict[str, Any], tmp_path: Path) 
 
 
 @needs_export
+def test_conditional_norms_are_exported(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "nnUNetTrainerModalityDropout_conditional")
+    assert main(["export-network", "-m", str(model), "-o", str(tmp_path / "out")]) == 0
+    about = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert about["largest_difference_from_pytorch"] < 1e-3
+
+
+@needs_export
 def test_an_export_that_is_not_exact_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
