@@ -2,7 +2,7 @@
 
 One step runs on tensors without data: the network with all that the loss terms need of it, the losses, the backward
 pass. Every storage counts from its making to its release, so the peak is what PyTorch's allocator would hold. Not in
-it: workspaces of the kernels, the allocator's gaps and a GPU's context.
+it: workspaces of the kernels, the allocator's gaps, a GPU's context, and of label maps with an ignore label the mask.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def step_memory(
     classes = heads + 1 if labels.has_regions else heads
     inputs = determine_num_input_channels(manager, plan, dataset_json)
     needs = needs_of(options)
-    loss = training_loss(plan, labels)
+    counted = labels
+    if labels.has_ignore_label and not labels.has_regions:  # that loss reads a number of voxels, and shapes have none
+        known = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
+        counted = manager.get_label_manager({**dataset_json, "labels": known})
+    loss = training_loss(plan, counted)
     with torch.device("meta"):
         network = build_network(plan, options.network, inputs, heads, classes, True, needs)
         network.gradient_checkpointing = options.training.gradient_checkpointing
@@ -65,7 +69,7 @@ def step_memory(
     with on_shapes() as live:
         for module in (network, objective):
             take_shapes(module)
-        kind, count = (torch.bool, heads) if labels.has_regions else (torch.float32, 1)
+        kind, count = (torch.bool, heads + labels.has_ignore_label) if labels.has_regions else (torch.float32, 1)
         x = torch.empty(plan.batch_size, inputs, *plan.patch_size)
         sizes = _output_sizes(plan.patch_size, plan.network_arch_init_kwargs["strides"])
         targets = [torch.empty(plan.batch_size, count, *size, dtype=kind) for size in sizes]

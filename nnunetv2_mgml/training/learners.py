@@ -14,13 +14,14 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from nnunetv2_mgml.dataloading.loader import visible_modalities
 from nnunetv2_mgml.dataloading.teacher_view import stronger_intensity_transforms, teacher_view
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.build import build_network, count_modalities
 from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
-from nnunetv2_mgml.network.interface import seeing, subset_network
+from nnunetv2_mgml.network.interface import bare, seeing, subset_network
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
@@ -47,6 +48,7 @@ class Learner:
         self.network = trainer.network
         self.segmentation_loss = trainer.loss
         self.device = trainer.device
+        self._emptying: RemovableHandle | None = None
 
     @classmethod
     def build_network(
@@ -96,7 +98,19 @@ class Learner:
         yield {**batch, "data": zero_absent(batch["data"], visible_modalities(batch))}
 
     def announce(self, subset: Subset | None) -> None:
-        """Called before nnU-Net predicts a whole case that has ``subset``, and with None after the last one."""
+        """Called before nnU-Net predicts a whole case that has ``subset``, and with None after the last one.
+
+        What stands for an absent modality need not be zero any more when it is normalised; it is made so, as in
+        training.
+        """
+        if self._emptying is not None:
+            self._emptying.remove()
+            self._emptying = None
+        if subset is not None and not all(subset):
+            mask = torch.tensor([subset])
+            self._emptying = bare(self.network).register_forward_pre_hook(
+                lambda _, inputs: (zero_absent(inputs[0], mask.to(inputs[0].device)), *inputs[1:])
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside nnU-Net's own."""

@@ -6,12 +6,12 @@ is, all of the small feature maps. And oneDNN needs half the time where every vo
 prediction goes through the network in that layout, and in training the gradient of the weights is found from copies in
 it. PyTorch's instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel
 per group is the same and takes half the time or less, forward and backward, but is inexact where channels lie side by
-side: there the sums are our own. A prediction in bfloat16 (autocast, on a
-processor with instructions for it) goes the same way, with the roundings that PyTorch's layers have. Elsewhere (other
-devices and dtypes, training under autocast, tracing, shapes without data) the layers are PyTorch's.
+side: there the sums are our own. A prediction in bfloat16 (autocast, on a processor with instructions for it) goes the
+same way, with the roundings that PyTorch's layers have. Elsewhere (other devices and dtypes, training under autocast,
+tracing, function transforms, shapes without data) the layers are PyTorch's.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
-    networks, and asks PyTorch whether operations are being counted and oneDNN has bfloat16.
+    networks, and asks PyTorch whether operations are counted or transformed and oneDNN has bfloat16.
 Why: see above; a training step on a CPU takes less than three quarters of the time.
 Guarded by: tests/upstream/test_cpu_layers.py
 """
@@ -193,10 +193,10 @@ def _is_product(conv: nn.ConvTranspose3d) -> bool:
 
 def _suits(x: torch.Tensor) -> bool:
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
-    if tracing or torch.compiler.is_compiling():
+    if tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return (
-        type(x) is torch.Tensor  # neither a shape without data nor one of a function transform
+        type(x) is torch.Tensor  # no shape without data
         and x.device.type == "cpu"
         and x.numel() > 0
         and (_predicts_in_bfloat16(x) if torch.is_autocast_enabled("cpu") else x.dtype == torch.float32)
@@ -247,10 +247,15 @@ class _Convolution(torch.autograd.Function):
         return _convolved(x, weight, bias, stride, padding)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # gradients that are to have gradients are PyTorch's
+            with_graph = torch.ops.aten.convolution_backward(
+                gradient, x, weight, [len(weight)], ctx.stride, ctx.padding, [1, 1, 1], False, [0, 0, 0], 1,
+                (of_input, of_weight, of_bias),
+            )  # fmt: skip
+            return *with_graph, None, None
         gradient = gradient.contiguous()
 
         def gradients(gradient: torch.Tensor, x: torch.Tensor, *wanted: bool) -> list[Any]:

@@ -106,6 +106,18 @@ def test_prediction_is_what_the_allocator_holds(
     assert predicted.peak == pytest.approx(measured_peak(trainer), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(("dataset_json", "value"), [(builders.BRATS_JSON, 4), (LABELS, 3)])
+def test_an_ignore_label_is_counted(dataset_json: dict[str, Any], value: int) -> None:
+    """Of regions its own channel of the target; the heads stay what they are."""
+    ignoring = {**dataset_json, "labels": {**dataset_json["labels"], "ignore": value}}
+    plans = planned(fusion="mean")
+    without, told = (step_memory(plans, "3d_fullres", each) for each in (dataset_json, ignoring))
+    assert told.weights == without.weights
+    assert without.peak <= told.peak < 1.05 * without.peak
+    if dataset_json is builders.BRATS_JSON:
+        assert told.peak > without.peak
+
+
 @pytest.mark.parametrize("form", ["multi_encoder", "early_fusion"])
 @pytest.mark.parametrize("design", fusion_designs())
 def test_every_design_is_counted(design: str, form: str) -> None:

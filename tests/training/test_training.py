@@ -239,6 +239,24 @@ def test_modality_dropout_trains_the_stock_network_on_visible_channels(nnunet_fo
     assert torch.equal(shown[:, 2:], x[:, 2:])
 
 
+def test_a_case_is_validated_as_it_is_trained(nnunet_folders: Path) -> None:
+    """Empty means zero, whatever normalisation made of the placeholder; what was announced is forgotten afterwards."""
+    trainer = make_trainer(nnUNetTrainerModalityDropout, write_dataset(nnunet_folders))
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(False)
+    network = trainer.network.eval()
+    x = torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    x[:, 2] = -3
+    empty = x.clone()
+    empty[:, 2] = 0
+    with torch.no_grad():
+        wanted, untouched = network(empty), network(x)
+        assert not torch.equal(wanted, untouched)
+        for subset, expected in (((True, True, False, True), wanted), ((True,) * 4, untouched), (None, untouched)):
+            trainer.learner.announce(subset)
+            assert torch.equal(network(x), expected)
+
+
 def test_conditional_norms_learn_from_the_mask(nnunet_folders: Path) -> None:
     """Their parts per modality start at zero and get gradients; validation sees nothing of what is hidden."""
     trainer = make_trainer(

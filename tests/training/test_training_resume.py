@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_trainer, write_dataset
+from builders import TINY, make_trainer, plans, write_dataset
 from loss_cases import meta_network_of
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from training_cases import run_until_epoch
 
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training import nnUNetTrainerMGML
+from nnunetv2_mgml.training.compatibility import network_differences
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
 
 
@@ -134,6 +135,26 @@ def test_another_fold_of_another_network_is_refused(nnunet_folders: Path) -> Non
     longer = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "consistency_weight": 0.5})
     longer.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
     assert longer.current_epoch == 1
+
+
+@pytest.mark.parametrize(("fusion", "follows"), [("mmformer", True), ("concat", False)])
+def test_a_patch_that_a_design_is_sized_by_makes_another_network(fusion: str, follows: bool) -> None:
+    """Of the same architecture: position encodings have an entry per voxel of the bottleneck."""
+    small, large = ({**plans(), "mgml": {"config": {**TINY, "fusion": fusion}}} for _ in range(2))
+    large["configurations"]["3d_fullres"]["patch_size"] = [16, 16, 24]
+    found = network_differences(small, large, "3d_fullres")
+    assert found == (
+        ["patch_size of 3d_fullres was [16, 16, 16], is now [16, 16, 24], and the fusion follows it"] if follows else []
+    )
+
+
+def test_an_inherited_architecture_is_compared() -> None:
+    before, now = plans(), plans()
+    now["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 16, 64]
+    for each in (before, now):
+        each["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres"}
+    assert "3d_cascade_fullres differs" in network_differences(before, now, "3d_cascade_fullres")[0]
+    assert network_differences(before, before, "3d_cascade_fullres") == []
 
 
 def test_a_retrained_fold_does_not_keep_the_old_report(nnunet_folders: Path) -> None:

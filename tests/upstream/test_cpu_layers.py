@@ -256,6 +256,21 @@ def test_a_prediction_in_bfloat16_goes_the_same_way(size: tuple[int, ...]) -> No
     assert errors[0] < 1.1 * errors[1] < 0.02 * torch.linalg.vector_norm(exact)
 
 
+def test_gradients_have_gradients() -> None:
+    """As a penalty of a loss term of somebody else's needs them; and function transforms go by PyTorch's layers."""
+    stock, ours = pair(2, 3, 3, padding=1)
+    x = torch.randn(2, 2, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    found = []
+    for conv in (stock, ours):
+        given = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(conv(given).sin().sum(), given, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), [given, *conv.parameters()]))
+        per_sample = torch.func.vmap(lambda one, conv=conv: conv(one[None])[0])(x)
+        torch.testing.assert_close(per_sample, stock(x), rtol=1e-5, atol=1e-5)
+    for ours_has, stock_has in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours_has, stock_has, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_without_instructions_or_in_training_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = pair(2, 3, 3, padding=1)
     x = torch.randn(1, 2, 4, 4, 4)

@@ -54,7 +54,12 @@ class PaperSoftLabel(SoftLabel):
     def published_loss(self, step: Step, parameters: MetaParameters) -> torch.Tensor:
         """Return L_SL, unweighted."""
         return paper_soft_label_loss(
-            step.modality_logits, self.present(step), parameters, self.options.mask_ratio, step.valid
+            step.modality_logits,
+            self.present(step),
+            parameters,
+            self.options.mask_ratio,
+            step.valid,
+            self.options.mask_mode,
         )
 
 
@@ -86,6 +91,7 @@ def paper_soft_label_loss(
     parameters: MetaParameters,
     ratio: float,
     valid: torch.Tensor | None = None,
+    mode: str = "confidence",
 ) -> torch.Tensor:
     """Eq. 6-8 as printed: ``-w_c p log S`` summed over voxels, with ``p`` the student and S inside the log.
 
@@ -98,13 +104,14 @@ def paper_soft_label_loss(
         parameters: one set per sample.
         ratio: mask ratio at ``w_f = 0.5``.
         valid: ``(B, *spatial)`` bool, or None.
+        mode: of `keep_map`; eq. 6 is ``confidence``.
 
     Returns:
         Scalar; grows with the number of voxels.
     """
     with no_autocast(logits):
         log_fused = raw_fusion(logits, available, parameters).log_softmax(1)
-        keep = keep_map(log_fused.detach().exp(), parameters.w_f, ratio, "confidence")
+        keep = keep_map(log_fused.detach().exp(), parameters.w_f, ratio, mode)
         keep = keep if valid is None else keep & valid[:, None]
         students = (at_least_float32(logits).softmax(2) * keep[:, None]).flatten(3)
         per_class = (students * log_fused.flatten(2)[:, None]).sum(-1)

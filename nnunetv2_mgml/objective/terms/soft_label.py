@@ -51,13 +51,15 @@ class SoftLabelOptions(OptionGroup):
     mask_mode: str = option(
         "confidence",
         "confidence: unsure voxels are dropped more often; uniform: all alike; published, with reading=reference: "
-        "its mask_ratio draws per voxel with replacement, a map per modality",
+        "its mask_ratio draws per voxel with replacement, a map per modality. That reading has no confidence: "
+        "all alike instead",
         choices=("confidence", "uniform", "published"),
     )
     meta_objective: str = option(
         "ground_truth",
         "what trains the MetaNetwork. ground_truth: segmentation loss of the soft label; soft_label: "
-        "L_SL as in the paper (w_f ran to 0 or 1 within 100 steps in prototypes)",
+        "L_SL as in the paper (w_f ran to 0 or 1 within 100 steps in prototypes), and in both published readings "
+        "whatever is set here",
         choices=("ground_truth", "soft_label"),
     )
     meta_hidden: int = option(64, "width of the MetaNetwork's hidden layer", low=1)
