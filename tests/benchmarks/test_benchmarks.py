@@ -124,9 +124,10 @@ def test_one_step_of_each_row(benchmarks: SimpleNamespace, design: str) -> None:
     assert all(step.learner.network.fusion.options[key] == value for key, value in options.items())
 
 
-def test_stock_step_sees_only_what_is_visible(benchmarks: SimpleNamespace) -> None:
+@pytest.mark.parametrize("conditional", [False, True])
+def test_stock_step_sees_only_what_is_visible(benchmarks: SimpleNamespace, conditional: bool) -> None:
     plan = benchmarks.step.make_plan((16, 16, 16), 3)
-    learner = benchmarks.step.StockLearner(plan, width_factor=0.25)
+    learner = benchmarks.step.StockLearner(plan, width_factor=0.25, conditional=conditional)
     batch = benchmarks.step.random_batch(plan, 2)
     hidden = torch.where(batch.visible[:, :, None, None, None], batch.x, torch.nan)
     assert torch.equal(learner.loss(batch), learner.loss(batch._replace(x=hidden)))
@@ -134,7 +135,8 @@ def test_stock_step_sees_only_what_is_visible(benchmarks: SimpleNamespace) -> No
     subsets = torch.tensor([[True, False, True, True], [False, True, False, False]])
     together = learner.predict(batch.x, subsets)
     assert together.shape == (2, 2, 3, 16, 16, 16)
-    alone = learner.network(torch.where(subsets[1][None, :, None, None, None], batch.x, 0))
+    told = (subsets[1:2].expand(2, -1),) if conditional else ()
+    alone = learner.network(torch.where(subsets[1][None, :, None, None, None], batch.x, 0), *told)
     assert torch.equal(together[:, 1], alone)
 
 

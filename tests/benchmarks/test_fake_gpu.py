@@ -68,7 +68,10 @@ def to_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> No
 def fake_step(step: SimpleNamespace, mode: FakeTensorMode, options: dict[str, Any], device: torch.device) -> Any:
     """Return a training step on a fake device, on the GPU in float16."""
     plan = step.make_plan((16, 16, 16), 3)
-    learner = step.Learner(plan, {**options, "width_factor": 0.25})
+    if options == CONDITIONAL:
+        learner = step.StockLearner(plan, width_factor=0.25, conditional=True)
+    else:
+        learner = step.Learner(plan, {**options, "width_factor": 0.25})
     for module in learner.modules():
         to_fake(module, mode, device)
     batch = step.random_batch(plan, 2)
@@ -94,7 +97,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "demoseg_early": {"fusion": "demoseg", "network_form": "early_fusion"},
 }
 DESIGNS = {**{name: {"fusion": name} for name in fusion_designs()}, **FORMS}
-CASES = {**DESIGNS, **TERMS}
+CONDITIONAL = {"conditional": True}
+"""The stock network with conditional norms, which knows no options of ours."""
+CASES = {**DESIGNS, **TERMS, "conditional": CONDITIONAL}
 cases = pytest.mark.parametrize("name", list(CASES))
 
 

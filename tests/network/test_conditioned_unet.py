@@ -175,6 +175,24 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(loss, own, atol=1e-6)
 
 
+def test_compiled_it_is_one_graph_for_all_masks() -> None:
+    """And computes the same, in training as well."""
+    net = conditioned(stock(deep_supervision=True)).double().train()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = batch((16, 16, 16)).double()
+    torch._dynamo.utils.counters.clear()
+    for visible in (MIXED, ~MIXED, torch.ones_like(MIXED)):
+        found = []
+        for network in (net, compiled):
+            net.zero_grad()
+            outputs = network(x, visible)
+            sum(logits.square().mean() for logits in outputs).backward()
+            found.append([*outputs, *(parameter.grad for parameter in net.parameters())])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_cascades_channels_stay() -> None:
     net = conditioned(stock(previous=2))
     x = torch.randn(2, M + 2, 16, 16, 16, generator=torch.Generator().manual_seed(3))
