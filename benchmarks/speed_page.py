@@ -94,10 +94,9 @@ Xeon with bfloat16 instructions, two threads.
 - Kept (AMX): predictions in bfloat16 channels last as well, where a convolution takes 4.5 ms instead of 12.7 (one
   thread); with norms of few voxels on a plain copy (128 channels at 8^3 1.7 ms, with the copies 0.1) and the skip
   fusion's product below a whole case took 19.1 s instead of 26.5, the norms still being PyTorch's.
-- Kept, though slower (AMX, one thread): norms of predictions by sums over pieces, or in bfloat16 and of few channels on
-  a copy. PyTorch's group norm of what lies channels last is fast and inexact: 32 channels at 64^3 22 ms and off by up
-  to 0.08 where the mean is 30 deviations from 0 (by 0.002 at 96^3 where it is one); in pieces 42 ms and 3e-6, on a copy
-  76 ms and 2e-6.
+- Kept, though no faster (AMX, one thread): norms of predictions by sums over pieces. PyTorch's group norm of what lies
+  channels last is inexact: 16 channels at 64^3 7.7 ms and off by 0.06 where the mean is 30 deviations from 0, by 0.002
+  at 96^3 where it is one; in pieces 8.5 ms and 3e-6, on a copy 21 ms. In bfloat16 2.5 ms, in pieces 9.4, on a copy 11.
 - Kept (AMX): what the skip fusion multiplies first stays channels last; PyTorch's batched product copied it in bfloat16
   (9.7 ms, now 0.8).
 - Not kept, since slower or no faster: the gradient of the weights as 27 (258 ms) or 9 (223 ms) matrix products over

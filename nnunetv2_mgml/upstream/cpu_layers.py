@@ -34,10 +34,7 @@ _FEW_VOXELS = 1024
 """Feature maps of fewer voxels stay channel by channel after a norm: the next convolution's copy costs little."""
 
 _PIECE = 8192
-"""Voxels whose sums are in float32, and whose channels stay in the cache meanwhile."""
-
-_PIECE_ROW = 16
-"""With fewer channels, or in bfloat16, norms of copies are faster than of pieces."""
+"""Voxels whose sums are in float32, and whose channels stay in the cache meanwhile; fewer are rather copied."""
 
 
 class Conv3d(nn.Conv3d):
@@ -118,12 +115,12 @@ def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
 
 def _grouped(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
     # on what does not lie channel by channel PyTorch's sums are inexact, and on few voxels up to 50 times slower
-    few = x.numel() <= _FEW_VOXELS * x.shape[0] * x.shape[1]
     last = x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
-    if last and not few and not torch.is_grad_enabled() and x.dtype == torch.float32 and x.shape[1] >= _PIECE_ROW:
+    voxels = math.prod(x.shape[2:])
+    if last and voxels > _PIECE and not torch.is_grad_enabled():
         return _normed_in_pieces(x, scale, shift, eps)
     result = functional.group_norm(x.contiguous(), x.shape[1], scale, shift, eps)
-    return _channels_last(result) if last and not few else result
+    return _channels_last(result) if last and voxels > _FEW_VOXELS else result
 
 
 def _normed_in_pieces(
@@ -138,10 +135,10 @@ def _normed_in_pieces(
     result = torch.empty_like(voxels)
 
     def rows(values: torch.Tensor) -> torch.Tensor:  # as long as a piece: broadcasting few channels is slow
-        return values.float().expand(min(_PIECE, voxels.shape[1]), channels).contiguous()
+        return values.float().expand(_PIECE, channels).contiguous()
 
     for sample, normed_sample in zip(voxels, result, strict=True):
-        guess = sample[:_PIECE].mean(0)
+        guess = sample[:_PIECE].float().mean(0)
         guesses = rows(guess)
         sums, squares = [], []
         for piece in sample.split(_PIECE):
@@ -154,7 +151,11 @@ def _normed_in_pieces(
         constant = -(guess.double() + off) * factor
         factors, constants = rows(factor), rows(constant if shift is None else constant + shift)
         for piece, normed_piece in zip(sample.split(_PIECE), normed_sample.split(_PIECE), strict=True):
-            torch.addcmul(constants[: len(piece)], piece, factors[: len(piece)], out=normed_piece)
+            of_piece = (constants[: len(piece)], piece.float(), factors[: len(piece)])
+            if x.dtype == torch.float32:
+                torch.addcmul(*of_piece, out=normed_piece)
+            else:
+                normed_piece.copy_(torch.addcmul(*of_piece))
     own: torch.Tensor = result.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3)
     return own
 
