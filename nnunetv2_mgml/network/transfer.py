@@ -234,6 +234,8 @@ class _Rules:
         found = self.donor.weights.get(source)
         if self.form == "stock" and key == self.first and found is not None:
             found = self._columns(found, own, list(range(len(self.channels))))
+        if key.endswith(".of_modalities") and found is not None:
+            found = self._rows(found)
         return part, f"its {part}", found
 
     # --- encoders -----------------------------------------------------------------------------------------------------
@@ -285,6 +287,13 @@ class _Rules:
         if self.same_labels and offered.shape == previous.shape:
             previous = offered
         return torch.cat((columns, previous.to(columns)), 1)
+
+    def _rows(self, found: torch.Tensor) -> torch.Tensor | None:
+        """Return a conditional norm's parts ``(M, 2, C)``; nothing is added for a modality that the donor lacks."""
+        if self.donor.channels is None or len(found) != len(self.donor.channels):
+            return None
+        indices = [self.pairs[m] for m in range(len(self.channels))]
+        return torch.stack([torch.zeros_like(found[0]) if j is None else found[j] for j in indices])
 
     # --- fusion -------------------------------------------------------------------------------------------------------
     def _design(self) -> _DesignLayout | None:

@@ -18,6 +18,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.commands.warmstart import parse_use
+from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.transfer import Donor, labels_of, transfer, unique_tensors
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
@@ -251,6 +252,38 @@ def test_early_fusion_from_early_fusion() -> None:
     assert any("order of the modalities" in note for note in taken.notes)
     with pytest.raises(ValueError, match="early-fusion form, this network the multi-encoder form"):
         start(ours(), donor(source))
+
+
+def test_conditional_norms_go_by_the_names_of_modalities() -> None:
+    """In another order the same model, from a stock network a stock network, and a new modality adds nothing yet."""
+
+    def conditional(modalities: int, taught: bool) -> ConditionedUNet:
+        net = ConditionedUNet(stock_network(modalities), modalities).double()
+        for name, parameter in net.named_parameters() if taught else ():
+            if name.endswith("of_modalities"):
+                torch.nn.init.normal_(parameter)
+        return net.eval()
+
+    trained, turned = conditional(4, taught=True), conditional(4, taught=True)
+    taken = start(turned, donor(trained, OTHER_ORDER))
+    assert taken.taken == sum(part.total for part in taken.parts)
+    x = torch.randn(1, 4, 16, 16, 16, dtype=torch.float64)
+    visible = torch.tensor([[True, False, True, True]])
+    order = [CHANNELS.index(name) for name in OTHER_ORDER]
+    with torch.no_grad():
+        torch.testing.assert_close(turned(x, visible), trained(x[:, order], visible[:, order]))
+    stock = stock_network().double().eval()
+    fresh = conditional(4, taught=False)
+    start(fresh, donor(stock))
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(x, torch.ones_like(visible)), stock(x))
+    more = conditional(5, taught=True)
+    start(more, donor(trained), (*CHANNELS, "dwi"))
+    norms = [module for module in more.modules() if hasattr(module, "of_modalities")]
+    theirs = [module for module in trained.modules() if hasattr(module, "of_modalities")]
+    for own, their in zip(norms, theirs, strict=True):
+        assert torch.equal(own.of_modalities[:4], their.of_modalities)
+        assert not own.of_modalities[4].any()
 
 
 def test_nothing_that_fits_is_refused_with_the_option_to_set() -> None:
