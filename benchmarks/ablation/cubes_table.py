@@ -27,6 +27,8 @@ from nnunetv2_mgml.scoring.statistics import bootstrap_interval
 
 RESULTS = Path(__file__).parent / "results" / "cubes"
 BASELINE = "baseline"
+PAIRS = (("conditional_dropout", "modality_dropout"),)
+"""Variants that are compared with each other as well, below a table."""
 KEYS = {"test": ("test", "dice"), "validation": ("validation", "validation_dice")}
 """Where a result has its means, and Dice per patient."""
 Result = dict[str, Any]
@@ -82,6 +84,12 @@ def _table(results: Sequence[Result], on: str, baseline: str) -> str:
         chosen = [r for r in results if r["variant"] == variant]
         cells = [f"`{variant}`", *_cells(summary(chosen, on)), *_change(reference, chosen, on)]
         lines.append(f"| {' | '.join(cells)} |")
+    for variant, other in PAIRS:
+        both = [[r for r in results if r["variant"] == name] for name in (other, variant)]
+        if all(both) and (change := _change(*both, on))[0] != "-":
+            lines.append(
+                f"\n`{variant}` against `{other}`: {change[0]}, 95 % interval {change[1]}; per seed {change[2]}."
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -174,7 +174,7 @@ def test_the_array_of_jobs_is_the_whole_table(cubes: SimpleNamespace, tmp_path: 
     args = cubes.cubes.parser().parse_args(arguments)
     assert (args.job, args.table, args.test, args.equal_time) == (7, True, True, "baseline")
     assert args.output == Path("cubes_work/7")
-    with pytest.raises(ValueError, match="Allowed: modality_dropout, baseline"):
+    with pytest.raises(ValueError, match="Allowed: modality_dropout, conditional_dropout, baseline"):
         _ = cubes.cubes_variants.Run("basline", 0, 1).training
 
 
@@ -199,6 +199,12 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     assert row.endswith("| 2 | 100 | 12.3 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
     assert " | 80 | 12.3 | - | - | - |" in same_time, "the baseline of another budget is none"
     assert "No finished runs yet" in cubes.cubes_table.tables(results, "validation")
+    variant, other = cubes.cubes_table.PAIRS[0]
+    assert f"`{variant}` against" not in text
+    results += [finished(cubes, other, seed, values) for seed, values in enumerate(baselines)]
+    results += [finished(cubes, variant, 2, baselines[2] + 0.03)]
+    text = cubes.cubes_table.tables(results, "test")
+    assert f"`{variant}` against `{other}`: +3.00, 95 % interval +3.00 to +3.00; per seed +3.00." in text
 
 
 def test_a_step_on_a_cpu_is_as_long_as_its_equal_time_took_it(
