@@ -260,6 +260,20 @@ def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Pa
     assert not (tmp_path / "none" / "figures" / "predictions.png").exists()
 
 
+def test_comparison_is_not_written_into_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("A", "B", "C"):
+        write_evaluation(tmp_path / name, CASES)
+        (tmp_path / name / "table.md").write_text(f"of {name}")
+    (tmp_path / "link").symlink_to(tmp_path / "A")
+    command = ["compare", str(tmp_path / "A"), str(tmp_path / "B"), "--names", "ours", "theirs", "-o"]
+    for name, why in (("A", "one of the compared"), ("link", "one of the compared"), ("C", "holds an evaluation")):
+        assert cli.main([*command, str(tmp_path / name)]) == 2
+        assert f"-o {tmp_path / name} {'is ' if 'one' in why else ''}{why}" in capsys.readouterr().err
+    for name in ("A", "B", "C"):
+        assert (tmp_path / name / "table.md").read_text() == f"of {name}"
+        assert not (tmp_path / name / "comparison.csv").exists()
+
+
 # --- errors ---
 
 
