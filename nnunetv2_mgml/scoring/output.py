@@ -25,8 +25,9 @@ _RESULTS = (
     *(f"figures/{name}.png" for name in ("heatmap", "number_of_modalities", "shapley")),
 )
 _SETTINGS = "settings.json"
-_FOREIGN = ("results.csv", "summary.json", "plans.json", "imagesTr", "imagesTs")
-"""Where there are no settings beside them: of a data set, a model, or of nnU-Net's predictions and their summary."""
+_OURS = ("results.csv", "summary.json")
+_FOREIGN = (*_OURS, "plans.json", "imagesTr", "imagesTs")
+"""Where no evaluation is there: of a data set, a model, or of nnU-Net's predictions and their summary."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +68,9 @@ def open_output(
     inputs = list(inputs)
     _refuse_input(folder, inputs)
     stored = read_json(file) if file.is_file() else None
-    if stored is None and (foreign := [name for name in _FOREIGN if (folder / name).exists()]):
+    finished = all((folder / name).is_file() for name in _OURS)
+    foreign = [name for name in _FOREIGN if (folder / name).exists()]
+    if stored is None and not finished and foreign:
         raise ValueError(
             f"{folder} holds {', '.join(foreign)}, but no evaluation ({file.name}): it is a data set, a model or "
             f"predictions, and is left as it is. Use another -o, such as {folder / 'evaluation'}."
