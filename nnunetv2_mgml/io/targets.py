@@ -1,9 +1,11 @@
-"""Where a command may write: never over what it reads, and over what is there only when asked to."""
+"""Where a command may write: never over what it reads, over what is there only when asked to, and nothing in vain."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,3 +36,16 @@ def is_same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
         return os.path.samefile(one, other)
     except OSError:  # one of them is not there
         return Path(one).resolve() == Path(other).resolve()
+
+
+@contextmanager
+def removing_if_empty(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Remove a folder, and those above it, that were made meanwhile and hold nothing in the end."""
+    place = Path(folder).absolute()
+    absent = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in absent:
+            with contextlib.suppress(OSError):  # something is in it, or it was never made
+                path.rmdir()
