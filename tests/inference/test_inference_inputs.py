@@ -277,3 +277,14 @@ def test_folders_with_the_names_of_brats_and_sheets(tmp_path: Path) -> None:
         resolve(cases[1], ["auto"], ("adc", "flair"))
     with pytest.raises(ValueError, match="has pet, FLAIR, adc; the model's modalities are t1"):
         find_cases(sheet, ".nii.gz", ("t1",))
+
+
+def test_columns_that_the_model_does_not_know_are_named_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "in.csv").write_text("case,t1,flare,dwi\nA,a.nii.gz,,\nB,a.nii.gz,gone.nii.gz,\n")
+    assert [case.files for case in find_cases(tmp_path / "in.csv", ".nii.gz", CHANNELS)] == [
+        {0: str(tmp_path / "a.nii.gz")}
+    ] * 2
+    assert caplog.messages == ["Not of this model and left out: flare, dwi"]
