@@ -73,7 +73,7 @@ def open_output(
     if stored is None and not finished and foreign:
         raise ValueError(
             f"{folder} holds {', '.join(foreign)}, but no evaluation ({file.name}): it is a data set, a model or "
-            f"predictions, and is left as it is. Use another -o, such as {folder / 'evaluation'}."
+            f"predictions, and is left as it is. Use another -o."
         )
     different: dict[str, str] = {} if stored is None else _differences(stored, fingerprint)
     if stored is None and "model" in fingerprint and any((folder / "predictions").glob("*/*")):
@@ -102,8 +102,7 @@ def _refuse_input(folder: Path, inputs: Iterable[Path]) -> None:
     for place in sorted({path if path.is_dir() else path.parent for path in inputs}):
         if is_same(folder, place):
             raise ValueError(
-                f"-o {folder} is what is evaluated ({place}); the evaluation needs a folder of its own. Use another "
-                f"-o, such as {folder / 'evaluation'}."
+                f"-o {folder} is what is evaluated ({place}); the evaluation needs a folder of its own. Use another -o."
             )
 
 

@@ -145,7 +145,7 @@ def _refuse_foreign(output: Path) -> None:
     if names and not (output / CHOICE).is_file():
         raise ValueError(
             f"{output} holds {', '.join(names)}, but no earlier choice ({CHOICE}), and is left as it is. Use another "
-            f"-o, such as {output / 'best'}."
+            f"-o."
         )
 
 
