@@ -45,8 +45,10 @@ class CohortSource:
 
         Raises:
             FileNotFoundError: no such folder or sheet.
-            ValueError: a source of another form, or without any case; see `io.case_files` and `find_decathlon`.
+            ValueError: a source of another form, or without any case; see `io.case_files` and `find_decathlon`. Or a
+                modality that was asked for and is none of ``known``.
         """
+        self._refuse_unknown()
         if self.form == "msd":
             return find_decathlon(self.path)
         if self.form == "bids":
@@ -57,14 +59,30 @@ class CohortSource:
             return find_by_patterns(self.path, dict(self.patterns), self.label, self.case_folders), {}
         return find_brats(self.path), {}
 
+    def _refuse_unknown(self) -> None:
+        """Raise a ValueError where a modality was named that the data set does not have: it would get no channel."""
+        spellings = set(map(canonical_name, self.known))
+        unknown = [name for name in (*self.patterns, *self.columns) if canonical_name(name) not in spellings]
+        if self.known and unknown:
+            raise ValueError(
+                f"--modalities names {', '.join(unknown)}, which the data set does not have; it has "
+                f"{', '.join(self.known)}. Name these, or leave --like out."
+            )
+
 
 def is_sheet(path: Path) -> bool:
     """Return whether a source is a sheet, by its ending, rather than a folder."""
     return path.is_file() and path.suffix.lower() in SHEET_SUFFIXES
 
 
+def not_of(channels: Sequence[str], found: FoundCases) -> list[str]:
+    """Return the modalities of cases that a data set does not have."""
+    known = set(map(canonical_name, channels))
+    return [name for name in found.modalities if canonical_name(name) not in known]
+
+
 def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
-    """Return the cases with the modalities, and in the order, of a data set; other modalities are left out.
+    """Return the cases with the modalities, and in the order, of a data set; others (`not_of`) are left out.
 
     Raises:
         ValueError: they have none of these modalities.

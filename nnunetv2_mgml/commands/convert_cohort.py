@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, CohortSummary, convert_cohort, write_images
 from nnunetv2_mgml.dataset_conversion.record import record_missing
-from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order, is_sheet
+from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order, is_sheet, not_of
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, read_dataset_json
 from nnunetv2_mgml.plans.folders import RAW, dataset_folder
@@ -199,6 +199,7 @@ def _run_raw(args: argparse.Namespace) -> int:
 def _run_images(args: argparse.Namespace) -> int:
     like = _channels_of(args.like) if args.like else ()
     found, _ = _source(args, None, like).find()
+    left_out = not_of(like, found) if like else []
     if like:
         found = in_order(found, like)
     written = write_images(
@@ -210,6 +211,8 @@ def _run_images(args: argparse.Namespace) -> int:
         progress=True,
     )
     print(f"Channels: {', '.join(f'{i} {name}' for i, name in enumerate(found.modalities))}")
+    if left_out:
+        print(f"Not of {args.like} and left out: {', '.join(left_out)}")
     print(_missing_line({case: names for case, names in written.missing.items() if names}))
     if found.left_over:
         print(_left_over_line([path.relative_to(found.origin) for path in found.left_over]))

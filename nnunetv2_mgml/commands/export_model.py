@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml export-model``."""
     add_model_choice(parser)
     add_checkpoints(parser)
-    parser.add_argument("-o", metavar="ZIP", type=Path, required=True, help="archive to write")
+    parser.add_argument("-o", metavar="ZIP", type=Path, required=True, help="archive to write, or a folder that exists")
     parser.add_argument("--license", metavar="TEXT", help="licence of the weights, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an archive of this name")
 

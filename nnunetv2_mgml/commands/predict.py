@@ -11,12 +11,14 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 from nnunetv2_mgml.commands.arguments import add_trust
 from nnunetv2_mgml.inference.compiled import BACKENDS
+from nnunetv2_mgml.inference.planning import check_places
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
+from nnunetv2_mgml.io.targets import removing_if_empty
 from nnunetv2_mgml.upstream.plain_errors import PlainError
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
@@ -29,9 +31,14 @@ _EXAMPLE = (
 
 
 class _Call:
-    """One run of nnU-Net's command, which asks back: for the arguments, then for the predictor."""
+    """One run of nnU-Net's command, which asks back: for the arguments, then for the predictor.
 
-    def __init__(self) -> None:
+    Args:
+        at_end: is left when the command is over.
+    """
+
+    def __init__(self, at_end: ExitStack) -> None:
+        self.at_end = at_end
         self.request = PredictionRequest()
         self.predictor: MGMLPredictor | None = None
         self.verbose = False
@@ -42,6 +49,9 @@ class _Call:
         self.request, self.verbose = _request_from(args), args.verbose
         if self.request.uses_our_flags:
             check_request(self.request)
+        check_places(args.i, args.o, getattr(args, "prev_stage_predictions", None))
+        self.at_end.enter_context(removing_if_empty(args.o))  # nnU-Net makes the folder before it looks at anything
+        if self.request.uses_our_flags:
             args.save_probabilities |= self.request.save_uncertainty
             _show_log()
         return args, self.build
@@ -69,10 +79,9 @@ class _Call:
 
     def blames_user(self, error: Exception) -> bool:
         """Whether an error is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
-        loading = self.predictor is not None and self.predictor.network is None
+        started = self.predictor is not None and self.predictor.network is not None
         if not self.request.uses_our_flags:
-            return loading and isinstance(error, (ValueError, OSError))
-        started = self.predictor is not None and not loading
+            return not started and isinstance(error, (ValueError, OSError))
         return isinstance(error, (ValueError, OSError)) or not started
 
 
@@ -149,10 +158,10 @@ def main(entry_point_name: str) -> NoReturn:
         entry_point_name: ``predict_entry_point`` or ``predict_entry_point_modelfolder``.
     """
     add_ext_dir()
-    call = _Call()
-    entry_point = stock_entry_point(entry_point_name)
+    entry_point, at_end = stock_entry_point(entry_point_name), ExitStack()
+    call = _Call(at_end)
     try:
-        with _own_log(), intercepted(call.parse):
+        with at_end, _own_log(), intercepted(call.parse):
             entry_point()
             call.finish()
     except KeyboardInterrupt:

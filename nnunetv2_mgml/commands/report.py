@@ -12,7 +12,9 @@ from nnunetv2_mgml.workflows.report import InternalsRequest, ReportRequest, make
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mgml report``."""
     parser.add_argument("evaluation", metavar="EVALDIR", type=Path, help="folder written by `mgml evaluate`")
-    parser.add_argument("-o", metavar="FILE", type=Path, help="the page; report.html in EVALDIR by default")
+    parser.add_argument(
+        "-o", metavar="FILE", type=Path, help="the page (.html), or a folder; report.html in EVALDIR by default"
+    )
     parser.add_argument("--title", help="heading of the page; the evaluation's name by default")
     parser.add_argument(
         "--training_log",

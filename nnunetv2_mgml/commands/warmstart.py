@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="modalities of the checkpoint in channel order, where it does not say so itself",
     )
     parser.add_argument("-o", metavar="FILE", type=Path, help="checkpoint to write; without it only the table is shown")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of this name")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         stands_for=parse_use(args.use),
         channels=args.channels,
         output=args.o,
+        overwrite=args.overwrite,
     )
     folder, taken = warm_start(request)
     print(f"{args.tr} on {folder.name} takes from {args.checkpoint}:")

@@ -96,6 +96,12 @@ def _names(text: str, channels: Sequence[str]) -> list[str]:
     return [text.strip()]
 
 
+def check_source(folder: str | Path) -> None:
+    """Raise a FileNotFoundError unless there is a folder, or a sheet, of this name."""
+    if not os.path.isdir(folder) and not (os.path.isfile(folder) and str(folder).lower().endswith(SHEET_SUFFIXES)):
+        raise FileNotFoundError(f"Input folder {folder} does not exist.")
+
+
 def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) -> list[Case]:
     """Return the cases of an input folder, sorted by name.
 
@@ -109,10 +115,9 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
         FileNotFoundError: no such folder.
         ValueError: no file in it is named as nnU-Net or BraTS does, or the sheet is none.
     """
-    if os.path.isfile(folder) and str(folder).lower().endswith(SHEET_SUFFIXES):
+    check_source(folder)
+    if os.path.isfile(folder):
         return _named_cases(read_sheet(Path(folder), known=channels), channels)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"Input folder {folder} does not exist.")
     # A broken link is listed too: it is an unreadable file, not a missing modality.
     names = sorted(
         n for n in os.listdir(folder) if not n.startswith(".") and not os.path.isdir(os.path.join(folder, n))
@@ -135,7 +140,25 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
         _log.warning("Ignored in %s, no channel number _XXXX before %s: %s", folder, file_ending, ", ".join(ignored))
     cases = [_case(name, paths, file_ending) for name, paths in sorted(grouped.items())]
     _doubt_numbers(cases, channels)
+    _doubt_names(cases)
     return cases
+
+
+def _doubt_names(cases: Sequence[Case]) -> None:
+    """Warn of files that may be the segmentation of another case: ``p_0001`` beside a case named so."""
+    names = {case.name for case in cases}
+    doubtful = {
+        os.path.basename(path): f"{case.name}_{channel:04d}"
+        for case in cases
+        for channel, path in case.files.items()
+        if f"{case.name}_{channel:04d}" in names
+    }
+    if doubtful:
+        _log.warning(
+            "Taken for images, but perhaps segmentations, or without the channel in their names, as there are cases of "
+            "these names: %s. If so, move them out of the input folder.",
+            ", ".join(f"{file} (case {name})" for file, name in doubtful.items()),
+        )
 
 
 def _doubt_numbers(cases: Sequence[Case], channels: Sequence[str]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, find_cases
+from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, check_source, find_cases
+from nnunetv2_mgml.io.targets import is_same
 from nnunetv2_mgml.io.volumes import not_finished, not_finished_archive
 
 _log = logging.getLogger(__name__)
@@ -42,12 +43,16 @@ def plan_cases(
     part_id: int,
     num_parts: int,
     save_probabilities: bool,
+    again: Collection[str] = (),
 ) -> Plan:
     """Work out what to predict; the parameters are those of ``nnUNetPredictor.predict_from_files``.
 
+    Of its own is ``again``: names of cases whose output counts as absent.
+
     Raises:
         FileNotFoundError: no input folder.
-        ValueError: no case, a wrong part, outputs that do not match the inputs, or two cases with one output.
+        ValueError: no case, a wrong part, outputs that do not match the inputs, two cases with one output, or an output
+            that is one of the images.
     """
     if not 0 <= part_id < num_parts:
         raise ValueError(f"part_id must be 0 to {num_parts - 1} with num_parts {num_parts}, got {part_id}.")
@@ -60,9 +65,47 @@ def plan_cases(
         if names.count(case.name) > 1:
             case = replace(case, name=f"{case.name} [{number}]")
         planned.append(PlannedCase(case, ofile, segmentation))
+    _refuse_images(planned, file_ending)
     mine = planned[part_id::num_parts]
-    done = [] if overwrite else [p for p in mine if _is_finished(p, file_ending, save_probabilities)]
+    kept = [] if overwrite else [p for p in mine if p.case.name not in again]
+    done = [p for p in kept if _is_finished(p, file_ending, save_probabilities)]
     return Plan([p for p in mine if p not in done], done)
+
+
+def check_places(source: Any, target: Any, previous_stage: str | Path | None = None) -> None:
+    """Raise, before anything is written, where a call reads and writes one folder, or there is none to read.
+
+    The parameters are those of ``nnUNetPredictor.predict_from_files``.
+
+    Raises:
+        FileNotFoundError: no input folder.
+        ValueError: the output folder is the input folder, or that of a cascade's previous stage.
+    """
+    if isinstance(source, (str, Path)):
+        check_source(source)
+    if not isinstance(target, (str, Path)):
+        return
+    if isinstance(source, (str, Path)) and is_same(source, target):
+        raise ValueError(
+            f"The output folder {target} is the input folder; a later run would take segmentations for images. Choose "
+            f"another output folder (-o)."
+        )
+    if previous_stage is not None and is_same(previous_stage, target):
+        raise ValueError(
+            f"The output folder {target} is that of the previous stage's predictions, which would be replaced. Choose "
+            f"another output folder (-o)."
+        )
+
+
+def _refuse_images(planned: Sequence[PlannedCase], file_ending: str) -> None:
+    """Raise a ValueError where a segmentation would replace an image: of a sheet, say, that names CASE.nii.gz."""
+    images = {os.path.realpath(file) for one in planned for file in one.case.files.values()}
+    for one in planned:
+        if one.ofile is not None and os.path.realpath(one.ofile + file_ending) in images:
+            raise ValueError(
+                f"The segmentation of case {one.case.name} would replace an image, {one.ofile + file_ending}. Choose "
+                f"another output folder (-o)."
+            )
 
 
 def _is_finished(planned: PlannedCase, file_ending: str, with_probabilities: bool) -> bool:

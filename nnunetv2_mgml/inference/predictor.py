@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from nnunetv2_mgml.inference.arrays import prepare_image, prepare_named
 from nnunetv2_mgml.inference.case_quality import export_and_sum_up
 from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require_openvino
+from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.inputs import AUTO, parse_missing
 from nnunetv2_mgml.inference.model_check import building, check_checkpoint, check_model_folder, check_supported
-from nnunetv2_mgml.inference.planning import output_folder, plan_cases
+from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases
 from nnunetv2_mgml.inference.preprocessing import FailedItem, Item, Job, Model, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.io.workers import Task, WorkerPool
@@ -114,6 +115,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         self.failures: dict[str, str] = {}
         self.sequential_part = (0, 1)
         self._origin: dict[str, Any] = {}
+        self._plan: Plan | None = None
         self._report: PredictionReport | None = None
         self.report_file: Path | None = None
         self.report_cases: list[str] = []
@@ -190,7 +192,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             Per case None (written to a file, or failed) or the segmentation ``(z, y, x)``; None where there is no case.
 
         Raises:
-            ValueError, FileNotFoundError: wrong arguments, found before any work.
+            ValueError, FileNotFoundError: wrong arguments, found before any work and before anything is written; with
+                ``overwrite=False`` also segmentations that are there and were made with other settings.
         """
         source, target = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
         source, target = _as_text(source), _as_text(target)
@@ -200,7 +203,11 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 f"This model is the second stage of a cascade: give the folder with the predictions of "
                 f"{previous} (-prev_stage_predictions)."
             )
+        check_places(source, target, folder_with_segs_from_prev_stage)
         self.failures = {}
+        if self.missing_modalities is not None:  # upstream writes into the folder before it looks for cases
+            arguments = (source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts)
+            self._plan = self._make_plan(*arguments, save_probabilities)
         try:
             results: list[Any] | None = super().predict_from_files(
                 source,
@@ -215,11 +222,11 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             )
             return results
         finally:
+            self._plan = None
             if self._report is not None:
                 self._report.save()
                 self._report = None
 
-    @unless_stock
     def predict_from_files_sequential(
         self,
         list_of_lists_or_source_folder: Any,
@@ -229,6 +236,20 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         folder_with_segs_from_prev_stage: str | None = None,
     ) -> list[Any] | None:
         """`predict_from_files` without worker processes."""
+        if self.missing_modalities is None:
+            check_places(
+                list_of_lists_or_source_folder,
+                output_folder_or_list_of_truncated_output_files,
+                folder_with_segs_from_prev_stage,
+            )
+            stock: list[Any] | None = super().predict_from_files_sequential(
+                list_of_lists_or_source_folder,
+                output_folder_or_list_of_truncated_output_files,
+                save_probabilities,
+                overwrite,
+                folder_with_segs_from_prev_stage,
+            )
+            return stock
         files = (list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files)
         part_id, num_parts = self.sequential_part
         return self.predict_from_files(
@@ -248,31 +269,12 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
     ) -> tuple[list[Any], list[str | None] | None, list[str | None]]:
         """As upstream, with a `Case` in place of each list of files."""
         source, target = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
-        plan = plan_cases(
-            source,
-            target,
-            folder_with_segs_from_prev_stage,
-            self.dataset_json["file_ending"],
-            self.channels,
-            overwrite=overwrite,
-            part_id=part_id,
-            num_parts=num_parts,
-            save_probabilities=save_probabilities,
-        )
+        arguments = (source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts)
+        plan = self._plan or self._make_plan(*arguments, save_probabilities)
         folder = output_folder(target)
         if folder is not None:
-            about = {
-                **self._origin,
-                "trainer": self.trainer_name,
-                "missing_modalities": self.missing_modalities,
-                "tile_step_size": self.tile_step_size,
-                "use_mirroring": self.use_mirroring,
-                "device": str(self.device),
-                "cpu_bfloat16": self.cpu_bfloat16,
-                "backend": self.backend,
-            }
             self._report = PredictionReport(
-                folder, about, self.channels, keep=not overwrite, part_id=part_id, num_parts=num_parts
+                folder, self._about, self.channels, keep=not overwrite, part_id=part_id, num_parts=num_parts
             )
             self.report_file, self.report_cases = self._report.path, [planned.case.name for planned in plan.todo]
             self._report.begin(self.report_cases, [planned.case.name for planned in plan.done])
@@ -282,6 +284,50 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             [planned.ofile for planned in plan.todo],
             [planned.previous_stage for planned in plan.todo],
         )
+
+    def _make_plan(
+        self,
+        source: Any,
+        target: Any,
+        previous_stage: str | None,
+        overwrite: bool,
+        part_id: int,
+        num_parts: int,
+        save_probabilities: bool,
+    ) -> Plan:
+        """Work out what to predict; raises as `plan_cases` and `Earlier.refuse_other_settings` do."""
+        earlier = Earlier(None if overwrite else output_folder(target))
+        plan = plan_cases(
+            source,
+            target,
+            previous_stage,
+            self.dataset_json["file_ending"],
+            self.channels,
+            overwrite=overwrite,
+            part_id=part_id,
+            num_parts=num_parts,
+            save_probabilities=save_probabilities,
+            again=earlier.unfinished,
+        )
+        todo, done = ({planned.case.name for planned in part} for part in plan)
+        # a part reports on its own cases, a whole run also on those that are not among its inputs
+        kept = done if num_parts > 1 else earlier.cases.keys() - todo
+        earlier.refuse_other_settings(self._about, self.channels, kept)
+        return plan
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a report says of the model and its settings."""
+        return {
+            **self._origin,
+            "trainer": self.trainer_name,
+            "missing_modalities": self.missing_modalities,
+            "tile_step_size": self.tile_step_size,
+            "use_mirroring": self.use_mirroring,
+            "device": str(self.device),
+            "cpu_bfloat16": self.cpu_bfloat16,
+            "backend": self.backend,
+        }
 
     @unless_stock
     def _internal_get_data_iterator_from_lists_of_filenames(
@@ -432,14 +478,14 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                             outputs[item.case] = item.ofile + self.dataset_json["file_ending"]
                     results.append(None)
                     while len(waiting) > at_most:
-                        self._finish(results, pool, *waiting.popleft())
+                        self._finish_first(results, pool, waiting)
                 while waiting:
-                    self._finish(results, pool, *waiting.popleft())
+                    self._finish_first(results, pool, waiting)
             self._refuse_lost(outputs)
         finally:
             for _, case, task in waiting:  # interrupted: what the workers still finished is complete
                 if self._report is not None and task.succeeded():
-                    self._report.finish(case)
+                    self._report.finish(case, summary=task.future.result() if self._sums_up else None)
             if isinstance(data_iterator, Iterator) and hasattr(data_iterator, "close"):
                 data_iterator.close()
             compute_gaussian.cache_clear()
@@ -464,6 +510,11 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             return pool.submit(function, *arguments)
         empty_cache(self.device)  # only now is the failed attempt's memory free
         return None
+
+    def _finish_first(self, results: list[Any], pool: WorkerPool, waiting: deque[tuple[int, str, Task]]) -> None:
+        """Wait for the export of a case; it leaves the queue afterwards, so that an interruption does not lose it."""
+        self._finish(results, pool, *waiting[0])
+        waiting.popleft()
 
     def _finish(self, results: list[Any], pool: WorkerPool, index: int, case: str, task: Task) -> None:
         summary = None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.inference.case_quality import Summary, estimates, stored_fit
+from nnunetv2_mgml.inference.earlier import REPORT_NAME, Earlier
 from nnunetv2_mgml.inference.subset_quality import (
     expected_quality,
     expected_volume_error,
@@ -27,13 +28,12 @@ from nnunetv2_mgml.inference.subset_quality import (
     quality_terms,
     unreliable_regions,
 )
-from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.modalities import subset_name
 
 if TYPE_CHECKING:
     from nnunetv2_mgml.inference.preprocessing import Item
 
-REPORT_NAME = "mgml_prediction.json"
 SECONDS_BETWEEN_WRITES = 5.0
 """While cases finish the file is brought up to date at most this often."""
 
@@ -47,8 +47,8 @@ class PredictionReport:
         folder: the output folder.
         model: what to say of the model (folder, folds, checkpoint, trainer, ...).
         channels: the model's modality names in channel order.
-        keep: start from the report in the folder, so that a continued prediction describes all cases.
-        part_id: with ``num_parts`` > 1 every part writes a file of its own.
+        keep: start from the reports in the folder, so that a continued prediction describes all cases.
+        part_id: with ``num_parts`` > 1 every part writes a file of its own, about its own cases.
         num_parts: number of parts the work is split into.
     """
 
@@ -65,7 +65,8 @@ class PredictionReport:
         name = REPORT_NAME if num_parts == 1 else f"{Path(REPORT_NAME).stem}_part{part_id}of{num_parts}.json"
         self.path = Path(folder) / name
         self.channels = tuple(channels)
-        self.cases: dict[str, dict[str, Any]] = _earlier_cases(self.path) if keep else {}
+        self.cases: dict[str, dict[str, Any]] = Earlier(folder).cases if keep else {}
+        self._is_part = num_parts > 1
         self._told: set[tuple[bool, ...]] = set()
         self._written = -math.inf
         self._head: dict[str, Any] = {
@@ -95,7 +96,12 @@ class PredictionReport:
             return {}
 
     def begin(self, todo: Sequence[str], done: Sequence[str]) -> None:
-        """Note the cases to predict, and those skipped because their output is there."""
+        """Note the cases to predict, and those skipped because their output is there, and write that down.
+
+        A run that is killed at once is thus known to have meant to replace what is there.
+        """
+        if self._is_part:
+            self.cases = {case: entry for case, entry in self.cases.items() if case in {*todo, *done}}
         self.cases.update({case: {"status": "pending"} for case in todo})
         for case in done:
             entry = self.cases.setdefault(case, {"status": "skipped"})
@@ -103,6 +109,8 @@ class PredictionReport:
                 entry["status"] = "skipped"
             elif entry.get("status") == "failed":  # the segmentation is of an earlier run
                 self.cases[case] = {"status": "skipped"}
+        self._try_to_write()
+        self._written = -math.inf
 
     def add_item(self, item: Item) -> None:
         """Note what a preprocessed case is predicted from."""
@@ -149,11 +157,7 @@ class PredictionReport:
         if error is not None:
             entry["error"] = error
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
-            try:
-                self._write(None)
-            except OSError as error:  # must not cost the prediction; `save` tries again, and raises
-                _log.warning("%s", error)
-                self._written = time.monotonic()
+            self._try_to_write()
 
     def save(self) -> None:
         """Write the file for the last time. Cases that are still pending were interrupted.
@@ -162,6 +166,13 @@ class PredictionReport:
             OSError: it cannot be written; it names the file.
         """
         self._write(_now())
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write(None)
+        except OSError as error:  # must not cost the prediction; `save` tries again, and raises
+            _log.warning("%s", error)
+            self._written = time.monotonic()
 
     def _write(self, finished: str | None) -> None:
         write_json(self.path, {**self._head, "finished": finished, "cases": self.cases})
@@ -178,19 +189,5 @@ def estimate_line(found: dict[str, Any]) -> str:
     return f"estimated Dice of this case: {'; '.join(parts)}"
 
 
-def _earlier_cases(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of a report, or of the parts of one; what is damaged tells nothing."""
-    found: dict[str, dict[str, Any]] = {}
-    for file in [*sorted(path.parent.glob(f"{path.stem}_part*of*.json")), path] if path.name == REPORT_NAME else [path]:
-        try:
-            cases = read_json(file)["cases"].items()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-        for case, entry in cases:
-            if isinstance(entry, dict) and (case not in found or entry.get("status") == "predicted"):
-                found[case] = entry
-    return found
-
-
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

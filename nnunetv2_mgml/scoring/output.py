@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.targets import is_same
 
 SCORING_ONLY = ("scoring.metrics", "scoring.min_region_voxels", "scoring.policy")
 """Settings that do not change a prediction; their parts (``scoring.min_region_voxels.WT``) belong to them."""
@@ -23,7 +24,16 @@ _RESULTS = (
     "table.tex",
     *(f"figures/{name}.png" for name in ("heatmap", "number_of_modalities", "shapley")),
 )
+_SETTINGS = "settings.json"
+_OURS = ("results.csv", "summary.json")
+_FOREIGN = (*_OURS, "plans.json", "imagesTr", "imagesTs")
+"""Where no evaluation is there: of a data set, a model, or of nnU-Net's predictions and their summary."""
 _log = logging.getLogger(__name__)
+
+
+def holds_evaluation(folder: Path) -> bool:
+    """Return whether there is an evaluation in a folder, finished or begun."""
+    return (folder / _SETTINGS).is_file() or (folder / "results.csv").is_file()
 
 
 def open_output(
@@ -46,15 +56,25 @@ def open_output(
         overwrite: delete what an earlier evaluation left (only files of ours). Where nothing but `SCORING_ONLY`
             settings differ, its predictions are kept and only scored again.
         subsets: names of the subsets this run evaluates.
-        inputs: folders and files this run reads; none may lie in what would be deleted.
+        inputs: folders and files this run reads; none may be the folder, or lie in what would be deleted.
         restart_if_changed: ``overwrite`` where settings differ, resume where they do not.
 
     Raises:
         ValueError: the folder holds an evaluation with other settings, or these subsets and more, or predictions of
-            unknown origin, or an input lies in what would be deleted; the message names it.
+            unknown origin, or is an input or another's folder, or an input lies in what would be deleted; the message
+            names it.
     """
-    file = folder / "settings.json"
+    file = folder / _SETTINGS
+    inputs = list(inputs)
+    _refuse_input(folder, inputs)
     stored = read_json(file) if file.is_file() else None
+    finished = all((folder / name).is_file() for name in _OURS)
+    foreign = [name for name in _FOREIGN if (folder / name).exists()]
+    if stored is None and not finished and foreign:
+        raise ValueError(
+            f"{folder} holds {', '.join(foreign)}, but no evaluation ({file.name}): it is a data set, a model or "
+            f"predictions, and is left as it is. Use another -o."
+        )
     different: dict[str, str] = {} if stored is None else _differences(stored, fingerprint)
     if stored is None and "model" in fingerprint and any((folder / "predictions").glob("*/*")):
         raise ValueError(
@@ -75,6 +95,15 @@ def open_output(
     if (folder / "figures").is_dir() and not any((folder / "figures").iterdir()):
         (folder / "figures").rmdir()
     write_json(file, fingerprint)
+
+
+def _refuse_input(folder: Path, inputs: Iterable[Path]) -> None:
+    """Raise a ValueError where an evaluation would be written among what it reads."""
+    for place in sorted({path if path.is_dir() else path.parent for path in inputs}):
+        if is_same(folder, place):
+            raise ValueError(
+                f"-o {folder} is what is evaluated ({place}); the evaluation needs a folder of its own. Use another -o."
+            )
 
 
 def _delete_earlier(folder: Path, stored: dict[str, Any], different: dict[str, str], inputs: Iterable[Path]) -> None:

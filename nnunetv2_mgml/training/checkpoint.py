@@ -51,7 +51,7 @@ class Stored:
         """Look into a checkpoint without reading the weights into memory."""
         content = filename_or_checkpoint
         if isinstance(content, str):
-            content = load_checkpoint(content, mmap=True)
+            content = load_checkpoint(content, mmap=True, flag=False)
         return cls(content["init_args"]["plans"], content.get(CHECKPOINT_KEY) or {})
 
     @property

@@ -277,7 +277,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
             self.initialize()
         same = self.stored_optimizer == self.options.training.optimizer
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "checkpoint"
-        with loading(name), nullcontext() if same else without_optimizer_state(self):
+        with loading(name, flag=False), nullcontext() if same else without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
         self.learner.load_state_dict(stored.training_state, stored.options)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.io.files import read_json, replacing
+from nnunetv2_mgml.io.targets import check_output_file
 from nnunetv2_mgml.modalities import canonical_name, channel_names
 from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.network.transfer import Donor, Transfer, labels_of, transfer
@@ -43,7 +44,7 @@ def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor
         ValueError: not a checkpoint, one that would run code (see `upstream.checkpoints.loading`), or one of several
             channels that does not say which they are.
     """
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, flag=False)
     weights = content.get("network_weights")
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(
@@ -182,7 +183,9 @@ class WarmStartRequest:
     channels: Sequence[str] | None = None
     """Modalities of the checkpoint in channel order, where it does not say so itself."""
     output: Path | None = None
-    """Checkpoint to write; None writes nothing."""
+    """Checkpoint to write, another than ``checkpoint``; None writes nothing."""
+    overwrite: bool = False
+    """Replace a file of that name."""
 
 
 def warm_start(request: WarmStartRequest) -> tuple[Path, Transfer]:
@@ -193,8 +196,12 @@ def warm_start(request: WarmStartRequest) -> tuple[Path, Transfer]:
 
     Raises:
         FileNotFoundError: no such checkpoint, dataset or plans.
-        ValueError: a trainer that is not ours, or see `read_donor` and `warm_started`.
+        FileExistsError: the output is there already.
+        ValueError: a trainer that is not ours, an output that is the checkpoint itself, or see `read_donor` and
+            `warm_started`.
     """
+    if request.output is not None:
+        check_output_file(request.output, overwrite=request.overwrite, reads=[request.checkpoint])
     add_ext_dir()
     folder = dataset_folder(request.dataset, PREPROCESSED)
     trainer = recursive_find_trainer_class_by_name(request.trainer)
@@ -203,14 +210,11 @@ def warm_start(request: WarmStartRequest) -> tuple[Path, Transfer]:
             f"{request.trainer} is nnU-Net's own; nnUNetv2_train -tr {request.trainer} -pretrained_weights loads its "
             f"weights. Give a trainer of this plugin."
         )
-    content, taken = warm_started(
-        trainer,
-        read_json(folder / f"{request.plans}.json"),
-        read_json(folder / "dataset.json"),
-        request.configuration,
-        read_donor(request.checkpoint, request.channels),
-        request.stands_for,
-    )
+    plans, dataset_json = (read_json(folder / name) for name in (f"{request.plans}.json", "dataset.json"))
+    donor = read_donor(request.checkpoint, request.channels)
+    if request.output is not None:
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+    content, taken = warm_started(trainer, plans, dataset_json, request.configuration, donor, request.stands_for)
     if request.output is not None:
         write_checkpoint(content, request.output)
     return folder, taken

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from nnunetv2_mgml.io.targets import is_same
 from nnunetv2_mgml.presentation.outputs import write_comparison
 from nnunetv2_mgml.scoring.metrics import get_metric
+from nnunetv2_mgml.scoring.output import holds_evaluation
 from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
 from nnunetv2_mgml.scoring.statistics import compare_evaluations, pairable
 
@@ -57,14 +59,27 @@ def compare_folders(request: ComparisonRequest) -> Comparison:
 
     Raises:
         FileNotFoundError: a folder is no evaluation.
-        ValueError: evaluations that cannot be compared, or two of one name in folders of one name.
+        ValueError: evaluations that cannot be compared, or two of one name in folders of one name, or an output that
+            holds an evaluation.
     """
+    if request.output is not None:
+        _refuse_evaluation(request.output, request.folders)
     evaluations = pairable(_named(request), request.common_cases)
     table = compare_evaluations(evaluations, request.metrics, seed=request.seed)
     if request.output is None:
         return Comparison(table, evaluations)
     no_sheet = write_comparison(table, evaluations, request.folders, request.output, request.metrics, request.seed)
     return Comparison(table, evaluations, no_sheet)
+
+
+def _refuse_evaluation(output: Path, folders: Sequence[Path]) -> None:
+    """Raise a ValueError where the stacked tables would replace those of an evaluation."""
+    compared = any(is_same(output, folder) for folder in folders)
+    if compared or holds_evaluation(output):
+        raise ValueError(
+            f"-o {output} {'is one of the compared evaluations' if compared else 'holds an evaluation'}, whose "
+            f"table.md and table.tex would be replaced. Use another folder, such as {output / 'comparison'}."
+        )
 
 
 def _named(request: ComparisonRequest) -> list[Evaluation]:

@@ -221,7 +221,7 @@ def evaluate_predictions(request: PredictionsRequest) -> Evaluation:
         },
         request.overwrite,
         list(folders),
-        [request.labels, *folders.values()],
+        [request.labels, *folders.values(), *([request.predictions] if isinstance(request.predictions, Path) else [])],
         request.restart_if_changed,
     )
     with CasePool(settings, request.output / "cases", request.num_processes) as pool:
@@ -364,7 +364,7 @@ def _evaluate_label_maps(
         },
         request.overwrite,
         subsets,
-        cases.files,
+        [request.model_folder, *cases.files],
         request.restart_if_changed,
     )
     failures: dict[str, Exception] = {}

@@ -97,8 +97,10 @@ def find_best(request: BestRequest) -> Best:
 
     Raises:
         FileNotFoundError: a folder is no evaluation, or its label maps are gone.
-        ValueError: evaluations of other cases, channels or rules, without Dice or without all subsets.
+        ValueError: evaluations of other cases, channels or rules, without Dice or without all subsets; or an output
+            with files of these names that are of no earlier choice.
     """
+    _refuse_foreign(request.output)
     evaluations = [load_evaluation(Path(folder)) for folder in request.folders]
     if len(evaluations) > 1:
         evaluations = pairable(evaluations, request.common_cases)
@@ -135,6 +137,16 @@ def find_best(request: BestRequest) -> Best:
         },
     )
     return best
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raise a ValueError where files of a model or a data set would be replaced, or taken for an earlier choice's."""
+    names = [name for name in (INSTRUCTIONS, PLANS, DATASET) if (output / name).exists()]
+    if names and not (output / CHOICE).is_file():
+        raise ValueError(
+            f"{output} holds {', '.join(names)}, but no earlier choice ({CHOICE}), and is left as it is. Use another "
+            f"-o."
+        )
 
 
 def _check(evaluation: Evaluation, folder: Path) -> None:

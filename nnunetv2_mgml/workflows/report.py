@@ -14,7 +14,7 @@ from nnunetv2_mgml.presentation.figures.style import label_colours
 from nnunetv2_mgml.presentation.report.cases import load_case, spread_cases
 from nnunetv2_mgml.presentation.report.charts import Picture, score_charts, training_chart
 from nnunetv2_mgml.presentation.report.content import headline_metric
-from nnunetv2_mgml.presentation.report.page import Pictures, Viewer, build_page, viewer_data
+from nnunetv2_mgml.presentation.report.page import Pictures, Viewer, build_page, is_page, viewer_data
 from nnunetv2_mgml.presentation.report.sheets import (
     case_sheet,
     label_names,
@@ -30,6 +30,7 @@ from nnunetv2_mgml.scoring.sources import EvaluationFiles, PredictionFolders, fi
 
 _log = logging.getLogger(__name__)
 _TRAINING_LOG = "mgml_training_log.csv"
+_ENDINGS = (".html", ".htm")
 _MEGABYTE = 1_000_000
 _ADVICE = (
     "Name the folders with -i, -l, --predictions and --dataset_json, or ask for a page without images with --no_images."
@@ -62,7 +63,7 @@ class ReportRequest:
     evaluation: Path
     """Folder that `evaluate` wrote."""
     output: Path | None = None
-    """The page; None for ``report.html`` in the evaluation's folder."""
+    """The page, ``.html`` or ``.htm``, or a folder for a ``report.html``; None for the evaluation's folder."""
     title: str | None = None
     """None for the evaluation's name."""
     training_log: Path | None = None
@@ -108,8 +109,10 @@ def make_report(request: ReportRequest) -> Report:
 
     Raises:
         FileNotFoundError: no evaluation, or files that were named do not exist.
-        ValueError: an evaluation or files that do not fit, or a page that would be too large.
+        FileExistsError: the output is there and is no page of ours.
+        ValueError: an evaluation or files that do not fit, a page that would be too large, or an output that is none.
     """
+    output = _output(request)
     evaluation = load_evaluation(request.evaluation)
     metric = headline_metric(evaluation)
     pictures = Pictures(charts=score_charts(evaluation, metric))
@@ -122,9 +125,23 @@ def make_report(request: ReportRequest) -> Report:
         if request.internals is not None:
             pictures.internals = _internals(request.internals, evaluation, files, request.internals.case or names[0])
     page = build_page(evaluation, request.title or evaluation.name, pictures, viewer)
-    output = request.output or request.evaluation / "report.html"
     write_text(output, page)
     return Report(output, len(page.encode()) / _MEGABYTE, viewer is not None)
+
+
+def _output(request: ReportRequest) -> Path:
+    """Return the file to write, which is none but a page."""
+    output = request.output or request.evaluation
+    if output.is_dir() or request.output is None:
+        output = output / "report.html"
+    elif output.suffix.lower() not in _ENDINGS:
+        raise ValueError(
+            f"-o {output} is no name of a page: it must end in {' or '.join(_ENDINGS)}, or be a folder that exists. "
+            f"Use -o {output.with_suffix('.html')}."
+        )
+    if output.exists() and not is_page(output):
+        raise FileExistsError(f"{output} exists and was not written by mgml report. Give another name with -o.")
+    return output
 
 
 def _files(request: ReportRequest, evaluation: Evaluation) -> EvaluationFiles | None:

@@ -23,7 +23,7 @@ class ExportRequest:
     model_folder: Path
     """``.../DatasetXXX_NAME/TRAINER__PLANS__CONFIGURATION``."""
     output: Path
-    """The zip file."""
+    """The zip file, or a folder that exists and takes one named after the model."""
     folds: tuple[int | str, ...] | None = None
     """None: every numbered fold that has the checkpoint."""
     checkpoint: str = "checkpoint_final.pth"
@@ -64,20 +64,26 @@ def export_model(request: ExportRequest) -> ExportedModel:
             f"{folder} is not .../DatasetXXX_NAME/TRAINER__PLANS__CONFIGURATION, so nnU-Net would not find it once it "
             f"is installed. Name the model folder itself."
         )
-    output = (
-        request.output if request.output.suffix == ".zip" else request.output.with_name(f"{request.output.name}.zip")
-    )
+    output = _archive(request.output, place)
     if output.exists() and not request.overwrite:
         raise FileExistsError(f"{output} exists. Give another name, or --overwrite.")
     commands = commands_for_receiver(place, output.name, folds, request.checkpoint)
     texts, has_report = _texts(request, folder, folds, commands)
     files = {f"{place}/{name}": folder / name for name in _copied(folder, folds, request.checkpoint)}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in texts.items():
             archive.writestr(f"{place}/{name}", text)
         for name, path in files.items():
             archive.write(path, name)
     return ExportedModel(output, (*(f"{place}/{name}" for name in texts), *files), commands, has_report)
+
+
+def _archive(output: Path, place: str) -> Path:
+    """Return the file to write: in a folder one named after data set and model, else one of the name given."""
+    if output.is_dir():
+        return output / f"{place.replace('/', '__')}.zip"
+    return output if output.suffix == ".zip" else output.with_name(f"{output.name}.zip")
 
 
 def commands_for_receiver(

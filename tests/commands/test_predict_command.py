@@ -147,6 +147,28 @@ def test_user_errors_are_one_line_and_exit_code_2(
     assert not segmentations(tmp_path / "out")
 
 
+@pytest.mark.parametrize("flags", [[], ["--missing_modalities", "auto"]])
+def test_what_is_refused_leaves_no_output_folder(
+    command, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    (tmp_path / "empty").mkdir()
+    write_case(tmp_path / "in", "p")
+    images = sorted(os.listdir(tmp_path / "in"))
+    wrong: list[tuple[list[object], str]] = [
+        (["-i", tmp_path / "nowhere", "-o", out], "Input folder"),
+        (["-i", tmp_path / "in", "-o", tmp_path / "in"], "is the input folder"),
+        (["-p", "other", "-o", out], "No trained model in"),
+    ]
+    if flags:
+        wrong.append((["-i", tmp_path / "empty", "-o", out], "No case in"))
+    for arguments, words in wrong:
+        assert command(*flags, *arguments) == 2
+        assert f"{words}" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+    assert sorted(os.listdir(tmp_path / "in")) == images
+
+
 def test_a_stock_model_is_refused(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_case(tmp_path / "in", "p")
     assert command("--missing_modalities", "t1", trainer="nnUNetTrainer") == 2

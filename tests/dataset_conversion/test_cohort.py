@@ -258,6 +258,29 @@ def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.
     assert tree(tmp_path / "out") == ["a_0001.nii.gz"]
 
 
+@pytest.mark.parametrize("wrong", ["flare", "dwi"])
+def test_a_modality_that_the_data_set_does_not_have_is_not_dropped_without_a_word(
+    nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", channels=("T1", "FLAIR"))
+    for number, name in enumerate(("t1", wrong)):
+        save(volume(number), tmp_path / "val" / f"a_{name}.nii.gz")
+    (tmp_path / "cases.csv").write_text(f"case,T1,{wrong}\na,val/a_t1.nii.gz,val/a_{wrong}.nii.gz\n")
+    end = [str(tmp_path / "out"), "--like", "45", "-np", "1"]
+    folder, sheet = (["convert", "images", str(tmp_path / name), *end] for name in ("val", "cases.csv"))
+    for command in (
+        [*folder, "--case_folders", "0", "--modalities", "t1=*_t1.nii.gz", f"{wrong}=*_{wrong}.nii.gz"],
+        [*sheet, "--modalities", "T1", wrong],
+    ):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert f"--modalities names {wrong}, which the data set does not have; it has t1, flair" in told
+        assert not (tmp_path / "out").exists()
+    assert main(sheet) == 0  # nobody named it
+    assert f"Not of 45 and left out: {wrong}\n" in capsys.readouterr().out
+    assert tree(tmp_path / "out") == ["a_0000.nii.gz"]
+
+
 def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
     cases = write_cases(tmp_path / "src", 3)
     (tmp_path / "src" / cases[0] / f"{cases[0]}_t2.nii.gz").unlink()

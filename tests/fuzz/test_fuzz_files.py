@@ -26,8 +26,8 @@ from report_cases import write_evaluation
 from nnunetv2_mgml.dataset_conversion.back import convert_back
 from nnunetv2_mgml.dataset_conversion.convert import convert_brats
 from nnunetv2_mgml.dataset_conversion.labels import allowed_values, to_nnunet
+from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.inputs import find_cases, resolve
-from nnunetv2_mgml.inference.report import _earlier_cases
 from nnunetv2_mgml.inference.subset_quality import (
     REPORT_NAME,
     expected_quality,
@@ -214,8 +214,10 @@ def test_reports_that_predictions_quote(tmp_path: Path, outcomes: Outcome) -> No
             quality_terms(tmp_path)
             unreliable_regions(tmp_path, subset)
         put(tmp_path / "mgml_prediction.json", mutated(prediction, rng), rng)
-        cases = _earlier_cases(tmp_path / "mgml_prediction.json")
-        assert all(isinstance(case, dict) for case in cases.values())
+        earlier = Earlier(tmp_path)
+        assert all(isinstance(case, dict) for case in earlier.cases.values())
+        assert earlier.unfinished <= set(earlier.cases)
+        attempt(outcomes, earlier.refuse_other_settings, {"folds": [0]}, CHANNELS, earlier.cases)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])

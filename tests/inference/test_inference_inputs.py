@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from inference_cases import write_image
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, cases_from_lists, find_cases, parse_missing, resolve
-from nnunetv2_mgml.inference.planning import plan_cases
+from nnunetv2_mgml.inference.planning import check_places, plan_cases
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 ENDING = ".nii.gz"
@@ -210,6 +210,43 @@ def test_two_cases_of_one_name_need_outputs_of_their_own() -> None:
         plan(lists, ["/out/x"])
 
 
+def test_a_segmentation_among_the_images_is_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("p_0001_0000", "p_0001_0002", "p_0001", "q_0000"):
+        (tmp_path / f"{name}{ENDING}").touch()
+    assert [case.name for case in find_cases(tmp_path, ENDING, CHANNELS)] == ["p", "p_0001", "q"]
+    assert "perhaps segmentations, or without the channel in their names" in caplog.text
+    assert f"names: p_0001{ENDING} (case p_0001). If so, move them out of the input folder." in caplog.text
+    caplog.clear()
+    (tmp_path / f"p_0001{ENDING}").unlink()
+    find_cases(tmp_path, ENDING, CHANNELS)
+    assert not caplog.text
+
+
+def test_input_and_output_are_two_folders(tmp_path: Path) -> None:
+    for name in ("in", "stage"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for target in (tmp_path / "in", f"{tmp_path}/link", f"{tmp_path}/stage/../in"):
+        with pytest.raises(ValueError, match="is the input folder"):
+            check_places(str(tmp_path / "in"), target)
+    with pytest.raises(ValueError, match="is that of the previous stage's predictions"):
+        check_places(tmp_path / "in", tmp_path / "stage", str(tmp_path / "stage"))
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        check_places(tmp_path / "nowhere", tmp_path / "out")
+    check_places(tmp_path / "in", tmp_path / "out")
+    check_places([["a_0000.nii.gz"]], [str(tmp_path / "in" / "a")])
+
+
+def test_no_segmentation_replaces_an_image(tmp_path: Path) -> None:
+    image = tmp_path / f"a{ENDING}"
+    image.touch()
+    sheet = tmp_path / "cases.csv"
+    sheet.write_text(f"case,t1\na,{image}\n")
+    options = {"overwrite": True, "part_id": 0, "num_parts": 1, "save_probabilities": False}
+    with pytest.raises(ValueError, match=f"case a would replace an image, {image}"):
+        plan_cases(sheet, tmp_path, None, ENDING, CHANNELS, **options)  # type: ignore[arg-type]
+
+
 def test_a_part_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="part_id must be 0 to 1"):
         plan([["/x/a_0000.nii.gz"]], "/out", part_id=2, num_parts=2)
@@ -240,3 +277,14 @@ def test_folders_with_the_names_of_brats_and_sheets(tmp_path: Path) -> None:
         resolve(cases[1], ["auto"], ("adc", "flair"))
     with pytest.raises(ValueError, match="has pet, FLAIR, adc; the model's modalities are t1"):
         find_cases(sheet, ".nii.gz", ("t1",))
+
+
+def test_columns_that_the_model_does_not_know_are_named_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "in.csv").write_text("case,t1,flare,dwi\nA,a.nii.gz,,\nB,a.nii.gz,gone.nii.gz,\n")
+    assert [case.files for case in find_cases(tmp_path / "in.csv", ".nii.gz", CHANNELS)] == [
+        {0: str(tmp_path / "a.nii.gz")}
+    ] * 2
+    assert caplog.messages == ["Not of this model and left out: flare, dwi"]

@@ -157,6 +157,75 @@ def test_parts_continuing_and_probabilities(tmp_path: Path, auto: MGMLPredictor)
     )  # a keeps the entry of the first run
 
 
+def test_continuing_with_other_settings_is_refused_and_leaves_everything(tmp_path: Path, model: Path) -> None:
+    for name in "ab":
+        write_case(tmp_path / "in", name)
+    before = run(predictor(model), tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out" / "b.nii.gz").unlink()
+    told = (tmp_path / "out" / "mgml_prediction.json").read_bytes()
+    for other, words in (
+        (predictor(model, ["t1"]), r"missing_modalities was \['auto'\], is now \['t1'\]"),
+        (predictor(model, use_mirroring=True, tile_step_size=0.4), "tile_step_size was 0.5.*use_mirroring was False"),
+    ):
+        with pytest.raises(ValueError, match=f"holds predictions with other settings.*{words}.*--continue_prediction"):
+            run(other, tmp_path / "in", tmp_path / "out", overwrite=False)
+        assert (tmp_path / "out" / "mgml_prediction.json").read_bytes() == told
+    assert run(predictor(model), tmp_path / "in", tmp_path / "out", overwrite=False) == before
+    assert run(predictor(model, ["t1"]), tmp_path / "in", tmp_path / "out") != before
+
+
+def test_what_an_interrupted_run_was_to_replace_is_not_taken_for_its_own(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_case(tmp_path / "in", name)
+    run(predictor(model), tmp_path / "in", tmp_path / "out")
+    wanted = run(predictor(model, ["t1"]), tmp_path / "in", tmp_path / "wanted")
+    stopped = predictor(model, ["t1"])
+    real = stopped._logits
+    monkeypatch.setattr(stopped, "_logits", lambda item: real(item) if item.case == "a" else interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, tmp_path / "in", tmp_path / "out")
+    assert segmentations(tmp_path / "out").keys() == wanted.keys()
+    assert run(predictor(model, ["t1"]), tmp_path / "in", tmp_path / "out", overwrite=False) == wanted
+    assert {case["status"] for case in report(tmp_path / "out")["cases"].values()} == {"predicted"}
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_export_that_ends_while_an_interruption_is_handled_counts(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_case(tmp_path / "in", "a")
+    stopped = predictor(model)
+    monkeypatch.setattr(stopped, "_finish", lambda *_: interrupt())  # the user's Ctrl-C, while it waits for the export
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, tmp_path / "in", tmp_path / "out")
+    assert set(segmentations(tmp_path / "out")) == {"a.nii.gz"}
+    (case,) = report(tmp_path / "out")["cases"].values()
+    assert (case["status"], case["present"]) == ("predicted", ["t1", "t1ce", "t2", "flair"])
+
+
+@pytest.mark.parametrize("missing", [None, ["auto"]])
+def test_a_refused_call_writes_nothing(tmp_path: Path, model: Path, missing: Any) -> None:
+    write_case(tmp_path / "in", "a")
+    one = predictor(model, missing)
+    before = sorted(os.listdir(tmp_path / "in"))
+    for call in (one.predict_from_files, one.predict_from_files_sequential):
+        with pytest.raises(ValueError, match="is the input folder"):
+            call(str(tmp_path / "in"), str(tmp_path / "in"))
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+            call(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path / "in")) == before
+    if missing:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="No case in"):
+            one.predict_from_files(str(tmp_path / "empty"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_sequential_call_can_be_given_a_part(tmp_path: Path, model: Path) -> None:
     for name in "ab":
         write_case(tmp_path / "in", name, [0])

@@ -10,6 +10,7 @@ import pytest
 from evaluation_cases import DATASET_JSON, synthetic_evaluation
 
 from nnunetv2_mgml.inference import report as module
+from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.preprocessing import Item
 from nnunetv2_mgml.inference.report import REPORT_NAME, PredictionReport
 from nnunetv2_mgml.scoring.subset_report import write_subset_report
@@ -95,3 +96,47 @@ def test_a_run_without_parts_keeps_what_the_reports_of_the_parts_know(tmp_path: 
     cases = json.loads((tmp_path / "mgml_prediction.json").read_text())["cases"]
     assert {name: entry["status"] for name, entry in cases.items()} == {f"case_{i}": "predicted" for i in range(3)}
     assert cases["case_0"]["present"] == cases["case_1"]["present"] == ["t1"]
+
+
+def test_of_a_case_the_run_that_began_last_counts(tmp_path: Path) -> None:
+    old = PredictionReport(str(tmp_path), {"folds": [0]}, CHANNELS, part_id=0, num_parts=2)
+    old.begin(["a", "b"], [])
+    old.finish("a")
+    old.finish("b")
+    old.save()
+    assert Earlier(tmp_path).unfinished == set()
+    new = PredictionReport(str(tmp_path), {"folds": [1]}, CHANNELS)
+    new.begin(["a", "b"], [])  # killed at once: what is there is of the run before
+    assert Earlier(tmp_path).unfinished == {"a", "b"}
+    new.finish("b")
+    new.save()
+    assert Earlier(tmp_path).unfinished == {"a"}
+    Earlier(tmp_path).refuse_other_settings({"folds": [1]}, CHANNELS, ["b"])
+    with pytest.raises(ValueError, match=r"\(case b\): folds was \[1\], is now \[0\]\. Use another"):
+        Earlier(tmp_path).refuse_other_settings({"folds": [0]}, CHANNELS, ["b"])
+
+
+def test_settings_that_mean_the_same_are_the_same(tmp_path: Path) -> None:
+    before = {"folds": [0, 1], "missing_modalities": ["t1gd", "auto"], "folder": str(tmp_path), "device": "cuda"}
+    report = PredictionReport(str(tmp_path), before, CHANNELS)
+    report.finish("a")
+    report.save()
+    (tmp_path / "link").symlink_to(tmp_path)
+    now = {"folds": [1, 0], "missing_modalities": ["auto,t1ce"], "folder": str(tmp_path / "link"), "device": "cpu"}
+    Earlier(tmp_path).refuse_other_settings(now, CHANNELS, ["a"])
+
+
+def test_a_part_reports_on_its_own_cases_only(tmp_path: Path) -> None:
+    whole = PredictionReport(str(tmp_path), {}, CHANNELS)
+    whole.begin(["a", "b"], [])
+    for case in ("a", "b"):
+        whole.add_item(item(case))
+        whole.finish(case)
+    whole.save()
+    part = PredictionReport(str(tmp_path), {}, CHANNELS, keep=True, part_id=0, num_parts=2)
+    part.begin([], ["a"])
+    part.save()
+    cases = json.loads((tmp_path / "mgml_prediction_part0of2.json").read_text())["cases"]
+    assert {name: (entry["status"], entry["present"]) for name, entry in cases.items()} == {
+        "a": ("predicted", ["t1", "flair"])
+    }

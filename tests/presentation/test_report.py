@@ -260,7 +260,46 @@ def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Pa
     assert not (tmp_path / "none" / "figures" / "predictions.png").exists()
 
 
+def test_comparison_is_not_written_into_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("A", "B", "C"):
+        write_evaluation(tmp_path / name, CASES)
+        (tmp_path / name / "table.md").write_text(f"of {name}")
+    (tmp_path / "link").symlink_to(tmp_path / "A")
+    command = ["compare", str(tmp_path / "A"), str(tmp_path / "B"), "--names", "ours", "theirs", "-o"]
+    for name, why in (("A", "one of the compared"), ("link", "one of the compared"), ("C", "holds an evaluation")):
+        assert cli.main([*command, str(tmp_path / name)]) == 2
+        assert f"-o {tmp_path / name} {'is ' if 'one' in why else ''}{why}" in capsys.readouterr().err
+    for name in ("A", "B", "C"):
+        assert (tmp_path / name / "table.md").read_text() == f"of {name}"
+        assert not (tmp_path / name / "comparison.csv").exists()
+
+
 # --- errors ---
+
+
+def test_nothing_but_a_page_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    evaluation = tmp_path / "evaluation"
+    write_evaluation(evaluation, CASES)
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, message in (
+        ("evaluation/results.csv", "is no name of a page: it must end in .html or .htm"),
+        ("new", "or be a folder that exists"),
+        ("mine.html", "exists and was not written by mgml report"),
+    ):
+        assert cli.main(["report", str(evaluation), "-o", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_gets_a_page_of_the_usual_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_evaluation(tmp_path / "evaluation", CASES)
+    (tmp_path / "pages").mkdir()
+    for _ in range(2):  # the second replaces the first
+        assert cli.main(["report", str(tmp_path / "evaluation"), "-o", str(tmp_path / "pages")]) == 0
+        assert f"report: {tmp_path / 'pages' / 'report.html'}" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "evaluation"), "-o", str(tmp_path / "pages" / "A.HTM")]) == 0
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == ["A.HTM", "report.html"]
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,41 @@ def test_the_command_shows_what_is_taken_and_writes_a_start(
     assert torch.equal(start["encoders.1.encoder.stages.0.0.convs.0.conv.weight"], columns[:, j : j + 1])
 
 
+def test_the_command_never_writes_over_its_source_and_over_another_file_only_when_asked(
+    checkpoint: Path, nnunet_folders: Path, capsys: Any
+) -> None:
+    own = {**plans(), "plans_name": "wide", "mgml": {"config": {"width_factor": 1.0, "fusion": "mean"}}}
+    (nnunet_folders / "preprocessed" / "Dataset900_Phantom" / "wide.json").write_text(json.dumps(own))
+    command = ["warmstart", str(checkpoint), "-d", "900", "-p", "wide", "-o"]
+    before, link = checkpoint.read_bytes(), nnunet_folders / "link.pth"
+    link.symlink_to(checkpoint)
+    for name in (checkpoint, link):
+        assert main([*command, str(name), "--overwrite"]) == 2
+        assert "would be lost" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+    start = nnunet_folders / "new" / "folder" / "start.pth"
+    assert main([*command, str(start)]) == 0
+    start.write_bytes(b"other")
+    assert main([*command, str(start)]) == 2
+    assert f"{start} exists. Give another name, or --overwrite" in capsys.readouterr().err
+    assert start.read_bytes() == b"other"
+    assert main([*command, str(start), "--overwrite"]) == 0
+    assert "network_weights" in torch.load(start, weights_only=True)
+    assert main([*command, str(start.parent)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_source_that_is_no_checkpoint_is_said_to_be_none(nnunet_folders: Path, capsys: Any) -> None:
+    write_dataset(nnunet_folders)
+    text = nnunet_folders / "plans.json"
+    text.write_text("{}")
+    assert main(["warmstart", str(text), "-d", "900", "-o", str(nnunet_folders / "new" / "start.pth")]) == 2
+    told = capsys.readouterr().err
+    assert f"{text} is no PyTorch checkpoint" in told
+    assert "trust" not in told
+    assert not (nnunet_folders / "new").exists()
+
+
 def test_the_command_refuses_stock_trainers(nnunet_folders: Path, capsys: Any) -> None:
     write_dataset(nnunet_folders)
     assert main(["warmstart", "x.pth", "-d", "900", "-tr", "nnUNetTrainer"]) == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,25 @@ def test_what_is_no_checkpoint(tmp_path: Path, content: Any) -> None:
     with pytest.raises(ValueError, match=r"c\.pth") as error:
         load_checkpoint(file, mmap=True)
     assert "\n" not in str(error.value)
+
+
+def test_files_of_other_programs_are_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({"network_weights": {}}))
+    (tmp_path / "c.gz").write_bytes(b"\x1f\x8b\x08")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("Dataset001_A/plans.json", "{}")
+    for name in ("c.json", "c.gz", "c.zip"):
+        for trust in (False, True):
+            with pytest.raises(ValueError, match=rf"{name} is no PyTorch checkpoint.*checkpoint_final") as error:
+                load_checkpoint(tmp_path / name, trust)
+            assert "--trust_checkpoint" not in str(error.value)
+
+
+def test_commands_without_the_flag_advise_the_variable(tmp_path: Path) -> None:
+    torch.save({"network_weights": {}, "more": Program(tmp_path)}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=f"holds more than weights.*set {TRUST_VARIABLE}=1") as error:
+        load_checkpoint(tmp_path / "c.pth", flag=False)
+    assert "--trust_checkpoint" not in str(error.value)
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -105,6 +105,29 @@ class TestResuming:
         open_output(tmp_path, {"a": 2}, overwrite=True)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "settings.json"]
 
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_no_evaluation_is_written_into_what_is_read(self, tmp_path, overwrite):
+        study = write_study(tmp_path / "study")
+        for place in ("labels", "predictions/t1"):
+            with pytest.raises(ValueError, match=f"study/{place} is what is evaluated"):
+                evaluate(study, out=place, overwrite=overwrite)
+        with pytest.raises(ValueError, match="predictions is what is evaluated"):
+            evaluate_predictions(
+                PredictionsRequest(
+                    predictions=study / "predictions", labels=study / "labels", output=study / "predictions"
+                )
+            )
+        assert not list(study.rglob("settings.json"))
+
+    @pytest.mark.parametrize("name", ["imagesTr", "summary.json", "plans.json"])
+    def test_a_folder_of_nnunet_is_left_as_it_is(self, tmp_path, name):
+        study = write_study(tmp_path / "study")
+        (study / "raw").mkdir()
+        (study / "raw" / name).write_text("of nnU-Net")
+        with pytest.raises(ValueError, match=f"raw holds {name}, but no evaluation"):
+            evaluate(study, out="raw", overwrite=True)
+        assert [path.name for path in (study / "raw").iterdir()] == [name]
+
     def test_overwrite_never_deletes_what_is_read(self, tmp_path):
         study = write_study(tmp_path)
         model = {"model": {"folder": "m"}, "source": {"images": "i"}}

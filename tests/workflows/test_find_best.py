@@ -200,6 +200,21 @@ def test_no_postprocessing_where_none_helps(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "best" / "postprocessing.pkl").exists()
 
 
+def test_files_of_a_model_or_of_nnunets_choice_are_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_evaluation(tmp_path, "A", dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 5))
+    (tmp_path / "nnunet").mkdir()
+    (tmp_path / "nnunet" / "inference_instructions.txt").write_text("nnU-Net's")
+    for folder, named in ((tmp_path / "model", "plans.json, dataset.json"), (tmp_path / "nnunet", "inference_instr")):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert main(["find-best", str(a), "-o", str(folder), "--no_postprocessing"]) == 2
+        assert f"{folder} holds {named}" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for _ in range(2):  # its own choice is replaced
+        assert main(["find-best", str(a), "-o", str(tmp_path / "best"), "--no_postprocessing"]) == 0
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_evaluation(tmp_path, "A", dict.fromkeys(SUBSETS, 0), dict.fromkeys(SUBSETS, 5))
     table = (a / "results.csv").read_text()

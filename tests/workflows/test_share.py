@@ -156,6 +156,21 @@ def test_the_card_says_what_is_known(model: Path, nnunet_folders: Path) -> None:
     assert all(command in card for command in written.commands)
 
 
+def test_a_folder_gets_an_archive_named_after_the_model(model: Path, nnunet_folders: Path, capsys: Any) -> None:
+    folder = nnunet_folders / "exports"
+    folder.mkdir()
+    archive = folder / f"{DATASET}__{MODEL}.zip"
+    assert main(["export-model", "-m", str(model), "-o", f"{folder}/"]) == 0
+    shown = capsys.readouterr().out
+    assert f"model: {archive} (" in shown
+    assert f"nnUNetv2_install_pretrained_model_from_zip {archive.name}" in shown
+    assert [path.name for path in folder.iterdir()] == [archive.name]
+    assert not (nnunet_folders / "exports.zip").exists()
+    assert main(["export-model", "-m", str(model), "-o", str(folder)]) == 2
+    assert f"{archive} exists. Give another name, or --overwrite" in capsys.readouterr().err
+    assert main(["export-model", "-m", str(model), "-o", str(nnunet_folders / "new" / "folder" / "m.zip")]) == 0
+
+
 def test_a_model_without_report_says_so(model: Path, nnunet_folders: Path, capsys: Any) -> None:
     (model / REPORT_NAME).unlink()
     (model / CARRIER).unlink()

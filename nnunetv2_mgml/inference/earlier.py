@@ -1,0 +1,111 @@
+"""What earlier runs say of the predictions in an output folder, and whether a run may go on with them.
+
+Each run, or part of one, has a report of its own (`report`); of a case the run that began last counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nnunetv2_mgml.inference.inputs import parse_missing
+from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.io.targets import is_same
+
+REPORT_NAME = "mgml_prediction.json"
+_KEPT = ("predicted", "skipped")
+_DECIDING = (
+    "folder",
+    "folds",
+    "checkpoint",
+    "trainer",
+    "missing_modalities",
+    "tile_step_size",
+    "use_mirroring",
+    "cpu_bfloat16",
+)
+"""Settings that make another prediction. ``device`` and ``backend`` are left out: they are equal up to rounding, and an
+evaluation is resumed on another device as well."""
+
+
+class _Known(NamedTuple):
+    entry: dict[str, Any]
+    model: dict[str, Any]
+
+
+class Earlier:
+    """The reports in an output folder; what is damaged tells nothing.
+
+    Args:
+        folder: it need not exist; None: there is nothing.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = folder
+        self._cases: dict[str, _Known] = {}
+        for content in [] if folder is None else sorted(_reports(Path(folder)), key=lambda c: str(c.get("started"))):
+            model = content.get("model")
+            for case, entry in content["cases"].items():
+                if isinstance(entry, dict):
+                    self._cases[case] = _Known(entry, model if isinstance(model, dict) else {})
+
+    @property
+    def cases(self) -> dict[str, dict[str, Any]]:
+        """Case -> its entry."""
+        return {case: known.entry for case, known in self._cases.items()}
+
+    @property
+    def unfinished(self) -> set[str]:
+        """Cases that the last run meant to predict and did not: a segmentation that is there is of a run before."""
+        return {case for case, known in self._cases.items() if known.entry.get("status") in ("pending", "failed")}
+
+    def refuse_other_settings(self, model: Mapping[str, Any], channels: Sequence[str], kept: Collection[str]) -> None:
+        """Raise where a report would say of segmentations that are kept what does not hold of them.
+
+        Args:
+            model: what the new report says of the model.
+            channels: the model's modality names in channel order.
+            kept: cases that are not predicted again.
+
+        Raises:
+            ValueError: a case was predicted with other settings; the message names them.
+        """
+        for case, known in self._cases.items():
+            if case in kept and known.entry.get("status") in _KEPT:
+                differences = [
+                    f"{name} was {known.model[name]!r}, is now {model[name]!r}"
+                    for name in _DECIDING
+                    if name in known.model
+                    and name in model
+                    and not _equal(name, known.model[name], model[name], channels)
+                ]
+                if differences:
+                    raise ValueError(
+                        f"{self.folder} holds predictions with other settings (case {case}): "
+                        f"{'; '.join(differences)}. Use another output folder, or predict all cases again, without "
+                        f"--continue_prediction."
+                    )
+
+
+def _reports(folder: Path) -> Iterator[dict[str, Any]]:
+    for file in [*sorted(folder.glob(f"{Path(REPORT_NAME).stem}_part*of*.json")), folder / REPORT_NAME]:
+        try:
+            content = read_json(file)
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("cases"), dict):
+            yield content
+
+
+def _equal(name: str, before: Any, now: Any, channels: Sequence[str]) -> bool:
+    try:
+        if name == "folder":
+            return is_same(before, now)
+        if name == "folds":
+            return sorted(map(str, before)) == sorted(map(str, now))
+        if name == "missing_modalities":
+            return parse_missing(before, channels) == parse_missing(now, channels)
+    except (TypeError, ValueError, AttributeError):  # a damaged report
+        return False
+    return bool(before == now)
