@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, find_cases
+from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.io.volumes import not_finished, not_finished_archive
 
 _log = logging.getLogger(__name__)
@@ -97,6 +98,6 @@ def _outputs(names: list[str], target: str | Path | list[str] | None) -> Sequenc
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(
-            f"Two cases are named {', '.join(doubles)}; in one output folder every case needs a name of its own."
+            f"Two cases are named {some(doubles)}; in one output folder every case needs a name of its own."
         )
     return [os.path.join(target, name) for name in names]
