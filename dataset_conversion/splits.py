@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.discovery import patient
 from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 
 PRESETS: dict[str, tuple[int, int, int]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
@@ -128,7 +129,7 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
 
     Raises:
         FileNotFoundError: a list does not exist.
-        ValueError: unknown names, a name in two places, an empty training or validation list; all of them are named.
+        ValueError: unknown names, a name in two places, an empty training or validation list; the first are named, all counted.
     """
     if len(files) not in (2, 3):
         raise ValueError(
@@ -146,10 +147,10 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
         unknown += [f"{line} ({path.name})" for line, case in resolved.items() if case is None]
         parts.append([case for line in lines if line and (case := resolved[line]) is not None])
     if unknown:
-        raise ValueError(f"{len(unknown)} name(s) in the split lists are no case of this data: {', '.join(unknown)}.")
+        raise ValueError(f"{len(unknown)} name(s) in the split lists are no case of this data: {some(unknown)}.")
     doubles = sorted(case for case, count in Counter(case for part in parts for case in part).items() if count > 1)
     if doubles:
-        raise ValueError(f"Cases named more than once in the split lists: {', '.join(doubles)}.")
+        raise ValueError(f"{len(doubles)} case(s) named more than once in the split lists: {some(doubles)}.")
     if not parts[0] or not parts[1]:
         raise ValueError("The lists of training and of validation cases must not be empty.")
     left_out = tuple(sorted(known - {case for part in parts for case in part}))
