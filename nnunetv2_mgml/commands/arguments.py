@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.io.workers import default_processes
@@ -42,6 +42,22 @@ def add_split_lists(parser: argparse.ArgumentParser) -> None:
         help="lists of training, validation and test cases, one name a line",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random split")
+
+
+def changed_options(
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], options: Sequence[str]
+) -> list[str]:
+    """Return those of some options that are not at their default.
+
+    Args:
+        args: what a command was given.
+        add_arguments: adds the command's arguments to a parser.
+        options: as they are typed, their first names.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    names = [(option, option.lstrip("-")) for option in options]
+    return [option for option, name in names if getattr(args, name) != parser.get_default(name)]
 
 
 def parse_predictions(entries: Sequence[str]) -> PredictionFolders:
