@@ -278,7 +278,7 @@ def _channels(request: ConversionRequest) -> tuple[str, ...]:
         return BRATS_CHANNELS
     if request.missing_rates:
         raise ValueError("Give either --subset_of or --missing_rate: its rates are of all four modalities.")
-    subset = subset_from_present(request.subset_of, BRATS_CHANNELS)
+    subset = subset_from_present(request.subset_of, BRATS_CHANNELS, "BraTS")
     return tuple(name for name, taken in zip(BRATS_CHANNELS, subset, strict=True) if taken)
 
 

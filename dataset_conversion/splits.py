@@ -129,7 +129,8 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
 
     Raises:
         FileNotFoundError: a list does not exist.
-        ValueError: unknown names, a name in two places, an empty training or validation list; the first are named, all counted.
+        ValueError: unknown names, a name in two places (the first of them are named, all counted), or an empty training
+            or validation list.
     """
     if len(files) not in (2, 3):
         raise ValueError(

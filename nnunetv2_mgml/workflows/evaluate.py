@@ -27,11 +27,11 @@ from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import label_set, resolve_region
 from nnunetv2_mgml.scoring.results import Evaluation, build_evaluation
 from nnunetv2_mgml.scoring.sources import (
+    LABELS,
+    PREDICTIONS,
     PredictionFolders,
     choose_subsets,
     file_ending,
-    LABELS,
-    PREDICTIONS,
     find_dataset_json,
     find_references,
     load_dataset_json,

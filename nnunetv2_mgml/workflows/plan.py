@@ -192,7 +192,7 @@ def make_plans(
     if {"fusion", "fusion_options", "fusion_revision"} & set(changes):
         _check_fusion(options.network)
     for name in options.sampling.modality_missing_rate:
-        channel_index(name, channels)
+        channel_index(name, channels, "This data set")
     plans = copy.deepcopy(source)
     for name in configurations:
         plans["configurations"][name].update(_configuration_changes(source, name, changes))

@@ -272,11 +272,13 @@ def test_images_of_a_sheet(nnunet_folders: Path, tmp_path: Path, capsys: pytest.
     assert tree(tmp_path / "out") == ["a_0001.nii.gz"]
 
 
-def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
+def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path, capsys: Any) -> None:
     cases = write_cases(tmp_path / "src", 3)
     (tmp_path / "src" / cases[0] / f"{cases[0]}_t2.nii.gz").unlink()
     command = ["convert", "brats", str(tmp_path / "src"), "-d", "137", "-np", "1", "--subset_of", "flair", "T1Gd"]
+    assert main([*command, "foo"]) == 2
     assert main(command) == 0
+    assert "error: Unknown modality 'foo'. BraTS has: t1 (also" in capsys.readouterr().err
     (folder,) = (nnunet_folders / "raw").glob("Dataset137_*")
     assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "T1ce", "1": "Flair"}
     first = array_of(folder / "imagesTr" / f"{cases[0]}_0001.nii.gz")
