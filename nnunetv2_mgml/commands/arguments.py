@@ -6,9 +6,26 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nnunetv2_mgml.commands import TRAINER
 from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.scoring.sources import PredictionFolders
+
+TWO_MODELS = "Name the model with -d DATASET (and -c, -tr, -p), or with -m MODEL_FOLDER: one of the two."
+
+
+def describe_stock_parser(parser: argparse.ArgumentParser, description: str) -> None:
+    """Make the help of a parser of nnU-Net's speak of our command.
+
+    Args:
+        parser: as nnU-Net has built it.
+        description: what the command does.
+    """
+    parser.description = description
+    for action in parser._actions:
+        if action.dest == "tr":
+            action.default = TRAINER
+            action.help = (action.help or "").replace("nnUNetTrainer", TRAINER)
 
 
 def add_trust(parser: argparse._ActionsContainer) -> None:
@@ -96,7 +113,7 @@ def add_model_choice(parser: argparse.ArgumentParser) -> None:
     """Add ``-d -c -tr -p``, or ``-m``: which trained model a command is about."""
     parser.add_argument("-d", metavar="DATASET", help="id or name of the dataset the model was trained on")
     parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="configuration of the model")
-    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerMGML", help="trainer of the model")
+    parser.add_argument("-tr", metavar="TRAINER", default=TRAINER, help="trainer of the model")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans of the model")
     parser.add_argument("-m", metavar="MODEL_FOLDER", type=Path, help="instead: TRAINER__PLANS__CONFIGURATION itself")
 
@@ -115,7 +132,7 @@ def chosen_model_folder(args: argparse.Namespace) -> Path:
         FileNotFoundError: no such data set.
     """
     if (args.m is None) == (args.d is None):
-        raise ValueError("Name the model with -d DATASET (and -c, -tr, -p), or with -m MODEL_FOLDER: one of the two.")
+        raise ValueError(TWO_MODELS)
     if args.m is not None:
         return Path(args.m)
     return dataset_folder(args.d, RESULTS) / f"{args.tr}__{args.p}__{args.c}"

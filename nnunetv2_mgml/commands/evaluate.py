@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mgml.commands import TRAINER
 from nnunetv2_mgml.commands.arguments import add_trust, changed_options, parse_predictions
 from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.presentation.tables import summary_text
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["0"],
         help="folds. Validation cases: each fold's cases by its own model; with -i: one ensemble",
     )
-    source.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerMGML", help="trainer of the model")
+    source.add_argument("-tr", metavar="TRAINER", default=TRAINER, help="trainer of the model")
     source.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier")
     source.add_argument("-m", metavar="MODEL_FOLDER", type=Path, help="model folder TRAINER__PLANS__CONFIGURATION")
     source.add_argument("-i", metavar="IMAGES", type=Path, help="folder of images (CASE_0000, CASE_0001, ...)")

@@ -10,8 +10,7 @@ import sys
 from typing import NamedTuple
 
 from nnunetv2_mgml import __version__
-
-_TRAINER = "nnUNetTrainerMGML"
+from nnunetv2_mgml.commands import TRAINER
 
 
 class _Command(NamedTuple):
@@ -43,7 +42,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "train": _Command(
         "nnunetv2.run.run_training",
-        f"nnUNetv2_train, with -tr {_TRAINER} unless another is given",
+        f"nnUNetv2_train, with -tr {TRAINER} unless another is given",
         "mgml train 137 3d_fullres 0",
     ),
     "warmstart": _Command(
@@ -53,7 +52,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "predict": _Command(
         "nnunetv2_mgml.commands.predict",
-        f"nnUNetv2_predict (with -m: nnUNetv2_predict_from_modelfolder), -tr {_TRAINER} unless given",
+        f"nnUNetv2_predict (with -m: nnUNetv2_predict_from_modelfolder), -tr {TRAINER} unless given",
         "mgml predict -i IN -o OUT -d 137 -c 3d_fullres -f 0 --missing_modalities t1ce",
     ),
     "evaluate": _Command(
@@ -182,7 +181,7 @@ def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     if name == "preprocess":
         install_preprocessing(importlib.import_module(PREPROCESS_MODULE))
     elif not from_model_folder and not _given("-tr", arguments):
-        arguments = [*arguments, "-tr", _TRAINER]
+        arguments = [*arguments, "-tr", TRAINER]
     sys.argv = [f"mgml {name}", *arguments]
     module = importlib.import_module(COMMANDS[name].module)
     try:

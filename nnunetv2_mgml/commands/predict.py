@@ -10,19 +10,20 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from nnunetv2_mgml.commands.arguments import add_trust
+from nnunetv2_mgml.commands.arguments import TWO_MODELS, add_trust, describe_stock_parser
 from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
-from nnunetv2_mgml.upstream.plain_errors import PlainError
+from nnunetv2_mgml.upstream.plain_errors import PlainError, wants_traceback
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 from nnunetv2_mgml.workflows.predict import PredictionRequest, build_predictor, check_request, write_additions
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_MODEL_BY_NAME = ("-d", "-c", "-tr", "-p")
 _EXAMPLE = (
     "Example: nnUNetv2_predict -i IN -o OUT -d 137 -c 3d_fullres -f 0 -tr nnUNetTrainerMGML --missing_modalities t1ce"
 )
@@ -31,17 +32,22 @@ _EXAMPLE = (
 class _Call:
     """One run of nnU-Net's command, which asks back: for the arguments, then for the predictor."""
 
-    def __init__(self) -> None:
+    def __init__(self, from_folder: bool) -> None:
+        self.from_folder = from_folder
         self.request = PredictionRequest()
         self.predictor: MGMLPredictor | None = None
         self.verbose = False
 
     def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build]:
         add_arguments(parser)
+        if parser.prog.startswith("mgml"):
+            _describe(parser, self.from_folder)
+        if self.from_folder:
+            _refuse_two_models(sys.argv[1:])
         args = parser.parse_args()
         self.request, self.verbose = _request_from(args), args.verbose
+        check_request(self.request)
         if self.request.uses_our_flags:
-            check_request(self.request)
             args.save_probabilities |= self.request.save_uncertainty
             _show_log()
         return args, self.build
@@ -69,11 +75,25 @@ class _Call:
 
     def blames_user(self, error: Exception) -> bool:
         """Whether an error is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
-        loading = self.predictor is not None and self.predictor.network is None
-        if not self.request.uses_our_flags:
-            return loading and isinstance(error, (ValueError, OSError))
-        started = self.predictor is not None and not loading
-        return isinstance(error, (ValueError, OSError)) or not started
+        started = self.predictor is not None and self.predictor.network is not None
+        return not started or (self.request.uses_our_flags and isinstance(error, (ValueError, OSError)))
+
+
+def _refuse_two_models(arguments: Sequence[str]) -> None:
+    """Raise a ValueError where the model is named twice: the parser would take ``-d`` for ``-device``."""
+    if any(argument.partition("=")[0] in _MODEL_BY_NAME for argument in arguments):
+        raise ValueError(TWO_MODELS)
+
+
+def _describe(parser: argparse.ArgumentParser, from_folder: bool) -> None:
+    """Let the help of nnU-Net's parser speak of ``mgml predict``."""
+    describe_stock_parser(
+        parser,
+        "Predict the cases of a folder with a trained model: of nnUNet_results by its data set (-d, -c, -tr, -p), or "
+        "of any folder (-m, without those; mgml predict -m FOLDER -h lists the options then).",
+    )
+    if not from_folder:
+        parser.add_argument("-m", help="Instead of -d, -c, -tr, -p: the folder TRAINER__PLANS__CONFIGURATION itself")
 
 
 def _request_from(args: argparse.Namespace) -> PredictionRequest:
@@ -149,7 +169,7 @@ def main(entry_point_name: str) -> NoReturn:
         entry_point_name: ``predict_entry_point`` or ``predict_entry_point_modelfolder``.
     """
     add_ext_dir()
-    call = _Call()
+    call = _Call(from_folder=entry_point_name.endswith("modelfolder"))
     entry_point = stock_entry_point(entry_point_name)
     try:
         with _own_log(), intercepted(call.parse):
@@ -162,7 +182,7 @@ def main(entry_point_name: str) -> NoReturn:
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
         if not isinstance(error, PlainError) and not call.blames_user(error):
             raise
-        if call.verbose:
+        if call.verbose or wants_traceback():
             traceback.print_exc()
         _fail("\n".join(filter(None, [str(error), call.failures()])), _USAGE)
     failures = call.failures()

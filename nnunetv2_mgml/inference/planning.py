@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnunetv2_mgml.inference.arguments import check_part
 from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, find_cases
 from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.io.volumes import not_finished, not_finished_archive
+from nnunetv2_mgml.plans.cohort import channel_of
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +53,7 @@ def plan_cases(
         FileNotFoundError: no input folder.
         ValueError: no case, a wrong part, outputs that do not match the inputs, or two cases with one output.
     """
-    if not 0 <= part_id < num_parts:
-        raise ValueError(f"part_id must be 0 to {num_parts - 1} with num_parts {num_parts}, got {part_id}.")
+    check_part(part_id, num_parts)
     find: Any = find_cases if isinstance(source, (str, Path)) else cases_from_lists
     cases: list[Case] = find(source, file_ending, channels)
     names = [case.name for case in cases]
@@ -64,6 +66,33 @@ def plan_cases(
     mine = planned[part_id::num_parts]
     done = [] if overwrite else [p for p in mine if _is_finished(p, file_ending, save_probabilities)]
     return Plan([p for p in mine if p not in done], done)
+
+
+def refuse_incomplete(cases: Sequence[Sequence[str]], file_ending: str, channels: Sequence[str]) -> None:
+    """Raise where nnU-Net's own prediction would stop at a case, after others: one that lacks a modality's file.
+
+    Args:
+        cases: files of each case, as nnU-Net lists them. Cases of one file each are let pass: it may hold all channels.
+        file_ending: of the model.
+        channels: the model's modality names in channel order.
+
+    Raises:
+        PlainError: names the first cases and what they lack.
+    """
+    if all(len(files) == 1 for files in cases):
+        return
+    lacking = []
+    for files in cases:
+        there = {channel_of(file, file_ending) for file in files}
+        absent = [name for channel, name in enumerate(channels) if channel not in there]
+        if absent:
+            case = os.path.basename(files[0])[: -len(f"_0000{file_ending}")]
+            lacking.append(f"{case} ({', '.join(absent)})")
+    if lacking:
+        raise PlainError(
+            f"{len(lacking)} of {len(cases)} case(s) lack modalities: {some(lacking)}. Nothing has been predicted. "
+            f"--missing_modalities auto goes by the files that exist (missing_modalities of MGMLPredictor)."
+        )
 
 
 def _is_finished(planned: PlannedCase, file_ending: str, with_probabilities: bool) -> bool:
