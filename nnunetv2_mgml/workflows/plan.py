@@ -75,6 +75,8 @@ class WrittenPlans:
     """What the plans that were there had, or None."""
     memory: dict[str, float] = field(default_factory=dict)
     """Configuration -> GiB that a training step in 16 bit needs; empty where nobody asked."""
+    restored: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Configuration -> the sizes the preset ``nnunet`` has brought back there."""
 
     @property
     def lost(self) -> dict[str, tuple[Any, Any]]:
@@ -101,23 +103,25 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
     configurations = request.configurations or tuple(default_configurations(source))
     if "paper" in request.presets and "patch_size" not in request.changes:
         _check_paper_patch(source, configurations)
-    changes = {**presets(request.presets), **request.changes}
+    changes = {**presets(request.presets, Options.from_plans(source)), **request.changes}
     target = folder / f"{request.plans_name}.json"
     replaced = _plans_to_replace(target)
     dataset_json = _read(folder / "dataset.json", _PREPARE)
     check_regions(dataset_json)
     if note := shared_files(folder.name, channel_names(dataset_json)):
         _log.warning("%s", note)
+    restored: dict[str, dict[str, Any]] = {}
     if "nnunet" in request.presets and PLANS_KEY in source:
         stock = _read(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
-        source = with_stock_sizes(source, stock, configurations)
+        own, source = source, with_stock_sizes(source, stock, configurations)
+        restored = _changed_sizes(own, source, configurations, changes)
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
     memory = {}
     for name in configurations if request.gpu_memory is not None else ():
         plans, chosen, memory[name] = _fitted(plans, name, dataset_json, request)
         changes.update(chosen)
     write_json(target, plans, indent=4)
-    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory)
+    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory, restored)
 
 
 def shared_files(dataset: str, channels: Sequence[str]) -> str:
@@ -213,6 +217,19 @@ def with_stock_sizes(plans: dict[str, Any], stock: dict[str, Any], configuration
             if key in stock["configurations"][name]:
                 plans["configurations"][name][key] = copy.deepcopy(stock["configurations"][name][key])
     return plans
+
+
+def _changed_sizes(
+    before: dict[str, Any], now: dict[str, Any], configurations: Sequence[str], asked: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return configuration -> patch and batch size that differ between two plans and were not asked for."""
+    found = {}
+    for name in [name for name in configurations if name in before["configurations"]]:
+        old, new = _resolved(before, name), _resolved(now, name)
+        sizes = {key: new[key] for key in ("patch_size", "batch_size") if key not in asked and old[key] != new[key]}
+        if sizes:
+            found[name] = sizes
+    return found
 
 
 def default_configurations(plans: dict[str, Any]) -> list[str]:
