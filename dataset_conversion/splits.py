@@ -14,6 +14,7 @@ from nnunetv2_mgml.dataset_conversion.discovery import patient
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
+from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
 
 PRESETS: dict[str, tuple[int, int, int]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
@@ -21,8 +22,6 @@ PRESETS: dict[str, tuple[int, int, int]] = {"paper2020": (219, 50, 100), "paper2
 PUBLISHED: tuple[str, ...] = ("rfnet2020", "rfnet2018-1", "rfnet2018-2", "rfnet2018-3", "imfuse2023")
 """Splits whose very cases are known: BraTS 2020 and 2018 as RFNet and its successors split them, BraTS 2023 GLI as
 IM-Fuse does. Their lists lie in ``case_lists``, each with its source."""
-SPLITS_FILE = "splits_final.json"
-TEST_FILE = "test_cases.json"
 _TAIL = re.compile(r"(\.nii\.gz|\.nii|\.np[yz]|\.h5|\.pkl)$", re.IGNORECASE)
 _SUFFIXES = sorted(
     {s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()} | {"_vol"},

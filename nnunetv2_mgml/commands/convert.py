@@ -12,9 +12,10 @@ from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, Conversi
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
 from nnunetv2_mgml.dataset_conversion.resplit import SplitRequest, write_split
-from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
+from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
+from nnunetv2_mgml.plans.splits import TEST_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
