@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.commands import TRAINER
+from nnunetv2_mgml.upstream.plain_errors import PlainError, tell
 
 
 class _Command(NamedTuple):
@@ -41,7 +42,7 @@ COMMANDS: dict[str, _Command] = {
         "mgml plan -d 137 --set fusion=mean num_epochs=300",
     ),
     "train": _Command(
-        "nnunetv2.run.run_training",
+        "nnunetv2_mgml.commands.train",
         f"nnUNetv2_train, with -tr {TRAINER} unless another is given",
         "mgml train 137 3d_fullres 0",
     ),
@@ -164,7 +165,7 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         return int(module.run(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -173,7 +174,6 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     """Run a command that parses ``sys.argv`` itself, as nnU-Net's entry points do."""
-    from nnunetv2_mgml.upstream.plain_errors import PlainError
     from nnunetv2_mgml.upstream.registration import PREPROCESS_MODULE, add_ext_dir, install_preprocessing
 
     add_ext_dir()
@@ -186,16 +186,13 @@ def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(COMMANDS[name].module)
     try:
         if name == "train":
-            from nnunetv2_mgml.upstream.distributed import process_group
-
-            with process_group(arguments):
-                module.run_training_entry()
-        elif name == "preprocess":
+            return int(module.main(arguments))
+        if name == "preprocess":
             module.plan_and_preprocess_entry()
         else:
             module.main("predict_entry_point_modelfolder" if from_model_folder else "predict_entry_point")
     except PlainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
     return 0
 
