@@ -50,14 +50,14 @@ def check_training(request: TrainingRequest) -> None:
     """Raise where a training could not begin, or should not.
 
     Raises:
-        FileNotFoundError: no such data set, plans, preprocessed data or weights.
+        FileNotFoundError: no such data set, plans, preprocessed data, weights, or training to validate.
         ValueError: an unknown configuration, trainer, fold or device, options that contradict each other, or a fold
             that one of our trainers refuses; the message names what is allowed.
     """
     _check_options(request)
     _check_device(request)
     folder = planned_folder(request.dataset)
-    nnunet_folder(RESULTS)
+    results = nnunet_folder(RESULTS) / folder.name
     plans = read_planned(folder / f"{request.plans}.json")
     read_planned(folder / "dataset.json")
     if request.configuration not in plans.get("configurations", {}):
@@ -70,7 +70,10 @@ def check_training(request: TrainingRequest) -> None:
             f"{data} has no preprocessed data of {request.configuration}. Run {PREPARE} -d {request.dataset} -c "
             f"{request.configuration} first."
         )
-    if getattr(trainer, "supports_missing_modalities", False) and not request.only_validate:
+    if request.only_validate:
+        name = f"{request.trainer}__{plans.get('plans_name', request.plans)}__{request.configuration}"
+        _check_trained(results / name / f"fold_{request.fold}")
+    elif getattr(trainer, "supports_missing_modalities", False):
         cases = infer_dataset_class(str(data)).get_identifiers(str(data))
         if refusal := trains_on_test_cases(folder, request.fold, cases):
             raise ValueError(refusal)
@@ -107,6 +110,11 @@ def _check_options(request: TrainingRequest) -> None:
         raise ValueError("--c goes on from a checkpoint, -pretrained_weights starts anew. Leave one of the two out.")
     if not weights.is_file():
         raise FileNotFoundError(f"-pretrained_weights {weights} does not exist.")
+
+
+def _check_trained(fold: Path) -> None:
+    if not (fold / "checkpoint_final.pth").is_file():
+        raise FileNotFoundError(f"--val validates a finished training, and {fold} has no checkpoint_final.pth.")
 
 
 def _check_device(request: TrainingRequest) -> None:

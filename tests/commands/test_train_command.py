@@ -49,6 +49,7 @@ def train(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         ([DATASET, "3d_fullres", "x"], "The fold must be a number (0, 1, 2, ...) or 'all', got x."),
         ([DATASET, "3d_fullres", "0", "--c", "--val"], "--c goes on training and --val only validates. Leave one"),
         ([DATASET, "3d_fullres", "0", "--c", "-pretrained_weights", "w.pth"], "--c goes on from a checkpoint, -pre"),
+        ([DATASET, "3d_fullres", "3", "--val"], "nnUNetTrainerMGML__nnUNetPlans__3d_fullres/fold_3 has no checkpoint_"),
         ([DATASET, "3d_fullres", "0", "--val_best", "--disable_checkpointing"], "--val_best needs the checkpoint"),
         (
             [DATASET, "3d_fullres", "0", "-pretrained_weights", "nope.pth"],
