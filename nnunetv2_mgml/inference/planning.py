@@ -83,10 +83,13 @@ def refuse_incomplete(cases: Sequence[Sequence[str]], file_ending: str, channels
         return
     lacking = []
     for files in cases:
-        there = {channel_of(file, file_ending) for file in files}
-        absent = [name for channel, name in enumerate(channels) if channel not in there]
+        there = [channel_of(file, file_ending) for file in files]
+        if None in there:  # lists of files may have any names; nnU-Net takes them in their order
+            absent = list(channels[len(files) :])
+        else:
+            absent = [name for channel, name in enumerate(channels) if channel not in there]
         if absent:
-            case = os.path.basename(files[0])[: -len(f"_0000{file_ending}")]
+            case = os.path.basename(files[0]).removesuffix(file_ending).removesuffix(f"_{there[0] or 0:04d}")
             lacking.append(f"{case} ({', '.join(absent)})")
     if lacking:
         raise PlainError(

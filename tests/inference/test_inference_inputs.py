@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from inference_cases import write_image
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, cases_from_lists, find_cases, parse_missing, resolve
-from nnunetv2_mgml.inference.planning import plan_cases
+from nnunetv2_mgml.inference.planning import plan_cases, refuse_incomplete
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 ENDING = ".nii.gz"
@@ -240,3 +241,19 @@ def test_folders_with_the_names_of_brats_and_sheets(tmp_path: Path) -> None:
         resolve(cases[1], ["auto"], ("adc", "flair"))
     with pytest.raises(ValueError, match="has pet, FLAIR, adc; the model's modalities are t1"):
         find_cases(sheet, ".nii.gz", ("t1",))
+
+
+def test_what_stock_prediction_lacks_is_seen_before_it_starts() -> None:
+    def said(*cases: list[str]) -> str:
+        try:
+            refuse_incomplete(cases, ".nii.gz", ("t1", "t2", "flair"))
+        except PlainError as error:
+            return str(error)
+        return ""
+
+    whole = [f"in/a_000{c}.nii.gz" for c in range(3)]
+    assert said(whole, [name.replace("a_", "b_") for name in whole]) == ""
+    assert said(["in/a_0000.nii.gz"], ["in/b_0000.nii.gz"]) == "", "one file may hold all channels"
+    assert said(whole, ["in/b_0001.nii.gz"]).startswith("1 of 2 case(s) lack modalities: b (t1, flair). Nothing")
+    assert said(["x.nii.gz", "y.nii.gz", "z.nii.gz"]) == "", "lists may have any names"
+    assert "x (flair)" in said(["in/x.nii.gz", "in/y.nii.gz"])
