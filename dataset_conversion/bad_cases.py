@@ -14,9 +14,15 @@ def bad_cases_text(bad: Mapping[str, Collection[str]], total: int) -> str:
         bad: case -> problems.
         total: how many cases there are; with more than the bad ones, the text says how to convert the others.
     """
-    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(bad.items())]
     advice = " --skip_bad converts the others." if len(bad) < total else ""
-    return "\n".join([f"{len(bad)} of {total} case(s) are bad; nothing has been written.{advice}", *lines])
+    return "\n".join(
+        [f"{len(bad)} of {total} case(s) are bad; nothing has been written.{advice}", *bad_case_lines(bad)]
+    )
+
+
+def bad_case_lines(bad: Mapping[str, Collection[str]]) -> list[str]:
+    """Return a line for every bad case: its name and what is wrong."""
+    return [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(bad.items())]
 
 
 def without_bad_cases(split: Split | None, bad: Mapping[str, Collection[str]]) -> Split | None:

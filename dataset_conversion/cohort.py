@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mgml.dataset_conversion.bad_cases import bad_cases_text, without_bad_cases
+from nnunetv2_mgml.dataset_conversion.bad_cases import bad_case_lines, bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import same_header
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, building, check_target
 from nnunetv2_mgml.dataset_conversion.splits import (
@@ -140,11 +140,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
     found = request.found
     channels = channel_names({"channel_names": {str(i): name for i, name in enumerate(found.modalities)}})
     if not any(case.label for case in found.cases):
-        bad = bad_cases_text(found.problems, len(found.problems)) if found.problems else ""
-        raise ValueError(
-            f"No case of {found.origin} has a label map, so nothing can be trained. Say where the label maps are, or "
-            f"write images for prediction: mgml convert images. {bad}".strip()
-        )
+        raise ValueError(_nothing_to_train(found))
     folder_name = dataset_folder_name(request.dataset_id, request.name)
     target, preprocessed = nnunet_folder(RAW) / folder_name, nnunet_folder(PREPROCESSED) / folder_name
     source = Path(found.origin)
@@ -402,6 +398,19 @@ def _check_channels(
     never = [name for name in modalities if all(name in missing.get(case.name, ()) for case in training)]
     if never:
         raise ValueError(f"No training case has {', '.join(never)}, so nothing can be learned from it. Leave it out.")
+
+
+def _nothing_to_train(found: FoundCases) -> str:
+    """Say why no case that was found can be trained with."""
+    bad, good = found.problems, len(found.cases)
+    if bad and not good:
+        return bad_cases_text(bad, len(bad))
+    which = f"None of the {good} case(s)" if bad else "No case"
+    text = (
+        f"{which} of {found.origin} has a label map, so nothing can be trained. Say where the label maps are, or "
+        f"write images for prediction: mgml convert images."
+    )
+    return "\n".join([text, f"{len(bad)} more case(s) are bad:", *bad_case_lines(bad)]) if bad else text
 
 
 def _choose_split(request: CohortRequest) -> tuple[Split | None, tuple[str, ...]]:

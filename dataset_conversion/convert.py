@@ -18,7 +18,6 @@ from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVIT
 from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
 from nnunetv2_mgml.dataset_conversion.splits import (
     PUBLISHED,
-    SPLITS_FILE,
     Split,
     check_existing_split,
     parse_ratio,
@@ -30,6 +29,7 @@ from nnunetv2_mgml.dataset_conversion.splits import (
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, subset_from_present
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
+from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
 
 Converted = list[tuple[Case, CaseResult]]
 
@@ -278,7 +278,7 @@ def _channels(request: ConversionRequest) -> tuple[str, ...]:
         return BRATS_CHANNELS
     if request.missing_rates:
         raise ValueError("Give either --subset_of or --missing_rate: its rates are of all four modalities.")
-    subset = subset_from_present(request.subset_of, BRATS_CHANNELS)
+    subset = subset_from_present(request.subset_of, BRATS_CHANNELS, "BraTS")
     return tuple(name for name, taken in zip(BRATS_CHANNELS, subset, strict=True) if taken)
 
 
@@ -344,5 +344,7 @@ def _notes_on_preprocessed(folder_name: str, splits_file: Path | None) -> list[s
     if (folder / "dataset.json").is_file():
         notes.append(f"{folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again")
     if splits_file is None and (folder / SPLITS_FILE).is_file():
-        notes.append(f"{folder / SPLITS_FILE} is from earlier and still holds; delete it if it does not fit")
+        notes.append(
+            f"{folder / SPLITS_FILE} is from earlier and still holds; delete it and {TEST_FILE} if it does not fit"
+        )
     return notes

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.discovery import patient
 from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
+from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
 
 PRESETS: dict[str, tuple[int, int, int]] = {"paper2020": (219, 50, 100), "paper2023": (7, 1, 2)}
 """Proportions train : validation : test in the MGML paper; which cases they are is not printed there."""
@@ -20,8 +22,6 @@ PRESETS: dict[str, tuple[int, int, int]] = {"paper2020": (219, 50, 100), "paper2
 PUBLISHED: tuple[str, ...] = ("rfnet2020", "rfnet2018-1", "rfnet2018-2", "rfnet2018-3", "imfuse2023")
 """Splits whose very cases are known: BraTS 2020 and 2018 as RFNet and its successors split them, BraTS 2023 GLI as
 IM-Fuse does. Their lists lie in ``case_lists``, each with its source."""
-SPLITS_FILE = "splits_final.json"
-TEST_FILE = "test_cases.json"
 _TAIL = re.compile(r"(\.nii\.gz|\.nii|\.np[yz]|\.h5|\.pkl)$", re.IGNORECASE)
 _SUFFIXES = sorted(
     {s for table in (*BRATS_FILE_SUFFIXES.values(), BRATS_SEGMENTATION_SUFFIX) for s in table.values()} | {"_vol"},
@@ -128,7 +128,8 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
 
     Raises:
         FileNotFoundError: a list does not exist.
-        ValueError: unknown names, a name in two places, an empty training or validation list; all of them are named.
+        ValueError: unknown names, a name in two places (the first of them are named, all counted), or an empty training
+            or validation list.
     """
     if len(files) not in (2, 3):
         raise ValueError(
@@ -146,10 +147,10 @@ def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split
         unknown += [f"{line} ({path.name})" for line, case in resolved.items() if case is None]
         parts.append([case for line in lines if line and (case := resolved[line]) is not None])
     if unknown:
-        raise ValueError(f"{len(unknown)} name(s) in the split lists are no case of this data: {', '.join(unknown)}.")
+        raise ValueError(f"{len(unknown)} name(s) in the split lists are no case of this data: {some(unknown)}.")
     doubles = sorted(case for case, count in Counter(case for part in parts for case in part).items() if count > 1)
     if doubles:
-        raise ValueError(f"Cases named more than once in the split lists: {', '.join(doubles)}.")
+        raise ValueError(f"{len(doubles)} case(s) named more than once in the split lists: {some(doubles)}.")
     if not parts[0] or not parts[1]:
         raise ValueError("The lists of training and of validation cases must not be empty.")
     left_out = tuple(sorted(known - {case for part in parts for case in part}))

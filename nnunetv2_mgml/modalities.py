@@ -122,18 +122,23 @@ def _check_distinct(channels: Sequence[str], spelled: dict[int, str]) -> None:
         )
 
 
-def channel_index(name: str, channels: Sequence[str]) -> int:
+def channel_index(name: str, channels: Sequence[str], owner: str = "This model") -> int:
     """Return the channel index of a modality name (aliases accepted).
 
+    Args:
+        name: of a modality.
+        channels: modality names in channel order.
+        owner: what has these channels, as messages call it.
+
     Raises:
-        ValueError: the model has no such modality; the message lists those it has and their aliases.
+        ValueError: there is no such modality; the message lists those there are and their aliases.
     """
     wanted = canonical_name(name)
     canonical = [canonical_name(c) for c in channels]
     if wanted in canonical:
         return canonical.index(wanted)
     allowed = ", ".join(_with_aliases(c) for c in canonical)
-    raise ValueError(f"Unknown modality '{name}'. This model has: {allowed}.")
+    raise ValueError(f"Unknown modality '{name}'. {owner} has: {allowed}.")
 
 
 def _with_aliases(name: str) -> str:
@@ -141,13 +146,13 @@ def _with_aliases(name: str) -> str:
     return f"{name} (also {'/'.join(others)})" if others else name
 
 
-def subset_from_present(present: Iterable[str], channels: Sequence[str]) -> Subset:
-    """Return the subset in which exactly the named modalities are present.
+def subset_from_present(present: Iterable[str], channels: Sequence[str], owner: str = "This model") -> Subset:
+    """Return the subset in which exactly the named modalities are present; ``owner`` as in `channel_index`.
 
     Raises:
         ValueError: an unknown name, or no modality at all.
     """
-    indices = {channel_index(name, channels) for name in present}
+    indices = {channel_index(name, channels, owner) for name in present}
     if not indices:
         raise ValueError(f"No modality is present. At least one of {', '.join(channels)} is needed.")
     return tuple(i in indices for i in range(len(channels)))

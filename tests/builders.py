@@ -211,13 +211,14 @@ def make_trainer(
     options: dict[str, Any] | None = None,
     dataset_json: dict[str, Any] | None = None,
     resume: bool = False,
+    fold: int | str = 0,
 ) -> Any:
     """Instantiate a trainer on the CPU as nnU-Net's run_training does."""
     plans_dict = copy.deepcopy(plans_dict)
     plans_dict["continue_training"] = resume
     plans_dict["mgml"] = {"config": {**TINY, **(options or {})}}
     key = next(iter(plans_dict["configurations"]))
-    return cls(plans_dict, key, 0, copy.deepcopy(dataset_json or BRATS_JSON), torch.device("cpu"))
+    return cls(plans_dict, key, fold, copy.deepcopy(dataset_json or BRATS_JSON), torch.device("cpu"))
 
 
 TINY: dict[str, Any] = {

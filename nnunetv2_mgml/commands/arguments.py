@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nnunetv2_mgml.commands import TRAINER
 from nnunetv2_mgml.io.workers import default_processes
 from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.scoring.sources import PredictionFolders
+
+TWO_MODELS = "Name the model with -d DATASET (and -c, -tr, -p), or with -m MODEL_FOLDER: one of the two."
+
+
+def describe_stock_parser(parser: argparse.ArgumentParser, description: str) -> None:
+    """Make the help of a parser of nnU-Net's speak of our command.
+
+    Args:
+        parser: as nnU-Net has built it.
+        description: what the command does.
+    """
+    parser.description = description
+    for action in parser._actions:
+        if action.dest == "tr":
+            action.default = TRAINER
+            action.help = (action.help or "").replace("nnUNetTrainer", TRAINER)
 
 
 def add_trust(parser: argparse._ActionsContainer) -> None:
@@ -42,6 +59,22 @@ def add_split_lists(parser: argparse.ArgumentParser) -> None:
         help="lists of training, validation and test cases, one name a line",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random split")
+
+
+def changed_options(
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], options: Sequence[str]
+) -> list[str]:
+    """Return those of some options that are not at their default.
+
+    Args:
+        args: what a command was given.
+        add_arguments: adds the command's arguments to a parser.
+        options: as they are typed, their first names.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    names = [(option, option.lstrip("-")) for option in options]
+    return [option for option, name in names if getattr(args, name) != parser.get_default(name)]
 
 
 def parse_predictions(entries: Sequence[str]) -> PredictionFolders:
@@ -80,7 +113,7 @@ def add_model_choice(parser: argparse.ArgumentParser) -> None:
     """Add ``-d -c -tr -p``, or ``-m``: which trained model a command is about."""
     parser.add_argument("-d", metavar="DATASET", help="id or name of the dataset the model was trained on")
     parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres", help="configuration of the model")
-    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerMGML", help="trainer of the model")
+    parser.add_argument("-tr", metavar="TRAINER", default=TRAINER, help="trainer of the model")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans of the model")
     parser.add_argument("-m", metavar="MODEL_FOLDER", type=Path, help="instead: TRAINER__PLANS__CONFIGURATION itself")
 
@@ -99,7 +132,7 @@ def chosen_model_folder(args: argparse.Namespace) -> Path:
         FileNotFoundError: no such data set.
     """
     if (args.m is None) == (args.d is None):
-        raise ValueError("Name the model with -d DATASET (and -c, -tr, -p), or with -m MODEL_FOLDER: one of the two.")
+        raise ValueError(TWO_MODELS)
     if args.m is not None:
         return Path(args.m)
     return dataset_folder(args.d, RESULTS) / f"{args.tr}__{args.p}__{args.c}"

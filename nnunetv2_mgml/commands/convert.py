@@ -7,13 +7,15 @@ import argparse
 from nnunetv2_mgml.commands import convert_cohort
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
 from nnunetv2_mgml.dataset_conversion.back import BackRequest, write_back
+from nnunetv2_mgml.dataset_conversion.bad_cases import bad_case_lines
 from nnunetv2_mgml.dataset_conversion.convert import ConversionRequest, ConversionSummary, convert
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, LABELS
 from nnunetv2_mgml.dataset_conversion.missing import parse_rates
 from nnunetv2_mgml.dataset_conversion.resplit import SplitRequest, write_split
-from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED, TEST_FILE
+from nnunetv2_mgml.dataset_conversion.splits import PRESETS, PUBLISHED
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
+from nnunetv2_mgml.plans.splits import TEST_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,5 +170,5 @@ def describe(summary: ConversionSummary) -> list[str]:
     lines.append(f"Wrote {summary.folder} in {summary.seconds:.1f} s")
     if summary.skipped:
         lines.append(f"Skipped {len(summary.skipped)} bad case(s):")
-        lines += [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(summary.skipped.items())]
+        lines += bad_case_lines(summary.skipped)
     return lines

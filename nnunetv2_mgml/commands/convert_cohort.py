@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.commands.arguments import add_processes, add_split_lists
+from nnunetv2_mgml.dataset_conversion.bad_cases import bad_case_lines
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, CohortSummary, convert_cohort, write_images
 from nnunetv2_mgml.dataset_conversion.record import record_missing
 from nnunetv2_mgml.dataset_conversion.sources import FORMS, CohortSource, in_order, is_sheet, not_of
@@ -276,8 +277,7 @@ def describe(summary: CohortSummary) -> list[str]:
 def _skipped_lines(skipped: Mapping[str, Sequence[str]]) -> list[str]:
     if not skipped:
         return []
-    lines = [f"  {name}: {'; '.join(problems)}" for name, problems in sorted(skipped.items())]
-    return [f"Skipped {len(skipped)} bad case(s):", *lines]
+    return [f"Skipped {len(skipped)} bad case(s):", *bad_case_lines(skipped)]
 
 
 def plain_name(text: str) -> str:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.commands.arguments import add_trust, parse_predictions
+from nnunetv2_mgml.commands import TRAINER
+from nnunetv2_mgml.commands.arguments import add_trust, changed_options, parse_predictions
 from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.presentation.tables import summary_text
 from nnunetv2_mgml.scoring.metrics import all_metrics, default_metrics
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["0"],
         help="folds. Validation cases: each fold's cases by its own model; with -i: one ensemble",
     )
-    source.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerMGML", help="trainer of the model")
+    source.add_argument("-tr", metavar="TRAINER", default=TRAINER, help="trainer of the model")
     source.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier")
     source.add_argument("-m", metavar="MODEL_FOLDER", type=Path, help="model folder TRAINER__PLANS__CONFIGURATION")
     source.add_argument("-i", metavar="IMAGES", type=Path, help="folder of images (CASE_0000, CASE_0001, ...)")
@@ -240,14 +241,7 @@ def _size(entry: str) -> tuple[str, int]:
 
 def _refuse_model_options(args: argparse.Namespace) -> None:
     """Raise a ValueError naming the options that only a model has a use for and that are not at their default."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    given = [
-        option
-        for option in _MODEL_OPTIONS
-        if getattr(args, option.lstrip("-")) != parser.get_default(option.lstrip("-"))
-    ]
-    if given:
+    if given := changed_options(args, add_arguments, _MODEL_OPTIONS):
         raise ValueError(
             f"--predictions takes finished label maps; {', '.join(given)} would predict, or needs a model "
             f"(-m, or -d and -c). Give one or the other."

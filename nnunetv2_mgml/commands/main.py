@@ -10,8 +10,8 @@ import sys
 from typing import NamedTuple
 
 from nnunetv2_mgml import __version__
-
-_TRAINER = "nnUNetTrainerMGML"
+from nnunetv2_mgml.commands import TRAINER
+from nnunetv2_mgml.upstream.plain_errors import PlainError, tell
 
 
 class _Command(NamedTuple):
@@ -42,8 +42,8 @@ COMMANDS: dict[str, _Command] = {
         "mgml plan -d 137 --set fusion=mean num_epochs=300",
     ),
     "train": _Command(
-        "nnunetv2.run.run_training",
-        f"nnUNetv2_train, with -tr {_TRAINER} unless another is given",
+        "nnunetv2_mgml.commands.train",
+        f"nnUNetv2_train, with -tr {TRAINER} unless another is given",
         "mgml train 137 3d_fullres 0",
     ),
     "warmstart": _Command(
@@ -53,7 +53,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "predict": _Command(
         "nnunetv2_mgml.commands.predict",
-        f"nnUNetv2_predict (with -m: nnUNetv2_predict_from_modelfolder), -tr {_TRAINER} unless given",
+        f"nnUNetv2_predict (with -m: nnUNetv2_predict_from_modelfolder), -tr {TRAINER} unless given",
         "mgml predict -i IN -o OUT -d 137 -c 3d_fullres -f 0 --missing_modalities t1ce",
     ),
     "evaluate": _Command(
@@ -165,7 +165,7 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         return int(module.run(parser.parse_args(arguments)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -174,7 +174,6 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     """Run a command that parses ``sys.argv`` itself, as nnU-Net's entry points do."""
-    from nnunetv2_mgml.upstream.plain_errors import PlainError
     from nnunetv2_mgml.upstream.registration import PREPROCESS_MODULE, add_ext_dir, install_preprocessing
 
     add_ext_dir()
@@ -182,21 +181,18 @@ def _run_nnunet_like(name: str, arguments: list[str]) -> int:
     if name == "preprocess":
         install_preprocessing(importlib.import_module(PREPROCESS_MODULE))
     elif not from_model_folder and not _given("-tr", arguments):
-        arguments = [*arguments, "-tr", _TRAINER]
+        arguments = [*arguments, "-tr", TRAINER]
     sys.argv = [f"mgml {name}", *arguments]
     module = importlib.import_module(COMMANDS[name].module)
     try:
         if name == "train":
-            from nnunetv2_mgml.upstream.distributed import process_group
-
-            with process_group(arguments):
-                module.run_training_entry()
-        elif name == "preprocess":
+            return int(module.main(arguments))
+        if name == "preprocess":
             module.plan_and_preprocess_entry()
         else:
             module.main("predict_entry_point_modelfolder" if from_model_folder else "predict_entry_point")
     except PlainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
     return 0
 

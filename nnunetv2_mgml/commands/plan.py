@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         nargs="+",
         default=[],
-        help="one or several. nnunet: back to nnU-Net's own training settings where the plans have those of paper; "
-        "paper: those of the MGML paper ("
+        help="one or several. nnunet: back to nnU-Net's own training settings, and what else paper set, where the "
+        "plans have those of paper; paper: those of the MGML paper ("
         + ", ".join(f"{key}={value}" for key, value in PAPER.items())
         + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips"
         ". paper-losses: the total of the paper's text, reference-losses: that of its published code; both for "
@@ -108,6 +108,8 @@ def describe(written: WrittenPlans, request: PlanRequest) -> list[str]:
     for key, value in written.changes.items():
         where = f" ({', '.join(written.configurations)})" if key in NNUNET_KEYS else ""
         lines.append(f"  {key} = {json.dumps(value)}{where}")
+    for name, sizes in written.restored.items():
+        lines += [f"  {key} = {json.dumps(value)} ({name}), nnU-Net's own again" for key, value in sizes.items()]
     for name, need in written.memory.items():
         lines.append(
             f"  {name}: a training step in 16 bit needs {need:.2f} GiB, predicted from shapes (weights, gradients and "

@@ -10,21 +10,22 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
-from nnunetv2_mgml.commands.arguments import add_trust
+from nnunetv2_mgml.commands.arguments import TWO_MODELS, add_trust, describe_stock_parser
 from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.planning import check_places
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.io.targets import removing_if_empty
-from nnunetv2_mgml.upstream.plain_errors import PlainError
+from nnunetv2_mgml.upstream.plain_errors import PlainError, wants_traceback
 from nnunetv2_mgml.upstream.predict_command import Build, intercepted, stock_entry_point
 from nnunetv2_mgml.upstream.registration import add_ext_dir
 from nnunetv2_mgml.workflows.predict import PredictionRequest, build_predictor, check_request, write_additions
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_MODEL_BY_NAME = ("-d", "-c", "-tr", "-p")
 _EXAMPLE = (
     "Example: nnUNetv2_predict -i IN -o OUT -d 137 -c 3d_fullres -f 0 -tr nnUNetTrainerMGML --missing_modalities t1ce"
 )
@@ -34,21 +35,25 @@ class _Call:
     """One run of nnU-Net's command, which asks back: for the arguments, then for the predictor.
 
     Args:
+        from_folder: the model is named by its folder.
         at_end: is left when the command is over.
     """
 
-    def __init__(self, at_end: ExitStack) -> None:
-        self.at_end = at_end
+    def __init__(self, from_folder: bool, at_end: ExitStack) -> None:
+        self.from_folder, self.at_end = from_folder, at_end
         self.request = PredictionRequest()
         self.predictor: MGMLPredictor | None = None
         self.verbose = False
 
     def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build]:
         add_arguments(parser)
+        if parser.prog.startswith("mgml"):
+            _describe(parser, self.from_folder)
+        if self.from_folder:
+            _refuse_two_models(sys.argv[1:])
         args = parser.parse_args()
         self.request, self.verbose = _request_from(args), args.verbose
-        if self.request.uses_our_flags:
-            check_request(self.request)
+        check_request(self.request)
         check_places(args.i, args.o, getattr(args, "prev_stage_predictions", None))
         self.at_end.enter_context(removing_if_empty(args.o))  # nnU-Net makes the folder before it looks at anything
         if self.request.uses_our_flags:
@@ -80,9 +85,24 @@ class _Call:
     def blames_user(self, error: Exception) -> bool:
         """Whether an error is about the arguments: before it predicts, upstream raises RuntimeError and asserts."""
         started = self.predictor is not None and self.predictor.network is not None
-        if not self.request.uses_our_flags:
-            return not started and isinstance(error, (ValueError, OSError))
-        return isinstance(error, (ValueError, OSError)) or not started
+        return not started or (self.request.uses_our_flags and isinstance(error, (ValueError, OSError)))
+
+
+def _refuse_two_models(arguments: Sequence[str]) -> None:
+    """Raise a ValueError where the model is named twice: the parser would take ``-d`` for ``-device``."""
+    if any(argument.partition("=")[0] in _MODEL_BY_NAME for argument in arguments):
+        raise ValueError(TWO_MODELS)
+
+
+def _describe(parser: argparse.ArgumentParser, from_folder: bool) -> None:
+    """Let the help of nnU-Net's parser speak of ``mgml predict``."""
+    describe_stock_parser(
+        parser,
+        "Predict the cases of a folder with a trained model: of nnUNet_results by its data set (-d, -c, -tr, -p), or "
+        "of any folder (-m, without those; mgml predict -m FOLDER -h lists the options then).",
+    )
+    if not from_folder:
+        parser.add_argument("-m", help="Instead of -d, -c, -tr, -p: the folder TRAINER__PLANS__CONFIGURATION itself")
 
 
 def _request_from(args: argparse.Namespace) -> PredictionRequest:
@@ -159,7 +179,7 @@ def main(entry_point_name: str) -> NoReturn:
     """
     add_ext_dir()
     entry_point, at_end = stock_entry_point(entry_point_name), ExitStack()
-    call = _Call(at_end)
+    call = _Call(entry_point_name.endswith("modelfolder"), at_end)
     try:
         with at_end, _own_log(), intercepted(call.parse):
             entry_point()
@@ -171,7 +191,7 @@ def main(entry_point_name: str) -> NoReturn:
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
         if not isinstance(error, PlainError) and not call.blames_user(error):
             raise
-        if call.verbose:
+        if call.verbose or wants_traceback():
             traceback.print_exc()
         _fail("\n".join(filter(None, [str(error), call.failures()])), _USAGE)
     failures = call.failures()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mgml.commands.arguments import add_trust, parse_predictions
+from nnunetv2_mgml.commands.arguments import add_trust, changed_options, parse_predictions
 from nnunetv2_mgml.workflows.report import InternalsRequest, ReportRequest, make_report
+
+_VIEWER_OPTIONS = ("-l", "--predictions", "--dataset_json", "--max_cases", "--cases", "--max_megabytes")
+_INSIDE_OPTIONS = ("-m", "-f", "-chk", "-device", "--trust_checkpoint")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +95,14 @@ def run(args: argparse.Namespace) -> int:
     """Run ``mgml report``; returns the exit code."""
     if args.no_images and args.i is not None:
         raise ValueError("-i gives images and --no_images wants none. Leave one of the two out.")
+    if args.no_images and (given := changed_options(args, add_arguments, _VIEWER_OPTIONS)):
+        raise ValueError(
+            f"--no_images wants no slice viewer, which is what {', '.join(given)} would change. Leave one out."
+        )
+    if args.internals is None and (given := changed_options(args, add_arguments, _INSIDE_OPTIONS)):
+        raise ValueError(
+            f"{', '.join(given)} would change what --internals shows. Give --internals too, or leave it out."
+        )
     inside = None
     if args.internals is not None:
         inside = InternalsRequest(args.internals or None, args.m, args.f, args.chk, args.device, args.trust_checkpoint)

@@ -99,6 +99,6 @@ def build_sampler(options: SamplingOptions, channels: Sequence[str]) -> SubsetSa
 def missing_rates(by_name: Mapping[str, float], channels: Sequence[str]) -> tuple[float, ...]:
     """Return one rate per channel; 0.5 where none is named."""
     for name in by_name:
-        channel_index(name, channels)
+        channel_index(name, channels, "This data set")
     named = {canonical_name(name): float(rate) for name, rate in by_name.items()}
     return tuple(named.get(canonical_name(channel), _DEFAULT_RATE) for channel in channels)

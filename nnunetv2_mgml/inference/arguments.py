@@ -30,6 +30,14 @@ def check_step_size(step_size: float) -> None:
         )
 
 
+def check_part(part_id: int, num_parts: int) -> None:
+    """Raise a ValueError unless there is such a part of so many."""
+    if num_parts < 1:
+        raise ValueError(f"num_parts must be at least 1, got {num_parts}.")
+    if not 0 <= part_id < num_parts:
+        raise ValueError(f"part_id must be 0 to {num_parts - 1} with num_parts {num_parts}, got {part_id}.")
+
+
 def check_folds(folds: Sequence[str | int]) -> None:
     """Raise a ValueError unless every fold is a number or ``all``."""
     wrong = [str(fold) for fold in folds if str(fold) != "all" and not str(fold).isdecimal()]

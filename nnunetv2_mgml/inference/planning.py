@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnunetv2_mgml.inference.arguments import check_part
 from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, check_source, find_cases
+from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.io.targets import is_same
 from nnunetv2_mgml.io.volumes import not_finished, not_finished_archive
+from nnunetv2_mgml.plans.cohort import channel_of
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +58,7 @@ def plan_cases(
         ValueError: no case, a wrong part, outputs that do not match the inputs, two cases with one output, or an output
             that is one of the images.
     """
-    if not 0 <= part_id < num_parts:
-        raise ValueError(f"part_id must be 0 to {num_parts - 1} with num_parts {num_parts}, got {part_id}.")
+    check_part(part_id, num_parts)
     find: Any = find_cases if isinstance(source, (str, Path)) else cases_from_lists
     cases: list[Case] = find(source, file_ending, channels)
     names = [case.name for case in cases]
@@ -108,6 +111,36 @@ def _refuse_images(planned: Sequence[PlannedCase], file_ending: str) -> None:
             )
 
 
+def refuse_incomplete(cases: Sequence[Sequence[str]], file_ending: str, channels: Sequence[str]) -> None:
+    """Raise where nnU-Net's own prediction would stop at a case, after others: one that lacks a modality's file.
+
+    Args:
+        cases: files of each case, as nnU-Net lists them. Cases of one file each are let pass: it may hold all channels.
+        file_ending: of the model.
+        channels: the model's modality names in channel order.
+
+    Raises:
+        PlainError: names the first cases and what they lack.
+    """
+    if all(len(files) == 1 for files in cases):
+        return
+    lacking = []
+    for files in cases:
+        there = [channel_of(file, file_ending) for file in files]
+        if None in there:  # lists of files may have any names; nnU-Net takes them in their order
+            absent = list(channels[len(files) :])
+        else:
+            absent = [name for channel, name in enumerate(channels) if channel not in there]
+        if absent:
+            case = os.path.basename(files[0]).removesuffix(file_ending).removesuffix(f"_{there[0] or 0:04d}")
+            lacking.append(f"{case} ({', '.join(absent)})")
+    if lacking:
+        raise PlainError(
+            f"{len(lacking)} of {len(cases)} case(s) lack modalities: {some(lacking)}. Nothing has been predicted. "
+            f"--missing_modalities auto goes by the files that exist (missing_modalities of MGMLPredictor)."
+        )
+
+
 def _is_finished(planned: PlannedCase, file_ending: str, with_probabilities: bool) -> bool:
     """Whether the output of an earlier run is there, whole and of the size of the images; says so where it is not."""
     if not planned.ofile:
@@ -140,6 +173,6 @@ def _outputs(names: list[str], target: str | Path | list[str] | None) -> Sequenc
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(
-            f"Two cases are named {', '.join(doubles)}; in one output folder every case needs a name of its own."
+            f"Two cases are named {some(doubles)}; in one output folder every case needs a name of its own."
         )
     return [os.path.join(target, name) for name in names]

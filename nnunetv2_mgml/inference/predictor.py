@@ -33,7 +33,7 @@ from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require
 from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.inputs import AUTO, parse_missing
 from nnunetv2_mgml.inference.model_check import building, check_checkpoint, check_model_folder, check_supported
-from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases
+from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases, refuse_incomplete
 from nnunetv2_mgml.inference.preprocessing import FailedItem, Item, Job, Model, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.io.workers import Task, WorkerPool
@@ -256,7 +256,6 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             *files, save_probabilities, overwrite, 0, 0, folder_with_segs_from_prev_stage, num_parts, part_id
         )
 
-    @unless_stock
     def _manage_input_and_output_lists(
         self,
         list_of_lists_or_source_folder: Any,
@@ -267,7 +266,19 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         num_parts: int = 1,
         save_probabilities: bool = False,
     ) -> tuple[list[Any], list[str | None] | None, list[str | None]]:
-        """As upstream, with a `Case` in place of each list of files."""
+        """As upstream, with a `Case` in place of each list of files; stock prediction has no case that lacks one."""
+        if self.missing_modalities is None:
+            stock: tuple[list[Any], list[str | None] | None, list[str | None]] = super()._manage_input_and_output_lists(
+                list_of_lists_or_source_folder,
+                output_folder_or_list_of_truncated_output_files,
+                folder_with_segs_from_prev_stage,
+                overwrite,
+                part_id,
+                num_parts,
+                save_probabilities,
+            )
+            refuse_incomplete(stock[0], self.dataset_json["file_ending"], self.channels)
+            return stock
         source, target = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
         arguments = (source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts)
         plan = self._plan or self._make_plan(*arguments, save_probabilities)

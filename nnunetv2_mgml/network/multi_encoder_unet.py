@@ -8,12 +8,13 @@ features are left out of the fusion, so whatever an absent channel held cannot c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
 from nnunetv2_mgml.network.encoders import DROPOUTS
 from nnunetv2_mgml.network.fusion.base import FusionDesign
@@ -232,3 +233,7 @@ class MultiEncoderUNet(SubsetModule):
         repeated = [f[:, None].expand(-1, count, *f.shape[1:]).flatten(0, 1) for f in features]
         decoded = self.decoder(repeated, subsets.flatten(0, 1), self.fusion)
         return [output.unflatten(0, (batch, count)) for output in decoded.outputs]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)

@@ -197,7 +197,10 @@ def _pairs(
     """Return channel -> the donor's channel it starts from, or None where the donor has none for it."""
     if offered is None:
         return dict.fromkeys(range(len(channels)), 0)
-    chosen = {channel_index(name, channels): channel_index(source, offered) for name, source in stands_for.items()}
+    chosen = {
+        channel_index(name, channels): channel_index(source, offered, "The checkpoint")
+        for name, source in stands_for.items()
+    }
     by_name = {name: index for index, name in enumerate(offered)}
     return {m: chosen.get(m, by_name.get(name)) for m, name in enumerate(channels)}
 

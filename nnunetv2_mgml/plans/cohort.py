@@ -121,7 +121,8 @@ def read_missing(folder: Path, channels: Sequence[str]) -> dict[str, tuple[str, 
         raise ValueError(f'{path} must map cases to lists of modality names, {{"case_7": ["flair"]}} say.')
     try:
         return {
-            case: tuple(channels[channel_index(name, channels)] for name in names) for case, names in content.items()
+            case: tuple(channels[channel_index(name, channels, "This data set")] for name in names)
+            for case, names in content.items()
         }
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -66,12 +66,14 @@ REFERENCE_LOSSES: dict[str, Any] = {
 EARLY_FUSION: dict[str, Any] = {
     "network_form": "early_fusion",
     "fusion": "concat",
+    "fusion_options": {},
     "width_factor": 1.0,
     "decoder_width_ratio": 1.0,
     "soft_label": "none",
     "consistency_weight": 0.0,
     "complete_view_weight": 0.0,
     "modality_decoder_weight": 0.0,
+    "rebalancing": "none",
 }
 """A stem per modality, fused once, and one U-Net of the plan's widths, one pass a step."""
 
@@ -83,6 +85,11 @@ _SETTINGS = {
 }
 PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
+_APART = (("paper-losses", "reference-losses"), ("nnunet", "paper"))
+_LOSS_OF_PAPER = "complete_view_weight"
+"""What ``paper`` sets that is no training setting, and that other presets set too."""
+_MARKS_OF_OTHERS = ("network_form", "reading")
+"""Options by which plans are known to have one of these."""
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -102,15 +109,33 @@ def preset(name: str) -> dict[str, Any]:
     return {key: defaults.value(key) for key in PAPER if key in Options.names()}
 
 
-def presets(names: Sequence[str]) -> dict[str, Any]:
-    """Return what several presets set together; where two set the same, the later one counts.
+def presets(names: Sequence[str], before: Options | None = None) -> dict[str, Any]:
+    """Return what several presets set together; where two set the same, the later one counts, and never ``nnunet``.
 
     Args:
         names: of `PRESETS`.
+        before: the options of the plans they are for. ``nnunet`` brings the loss on the complete view back only where
+            it was ``paper`` that switched it off.
 
     Raises:
-        ValueError: no such preset, or both sets of losses.
+        ValueError: no such preset, or two that contradict each other.
     """
-    if {"paper-losses", "reference-losses"} <= set(names):
-        raise ValueError("Choose one of the presets paper-losses and reference-losses; they set the same options.")
-    return {key: value for name in names for key, value in preset(name).items()}
+    for pair in _APART:
+        if set(pair) <= set(names):
+            raise ValueError(f"Choose one of the presets {' and '.join(pair)}; they set the same options.")
+    back_first = sorted(names, key=lambda name: name != "nnunet")
+    changes = {key: value for name in back_first for key, value in preset(name).items()}
+    if "nnunet" in names and before is not None and not _has_paper_loss(before):
+        others = (preset(name) for name in names if name != "nnunet")
+        if not any(_LOSS_OF_PAPER in settings for settings in others):
+            del changes[_LOSS_OF_PAPER]
+    return changes
+
+
+def _has_paper_loss(options: Options) -> bool:
+    """Whether plans have training settings of ``paper``, and nothing else by which their complete view may be off."""
+    defaults = Options()
+    settings = (key for key in PAPER if key in Options.names() and key != _LOSS_OF_PAPER)
+    return all(options.value(mark) == defaults.value(mark) for mark in _MARKS_OF_OTHERS) and any(
+        options.value(key) == PAPER[key] for key in settings
+    )

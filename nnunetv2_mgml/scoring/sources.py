@@ -10,13 +10,15 @@ from typing import Any
 
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.io.label_mark import refuse_marked
+from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
 from nnunetv2_mgml.plans.regions import check_scored_regions
 from nnunetv2_mgml.scoring.cases import CaseTask
 from nnunetv2_mgml.scoring.results import Evaluation
 
 _log = logging.getLogger(__name__)
-_NAMES_SHOWN = 10
+PREDICTIONS, LABELS = "Prediction folder", "Label folder"
+"""What messages call them."""
 
 PredictionFolders = Path | Mapping[str, Path]
 """One root whose folders are named by subset, or subset (in any spelling) -> folder."""
@@ -31,21 +33,37 @@ class FoundCases:
     """Cases with a reference but not a prediction in every folder (only with ``allow_missing``)."""
 
 
-def find_dataset_json(candidates: Iterable[Path]) -> Path:
+def need_folder(folder: Path, what: str) -> Path:
+    """Return a folder; raise a FileNotFoundError that calls it ``what`` where there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{what} {folder} does not exist.")
+    return folder
+
+
+def find_dataset_json(candidates: Iterable[Path], given: Path | None = None) -> Path:
     """Return the first ``dataset.json`` among files and folders.
 
+    Args:
+        candidates: where to look.
+        given: the file of ``--dataset_json``, or its folder; then nothing else is looked at.
+
     Raises:
-        FileNotFoundError: none of them has one.
+        FileNotFoundError: none of them has one, or what was given does not exist.
     """
-    tried = []
+    if given is not None:
+        file = given / "dataset.json" if given.is_dir() else given
+        if not file.is_file():
+            raise FileNotFoundError(f"--dataset_json {given}: the file {file} does not exist.")
+        return file
+    tried: list[Path] = []
     for candidate in candidates:
         file = candidate / "dataset.json" if candidate.is_dir() else candidate
         if file.name == "dataset.json" or candidate.is_file():
             if file.is_file():
                 return file
-            tried.append(str(file))
+            tried.append(file)
     raise FileNotFoundError(
-        f"No dataset.json found (tried {', '.join(tried) or 'nothing'}). Name it with "
+        f"No dataset.json found (tried {some(tried) or 'nothing'}). Name it with "
         f"--dataset_json FILE; labels, channel names and file ending are read from it."
     )
 
@@ -81,9 +99,7 @@ def prediction_folders(given: PredictionFolders, channels: Sequence[str]) -> dic
         found = [(parse_subset_option(text, channels), Path(folder)) for text, folder in given.items()]
     folders: dict[Subset, Path] = {}
     for subset, folder in found:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"Prediction folder {folder} does not exist.")
-        refuse_marked(folder, "scoring by dataset.json")
+        refuse_marked(need_folder(folder, PREDICTIONS), "scoring by dataset.json")
         if subset in folders:
             raise ValueError(f"Subset {subset_name(subset, channels)} is given twice: {folders[subset]} and {folder}.")
         folders[subset] = folder
@@ -91,10 +107,8 @@ def prediction_folders(given: PredictionFolders, channels: Sequence[str]) -> dic
 
 
 def _folders_of_root(root: Path, channels: Sequence[str]) -> list[tuple[Subset, Path]]:
-    if not root.is_dir():
-        raise FileNotFoundError(f"Prediction folder {root} does not exist.")
     found, others = [], []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+    for folder in sorted(p for p in need_folder(root, PREDICTIONS).iterdir() if p.is_dir()):
         try:
             found.append((parse_subset_option(folder.name, channels), folder))
         except ValueError:
@@ -115,9 +129,7 @@ def find_references(labels: Path, file_ending: str) -> dict[str, Path]:
     Raises:
         FileNotFoundError: no such folder, or no file with this ending in it.
     """
-    if not labels.is_dir():
-        raise FileNotFoundError(f"Label folder {labels} does not exist.")
-    refuse_marked(labels, "scoring by dataset.json")
+    refuse_marked(need_folder(labels, LABELS), "scoring by dataset.json")
     found = {
         path.name[: -len(file_ending)]: path
         for path in sorted(labels.iterdir())
@@ -154,13 +166,13 @@ def pair_cases(
         files = [file for lacking in absent.values() for file in lacking]
         raise FileNotFoundError(
             f"{len(files)} predictions are missing for {len(absent)} of {len(references)} labelled "
-            f"cases: {_some(files)}. Predict them, or score only complete cases with "
+            f"cases: {some(files)}. Predict them, or score only complete cases with "
             f"--allow_missing."
         )
     if not tasks:
         raise FileNotFoundError(
-            f"No labelled case has a prediction in every folder. Labelled: {_some(references)}; "
-            f"searched: {_some(str(f) for f in folders.values())}."
+            f"No labelled case has a prediction in every folder. Labelled: {some(references)}; "
+            f"searched: {some(folders.values())}."
         )
     for name, folder in folders.items():
         extra = sorted(p.name for p in folder.glob(f"*{file_ending}") if p.name[: -len(file_ending)] not in references)
@@ -170,15 +182,9 @@ def pair_cases(
                 folder,
                 name,
                 len(extra),
-                _some(extra),
+                some(extra),
             )
     return FoundCases(tasks, sorted(absent))
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def file_ending(dataset_json: dict[str, Any]) -> str:
@@ -244,8 +250,7 @@ def find_files(
             gone = ", ".join(map(str, (source.folders or {}).values()))
             raise FileNotFoundError(f"No predictions: {gone or predicted} does not exist.")
     for found in (images, labels):
-        if not found.is_dir():
-            raise FileNotFoundError(f"The folder {found} does not exist.")
+        need_folder(found, "The folder")
     folders = prediction_folders(predicted if predictions is None else predictions, evaluation.channels)
     folders = {name: path for name, path in folders.items() if name in evaluation.subset_names}
     if not folders:
@@ -253,7 +258,7 @@ def find_files(
     candidates = [images, images.parent, labels, labels.parent, *folders.values(), predicted]
     model = evaluation.info.model
     candidates += [model.folder] if model is not None and model.folder is not None else []
-    file = find_dataset_json([dataset_json] if dataset_json else candidates)
+    file = find_dataset_json(candidates, dataset_json)
     content = load_dataset_json(file)
     check_scored_regions(content)
     return EvaluationFiles(images, labels, folders, file_ending(content))

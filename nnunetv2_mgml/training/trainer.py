@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -24,6 +25,7 @@ from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.plans.regions import check_regions
+from nnunetv2_mgml.plans.splits import fold_warning, trains_on_test_cases
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.scoring.subset_report import carry_report
@@ -42,6 +44,7 @@ from nnunetv2_mgml.upstream import training_step
 from nnunetv2_mgml.upstream.checkpoints import loading
 from nnunetv2_mgml.upstream.distributed import place
 from nnunetv2_mgml.upstream.optimizer_state import without_optimizer_state
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 from nnunetv2_mgml.upstream.pretrained_weights import let_take
 
 FIGURE_NAME = "mgml_progress.png"
@@ -181,10 +184,12 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         """Refuse to spoil another fold's model, then nnU-Net's own preparations, then resume the log.
 
         Raises:
-            ValueError: another fold's network differs, or the loaded checkpoint holds the state of another optimizer.
+            ValueError: another fold's network differs, the loaded checkpoint holds the state of another optimizer, or
+                the fold would be drawn at random from test cases too.
         """
         if self.stored_optimizer != self.options.training.optimizer:  # not on loading: --val needs the weights only
             raise cannot_resume("optimizer", self.stored_optimizer, self.options.training.optimizer)
+        self._check_split()
         if self.options.training.deterministic:  # here, because nnU-Net switches cudnn.benchmark on just before
             make_deterministic()
         if self.local_rank == 0:
@@ -200,6 +205,16 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         self.logger.update_config({PLANS_KEY: self.options.as_dict()})
         self.training_log.resume(self.current_epoch)
         self.learner.start_training(self.training_availability.values())
+
+    def _check_split(self) -> None:
+        """Refuse a fold that would train on the test cases of a fixed split; warn of other surprises."""
+        base = Path(self.preprocessed_dataset_folder_base)
+        dataset_class = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)
+        cases = dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+        if refusal := trains_on_test_cases(base, self.fold, cases):
+            raise PlainError(refusal)
+        if warning := fold_warning(base, self.fold, cases):
+            self.print_to_log_file(f"WARNING: {warning}")
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch and set the learning rates."""

@@ -6,12 +6,13 @@ bends, why, and which test fails when a new release changes it:
 
 - `registration`: nnU-Net's search path for trainers, its predict and preprocessing commands, by the start-up line.
 - `incomplete_data`: fingerprint and preprocessing of data sets in which modalities are missing.
-- `predict_command`: the parser and the predictor inside nnU-Net's predict commands.
+- `predict_command`: the parser and the predictor inside nnU-Net's predict commands, the parser of its training command.
 - `sliding_window`: the number of output channels nnU-Net's sliding window allocates.
 - `checkpoints`: ``torch.load`` while nnU-Net loads a model, so that no file runs code.
 - `export`: the writer inside nnU-Net's export of a prediction.
 - `decoder`: the steps of nnU-Net's decoder.
 - `distributed`: the wrapper for several processes, in a training that ``torchrun`` has started.
+- `first_epoch`: the steps of nnU-Net's trainer by which a training has begun.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
 - `cpu_layers`: the kernels of PyTorch's 3d convolutions and instance norms on a CPU.
 - `live_bytes`: PyTorch on shapes without data, and what would be alive.

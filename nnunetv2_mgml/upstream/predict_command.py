@@ -1,10 +1,11 @@
-"""nnU-Net's predict commands with arguments and a predictor of ours.
+"""nnU-Net's predict commands with arguments and a predictor of ours, and the parser of its training command.
 
 Bends: ``argparse.ArgumentParser.parse_args`` and the name ``nnUNetPredictor`` in
     ``nnunetv2.inference.predict_from_raw_data``, each for the next call only, while ``predict_entry_point`` or
-    ``predict_entry_point_modelfolder`` runs.
-Why: both entry points build their parser and their predictor inside one function that takes neither.
-Guarded by: tests/upstream/test_inference_drift.py, tests/commands/test_predict_command.py
+    ``predict_entry_point_modelfolder`` runs; the parser also while ``run_training_entry`` runs.
+Why: these entry points build their parser and their predictor inside one function that takes neither.
+Guarded by: tests/upstream/test_inference_drift.py, tests/commands/test_predict_command.py,
+    tests/commands/test_train_command.py
 """
 
 from __future__ import annotations

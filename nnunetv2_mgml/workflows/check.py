@@ -21,6 +21,7 @@ from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.plans.cohort import SITES_FILE, RawCase, raw_cases, read_dataset_json
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
+from nnunetv2_mgml.plans.splits import SPLITS_FILE
 from nnunetv2_mgml.presentation.figures.cohort import cohort_page
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.scoring.regions import LabelSet, label_set
@@ -190,7 +191,7 @@ def draw(check: DatasetCheck) -> Any:
 def _parts(dataset: str, subsets: Mapping[str, Subset], test: Sequence[RawCase]) -> dict[str, tuple[str, ...]]:
     parts: dict[str, tuple[str, ...]] = {"training": tuple(subsets)}
     root = os.environ.get(PREPROCESSED)
-    path = Path(root).expanduser() / dataset / "splits_final.json" if root else None
+    path = Path(root).expanduser() / dataset / SPLITS_FILE if root else None
     if path is not None and path.is_file():
         for fold, split in enumerate(read_json(path)):
             for key, name in (("train", "training"), ("val", "validation")):

@@ -40,6 +40,8 @@ class ComparisonRequest:
             raise ValueError(f"--names has {len(self.names)} names for {len(self.folders)} folders.")
         for name in self.metrics:
             get_metric(name)
+        if self.seed < 0:
+            raise ValueError(f"--seed must be a whole number of at least 0, got {self.seed}.")
 
 
 @dataclass(frozen=True)

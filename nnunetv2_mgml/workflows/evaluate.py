@@ -27,12 +27,15 @@ from nnunetv2_mgml.scoring.policy import get_policy
 from nnunetv2_mgml.scoring.regions import label_set, resolve_region
 from nnunetv2_mgml.scoring.results import Evaluation, build_evaluation
 from nnunetv2_mgml.scoring.sources import (
+    LABELS,
+    PREDICTIONS,
     PredictionFolders,
     choose_subsets,
     file_ending,
     find_dataset_json,
     find_references,
     load_dataset_json,
+    need_folder,
     pair_cases,
     prediction_folders,
 )
@@ -244,12 +247,11 @@ def evaluate_predictions(request: PredictionsRequest) -> Evaluation:
 def _dataset_json(request: PredictionsRequest) -> dict[str, Any]:
     if isinstance(request.dataset_json, Mapping):
         return dict(request.dataset_json)
-    if request.dataset_json is not None:
-        return load_dataset_json(find_dataset_json([request.dataset_json]))
     given = request.predictions
-    folders = [given] if isinstance(given, Path) else list(given.values())
-    inside = [sub for f in folders if f.is_dir() for sub in sorted(f.iterdir()) if sub.is_dir()]
-    return load_dataset_json(find_dataset_json([*folders, *inside, request.labels, request.labels.parent]))
+    folders = [need_folder(folder, PREDICTIONS) for folder in ([given] if isinstance(given, Path) else given.values())]
+    labels = need_folder(request.labels, LABELS)
+    inside = [sub for folder in folders for sub in sorted(folder.iterdir()) if sub.is_dir()]
+    return load_dataset_json(find_dataset_json([*folders, *inside, labels, labels.parent], request.dataset_json))
 
 
 def evaluate_model(request: ModelRequest) -> Evaluation:

@@ -21,6 +21,7 @@ from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import read_missing
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
+from nnunetv2_mgml.plans.splits import SPLITS_FILE
 from nnunetv2_mgml.scoring.info import Source
 from nnunetv2_mgml.scoring.sources import file_ending, find_references, load_dataset_json
 
@@ -125,7 +126,7 @@ def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str
         )
     dataset = dataset_name(dataset, (RAW, PREPROCESSED))
     dataset_json = load_dataset_json(model_folder / "dataset.json")
-    file = nnunet_folder(PREPROCESSED) / dataset / "splits_final.json"
+    file = nnunet_folder(PREPROCESSED) / dataset / SPLITS_FILE
     splits = read_json(file)
     for fold in folds:
         if int(fold) >= len(splits):

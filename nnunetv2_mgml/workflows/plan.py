@@ -15,8 +15,9 @@ from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import channel_index, channel_names
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, raw_cases
-from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
+from nnunetv2_mgml.plans.folders import RAW, dataset_folder
 from nnunetv2_mgml.plans.options import FUSION_REVISION, PLANS_KEY, NetworkOptions
+from nnunetv2_mgml.plans.planned import planned_folder, read_planned
 from nnunetv2_mgml.plans.presets import PAPER, presets
 from nnunetv2_mgml.plans.regions import check_regions
 
@@ -35,7 +36,6 @@ GPU_SHARE = 0.8
 """Of a GPU's memory, that a plan may use by the prediction: on an H200 PyTorch reserved 1.2 times what lived."""
 SIZES = ("batch_size", "patch_size", "width_factor")
 """What is made smaller where a training step does not fit a GPU."""
-_PREPARE = "nnUNetv2_plan_and_preprocess"
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +75,8 @@ class WrittenPlans:
     """What the plans that were there had, or None."""
     memory: dict[str, float] = field(default_factory=dict)
     """Configuration -> GiB that a training step in 16 bit needs; empty where nobody asked."""
+    restored: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Configuration -> the sizes the preset ``nnunet`` has brought back there."""
 
     @property
     def lost(self) -> dict[str, tuple[Any, Any]]:
@@ -93,31 +95,30 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
             taken; the message lists what is allowed. Or nothing allowed fits ``gpu_memory``.
         FileNotFoundError: no such data set or plans.
     """
-    try:
-        folder = dataset_folder(request.dataset, PREPROCESSED)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} Run {_PREPARE} -d {request.dataset} first.") from error
-    source = _read(folder / f"{request.plans}.json", _PREPARE)
+    folder = planned_folder(request.dataset)
+    source = read_planned(folder / f"{request.plans}.json")
     configurations = request.configurations or tuple(default_configurations(source))
     if "paper" in request.presets and "patch_size" not in request.changes:
         _check_paper_patch(source, configurations)
-    changes = {**presets(request.presets), **request.changes}
+    changes = {**presets(request.presets, Options.from_plans(source)), **request.changes}
     target = folder / f"{request.plans_name}.json"
     replaced = _plans_to_replace(target)
-    dataset_json = _read(folder / "dataset.json", _PREPARE)
+    dataset_json = read_planned(folder / "dataset.json")
     check_regions(dataset_json)
     if note := shared_files(folder.name, channel_names(dataset_json)):
         _log.warning("%s", note)
+    restored: dict[str, dict[str, Any]] = {}
     if "nnunet" in request.presets and PLANS_KEY in source:
-        stock = _read(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json", _PREPARE)
-        source = with_stock_sizes(source, stock, configurations)
+        stock = read_planned(folder / f"{source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)}.json")
+        own, source = source, with_stock_sizes(source, stock, configurations)
+        restored = _changed_sizes(own, source, configurations, changes)
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
     memory = {}
     for name in configurations if request.gpu_memory is not None else ():
         plans, chosen, memory[name] = _fitted(plans, name, dataset_json, request)
         changes.update(chosen)
     write_json(target, plans, indent=4)
-    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory)
+    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory, restored)
 
 
 def shared_files(dataset: str, channels: Sequence[str]) -> str:
@@ -192,7 +193,7 @@ def make_plans(
     if {"fusion", "fusion_options", "fusion_revision"} & set(changes):
         _check_fusion(options.network)
     for name in options.sampling.modality_missing_rate:
-        channel_index(name, channels)
+        channel_index(name, channels, "This data set")
     plans = copy.deepcopy(source)
     for name in configurations:
         plans["configurations"][name].update(_configuration_changes(source, name, changes))
@@ -213,6 +214,19 @@ def with_stock_sizes(plans: dict[str, Any], stock: dict[str, Any], configuration
             if key in stock["configurations"][name]:
                 plans["configurations"][name][key] = copy.deepcopy(stock["configurations"][name][key])
     return plans
+
+
+def _changed_sizes(
+    before: dict[str, Any], now: dict[str, Any], configurations: Sequence[str], asked: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return configuration -> patch and batch size that differ between two plans and were not asked for."""
+    found = {}
+    for name in [name for name in configurations if name in before["configurations"]]:
+        old, new = _resolved(before, name), _resolved(now, name)
+        sizes = {key: new[key] for key in ("patch_size", "batch_size") if key not in asked and old[key] != new[key]}
+        if sizes:
+            found[name] = sizes
+    return found
 
 
 def default_configurations(plans: dict[str, Any]) -> list[str]:
@@ -300,14 +314,3 @@ def _parse_nnunet_value(key: str, value: Any) -> Any:
     if not good:
         raise ValueError(f"Bad value for {key}: {value!r}. Expected {NNUNET_KEYS[key]}.")
     return value
-
-
-def _read(file: Path, command: str) -> dict[str, Any]:
-    """Return plans or dataset.json; ``command`` is what writes them."""
-    if not file.is_file():
-        present = ", ".join(sorted(path.stem for path in file.parent.glob("*Plans*.json"))) or "none"
-        raise FileNotFoundError(f"There is no {file} (plans there: {present}). Run {command} first.")
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a JSON object. Run {command} again.")
-    return content

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nnunetv2_mgml.inference import uncertainty
-from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_step_size
+from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_part, check_step_size
 from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.io.cpus import usable_cpus
@@ -57,7 +57,7 @@ def check_request(request: PredictionRequest) -> None:
     """Raise where a request cannot be, before any model is loaded.
 
     Raises:
-        ValueError: a flag without ``--missing_modalities``, a fold or a step size that cannot be.
+        ValueError: a flag without ``--missing_modalities``, a fold, a step size or a part that cannot be.
     """
     asked = {
         "preview": request.preview,
@@ -69,6 +69,7 @@ def check_request(request: PredictionRequest) -> None:
             raise ValueError(f"--{option} needs --missing_modalities; 'auto' goes by the files that exist.")
     check_folds(request.folds)
     check_step_size(request.step_size)
+    check_part(*request.part)
 
 
 def build_predictor(request: PredictionRequest, *args: Any, **kwargs: Any) -> MGMLPredictor:

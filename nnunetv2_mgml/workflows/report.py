@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.io.files import write_text
+from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.presentation.figures.qualitative import Case
 from nnunetv2_mgml.presentation.figures.style import label_colours
 from nnunetv2_mgml.presentation.report.cases import load_case, spread_cases
@@ -114,13 +115,14 @@ def make_report(request: ReportRequest) -> Report:
     """
     output = _output(request)
     evaluation = load_evaluation(request.evaluation)
+    _refuse_unknown_cases(request, evaluation)
     metric = headline_metric(evaluation)
     pictures = Pictures(charts=score_charts(evaluation, metric))
     pictures.charts += [training_chart(log, title) for title, log in _training_logs(request, evaluation).items()]
     viewer = None
     files = _files(request, evaluation)
     if files is not None:
-        names = _choose_cases(request, evaluation, metric)
+        names = list(request.cases or spread_cases(evaluation, metric, request.max_cases))
         viewer = _build_viewer(request, evaluation, metric, files, names, pictures)
         if request.internals is not None:
             pictures.internals = _internals(request.internals, evaluation, files, request.internals.case or names[0])
@@ -152,6 +154,9 @@ def _files(request: ReportRequest, evaluation: Evaluation) -> EvaluationFiles | 
     if request.images is None and (stored is None or not stored.is_dir()):
         if request.internals is not None:
             raise ValueError(_INTERNALS_NEED_IMAGES)
+        if request.names_files:
+            gone = f"are no longer in {stored}" if stored is not None else "are not known"
+            raise FileNotFoundError(f"The images of the evaluation {gone}. {_ADVICE}")
         if stored is not None:
             _log.warning(
                 "No slice viewer: the images of the evaluation are no longer in %s. Give their folder with -i.", stored
@@ -188,15 +193,14 @@ def _training_logs(request: ReportRequest, evaluation: Evaluation) -> dict[str, 
     return {title: log for title, log in logs.items() if log.is_file()}
 
 
-def _choose_cases(request: ReportRequest, evaluation: Evaluation, metric: Metric) -> list[str]:
-    names = list(request.cases or spread_cases(evaluation, metric, request.max_cases))
+def _refuse_unknown_cases(request: ReportRequest, evaluation: Evaluation) -> None:
+    inside = request.internals.case if request.internals is not None else None
+    names = [*(request.cases or ()), *([inside] if inside is not None else [])]
     unknown = [name for name in names if name not in evaluation.cases]
     if unknown:
         raise ValueError(
-            f"The evaluation has no case {', '.join(unknown)}. It has: {', '.join(evaluation.cases[:20])}"
-            f"{', ...' if len(evaluation.cases) > 20 else ''}."
+            f"The evaluation has no case {some(dict.fromkeys(unknown))}. It has: {some(evaluation.cases, 20)}."
         )
-    return names
 
 
 def _build_viewer(
@@ -283,6 +287,8 @@ def _internals(request: InternalsRequest, evaluation: Evaluation, files: Evaluat
         for channel in range(len(evaluation.channels))
         if (path := files.images / f"{case}_{channel:04d}{files.file_ending}").is_file()
     }
+    if not images:
+        raise FileNotFoundError(f"--internals: {files.images} has no image of case {case}. Name another case, or -i.")
     internals = compute_internals(
         model,
         CaseFiles(case, images),

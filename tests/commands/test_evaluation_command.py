@@ -147,6 +147,19 @@ class TestPredictions:
         assert evaluate(tmp_path) == 2
         assert "--dataset_json" in capsys.readouterr().err
 
+    def test_what_does_not_exist_is_named(self, tmp_path, capsys):
+        write_study(tmp_path)
+        nowhere = tmp_path / "nope"
+        for extra, message in (
+            (("--dataset_json", str(nowhere)), f"error: --dataset_json {nowhere}: the file {nowhere} does not exist."),
+            (("-l", str(nowhere)), f"error: Label folder {nowhere} does not exist."),
+            (("--predictions", str(nowhere)), f"error: Prediction folder {nowhere} does not exist."),
+            (("--predictions", f"t1={nowhere}"), f"error: Prediction folder {nowhere} does not exist."),
+        ):
+            (tmp_path / "dataset.json").unlink(missing_ok=True)
+            assert evaluate(tmp_path, *extra) == 2
+            assert capsys.readouterr().err.startswith(message)
+
     def test_results_are_not_replaced_by_fewer_or_by_others(self, tmp_path, capsys):
         write_study(tmp_path)
         assert evaluate(tmp_path) == 0

@@ -110,6 +110,26 @@ def test_preset_nnunet_takes_the_paper_back(folder):
         assert resolved(plans, name) == {**resolved(stock, name), "batch_size": 3}
 
 
+def test_sizes_that_come_back_are_said(folder, capsys):
+    stock = resolved(json.loads((folder / "nnUNetPlans.json").read_text()), "3d_fullres")
+    planning.run(parse("-d", DATASET, "--preset", "paper", "--plans_name", "P1"))
+    capsys.readouterr()
+    planning.run(parse("-d", DATASET, "-p", "P1", "--plans_name", "P2", "--preset", "nnunet", "--set", "batch_size=3"))
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  patch_size = {json.dumps(stock['patch_size'])} (3d_fullres), nnU-Net's own again" in lines
+    assert [line for line in lines if "batch_size" in line] == ["  batch_size = 3 (3d_fullres)"]
+    planning.run(parse("-d", DATASET, "-p", "P2", "--plans_name", "P3", "--preset", "nnunet"))
+    assert "patch_size" not in capsys.readouterr().out
+
+
+def test_early_fusion_over_options_of_another_design(folder):
+    options = ["fusion=mmformer", 'fusion_options={"depth": 2}', "rebalancing=passion"]
+    planning.run(parse("-d", DATASET, "--plans_name", "P1", "--set", *options))
+    planning.run(parse("-d", DATASET, "-p", "P1", "--plans_name", "P2", "--preset", "early-fusion"))
+    now = Options.from_plans(json.loads((folder / "P2.json").read_text()))
+    assert (now.network.fusion, now.network.fusion_options, now.value("rebalancing")) == ("concat", {}, "none")
+
+
 def test_preset_nnunet_finds_the_plans_it_started_from(folder):
     (folder / "nnUNetPlans.json").rename(folder / "nnUNetResEncUNetMPlans.json")
     content = json.loads((folder / "nnUNetResEncUNetMPlans.json").read_text())

@@ -17,8 +17,10 @@ import torch
 from inference_cases import SHAPE, predictor, report, run, segmentations, write_case, write_image, write_model
 from nnunetv2.inference import predict_from_raw_data as upstream
 
+from nnunetv2_mgml.commands import main as cli
+from nnunetv2_mgml.commands.arguments import TWO_MODELS
 from nnunetv2_mgml.commands.predict import main
-from nnunetv2_mgml.upstream.registration import _hand_over, _Loader
+from nnunetv2_mgml.upstream.registration import EXT_VARIABLE, _hand_over, _Loader
 
 MODEL = Path("Dataset900_Phantom") / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres"
 STOCK = Path("Dataset900_Phantom") / "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -126,6 +128,11 @@ def test_sequential_parts_are_not_forgotten(command, tmp_path: Path) -> None:
             ["--backend", "openvino", "--missing_modalities", "t1", "-device", "cuda"],
             "error: The backend openvino is for",
         ),
+        (["--missing_modalities", "auto", "-num_parts", 2, "-part_id", 2], "error: part_id must be 0 to 1 with num_p"),
+        (["-num_parts", 2, "-part_id", 2], "error: part_id must be 0 to 1 with num_parts 2, got 2."),
+        (["-num_parts", 0], "error: num_parts must be at least 1, got 0."),
+        (["-f", "x"], "error: -f takes fold numbers (0 1 2) or 'all', got x."),
+        (["-d", "901"], "error: Could not find a dataset with the ID 901"),
         (["--missing_modalities"], "expected at least one argument"),
         (["--missing_modalitie", "auto", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
     ],
@@ -167,6 +174,43 @@ def test_what_is_refused_leaves_no_output_folder(
         assert f"{words}" in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
     assert sorted(os.listdir(tmp_path / "in")) == images
+
+
+def test_without_a_flag_every_case_has_to_be_complete(
+    command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tmp_path / "in", "p")
+    write_case(tmp_path / "in", "q", [0, 1, 3])
+    assert command() == 2
+    told = "error: 1 of 2 case(s) lack modalities: q (t2). Nothing has been predicted. --missing_modalities auto goes"
+    assert told in capsys.readouterr().err
+    assert not segmentations(tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["-d", "-c", "-tr", "-p=nnUNetPlans"])
+def test_a_model_is_named_in_one_way(
+    command, tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """nnU-Net's parser would take -d for -device, -c for -chk and -p for -prev_stage_predictions."""
+    write_case(tmp_path / "in", "p", [1])
+    given = ["-m", results / MODEL, "--missing_modalities", "auto", option, *([] if "=" in option else ["137"])]
+    assert command(*given, entry="predict_entry_point_modelfolder") == 2
+    assert capsys.readouterr().err == f"error: {TWO_MODELS}\n"
+
+
+def test_the_help_of_mgml_predict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [])  # both are put back behind the test
+    monkeypatch.setenv(EXT_VARIABLE, "")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Predict the cases of a folder with a trained model" in text
+    assert "was used for training? Default: nnUNetTrainerMGML" in text
+    assert "-m M Instead of -d, -c, -tr, -p: the folder TRAINER__PLANS__CONFIGURATION itself" in text
+    assert "manually specify a folder" not in text
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "-m", "x", "-h"])
+    assert "Predict the cases of a folder" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_stock_model_is_refused(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,10 @@ def test_bad_cases_are_named_and_nothing_is_written(nnunet_folders: Path, source
 def test_refusals(nnunet_folders: Path, source: Path) -> None:
     with pytest.raises(ValueError, match=r"No case of .* has a label map, so nothing can be trained"):
         convert_cohort(CohortRequest(find_by_patterns(source, PATTERNS), 45, "Cohort", num_processes=1))
+    found = find_by_patterns(source, PATTERNS)
+    found.cases, found.problems = found.cases[:1], {"b": ["2 files for ct: b.nii, b.nii.gz"]}
+    with pytest.raises(ValueError, match=r"None of the 1 case.*so nothing can be trained.*\n1 more .*\n  b: 2 files"):
+        convert_cohort(CohortRequest(found, 45, "Cohort", num_processes=1))
     convert(source)
     with pytest.raises(ValueError, match=r"exists\. Give --overwrite"):
         convert(source)
@@ -119,6 +123,16 @@ def test_refusals(nnunet_folders: Path, source: Path) -> None:
         save(np.zeros(SHAPE, np.uint8), source / case / "lesion.nii.gz")
     with pytest.raises(ValueError, match="The label maps are empty in every case"):
         convert(source, overwrite=True)
+
+
+def test_where_every_case_is_bad_that_is_what_is_said(nnunet_folders: Path, source: Path) -> None:
+    for case in "abcd":
+        for path in (source / case).glob(f"{case}_*"):
+            save(volume(1), source / case / f"twice_{path.name.partition('.')[0]}.nii.gz")
+    with pytest.raises(ValueError, match=r"^4 of 4 case\(s\) are bad; nothing") as caught:
+        convert(source)
+    assert "2 files for" in str(caught.value)
+    assert "has a label map" not in str(caught.value)
 
 
 def test_the_commands(nnunet_folders: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,11 +295,13 @@ def test_a_modality_that_the_data_set_does_not_have_is_not_dropped_without_a_wor
     assert tree(tmp_path / "out") == ["a_0000.nii.gz"]
 
 
-def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path) -> None:
+def test_brats_with_some_of_its_sequences(nnunet_folders: Path, tmp_path: Path, capsys: Any) -> None:
     cases = write_cases(tmp_path / "src", 3)
     (tmp_path / "src" / cases[0] / f"{cases[0]}_t2.nii.gz").unlink()
     command = ["convert", "brats", str(tmp_path / "src"), "-d", "137", "-np", "1", "--subset_of", "flair", "T1Gd"]
+    assert main([*command, "foo"]) == 2
     assert main(command) == 0
+    assert "error: Unknown modality 'foo'. BraTS has: t1 (also" in capsys.readouterr().err
     (folder,) = (nnunet_folders / "raw").glob("Dataset137_*")
     assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "T1ce", "1": "Flair"}
     first = array_of(folder / "imagesTr" / f"{cases[0]}_0001.nii.gz")

@@ -115,6 +115,14 @@ def test_all_unknown_names_are_listed(tmp_path: Path) -> None:
         split_from_files(["A", "B"], files)
 
 
+def test_of_many_names_the_first_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^366 name\(s\) .*, rfnet_9 \(train.txt\) and 356 more\.$"):
+        split_from_files(["A", "B"], _lists(tmp_path, "\n".join(f"rfnet_{i}" for i in range(366)), "B"))
+    twice = "\n".join(f"case_{i:03d}" for i in range(20))
+    with pytest.raises(ValueError, match=r"^20 case\(s\) named more than once .* case_009 and 10 more\.$"):
+        split_from_files(twice.split(), _lists(tmp_path, twice, twice))
+
+
 def test_ambiguous_names_are_refused(tmp_path: Path) -> None:
     files = _lists(tmp_path, "HGG_A\n", "B")
     with pytest.raises(ValueError, match=r"HGG_A \(train.txt\)"):

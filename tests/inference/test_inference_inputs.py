@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from inference_cases import write_image
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, cases_from_lists, find_cases, parse_missing, resolve
-from nnunetv2_mgml.inference.planning import check_places, plan_cases
+from nnunetv2_mgml.inference.planning import check_places, plan_cases, refuse_incomplete
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 ENDING = ".nii.gz"
@@ -288,3 +289,19 @@ def test_columns_that_the_model_does_not_know_are_named_in_one_line(
         {0: str(tmp_path / "a.nii.gz")}
     ] * 2
     assert caplog.messages == ["Not of this model and left out: flare, dwi"]
+
+
+def test_what_stock_prediction_lacks_is_seen_before_it_starts() -> None:
+    def said(*cases: list[str]) -> str:
+        try:
+            refuse_incomplete(cases, ".nii.gz", ("t1", "t2", "flair"))
+        except PlainError as error:
+            return str(error)
+        return ""
+
+    whole = [f"in/a_000{c}.nii.gz" for c in range(3)]
+    assert said(whole, [name.replace("a_", "b_") for name in whole]) == ""
+    assert said(["in/a_0000.nii.gz"], ["in/b_0000.nii.gz"]) == "", "one file may hold all channels"
+    assert said(whole, ["in/b_0001.nii.gz"]).startswith("1 of 2 case(s) lack modalities: b (t1, flair). Nothing")
+    assert said(["x.nii.gz", "y.nii.gz", "z.nii.gz"]) == "", "lists may have any names"
+    assert "x (flair)" in said(["in/x.nii.gz", "in/y.nii.gz"])

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from builders import options_with
@@ -27,7 +28,7 @@ from nnunetv2_mgml.plans.options import (
     option,
     parse_assignments,
 )
-from nnunetv2_mgml.plans.presets import PAPER, PRESETS, preset
+from nnunetv2_mgml.plans.presets import PAPER, PRESETS, preset, presets
 
 FIELDS = {field.name: field.metadata for group in all_groups() for field in dataclasses.fields(group)}
 
@@ -259,8 +260,43 @@ def test_presets():
     assert preset("paper") == PAPER
     papers = options_with(**{name: value for name, value in PAPER.items() if name in Options.names()})
     assert papers.updated(preset("nnunet")) == Options()
+    for names in (["paper", "nnunet"], ["nnunet", "early-fusion", "paper"]):
+        with pytest.raises(ValueError, match="Choose one of the presets nnunet and paper; they set the same"):
+            presets(names)
     with pytest.raises(ValueError, match=", ".join(PRESETS)):
         preset("nnU-Net")
+
+
+@pytest.mark.parametrize(
+    ("plans", "names", "weight"),
+    [
+        (["paper"], ["nnunet"], 1.0),
+        (["early-fusion"], ["nnunet"], 0.0),
+        (["paper", "early-fusion"], ["nnunet"], 0.0),
+        (["paper-losses"], ["nnunet"], 0.0),
+        (["paper", "paper-losses"], ["nnunet"], 0.0),
+        (["paper"], ["early-fusion", "nnunet"], 0.0),
+        ([], ["early-fusion", "nnunet"], 0.0),
+        ([], ["nnunet"], 1.0),
+    ],
+)
+def test_nnunet_takes_back_what_paper_set_and_no_more(plans: list[str], names: list[str], weight: float) -> None:
+    def only_ours(settings: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name in Options.names()}
+
+    before = options_with(**only_ours(presets(plans)))
+    now = before.updated(only_ours(presets(names, before)))
+    assert now.value("complete_view_weight") == weight
+    assert now.training == Options().training
+    for name in ("network_form", "reading", "soft_label"):
+        assert now.value(name) == (presets(names).get(name) or before.value(name))
+
+
+def test_early_fusion_on_plans_of_another_design() -> None:
+    planned = options_with(fusion="mmformer", fusion_options={"depth": 2}, rebalancing="passion")
+    now = planned.updated(preset("early-fusion"))
+    assert (now.network.fusion, now.network.fusion_options, now.value("rebalancing")) == ("concat", {}, "none")
+    assert needs_of(now) == Needs()
 
 
 def test_preset_of_one_network_asks_for_nothing_but_its_own_loss():

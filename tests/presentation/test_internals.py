@@ -275,7 +275,7 @@ def test_nearest_keeps_the_field_of_view():
     assert nearest(volume, (1, 2)).tolist() == [[5, 7]]
 
 
-def test_report_shows_the_inside(model: Path, case: tuple[Case, Path], tmp_path: Path):
+def test_report_shows_the_inside(model: Path, case: tuple[Case, Path], tmp_path: Path, capsys):
     dataset = {
         "channel_names": dict(enumerate(CHANNELS)),
         "regions_class_order": [1, 2, 3],
@@ -306,6 +306,12 @@ def test_report_shows_the_inside(model: Path, case: tuple[Case, Path], tmp_path:
         )
         == 0
     )
+    info = {"model": {"folder": str(model), "folds": ["0"]}, "source": {"labels": str(case[1].parent)}}
+    write_evaluation(tmp_path / "two", ["a", "b"], dataset, info)
+    arguments = ["report", tmp_path / "two", "-i", tmp_path, "--cases", "a", "--internals", "b"]
+    arguments += ["--predictions", tmp_path / "e" / "predictions", "--dataset_json", model / "dataset.json"]
+    assert cli.main(list(map(str, arguments))) == 2
+    assert f"error: --internals: {tmp_path} has no image of case b. Name another" in capsys.readouterr().err
     text = (tmp_path / "e" / "report.html").read_text()
     for heading in ("a: each modality alone, soft label, fused prediction", "a: confidence", "a: features"):
         assert f"<h3>{heading}</h3>" in text

@@ -312,6 +312,9 @@ def test_a_folder_gets_a_page_of_the_usual_name(tmp_path: Path, capsys: pytest.C
         (["--predictions", "/nowhere"], "/nowhere does not exist"),
         (["--training_log", "/nowhere.csv"], "/nowhere.csv"),
         (["--internals"], "names no model"),
+        (["--internals", "nobody"], "error: The evaluation has no case nobody. It has: case_a, case_b, case_c.\n"),
+        (["-f", "3"], "error: -f would change what --internals shows. Give --internals too, or leave it out.\n"),
+        (["-m", "x", "-chk", "y", "-device", "cuda", "--trust_checkpoint"], "-m, -chk, -device, --trust_checkpoint"),
     ],
 )
 def test_mistakes_are_named(
@@ -326,6 +329,26 @@ def test_mistakes_are_named(
     )
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--cases", "case_a"], "--cases"),
+        (["-l", "labels", "--max_cases", "2"], "-l, --max_cases"),
+        (["--predictions", "p", "--dataset_json", "d", "--max_megabytes", "1"], "--predictions, --dataset_json, --max"),
+    ],
+)
+def test_no_images_and_what_only_a_viewer_uses(
+    evaluated: Path, capsys: pytest.CaptureFixture[str], extra: list[str], named: str
+) -> None:
+    assert cli.main(["report", str(evaluated / "evaluation"), "--no_images", *extra]) == 2
+    assert f"--no_images wants no slice viewer, which is what {named}" in capsys.readouterr().err
+
+
+def test_cases_without_known_images(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(evaluated / "evaluation"), "--cases", "case_a"]) == 2
+    assert "error: The images of the evaluation are not known. Name the folders with -i" in capsys.readouterr().err
 
 
 def test_volumes_on_another_grid_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

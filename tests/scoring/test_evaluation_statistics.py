@@ -258,6 +258,14 @@ class TestCommand:
         assert {row["method"] for row in rows} == {"B", "other"}
         assert "# Comparison with A" in (tmp_path / "out" / "comparison.md").read_text()
 
+    @pytest.mark.parametrize("cases", [1, 12])
+    def test_a_seed_below_zero_is_named(self, tmp_path, capsys, cases):
+        for name in ("A", "B"):
+            whole = synthetic_evaluation(name)
+            save_evaluation(whole.restricted(cases=whole.cases[:cases]), tmp_path / name)
+        assert cli.main(["compare", str(tmp_path / "A"), str(tmp_path / "B"), "--seed", "-1"]) == 2
+        assert capsys.readouterr().err == "error: --seed must be a whole number of at least 0, got -1.\n"
+
     def test_names_must_differ(self, tmp_path, capsys):
         folders = [str(tmp_path / name / "evaluation") for name in ("A", "B")]
         for folder in folders:

@@ -18,6 +18,7 @@ from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.compatibility import network_differences
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
+from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 
 def test_inference_rebuilds_the_network_from_the_folder_alone(
@@ -36,6 +37,22 @@ def test_inference_rebuilds_the_network_from_the_folder_alone(
     trainer.network.eval()
     with torch.no_grad():
         assert torch.equal(predictor.network.eval()(x), trainer.network(x))
+
+
+def test_a_fold_is_not_drawn_from_test_cases(nnunet_folders: Path) -> None:
+    """After ``mgml convert split`` the test cases are still in imagesTr, and preprocessed."""
+    plans_dict = write_dataset(nnunet_folders, cases=5)
+    folder = nnunet_folders / "preprocessed" / plans_dict["dataset_name"]
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["case_0", "case_1"], "val": ["case_2"]}]))
+    (folder / "test_cases.json").write_text(json.dumps(["case_3", "case_4"]))
+    for fold in (1, "all"):
+        with pytest.raises(PlainError, match=f"Fold {fold} would be drawn .* test cases .case_3, case_4.* fold 0 only"):
+            make_trainer(nnUNetTrainerMGML, plans_dict, fold=fold).run_training()
+    for fold, warned in ((0, False), (1, True), ("all", False)):
+        trainer = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1}, fold=fold)
+        trainer.on_train_start()
+        assert ("WARNING: " in Path(trainer.log_file).read_text()) is warned
+        (folder / "test_cases.json").write_text("[]")
 
 
 def test_checkpoint_keeps_training_state_apart(nnunet_folders: Path) -> None:
