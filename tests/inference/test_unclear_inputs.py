@@ -23,12 +23,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_forgotten_flag(model: Path, tmp_path: Path) -> None:
-    """Without our flag nnU-Net's own prediction runs, up to the network."""
+    """Without our flag nnU-Net's own prediction does not begin; the network says so too where nobody looked before."""
     write_case(tmp_path / "in", "a", [0, 2, 3])
     (tmp_path / "out").mkdir()
     stock = predictor(model, missing=None)
-    with pytest.raises(ValueError, match=r"given 3 channels; it has 4 modalities.*--missing_modalities auto"):
+    with pytest.raises(ValueError, match=r"1 of 1 case\(s\) lack modalities: a \(t1ce\).*--missing_modalities auto"):
         stock.predict_from_files_sequential(str(tmp_path / "in"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"given 3 channels; it has 4 modalities.*--missing_modalities auto"):
+        stock.network(torch.zeros(1, 3, 16, 16, 16))
     stock.network.channel_names = ("t1", "t1ce", "t2", "flair")
     with pytest.raises(ValueError, match=r"4 modalities \(t1, t1ce, t2, flair\)"):
         stock.network(torch.zeros(1, 3, 16, 16, 16))
