@@ -25,9 +25,7 @@ def network_differences(stored: dict[str, Any], plans: dict[str, Any], configura
     if architectures[0] != architectures[1]:
         found.append(f"the architecture of {configuration} differs (a changed patch_size can change it)")
     elif not found and patches[0] != patches[1] and len({_shapes(p, configuration) for p in (stored, plans)}) > 1:
-        found.append(
-            f"patch_size of {configuration} was {patches[0]}, is now {patches[1]}, and the fusion follows it"
-        )
+        found.append(f"patch_size of {configuration} was {patches[0]}, is now {patches[1]}, and the fusion follows it")
     return found
 
 
