@@ -3,7 +3,8 @@
 An empty channel looks like tissue of mean intensity, and one set of weights has to serve every subset. Here each
 instance norm's scale and shift get a part that every modality adds or takes away, learned and zero at the start:
 conditional instance normalisation (Dumoulin et al., ICLR 2017) with a linear layer on the mask as condition, as in
-feature-wise linear modulation (FiLM; Perez et al., AAAI 2018). It costs a few numbers per norm and no time.
+feature-wise linear modulation (FiLM; Perez et al., AAAI 2018). It costs a few numbers per norm and, on one core of a
+CPU, 6 % of a small training step (``benchmarks/ablation/results/cubes_seconds.json``).
 """
 
 from __future__ import annotations
