@@ -15,7 +15,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -40,6 +40,7 @@ from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.network.interface import bare, seeing
 from nnunetv2_mgml.plans.model_files import read_model_files
+from nnunetv2_mgml.upstream.allocator import freed_memory_kept
 from nnunetv2_mgml.upstream.checkpoints import loading, trusted
 from nnunetv2_mgml.upstream.export import export_case
 from nnunetv2_mgml.upstream.registration import add_ext_dir
@@ -559,15 +560,12 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
 
     def _logits(self, item: Item) -> NDArray[Any]:
         """Run the sliding window; returns ``(heads, z, y, x)`` float16 on the preprocessed grid."""
-        threads = torch.get_num_threads()
         try:
             with seeing(self.network, item.available):
                 self._subset = tuple(item.available)
-                logits: torch.Tensor = self.predict_logits_from_preprocessed_data(torch.from_numpy(item.data))
-                return logits.cpu().numpy()
+                return self.predict_logits_from_preprocessed_data(torch.from_numpy(item.data)).cpu().numpy()
         finally:
             self._subset = None
-            torch.set_num_threads(threads)
 
     def _export_call(self, item: Item, logits: NDArray[Any], probabilities: bool) -> tuple[Any, tuple[Any, ...]]:
         """Return a picklable function and its arguments: write the files, or return the label map."""
@@ -590,6 +588,16 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             item.properties,
             probabilities,
         )
+
+    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
+        """As upstream on ``(M + P, z, y, x)`` float32; afterwards there are as many threads as before."""
+        threads = torch.get_num_threads()
+        try:
+            with freed_memory_kept() if self.device.type == "cpu" else nullcontext():
+                logits: torch.Tensor = super().predict_logits_from_preprocessed_data(data)
+                return logits
+        finally:
+            torch.set_num_threads(threads)
 
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """As upstream on ``(M + P, z, y, x)`` float32, in bfloat16 or by another backend where that was asked for."""

@@ -36,6 +36,8 @@ class _ConditionalNorm(nn.Module):
 
     of_modalities: nn.Parameter
     told: _Told
+    overwrites = False
+    """See `nnunetv2_mgml.upstream.cpu_layers.InstanceNorm3d`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, *spatial)`` to the same shape.
@@ -52,7 +54,7 @@ class _ConditionalNorm(nn.Module):
         if norm.affine:
             shift = shift + scale * norm.bias
             scale = scale * norm.weight
-        return normed(input, scale, shift, norm.eps)
+        return normed(input, scale, shift, norm.eps, self.overwrites)
 
 
 class ConditionalInstanceNorm2d(_ConditionalNorm, nn.InstanceNorm2d):

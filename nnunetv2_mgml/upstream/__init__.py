@@ -16,6 +16,7 @@ bends, why, and which test fails when a new release changes it:
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
 - `cpu_layers`: the kernels of PyTorch's 3d convolutions and instance norms on a CPU.
 - `live_bytes`: PyTorch on shapes without data, and what would be alive.
+- `allocator`: two limits of glibc's allocator while a network predicts on a CPU.
 - `loss`: nnU-Net's training loss without a trainer.
 - `plain_errors`: what nnU-Net's commands print of a user's mistake, ``sys.excepthook``.
 - `loaders`: the body of the trainer's hook that makes nnU-Net's loaders.

@@ -6,9 +6,10 @@ is, all of the small feature maps. And oneDNN needs half the time where every vo
 prediction goes through the network in that layout, and in training the gradient of the weights is found from copies in
 it. PyTorch's instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel
 per group is the same and takes half the time or less, forward and backward, but is inexact where channels lie side by
-side: there the sums are our own. A prediction in bfloat16 (autocast, on a processor with instructions for it) goes the
-same way, with the roundings that PyTorch's layers have. Elsewhere (other devices and dtypes, training under autocast,
-tracing, function transforms, shapes without data) the layers are PyTorch's.
+side: there it is a batch norm again, of pieces. A prediction's norm behind a convolution writes over what that made:
+fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a processor with instructions for it) goes
+the same way, with the roundings that PyTorch's layers have. Elsewhere (other devices and dtypes, training under
+autocast, tracing, function transforms, shapes without data) the layers are PyTorch's.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
     networks, and asks PyTorch whether operations are counted or transformed and oneDNN has bfloat16.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -33,8 +35,11 @@ _SMALL = 20480
 _FEW_VOXELS = 1024
 """Feature maps of fewer voxels stay channel by channel after a norm: the next convolution's copy costs little."""
 
-_PIECE = 8192
-"""Voxels whose sums are in float32, and whose channels stay in the cache meanwhile; fewer are rather copied."""
+_MANY_VOXELS = 4096
+"""Feature maps of fewer are rather copied for a norm than summed in pieces."""
+
+_COLUMNS, _ROWS = 256, 2048
+"""Of a piece, whose sums are in float32 and which stays in the cache meanwhile."""
 
 
 class Conv3d(nn.Conv3d):
@@ -76,15 +81,28 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """``nn.InstanceNorm3d``, on a CPU as a group norm."""
+    """``nn.InstanceNorm3d``, on a CPU as a group norm.
+
+    Attributes:
+        overwrites: whether a prediction's input is nobody else's, so that the result may take its place.
+    """
+
+    overwrites = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to the same shape."""
-        return _grouped(input, self.weight, self.bias, self.eps) if _normalises(self, input) else super().forward(input)
+        if not _normalises(self, input):
+            return super().forward(input)
+        return _grouped(input, self.weight, self.bias, self.eps, self.overwrites)
 
 
 def make_fast(modules: Iterable[nn.Module]) -> None:
-    """Turn those modules that can be into the classes above, in place."""
+    """Turn those modules that can be into the classes above, in place.
+
+    In a prediction on a CPU, what a hook keeps of a convolution is written over by the norm behind it, as it is by
+    nnU-Net's activations already.
+    """
+    modules = list(modules)
     for module in modules:
         if type(module) is nn.Conv3d and _plain(module):
             module.__class__ = Conv3d
@@ -94,9 +112,15 @@ def make_fast(modules: Iterable[nn.Module]) -> None:
             module.__class__ = InstanceNorm2d
         elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
             module.__class__ = InstanceNorm3d
+    for module in modules:
+        for before, norm in pairwise(module) if type(module) is nn.Sequential else ():
+            if isinstance(before, nn.Conv3d) and hasattr(norm, "overwrites"):
+                norm.overwrites = True
 
 
-def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+def normed(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, overwrites: bool = False
+) -> torch.Tensor:
     """Instance norm with a scale and a shift for every sample, on a CPU as a group norm.
 
     Args:
@@ -104,60 +128,69 @@ def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
         scale: ``(B, C)`` float32 or wider, as in PyTorch's norms also where ``x`` is of 16 bit.
         shift: ``(B, C)`` like ``scale``.
         eps: added to the variances.
+        overwrites: whether ``x`` is nobody else's, so that a prediction's result may take its place.
     """
     rows = x.reshape(1, -1, *x.shape[2:])
     if _can_be_grouped(rows, scale.dtype):
-        result = _grouped(rows, scale.flatten(), shift.flatten(), eps)
+        result = _grouped(rows, scale.flatten(), shift.flatten(), eps, overwrites)
     else:
         result = functional.instance_norm(rows, weight=scale.flatten(), bias=shift.flatten(), eps=eps)
     return result.reshape(x.shape)
 
 
-def _grouped(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
+def _grouped(
+    x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float, overwrites: bool = False
+) -> torch.Tensor:
     # on what does not lie channel by channel PyTorch's sums are inexact, and on few voxels up to 50 times slower
     last = x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
     voxels = math.prod(x.shape[2:])
-    if last and voxels > _PIECE and not torch.is_grad_enabled():
-        return _normed_in_pieces(x, scale, shift, eps)
+    if last and voxels > _MANY_VOXELS and not torch.is_grad_enabled():
+        return _normed_in_pieces(x, scale, shift, eps, x if overwrites else torch.empty_like(x))
     result = functional.group_norm(x.contiguous(), x.shape[1], scale, shift, eps)
     return _channels_last(result) if last and voxels > _FEW_VOXELS else result
 
 
 def _normed_in_pieces(
-    x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float
+    x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float, result: torch.Tensor
 ) -> torch.Tensor:
-    """Norm what lies channels last, and leave it so.
+    """Norm what lies channels last into ``result``, which lies so too and may be ``x``.
 
     PyTorch's group norm takes mean and variance of this layout from two sums over all voxels, which costs three or four
-    digits of them. Here a piece's sums are those of distances from a first guess of the mean, joined in float64.
+    digits of them. Its batch norm, for which voxels are samples, first finds the mean and then sums distances from it.
     """
-    voxels, channels = x.permute(0, 2, 3, 4, 1).flatten(1, 3), x.shape[1]
-    result = torch.empty_like(voxels)
+    samples = (each.permute(0, 2, 3, 4, 1).flatten(1, 3) for each in (x, result))
+    unused = x.new_empty(0, dtype=torch.float32)
+    for sample, place in zip(*samples, strict=True):
+        mean, variance = _mean_and_variance(sample)
+        torch.native_batch_norm(
+            sample, scale, shift, mean, variance, False, 0.0, eps, out=(place, unused, unused.clone())
+        )
+    return result
 
-    def rows(values: torch.Tensor) -> torch.Tensor:  # as long as a piece: broadcasting few channels is slow
-        return values.float().expand(_PIECE, channels).contiguous()
 
-    for sample, normed_sample in zip(voxels, result, strict=True):
-        guess = sample[:_PIECE].float().mean(0)
-        guesses = rows(guess)
-        sums, squares = [], []
-        for piece in sample.split(_PIECE):
-            distances = piece - guesses[: len(piece)]
-            sums.append(distances.sum(0))
-            squares.append((distances * distances).sum(0))
-        off, square = (torch.stack(parts).double().sum(0) / len(sample) for parts in (sums, squares))
-        factor = (square - off * off + eps).rsqrt()
-        factor = factor if scale is None else factor * scale
-        constant = -(guess.double() + off) * factor
-        factors, constants = rows(factor), rows(constant if shift is None else constant + shift)
-        for piece, normed_piece in zip(sample.split(_PIECE), normed_sample.split(_PIECE), strict=True):
-            of_piece = (constants[: len(piece)], piece.float(), factors[: len(piece)])
-            if x.dtype == torch.float32:
-                torch.addcmul(*of_piece, out=normed_piece)
-            else:
-                normed_piece.copy_(torch.addcmul(*of_piece))
-    own: torch.Tensor = result.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3)
-    return own
+def _mean_and_variance(voxels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both of every channel of ``(voxels, C)``, float32.
+
+    Summed one by one, the digits would get lost: voxels side by side are columns of their own, and so are pieces of
+    a column, all joined in float64.
+    """
+    channels = voxels.shape[1]
+    side_by_side = max(1, _COLUMNS // channels)
+    fitting = len(voxels) - len(voxels) % side_by_side
+    pieces = [*voxels[:fitting].view(-1, side_by_side * channels).split(_ROWS)]
+    if fitting < len(voxels):
+        pieces.append(voxels[fitting:])
+    means, variances, shares = [], [], []
+    for piece in pieces:
+        unused = torch.zeros(2, piece.shape[1])  # running statistics: they say that the result is float32
+        for found, parts in zip((means, variances), torch.batch_norm_update_stats(piece, *unused, 0.0), strict=True):
+            found.append(parts.view(-1, channels))
+        shares += [len(piece) / len(voxels)] * len(means[-1])
+    each, spread = (torch.cat(parts).double() for parts in (means, variances))
+    share = torch.tensor(shares, dtype=torch.float64)[:, None]
+    mean = (share * each).sum(0)
+    variance = (share * (spread + (each - mean).square())).sum(0)
+    return mean.float(), variance.float()
 
 
 def _normalises(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) -> bool:

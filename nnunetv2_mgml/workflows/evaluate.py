@@ -7,13 +7,13 @@ A model's label maps are predicted first (`inference.subsets`); from there on bo
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_mgml.inference.subset_quality import REPORT_NAME
+from nnunetv2_mgml.io.cpus import usable_cpus
 from nnunetv2_mgml.io.progress import Log, progress_bar
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.regions import check_scored_regions
@@ -434,7 +434,7 @@ def _predictor(request: ModelRequest) -> SubsetPredictor:
     check_step_size(request.tile_step_size)
     check_device(request.device)
     if request.device == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     return SubsetPredictor(
         tile_step_size=request.tile_step_size,
         use_gaussian=True,

@@ -358,6 +358,23 @@ def test_predictions_are_as_exact_as_the_norm(channels: int, size: int, mean: in
             assert ours(last).is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_norm_writes_over_the_convolution_before_it_and_over_nothing_else(batch: int) -> None:
+    layers = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.InstanceNorm3d(8), nn.LeakyReLU(), nn.InstanceNorm3d(8))
+    expected = copy.deepcopy(layers)
+    make_fast(layers.modules())
+    conv, norm, _, behind = layers
+    x = torch.randn(batch, 1, 17, 18, 19)
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x), expected(x), rtol=1e-4, atol=1e-5)
+        made = conv(x)
+        assert norm(made).data_ptr() == made.data_ptr()
+        assert behind(made).data_ptr() != made.data_ptr()
+    made, unchanged = conv(x), expected[0](x)
+    norm(made).sum().backward()
+    torch.testing.assert_close(made, unchanged)  # what learns is kept for the gradient
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("mean", [1, 30])
 def test_predictions_in_bfloat16_are_as_exact_as_the_norm(mean: int) -> None:

@@ -72,14 +72,11 @@ class SubsetPredictor(MGMLPredictor):
             Logits ``(S, heads, z, y, x)`` float16 on the preprocessed grid. That is the memory it takes, beside one
             patch of logits per subset: 2 bytes x S x heads x voxels.
         """
-        threads = torch.get_num_threads()
         self._subsets = list(subsets)
         try:
-            predicted: torch.Tensor = self.predict_logits_from_preprocessed_data(torch.from_numpy(data))
-            logits: NDArray[Any] = predicted.cpu().numpy()
+            logits: NDArray[Any] = self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
         finally:
             self._subsets = []
-            torch.set_num_threads(threads)
         return logits.reshape(len(subsets), -1, *logits.shape[1:])
 
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
