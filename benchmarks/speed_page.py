@@ -94,14 +94,22 @@ Xeon with bfloat16 instructions, two threads.
 - Kept (AMX): predictions in bfloat16 channels last as well, where a convolution takes 4.5 ms instead of 12.7 (one
   thread); with norms of few voxels on a plain copy (128 channels at 8^3 1.7 ms, with the copies 0.1) and the skip
   fusion's product below a whole case took 19.1 s instead of 26.5, the norms still being PyTorch's.
-- Kept, though no faster (AMX, one thread): norms of predictions by sums over pieces. PyTorch's group norm of what lies
-  channels last is inexact: 16 channels at 64^3 7.7 ms and off by 0.06 where the mean is 30 deviations from 0, by 0.002
-  at 96^3 where it is one; in pieces 8.5 ms and 3e-6, on a copy 21 ms. In bfloat16 2.5 ms, in pieces 9.4, on a copy 11.
+- Kept (AMX): norms of predictions by PyTorch's batch norm over pieces of 2048 rows of 256 columns, joined in float64.
+  PyTorch's group norm of what lies channels last is inexact: 16 channels at 64^3 1.5 ms and off by 0.02 where the means
+  are up to 30 deviations from 0; by sums of our own over pieces 5.6 ms, on a copy 6.4, now 2.5, all within 5e-6. In
+  bfloat16 1.3 ms, by sums of our own 8.0, now 2.1. A patch took 0.42 s (bfloat16 0.32), now 0.36 (0.21).
+- Kept (AMX): such a norm writes over the convolution before it, and freed memory stays with the process while a case is
+  predicted (`upstream/allocator.py`): two cases from patches of 128^3 69.0 s, with the memory kept 54.7, with both
+  51.0; in bfloat16 38.7, 34.9, 32.8. At the peak 2.5 GB, now 2.9. The system hands out memory page by page: a norm of
+  16 channels at 96^3 took 29 ms, with the memory kept 15.
+- Kept (AMX): what lies channels last has the strides that oneDNN looks for, also of the axis of one sample; the skip
+  fusion's convolutions went through copies before.
 - Kept (AMX): what the skip fusion multiplies first stays channels last; PyTorch's batched product copied it in bfloat16
   (9.7 ms, now 0.8).
 - Not kept, since slower or no faster: the gradient of the weights as 27 (258 ms) or 9 (223 ms) matrix products over
-  shifted views; channels last for strided convolutions' gradients; other limits of glibc's allocator, which help large
-  batches of subsets only.
+  shifted views; channels last for strided convolutions' gradients.
+- Not kept (AMX): the allocator's limits for a training. They spare 7 to 19 % of a step at 64^3 and 96^3, stock nnU-Net
+  as much as ours, but memory rose from 6.4 to 8.7 GB (four trainings in one process), and it is for hours.
 """
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cubes_specialists
 from cubes_variants import STEP_SECONDS, Run
 
 from nnunetv2_mgml.scoring.regions import short_name
@@ -71,6 +72,9 @@ def tables(results: Sequence[Result], on: str, baseline: str = BASELINE) -> str:
     for words, chosen in budgets(r for r in results if KEYS[on][0] in r).items():
         devices = ", ".join(sorted({r["device"] for r in chosen}))
         parts.append(f"{words.capitalize()}, {on} patients, {devices}.\n\n{_table(chosen, on, baseline)}")
+        alone = cubes_specialists.table(chosen, *KEYS[on])
+        if alone:
+            parts.append(f"Networks trained on one subset alone, in the same time, and one model for all.\n\n{alone}")
     return "\n".join(parts) or "No finished runs yet.\n"
 
 
@@ -80,7 +84,7 @@ def _table(results: Sequence[Result], on: str, baseline: str) -> str:
     head += ["difference", "95 % interval", "per seed"]
     reference = [r for r in results if r["variant"] == baseline]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for variant in dict.fromkeys(r["variant"] for r in results):
+    for variant in dict.fromkeys(r["variant"] for r in results if not cubes_specialists.of_subset(r["variant"])):
         chosen = [r for r in results if r["variant"] == variant]
         cells = [f"`{variant}`", *_cells(summary(chosen, on)), *_change(reference, chosen, on)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -5,13 +5,13 @@ python benchmarks/ablation/report.py
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cubes_specialists
 import cubes_table
 import figure
 import pages
@@ -57,7 +57,7 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
 def of_cubes() -> dict[str, Any]:
     """Return design -> variant -> figures on the test patients, of the largest budget of equal time there is.
 
-    ``budget`` says what that is, and on which device; see `specialists_gap`.
+    ``budget`` says what that is, and on which device; see `cubes_specialists.gap`.
     """
     results = [r for folder in sorted(cubes_table.RESULTS.iterdir()) for r in cubes_table.read(folder.name)]
     scored = [r for r in results if "test" in r and r["equal_time"]]
@@ -72,31 +72,7 @@ def of_cubes() -> dict[str, Any]:
         variants = designs.setdefault(REFERENCE if result["design"] == "none" else result["design"], {})
         if result["variant"] not in variants and not result["training"]["only"]:
             variants[result["variant"]] = _figures([r for r in chosen if r["variant"] == result["variant"]])
-    return {**designs, "specialists_gap": specialists_gap(chosen), "budget": f"{budget}, {largest['device']}"}
-
-
-def specialists_gap(results: Sequence[dict[str, Any]], variant: str = "mgml") -> dict[str, Any] | None:
-    """Return how far networks trained on one subset alone are ahead of the one model, in points of mean Dice.
-
-    Args:
-        results: of one budget.
-        variant: the one model.
-
-    Returns:
-        ``mean`` over ``subsets``, by name, the mean over seeds of each; None without specialists or the model.
-    """
-    one_model = [r["test"]["subsets"] for r in results if r["variant"] == variant]
-    alone: dict[str, list[float]] = {}
-    for result in results:
-        if result["variant"].startswith("baseline:only=") and "," not in result["variant"]:
-            alone.setdefault(result["training"]["only"], []).append(result["test"]["mean"])
-    if not one_model or not alone:
-        return None
-    gaps = {
-        subset: round(statistics.mean(means) - statistics.mean(told[subset] for told in one_model), 2)
-        for subset, means in alone.items()
-    }
-    return {"mean": round(statistics.mean(gaps.values()), 2), "subsets": gaps}
+    return {**designs, "specialists_gap": cubes_specialists.gap(chosen), "budget": f"{budget}, {largest['device']}"}
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ prediction goes through the network in that layout, and in training the gradient
 it. PyTorch's instance norm is a batch norm over one sample, which adds number by number; its group norm of one channel
 per group is the same and takes half the time or less, forward and backward, but is inexact where channels lie side by
 side: there it is a batch norm again, of pieces. A prediction's norm behind a convolution writes over what that made:
-fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a processor with instructions for it) goes
-the same way, with the roundings that PyTorch's layers have. Elsewhere (other devices and dtypes, training under
+fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a processor with instructions for it)
+goes the same way, with the roundings that PyTorch's layers have. Elsewhere (other devices and dtypes, training under
 autocast, tracing, function transforms, shapes without data) the layers are PyTorch's.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
@@ -322,7 +322,8 @@ def pointwise_product(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    if x.shape[1] == 1:  # lies both ways: only the strides say which way the result is to lie
-        _, _, z, y, x_axis = x.shape
-        return x.contiguous().as_strided(x.shape, (z * y * x_axis, 1, y * x_axis, x_axis, 1))
-    return x.contiguous(memory_format=torch.channels_last_3d)
+    samples, channels, z, y, x_axis = x.shape
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    if samples == 1 or channels == 1:  # oneDNN goes by the strides, also by those of an axis of length 1
+        return x.as_strided(x.shape, (channels * z * y * x_axis, 1, channels * y * x_axis, channels * x_axis, channels))
+    return x

@@ -211,14 +211,3 @@ def test_the_readme_marks_what_the_page_marks() -> None:
     assert len(figures) >= 4
     assert [figure for figure in figures if f"| {figure} |" not in page] == []
     assert ("†" in "".join(figures)) == ("marked †" in readme)
-
-
-def test_specialists_gap(ablation: SimpleNamespace) -> None:
-    def result(variant: str, only: str | None, mean: float, **subsets: float) -> dict[str, Any]:
-        return {"variant": variant, "training": {"only": only}, "test": {"mean": mean, "subsets": subsets}}
-
-    one_model = [result("mgml", None, 0, t1=50, t2=60), result("mgml", None, 0, t1=52, t2=62)]
-    alone = [result("baseline:only=t1", "t1", 54), result("baseline:only=t2", "t2", 60)]
-    found = ablation.report.specialists_gap([*one_model, *alone, result("baseline:only=t1,patients=30", "t1", 0)])
-    assert found == {"mean": 1.0, "subsets": {"t1": 3.0, "t2": -1.0}}
-    assert ablation.report.specialists_gap(alone) is None

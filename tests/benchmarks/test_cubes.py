@@ -28,6 +28,7 @@ MODULES = (
     "cubes_variants",
     "cubes_data",
     "cubes_scores",
+    "cubes_specialists",
     "cubes_training",
     "cubes_table",
     "cubes_work",
@@ -205,6 +206,38 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     results += [finished(cubes, variant, 2, baselines[2] + 0.03)]
     text = cubes.cubes_table.tables(results, "test")
     assert f"`{variant}` against `{other}`: +3.00, 95 % interval +3.00 to +3.00; per seed +3.00." in text
+
+
+def test_specialists_beside_one_model(cubes: SimpleNamespace) -> None:
+    """Rows in the order of the subsets, paired by patient, means over seeds; none of them in the main table."""
+    rng = np.random.default_rng(0)
+    subsets, t1, all_four = all_subsets(4), (True, False, False, False), (True,) * 4
+    one = rng.random((3, 15, 8)) * 0.8
+    results = [finished(cubes, "conditional_dropout", seed, one + 0.02 * seed) for seed in (0, 1)]
+    for name, subset, ahead in (("t1+t1ce+t2+flair", all_four, 0.05), ("t1", t1, -0.01)):
+        values = one[:, [subsets.index(subset)]] + ahead
+        told = {"test": cubes.cubes_scores.summary(values, [subset])}
+        told["dice"] = cubes.cubes_scores.cases_of(values, [subset])
+        results.append({**results[0], "variant": f"modality_dropout:only={name}", **told})
+    results.append({**results[-1], "variant": "modality_dropout:only=t1,patients=30"})
+    text = cubes.cubes_table.tables(results, "test")
+    assert "| `modality_dropout:only=t1`" not in text
+    rows = [line for line in text.splitlines() if line.startswith(("| t1", "| mean of"))]
+    assert [row.split(" | ")[0] for row in rows] == ["| t1", "| t1+t1ce+t2+flair", "| mean of these 2"]
+    assert [row.split(" | ", 3)[3].split(" | ", 1)[1] for row in rows] == [
+        "-2.00 | -2.00 to -2.00 |",  # 1 behind the first seed, 3 behind the second
+        "+4.00 | +4.00 to +4.00 |",
+        "+1.00 | +1.00 to +1.00 |",
+    ]
+    told = cubes.cubes_specialists.gap(results)
+    assert told == {
+        "model": "conditional_dropout",
+        "specialists": "modality_dropout",
+        "mean": 1.0,
+        "subsets": {"t1": -2.0, "t1+t1ce+t2+flair": 4.0},
+    }
+    assert cubes.cubes_specialists.gap(results[:2]) is None
+    assert cubes.cubes_specialists.gap(results[2:]) is None
 
 
 def test_a_step_on_a_cpu_is_as_long_as_its_equal_time_took_it(

@@ -71,7 +71,8 @@ class SkipFusion(nn.Sequential):
                 features = features * weights[:, :, None].to(features.dtype)
             weight = weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
             weight = (weight * mask[:, None, :, None].to(weight.dtype))[:, :, seen].flatten(2)  # (B, O, M*C)
-            mixed = _products(weight, features.flatten(3).flatten(1, 2))
+            mixed = _products(weight, features.flatten(3).flatten(1, 2), bias)
+            bias = None
         else:
             mixed = sum_present(shared, mask).flatten(2)
         if bias is not None:
@@ -83,14 +84,15 @@ class SkipFusion(nn.Sequential):
         return result
 
 
-def _products(weights: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Return ``weights @ flat`` per sample, ``(B, O, I)`` by ``(B, I, V)``; what lies channels last stays so.
+def _products(weights: torch.Tensor, flat: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return ``weights @ flat + bias`` per sample, ``(B, O, I)`` by ``(B, I, V)``; what lies channels last stays so.
 
     PyTorch's own batched product makes a copy of such features in bfloat16.
     """
     if torch.is_grad_enabled() or flat.stride(1) != 1 or torch.compiler.is_compiling():
-        return torch.bmm(weights, flat)
-    rows = [functional.linear(sample.T, own) for sample, own in zip(flat, weights, strict=True)]
+        product = torch.bmm(weights, flat)
+        return product if bias is None else product + bias[:, None].to(product.dtype)
+    rows = [functional.linear(sample.T, own, bias) for sample, own in zip(flat, weights, strict=True)]
     stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
     return stacked.transpose(1, 2)
 
