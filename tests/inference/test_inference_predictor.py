@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from inference_cases import (
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunetv2_mgml.inference import predictor as predictor_module
 from nnunetv2_mgml.inference.inputs import CaseError
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.upstream import export
@@ -102,6 +105,37 @@ def test_a_failing_network_or_export_leaves_no_partial_file(
     assert "export failed (OSError: disk full)" in auto.failures["a"]
     assert "prediction failed (RuntimeError: out of memory)" in auto.failures["b"]
     assert auto.network._visible is None
+
+
+def test_a_cpu_keeps_its_memory_for_one_case_and_its_threads_for_the_next(
+    auto: MGMLPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def kept() -> Iterator[bool]:
+        events.append("kept")
+        yield True
+        events.append("given back")
+
+    def sliding_window(*_: Any) -> torch.Tensor:
+        events.append("predicted")
+        torch.set_num_threads(1)  # nnU-Net's setting for this time, which it would take back
+        return torch.zeros(1)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(predictor_module, "freed_memory_kept", kept)
+    monkeypatch.setattr(auto, "predict_sliding_window_return_logits", sliding_window)
+    auto.predict_logits_from_preprocessed_data(torch.zeros(1))
+    assert events == ["kept", "predicted", "given back"]
+    monkeypatch.setattr(auto, "device", torch.device("cuda"))
+    monkeypatch.setattr(auto, "predict_sliding_window_return_logits", lambda _: pytest.fail("no memory"))
+    torch.set_num_threads(2)
+    with pytest.raises(pytest.fail.Exception, match="no memory"):
+        auto.predict_logits_from_preprocessed_data(torch.zeros(1))
+    assert events == ["kept", "predicted", "given back"]
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
 
 
 def test_an_old_prediction_is_replaced_only_by_a_complete_one(

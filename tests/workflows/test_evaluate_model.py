@@ -19,6 +19,7 @@ from nnunetv2_mgml.inference.subsets.predictor import ManySubsets, SubsetPredict
 from nnunetv2_mgml.modalities import all_subsets, subset_name
 from nnunetv2_mgml.presentation.internals import load_model
 from nnunetv2_mgml.scoring.results import load_evaluation
+from nnunetv2_mgml.workflows.evaluate import ModelRequest, _predictor
 from nnunetv2_mgml.workflows.report import fold_of_case
 
 SUBSETS = all_subsets(4)
@@ -31,6 +32,15 @@ def subset_predictor(model: Path, **kwargs) -> SubsetPredictor:
     result = SubsetPredictor(use_mirroring=False, allow_tqdm=False, device=torch.device("cpu"), **kwargs)
     result.initialize_from_trained_model_folder(str(model), (0,))
     return result
+
+
+def test_an_evaluation_starts_as_many_threads_as_it_may_use(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _predictor(ModelRequest(model_folder=model, device="cpu"))
+    assert threads == [1]
 
 
 def write_unequal_case(folder: Path, name: str) -> None:

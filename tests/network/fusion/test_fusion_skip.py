@@ -49,9 +49,11 @@ def test_features_that_lie_channels_last_stay_so(samples: int) -> None:
     with torch.no_grad():
         torch.testing.assert_close(module.fuse(last, mask), module.fuse(features, mask))
         weight = torch.rand(samples, 6, 3 * features.shape[2], dtype=torch.float64)
-        product = _products(weight, last.flatten(3).flatten(1, 2))
-        torch.testing.assert_close(product, weight @ features.flatten(3).flatten(1, 2))
-        assert product.stride()[1] == 1
+        for bias in (None, torch.rand(6, dtype=torch.float64)):
+            product = _products(weight, last.flatten(3).flatten(1, 2), bias)
+            expected = weight @ features.flatten(3).flatten(1, 2)
+            torch.testing.assert_close(product, expected if bias is None else expected + bias[:, None])
+            assert product.stride()[1] == 1
         other = last + hide(1e6 * torch.randn_like(last), ~mask)
         assert torch.equal(module.fuse(last, mask), module.fuse(other, mask))
 
