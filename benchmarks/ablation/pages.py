@@ -86,7 +86,8 @@ def _head(settings: dict[str, Any], results: Sequence[Result]) -> str:
     )
     versions = results[0].content["versions"] if results else {}
     shape, patch = ("x".join(map(str, sizes)) for sizes in (data["shape"], training["patch_size"]))
-    changed = "; ".join(f"`{design}`: {what}" for design, what in settings["changed_designs"].items())
+    old = {r.run.design for r in results if r.of_old_design}
+    changed = "; ".join(f"`{design}`: {what}" for design, what in settings["changed_designs"].items() if design in old)
     difficulty = ", ".join(f"{key} {value:g}" for key, value in data["difficulty"].items())
     used = ", ".join(f"{key} {versions[key]}" for key in ("torch", "nnunetv2", "nnunetv2_mgml") if key in versions)
     return f"""# Does MGML help? What two cores can say
@@ -99,8 +100,8 @@ BraTS. **All comparisons are at equal steps of short trainings**, which are far 
 more work looks like a better method there. At equal time, on cubes of real patients, see
 [further down](#real-cubes-at-equal-time). Rows
 marked † were trained before their fusion design changed, and compare variants of the design as it was
-(`fusion_revision=1`; `uhved` with its earlier loss), not of today's. `python benchmarks/ablation/run.py --changed`
-trains them again{_open_hours(results)}. Changed are {changed}.
+(`fusion_revision=1`), not of today's. `python benchmarks/ablation/run.py --changed`
+trains them again{_open_hours(results)}. Changed: {changed or "none"}.
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
