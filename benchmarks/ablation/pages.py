@@ -322,6 +322,10 @@ None of these is converged either: in the last third the baseline still gained 2
 ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
 those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion`.
+A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
+(`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
+most where least is there; the other subsets have not been trained yet. At a budget at which nobody has converged, a
+subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
 """,
     "h200": """### On a shared GPU
 
