@@ -112,10 +112,10 @@ def make_fast(modules: Iterable[nn.Module]) -> None:
             module.__class__ = InstanceNorm2d
         elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
             module.__class__ = InstanceNorm3d
-    for module in modules:
-        for before, norm in pairwise(module) if type(module) is nn.Sequential else ():
+    for layers in modules:
+        for before, norm in pairwise(layers) if type(layers) is nn.Sequential else ():
             if isinstance(before, nn.Conv3d) and hasattr(norm, "overwrites"):
-                norm.overwrites = True
+                cast(InstanceNorm3d, norm).overwrites = True
 
 
 def normed(
@@ -180,11 +180,14 @@ def _mean_and_variance(voxels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     pieces = [*voxels[:fitting].view(-1, side_by_side * channels).split(_ROWS)]
     if fitting < len(voxels):
         pieces.append(voxels[fitting:])
-    means, variances, shares = [], [], []
+    means: list[torch.Tensor] = []
+    variances: list[torch.Tensor] = []
+    shares: list[float] = []
     for piece in pieces:
-        unused = torch.zeros(2, piece.shape[1])  # running statistics: they say that the result is float32
-        for found, parts in zip((means, variances), torch.batch_norm_update_stats(piece, *unused, 0.0), strict=True):
-            found.append(parts.view(-1, channels))
+        unused = torch.zeros(piece.shape[1])  # running statistics: they say that the result is float32
+        found = torch.batch_norm_update_stats(piece, unused, unused, 0.0)
+        for parts, values in zip((means, variances), found, strict=True):
+            parts.append(values.view(-1, channels))
         shares += [len(piece) / len(voxels)] * len(means[-1])
     each, spread = (torch.cat(parts).double() for parts in (means, variances))
     share = torch.tensor(shares, dtype=torch.float64)[:, None]
