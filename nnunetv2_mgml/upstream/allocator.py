@@ -5,8 +5,8 @@ and wants as much: the system then hands it out page by page, each of them zeroe
 
 Bends: two limits of glibc's allocator (``mallopt``), for a while; not where the environment sets any
     (``MALLOC_TRIM_THRESHOLD_`` and its like, ``GLIBC_TUNABLES``), nor elsewhere than on Linux with glibc.
-Why: see above; PyTorch has no pool of its own on a CPU, and a prediction from patches of 128^3 voxels takes a fifth
-    less time.
+Why: see above; PyTorch has no pool of its own on a CPU, and a prediction from patches of 128^3 voxels takes up to
+    a fifth less time.
 Guarded by: tests/upstream/test_allocator.py
 """
 
