@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from nnunetv2_mgml.upstream.cpu_layers import pointwise_product
 
@@ -66,3 +67,26 @@ def make_pointwise(conv: nn.Module) -> None:
 
 def _is_pointwise(conv: nn.Conv2d | nn.Conv3d) -> bool:
     return {*conv.kernel_size, *conv.stride} == {1} and conv.groups == 1 and not any(conv.padding)
+
+
+def products(matrices: torch.Tensor, features: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``matrices @ features + bias`` per sample, ``(B, O, V)``; in a prediction channels last stay so.
+
+    PyTorch's own batched product makes a copy of such features in bfloat16.
+
+    Args:
+        matrices: ``(B, O, I)``.
+        features: ``(B, I, V)``.
+        bias: ``(O,)``.
+    """
+    if not one_by_one(features):
+        product = torch.bmm(matrices, features)
+        return product if bias is None else product + bias[:, None].to(product.dtype)
+    rows = [functional.linear(sample.T, own, bias) for sample, own in zip(features, matrices, strict=True)]
+    stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    return stacked.transpose(1, 2)
+
+
+def one_by_one(features: torch.Tensor) -> bool:
+    """Return whether `products` multiplies sample by sample: where features ``(B, I, V)`` lie channels last."""
+    return not torch.is_grad_enabled() and features.stride(1) == 1 and not torch.compiler.is_compiling()

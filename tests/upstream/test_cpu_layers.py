@@ -209,6 +209,54 @@ def test_a_block_of_layers_keeps_the_layout() -> None:
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
 
 
+wide_registers = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with registers of 512 bits"
+)
+
+
+@wide_registers
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"),
+    [((3, 3, 3), (1, 1, 1), (5, 6, 8)), ((1, 3, 3), (1, 2, 1), (5, 6, 2)), ((3, 3, 3), (2, 1, 1), (64, 33, 34))],
+)
+def test_two_voxels_at_once(
+    kernel: tuple[int, ...], stride: tuple[int, ...], size: tuple[int, ...], batch: int, bias: bool
+) -> None:
+    """Where eight channels fill half a register: the same sums, also of bfloat16, and channels last as elsewhere."""
+    torch.manual_seed(0)
+    stock = nn.Conv3d(3, 8, kernel, stride, tuple(k // 2 for k in kernel), bias=bias)
+    ours = copy.deepcopy(stock)
+    make_fast([ours])
+    x = torch.randn(batch, 3, *size)
+    assert cpu_layers._leaves_lanes_empty(ours, x)
+    for odd in (x[..., 1:], x[..., : size[2] - 1]):
+        assert not cpu_layers._leaves_lanes_empty(ours, odd)
+    with torch.no_grad():
+        found = ours(x)
+        assert channels_last(found)
+        torch.testing.assert_close(found, stock(x), rtol=1e-5, atol=1e-6)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            exact = copy.deepcopy(stock).double()(x.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                errors = [torch.linalg.vector_norm(conv(x).double() - exact) for conv in (ours, stock)]
+            assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"out_channels": 16, "kernel_size": 3, "padding": 1},
+        {"out_channels": 8, "kernel_size": 3, "padding": 1, "stride": 2},
+        {"out_channels": 8, "kernel_size": 3, "padding": 0},
+        {"out_channels": 8, "kernel_size": 5, "padding": 2},
+    ],
+)
+def test_others_go_voxel_by_voxel(kwargs: dict[str, Any]) -> None:
+    assert not cpu_layers._leaves_lanes_empty(nn.Conv3d(3, **kwargs), torch.randn(1, 3, 8, 8, 8))
+
+
 def test_a_norm_of_few_voxels_is_done_on_a_copy() -> None:
     """Channels last, PyTorch's kernel for it would take many times as long; the values are the same."""
     norm = nn.InstanceNorm3d(8, affine=True)

@@ -323,7 +323,7 @@ def span(mask: torch.Tensor) -> slice:
 
 
 def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over the visible modalities, ``(B, ...)`` in the dtype of the parts, without a copy of them.
+    """Sum over the visible modalities, ``(B, ...)`` in dtype and layout of the parts, without a copy of them.
 
     Args:
         parts: ``(B, M, ...)``, or ``(1, M, ...)``: one sample for all masks.
@@ -331,12 +331,15 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     seen = span(mask)
     parts, mask = parts[:, seen], mask[:, seen]
+    last = parts.stride(2) == 1 and parts.ndim > 3
+    if last:  # as it lies
+        parts = parts.movedim(2, -1)
     flat = parts.flatten(2)
     weights = mask.to(parts.dtype)
     with torch.autocast(parts.device.type, enabled=False):
         total = weights @ flat[0] if len(parts) == 1 else torch.bmm(weights[:, None], flat)[:, 0]
     summed: torch.Tensor = total.unflatten(1, parts.shape[2:])
-    return summed
+    return summed.movedim(-1, 1) if last else summed
 
 
 def conv_block(

@@ -28,6 +28,7 @@ from nnunetv2_mgml.network.fusion.base import (
     span,
 )
 from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
+from nnunetv2_mgml.network.pointwise import one_by_one, products
 
 
 class ProbabilityMap(nn.Module):
@@ -107,10 +108,39 @@ class RegionFusion(nn.Module):
                 pooled = functional.pad(pooled, (0, 0, seen.start, modalities - seen.stop))
             pooled = pooled.flatten(2) / share
             weights = (self.weights(torch.cat((pooled, share), -1)) * present[:, None, :, 0])[:, :, seen]
-            weights = weights.to(features.dtype)
-        weighted = torch.einsum(f"{axes},bkm->bkcv", flat, weights)
-        regions = (weighted * flat_maps[:, :, None]).reshape(batch, -1, *features.shape[3:])
-        return torch.cat((self.regions(regions), self.shortcut.fuse(features, mask, shared)), 1)
+            matrices = self._matrices(weights).to(features.dtype)
+        regions = _mixed(matrices, features[:, seen].flatten(3).flatten(1, 2), flat_maps)
+        convolution, *rest = cast(nn.Sequential, self.regions[0])
+        if convolution.bias is not None:
+            regions += cast(torch.Tensor, convolution.bias)[:, None].to(regions.dtype)
+        regions = regions.unflatten(2, features.shape[3:])
+        for layer in (*rest, *self.regions[1:]):
+            regions = layer(regions)
+        return torch.cat((regions, self.shortcut.fuse(features, mask, shared)), 1)
+
+    def _matrices(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weights ``(B, K, M)`` times the first convolution's of each class, ``(B, K*O, M*C)``."""
+        kernel = at_least_float32(cast(torch.Tensor, self.regions[0][0].weight)).flatten(1)
+        kernel = kernel.unflatten(1, (weights.shape[1], -1))  # (O, K, C)
+        return torch.einsum("okc,bkm->bkomc", kernel, weights).flatten(3).flatten(1, 2)
+
+
+def _mixed(matrices: torch.Tensor, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Return the sum over classes of matrix times features, times map: ``(B, O, V)``.
+
+    Args:
+        matrices: ``(B, K*O, I)``.
+        features: ``(B, I, V)``.
+        maps: ``(B, K, V)``.
+    """
+    if len(features) > 1 and one_by_one(features):
+        samples = (each.split(1) for each in (matrices, features, maps))
+        return torch.cat([_mixed(*sample) for sample in zip(*samples, strict=True)])
+    per_class = products(matrices, features).unflatten(1, (maps.shape[1], -1))
+    mixed = per_class[:, 0] * maps[:, 0, None]
+    for k in range(1, maps.shape[1]):
+        mixed.addcmul_(per_class[:, k], maps[:, k, None])
+    return mixed
 
 
 @register

@@ -12,9 +12,9 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from nnunetv2_mgml.network.fusion.base import FusionSpec, conv_block, span, sum_present
+from nnunetv2_mgml.network.pointwise import products
 
 
 class SkipFusion(nn.Sequential):
@@ -34,8 +34,8 @@ class SkipFusion(nn.Sequential):
         modalities = features.shape[1]
         weight, _, _ = self._first()
         weight = weight.flatten(1).unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, O, C)
-        added: torch.Tensor = torch.matmul(weight, features.flatten(3)).unflatten(3, features.shape[3:])
-        return added
+        added = products(weight.repeat(len(features), 1, 1), features.flatten(3).flatten(0, 1))
+        return added.unflatten(0, features.shape[:2]).unflatten(3, features.shape[3:])
 
     def fuse(
         self,
@@ -71,30 +71,17 @@ class SkipFusion(nn.Sequential):
                 features = features * weights[:, :, None].to(features.dtype)
             weight = weight.flatten(1).unflatten(1, (mask.shape[1], -1))  # (O, M, C)
             weight = (weight * mask[:, None, :, None].to(weight.dtype))[:, :, seen].flatten(2)  # (B, O, M*C)
-            mixed = _products(weight, features.flatten(3).flatten(1, 2), bias)
+            mixed = products(weight, features.flatten(3).flatten(1, 2), bias)
             bias = None
         else:
             mixed = sum_present(shared, mask).flatten(2)
         if bias is not None:
-            mixed = mixed + bias[:, None].to(mixed.dtype)
+            mixed += bias[:, None].to(mixed.dtype)
         mixed = mixed.unflatten(2, features.shape[3:])
         for layer in (*rest, *self[1:]):
             mixed = layer(mixed)
         result: torch.Tensor = mixed
         return result
-
-
-def _products(weights: torch.Tensor, flat: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return ``weights @ flat + bias`` per sample, ``(B, O, I)`` by ``(B, I, V)``; what lies channels last stays so.
-
-    PyTorch's own batched product makes a copy of such features in bfloat16.
-    """
-    if torch.is_grad_enabled() or flat.stride(1) != 1 or torch.compiler.is_compiling():
-        product = torch.bmm(weights, flat)
-        return product if bias is None else product + bias[:, None].to(product.dtype)
-    rows = [functional.linear(sample.T, own, bias) for sample, own in zip(flat, weights, strict=True)]
-    stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
-    return stacked.transpose(1, 2)
 
 
 def skip_fusion(

@@ -35,12 +35,54 @@ def test_number_of_parameters(width: int, fusion: int, maps: int, deepest: int |
 
 
 def region_features(module: RegionFusion, inputs: Pass, maps: torch.Tensor) -> torch.Tensor:
-    """What `module` hands to its region convolutions, ``(B, K, C, *spatial)``."""
+    """What the first region convolution reads, ``(B, K, C, *spatial)``: what it gives if it copies class by class."""
+    convolution, behind, *_ = module.regions[0]
+    classes, channels = maps.shape[1], inputs.features[0].shape[2]
     seen: list[torch.Tensor] = []
-    hook = module.regions.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    module(inputs.features[0], inputs.mask, maps)
+    hook = behind.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        convolution.bias.zero_()
+        for k in range(classes):
+            copying = torch.zeros(channels, classes, channels)
+            copying[:, k] = torch.eye(channels)
+            convolution.weight.copy_(copying.reshape(convolution.weight.shape))
+            module(inputs.features[0], inputs.mask, maps)
     hook.remove()
-    return seen[0].unflatten(1, (maps.shape[1], -1))
+    return torch.stack(seen, 1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_first_convolution_is_the_published_one(last: bool) -> None:
+    """Weights, maps and the 1x1 convolution, in float64 and one after the other; and their gradients."""
+    spec = make_spec()
+    module = RegionFusion(spec, 0).double()
+    inputs = make_pass(spec, [[1, 0, 1], [1, 1, 1]])
+    features = inputs.features[0].double()
+    if last:
+        features = features.movedim(2, -1).contiguous().movedim(-1, 2)
+    maps = torch.rand(2, 4, *features.shape[3:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    convolution, behind, *_ = module.regions[0]
+    found: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    behind.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].clone()))
+    module.weights.register_forward_hook(lambda *args: weights.append(args[2]))
+    module(features, inputs.mask, maps)
+    with torch.no_grad():
+        module(features, inputs.mask, maps)  # by another product where channels lie side by side
+    present = inputs.mask[:, None].double()
+    per_class = torch.einsum("bmcdhw,bkm,bkdhw->bkcdhw", features, weights[0] * present, maps)
+    slow = torch.nn.functional.conv3d(per_class.flatten(1, 2), convolution.weight, convolution.bias)
+    torch.testing.assert_close(found[0], slow)
+    torch.testing.assert_close(found[1], slow)
+    some = torch.randn_like(slow)
+    ours, published = (
+        torch.autograd.grad((result * some).sum(), module.parameters(), retain_graph=True, allow_unused=True)
+        for result in (found[0], slow)
+    )
+    used = [pair for pair in zip(ours, published, strict=True) if pair[1] is not None]
+    assert len(used) > 2
+    for one, two in used:
+        torch.testing.assert_close(one, two)
 
 
 def test_regions_do_not_leak() -> None:

@@ -7,7 +7,8 @@ import torch
 from fusion_cases import hide, make_spec
 
 from nnunetv2_mgml.network.fusion.base import build_fusion, span, sum_present
-from nnunetv2_mgml.network.fusion.skip import SkipFusion, _products, skip_fusion
+from nnunetv2_mgml.network.fusion.skip import SkipFusion, skip_fusion
+from nnunetv2_mgml.network.pointwise import products
 
 MASKS = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
 
@@ -50,12 +51,18 @@ def test_features_that_lie_channels_last_stay_so(samples: int) -> None:
         torch.testing.assert_close(module.fuse(last, mask), module.fuse(features, mask))
         weight = torch.rand(samples, 6, 3 * features.shape[2], dtype=torch.float64)
         for bias in (None, torch.rand(6, dtype=torch.float64)):
-            product = _products(weight, last.flatten(3).flatten(1, 2), bias)
+            product = products(weight, last.flatten(3).flatten(1, 2), bias)
             expected = weight @ features.flatten(3).flatten(1, 2)
             torch.testing.assert_close(product, expected if bias is None else expected + bias[:, None])
             assert product.stride()[1] == 1
         other = last + hide(1e6 * torch.randn_like(last), ~mask)
         assert torch.equal(module.fuse(last, mask), module.fuse(other, mask))
+        shared = module.share(last)
+        torch.testing.assert_close(shared, module.share(features))
+        if samples == 1:  # as of a case for which all subsets are predicted
+            assert shared.stride(2) == sum_present(shared, mask).stride(1) == 1
+        torch.testing.assert_close(module.fuse(last, mask, shared), module.fuse(features, mask))
+        assert torch.equal(module.fuse(last, mask, shared), module.fuse(other, mask, module.share(other)))
 
 
 def test_shares_of_one_sample_serve_every_mask() -> None:
@@ -80,6 +87,9 @@ def test_sum_over_present_modalities(samples: int) -> None:
     parts = torch.randn(samples, 3, 2, 4, 5, dtype=torch.float64)
     expected = torch.stack([parts[min(b, samples - 1)][MASKS[b]].sum(0) for b in range(3)])
     torch.testing.assert_close(sum_present(parts, MASKS), expected)
+    last = parts.movedim(2, -1).contiguous().movedim(-1, 2)
+    torch.testing.assert_close(sum_present(last, MASKS), expected)
+    assert sum_present(last, MASKS).stride(1) == 1
     with torch.autocast("cpu", torch.bfloat16):
         assert sum_present(parts.float(), MASKS).dtype == torch.float32
 
