@@ -120,7 +120,8 @@ class RegionFusion(nn.Module):
 
     def _matrices(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the weights ``(B, K, M)`` times the first convolution's of each class, ``(B, K*O, M*C)``."""
-        kernel = at_least_float32(cast(torch.Tensor, self.regions[0][0].weight)).flatten(1)
+        convolution, *_ = cast(nn.Sequential, self.regions[0])
+        kernel = at_least_float32(cast(torch.Tensor, convolution.weight)).flatten(1)
         kernel = kernel.unflatten(1, (weights.shape[1], -1))  # (O, K, C)
         return torch.einsum("okc,bkm->bkomc", kernel, weights).flatten(3).flatten(1, 2)
 
@@ -137,7 +138,7 @@ def _mixed(matrices: torch.Tensor, features: torch.Tensor, maps: torch.Tensor) -
         samples = (each.split(1) for each in (matrices, features, maps))
         return torch.cat([_mixed(*sample) for sample in zip(*samples, strict=True)])
     per_class = products(matrices, features).unflatten(1, (maps.shape[1], -1))
-    mixed = per_class[:, 0] * maps[:, 0, None]
+    mixed: torch.Tensor = per_class[:, 0] * maps[:, 0, None]
     for k in range(1, maps.shape[1]):
         mixed.addcmul_(per_class[:, k], maps[:, k, None])
     return mixed

@@ -35,7 +35,8 @@ class SkipFusion(nn.Sequential):
         weight, _, _ = self._first()
         weight = weight.flatten(1).unflatten(1, (modalities, -1)).transpose(0, 1)  # (M, O, C)
         added = products(weight.repeat(len(features), 1, 1), features.flatten(3).flatten(0, 1))
-        return added.unflatten(0, features.shape[:2]).unflatten(3, features.shape[3:])
+        shares: torch.Tensor = added.unflatten(0, features.shape[:2]).unflatten(3, features.shape[3:])
+        return shares
 
     def fuse(
         self,
