@@ -107,9 +107,9 @@ class RegionFusion(nn.Module):
             if pooled.shape[2] < modalities:
                 pooled = functional.pad(pooled, (0, 0, seen.start, modalities - seen.stop))
             pooled = pooled.flatten(2) / share
-            weights = (self.weights(torch.cat((pooled, share), -1)) * present[:, None, :, 0])[:, :, seen]
+            weights = self.weights(torch.cat((pooled, share), -1)) * present[:, None, :, 0]
             matrices = self._matrices(weights).to(features.dtype)
-        regions = _mixed(matrices, features[:, seen].flatten(3).flatten(1, 2), flat_maps)
+        regions = _mixed(matrices, features.flatten(3), mask, flat_maps)
         convolution, *rest = cast(nn.Sequential, self.regions[0])
         if convolution.bias is not None:
             regions += cast(torch.Tensor, convolution.bias)[:, None].to(regions.dtype)
@@ -119,25 +119,28 @@ class RegionFusion(nn.Module):
         return torch.cat((regions, self.shortcut.fuse(features, mask, shared)), 1)
 
     def _matrices(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the weights ``(B, K, M)`` times the first convolution's of each class, ``(B, K*O, M*C)``."""
+        """Return the weights ``(B, K, M)`` times the first convolution's of each class, ``(B, K*O, M, C)``."""
         convolution, *_ = cast(nn.Sequential, self.regions[0])
         kernel = at_least_float32(cast(torch.Tensor, convolution.weight)).flatten(1)
         kernel = kernel.unflatten(1, (weights.shape[1], -1))  # (O, K, C)
-        return torch.einsum("okc,bkm->bkomc", kernel, weights).flatten(3).flatten(1, 2)
+        return torch.einsum("okc,bkm->bkomc", kernel, weights).flatten(1, 2)
 
 
-def _mixed(matrices: torch.Tensor, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+def _mixed(matrices: torch.Tensor, features: torch.Tensor, mask: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """Return the sum over classes of matrix times features, times map: ``(B, O, V)``.
 
     Args:
-        matrices: ``(B, K*O, I)``.
-        features: ``(B, I, V)``.
+        matrices: ``(B, K*O, M, C)``, 0 where the mask is False.
+        features: ``(B, M, C, V)``.
+        mask: ``(B, M)`` bool.
         maps: ``(B, K, V)``.
     """
-    if len(features) > 1 and one_by_one(features):
-        samples = (each.split(1) for each in (matrices, features, maps))
+    if len(features) > 1 and one_by_one(features.flatten(1, 2)):
+        samples = (each.split(1) for each in (matrices, features, mask, maps))
         return torch.cat([_mixed(*sample) for sample in zip(*samples, strict=True)])
-    per_class = products(matrices, features).unflatten(1, (maps.shape[1], -1))
+    seen = span(mask)
+    per_class = products(matrices[:, :, seen].flatten(2), features[:, seen].flatten(1, 2))
+    per_class = per_class.unflatten(1, (maps.shape[1], -1))
     mixed: torch.Tensor = per_class[:, 0] * maps[:, 0, None]
     for k in range(1, maps.shape[1]):
         mixed.addcmul_(per_class[:, k], maps[:, k, None])
