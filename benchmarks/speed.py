@@ -38,6 +38,7 @@ from step import MODALITIES, predictions, random_batch
 from nnunetv2_mgml.inference.compiled import CompiledNetworks
 from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.upstream.allocator import freed_memory_kept
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -237,7 +238,7 @@ def patch_seconds(settings: Settings, size: Size, turns: int) -> dict[str, list[
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else a patch takes minutes
         functions["bfloat16"] = in_bfloat16
     functions.update(by_openvino(learner.network.eval(), x, "bfloat16" in functions))
-    with torch.inference_mode():
+    with torch.inference_mode(), freed_memory_kept():  # as the predictor does
         return in_turns(settings, functions, turns)
 
 
