@@ -326,6 +326,8 @@ A specialist is the stock network that sees one subset in every step, trained as
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
 most where least is there; the other subsets have not been trained yet. At a budget at which nobody has converged, a
 subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
+
+![Dice against training time, and of one model beside one for each subset](images/cubes.png)
 """,
     "h200": """### On a shared GPU
 

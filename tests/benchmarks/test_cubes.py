@@ -31,6 +31,7 @@ MODULES = (
     "cubes_specialists",
     "cubes_training",
     "cubes_table",
+    "cubes_figure",
     "cubes_work",
     "cubes",
     "case_quality_page",
@@ -238,6 +239,28 @@ def test_specialists_beside_one_model(cubes: SimpleNamespace) -> None:
     }
     assert cubes.cubes_specialists.gap(results[:2]) is None
     assert cubes.cubes_specialists.gap(results[2:]) is None
+
+
+def test_figure_has_curves_and_what_every_subset_scores(
+    cubes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A marked curve per variant, its seeds thinly, a column of points per variant, a bar per specialist."""
+    rng = np.random.default_rng(0)
+    points = [{"step": step, "mean": 50.0 + step} for step in (1, 2)]
+    about = {"training": {"only": None}, "curve": points, "seconds_per_step_alone": 6.0, "device": "CUDA"}
+    results = [finished(cubes, name, seed, rng.random((3, 15, 4)), **about) for name in "ab" for seed in (0, 1)]
+    alone = {"test": cubes.cubes_scores.summary(rng.random((3, 1, 4)), [(True, False, False, False)])}
+    results.append({**results[0], **alone, "variant": "modality_dropout:only=t1", "training": {"only": "t1"}})
+    drawn: list[Any] = []
+    monkeypatch.setattr(cubes.cubes_figure, "save", lambda figure, path: drawn.extend(figure.axes))
+    cubes.cubes_figure.draw(results, tmp_path / "cubes.png")
+    left, right = drawn
+    assert [len(line.get_xdata()) for line in left.lines] == [2] * 6
+    assert list(left.lines[2].get_xdata()) == pytest.approx([0.1, 0.2])
+    assert [line.get_label() for line in right.lines] == ["a", "b", "modality_dropout, one model for each subset"]
+    of_seeds = [r["test"]["subsets"]["t1"] for r in results[:2]]
+    assert right.lines[0].get_xdata()[0] == pytest.approx(np.mean(of_seeds))
+    assert list(right.lines[2].get_ydata()) == [0]
 
 
 def test_a_step_on_a_cpu_is_as_long_as_its_equal_time_took_it(
