@@ -324,7 +324,8 @@ but not in whole tumour. The idea was chosen on validation patients at half the 
 those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion`.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
-most where least is there; the other subsets have not been trained yet. At a budget at which nobody has converged, a
+most where least is there; seven subsets have not been trained yet (two of the eight were on an AMD EPYC, the rest on
+the Xeon; both compute in bfloat16). At a budget at which nobody has converged, a
 subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
 
 ![Dice against training time, and of one model beside one for each subset](images/cubes.png)
