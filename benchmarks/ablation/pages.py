@@ -99,8 +99,8 @@ show whether the implementation does what it should and which readings of the pa
 BraTS. **All comparisons are at equal steps of short trainings**, which are far from converged: whatever makes a step do
 more work looks like a better method there. At equal time, on cubes of real patients, see
 [further down](#real-cubes-at-equal-time). Rows
-marked † were trained before their fusion design changed (`fusion_revision=1`); they have no difference to a baseline that
-was trained again. `python benchmarks/ablation/run.py --changed`
+marked † were trained before their fusion design changed (`fusion_revision=1`); they have no difference to a baseline
+that was trained again. `python benchmarks/ablation/run.py --changed`
 trains them again{_open_hours(results)}.{_TRAINED_AGAIN if old else ""} Changed: {changed or "none"}.
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
@@ -325,7 +325,8 @@ None of these is converged either: in the last third the baseline still gained 2
 `conditional_dropout` is `nnUNetTrainerModalityDropout_conditional`, the stock network whose norms know what is visible:
 ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
-those two results were not kept). With twice the learning rate it ended at 67.5 there (on an EPYC). `early_fusion` is `mgml plan --preset early-fusion`.
+those two results were not kept). With twice the learning rate it ended at 67.5 there (on an EPYC). `early_fusion` is
+`mgml plan --preset early-fusion`.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
 most where least is there; seven subsets have not been trained yet (two of the eight were on an AMD EPYC, the rest on
