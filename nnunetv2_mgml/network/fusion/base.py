@@ -331,7 +331,7 @@ def sum_present(parts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     seen = span(mask)
     parts, mask = parts[:, seen], mask[:, seen]
-    last = parts.stride(2) == 1 and parts.ndim > 3
+    last = parts.ndim > 3 and parts.stride(2) == 1
     if last:  # as it lies
         parts = parts.movedim(2, -1)
     flat = parts.flatten(2)

@@ -90,6 +90,8 @@ def test_sum_over_present_modalities(samples: int) -> None:
     last = parts.movedim(2, -1).contiguous().movedim(-1, 2)
     torch.testing.assert_close(sum_present(last, MASKS), expected)
     assert sum_present(last, MASKS).stride(1) == 1
+    row = parts[:, :, :, 0, 0].contiguous()  # what lies side by side is all there is
+    torch.testing.assert_close(sum_present(row, MASKS), expected[:, :, 0, 0])
     with torch.autocast("cpu", torch.bfloat16):
         assert sum_present(parts.float(), MASKS).dtype == torch.float32
 
