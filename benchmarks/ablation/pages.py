@@ -101,7 +101,7 @@ more work looks like a better method there. At equal time, on cubes of real pati
 [further down](#real-cubes-at-equal-time). Rows
 marked † were trained before their fusion design changed (`fusion_revision=1`); they have no difference to a baseline
 that was trained again. `python benchmarks/ablation/run.py --changed`
-trains them again{_open_hours(results)}.{_TRAINED_AGAIN if old else ""} Changed: {changed or "none"}.
+trains them again{_open_hours(results)}. Changed: {changed or "none"}.
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
@@ -114,10 +114,6 @@ core-hours; commits {commits} (* with uncommitted changes); {used}.
 
 ![differences per subset and design](images/results.png)
 """
-
-
-_TRAINED_AGAIN = """ Those of the main table were: on average
-they lie 0.1 above what they were, single runs 0.6 below to 1.1 above."""
 
 
 def _open_hours(results: Sequence[Result]) -> str:
