@@ -79,8 +79,8 @@ every design on the paper's plan, [gpu.md](gpu.md) a GPU. A ratio is the median 
 _TRIED = """## What was tried
 
 One AMD EPYC without AVX-512, one thread, by CPU time; 16 to 16 channels at 64^3 unless said otherwise. *AMX*: an Intel
-Xeon with bfloat16 instructions, two threads; *AVX-512*: an AMD EPYC with it and bfloat16 instructions, two threads. Times of single layers, and of old and
-new code in turns, are of scripts that were not kept.
+Xeon with bfloat16 instructions, two threads; *AVX-512*: an AMD EPYC with it and bfloat16 instructions, two threads.
+Times of single layers, and of old and new code in turns, are of scripts that were not kept.
 
 - Kept: PyTorch leaves one small sample to a kernel of its own, which oneDNN's replaces (`upstream/cpu_layers.py`): 16
   to 16 channels at 32^3 took 111 ms forward and 226 backward, now 10 and 33; 64 to 64 at 16^3 47 and 86, now 14 and 55.
@@ -116,8 +116,8 @@ new code in turns, are of scripts that were not kept.
   go into the convolution behind them, so that no feature per class is written. With the convolutions above a patch took
   0.292 s, now 0.278, from one modality 0.127, now 0.116, for 15 subsets 1.25, now 1.11; in bfloat16 0.179, now 0.174,
   for 15 subsets no less (0.78, now 0.79).
-- What is left of 15 subsets (AVX-512): 0.21 s for the encoders and 0.52 s for the decoder's convolutions alone, which is
-  2.6 times a patch.
+- What is left of 15 subsets (AVX-512): 0.21 s for the encoders and 0.52 s for the decoder's convolutions alone, which
+  is 2.6 times a patch.
 - Not kept, since slower or no faster: the gradient of the weights as 27 (258 ms) or 9 (223 ms) matrix products over
   shifted views; channels last for strided convolutions' gradients.
 - Not kept (AMX): the allocator's limits for a training. They spare 7 to 19 % of a step at 64^3 and 96^3, stock nnU-Net
