@@ -75,24 +75,35 @@ def table(results: Sequence[Result], summary: str, cases: str) -> str:
         heads = [f"`{model}` | ahead of it | 95 % interval" for model in chosen]
         lines = [f"| `{network}` trained on | mean | seeds | {' | '.join(heads)} |"]
         lines.append("|---" * (3 + 3 * len(chosen)) + "|")
-        everywhere: dict[str, list[np.ndarray]] = {model: [] for model in chosen}
         for name, runs in alone.items():
             own = _of_patients(runs, name, cases)
             cells = [name, f"{own.mean():.1f}", str(len(runs))]
-            for model, ours in chosen.items():
+            for ours in chosen.values():
                 theirs = _of_patients(ours, name, cases)
-                everywhere[model].append(own - theirs)
                 cells += [f"{theirs.mean():.1f}", *_change(own - theirs)]
             lines.append(f"| {' | '.join(cells)} |")
         if len(alone) > 1:
             own_means = (_of_patients(runs, name, cases).mean() for name, runs in alone.items())
             cells = [f"mean of these {len(alone)}", f"{_mean(own_means):.1f}", ""]
-            for model, ours in chosen.items():
+            for ours in chosen.values():
                 cells += [f"{_mean(_of_patients(ours, n, cases).mean() for n in alone):.1f}"]
-                cells += _change(np.mean(everywhere[model], axis=0))
+                cells += _change(ahead(alone, ours, cases))
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def ahead(alone: dict[str, list[Result]], ours: Sequence[Result], cases: str) -> np.ndarray:
+    """Return how far specialists are ahead of one model, mean over their subsets, per patient in percent, ``(N,)``.
+
+    Args:
+        alone: what `specialists` returns.
+        ours: the runs of the one model.
+        cases: where a result has Dice per patient.
+    """
+    changes = [_of_patients(runs, name, cases) - _of_patients(ours, name, cases) for name, runs in alone.items()]
+    mean: np.ndarray = np.mean(changes, axis=0)
+    return mean
 
 
 def _of_patients(runs: Sequence[Result], subset: str, cases: str) -> np.ndarray:

@@ -66,6 +66,19 @@ def budgets(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(sorted(found.items()))
 
 
+def largest() -> tuple[str, list[Result]]:
+    """Return the largest budget of equal time on the cubes that has scores of test patients, in words, and its runs."""
+    results = [r for folder in sorted(RESULTS.iterdir()) for r in read(folder.name)]
+    scored = [r for r in results if "test" in r and r["equal_time"]]
+    if not scored:
+        return "", []
+    largest = max(scored, key=lambda r: seconds_per_step(r) * r["steps"])
+    [(budget, chosen)] = budgets(
+        r for r in scored if all(r[key] == largest[key] for key in ("device", "nominal_steps", "equal_time"))
+    ).items()
+    return f"{budget}, {largest['device']}", chosen
+
+
 def tables(results: Sequence[Result], on: str, baseline: str = BASELINE) -> str:
     """Return a Markdown table per budget; runs without scores on these patients are left out."""
     parts = []

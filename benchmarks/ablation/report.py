@@ -34,7 +34,7 @@ def main() -> None:
     write_json(RESULTS / "summary.json", summary(settings, results))
     write_text(DOCS / "results.md", pages.page(settings, results))
     figure.draw(results, DOCS / "images" / "results.png")
-    if cubes := largest_of_cubes()[1]:
+    if cubes := cubes_table.largest()[1]:
         cubes_figure.draw(cubes, DOCS / "images" / "cubes.png")
     print(f"{len(results)} results; wrote {RESULTS / 'summary.json'} and {DOCS / 'results.md'}")
 
@@ -62,7 +62,7 @@ def of_cubes() -> dict[str, Any]:
 
     ``budget`` says what that is, and on which device; see `cubes_specialists.gap`.
     """
-    budget, chosen = largest_of_cubes()
+    budget, chosen = cubes_table.largest()
     if not chosen:
         return {}
     designs: dict[str, dict[str, Any]] = {}
@@ -71,19 +71,6 @@ def of_cubes() -> dict[str, Any]:
         if result["variant"] not in variants and not result["training"]["only"]:
             variants[result["variant"]] = _figures([r for r in chosen if r["variant"] == result["variant"]])
     return {**designs, "specialists_gap": cubes_specialists.gap(chosen), "budget": budget}
-
-
-def largest_of_cubes() -> tuple[str, list[dict[str, Any]]]:
-    """Return the largest budget of equal time on the cubes that has scores of test patients, in words, and its runs."""
-    results = [r for folder in sorted(cubes_table.RESULTS.iterdir()) for r in cubes_table.read(folder.name)]
-    scored = [r for r in results if "test" in r and r["equal_time"]]
-    if not scored:
-        return "", []
-    largest = max(scored, key=lambda r: cubes_table.seconds_per_step(r) * r["steps"])
-    [(budget, chosen)] = cubes_table.budgets(
-        r for r in scored if all(r[key] == largest[key] for key in ("device", "nominal_steps", "equal_time"))
-    ).items()
-    return f"{budget}, {largest['device']}", chosen
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ MODULES = (
     "cubes_specialists",
     "cubes_training",
     "cubes_table",
+    "cubes_goals",
     "cubes_figure",
     "cubes_work",
     "cubes",
@@ -239,6 +240,53 @@ def test_specialists_beside_one_model(cubes: SimpleNamespace) -> None:
     }
     assert cubes.cubes_specialists.gap(results[:2]) is None
     assert cubes.cubes_specialists.gap(results[2:]) is None
+
+
+def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> None:
+    """Paired by seed; a seed that never gets there, a region behind, a model that is missing are told."""
+    rng = np.random.default_rng(0)
+    t1, makers = (True, False, False, False), (cubes.cubes_scores.summary, cubes.cubes_scores.cases_of)
+    subsets, values = all_subsets(4), [rng.random((3, 15, 8)) * 0.5 + 0.2 for _ in range(3)]
+    of_dropout = [each + rng.normal(0, 0.002, each.shape) for each in values]
+
+    def curve(*dice: float) -> list[dict[str, float]]:
+        return [{"step": 25 * (n + 1), "mean": mean} for n, mean in enumerate(dice)]
+
+    results = [finished(cubes, "baseline", s, each, curve=curve(30, 35, 39, 40)) for s, each in enumerate(values)]
+    results += [finished(cubes, "modality_dropout", s, each) for s, each in enumerate(of_dropout)]
+    behind = values[0] + 0.02
+    behind[2] -= 0.03  # two regions 2 points ahead, the third 1 behind
+    results.append(finished(cubes, "mgml", 0, behind, curve=curve(10, 20, 30, 39.9)))
+    ahead = [finished(cubes, "conditional_dropout", s, values[s] + 0.04, curve=curve(20, 41, 45)) for s in (1, 2)]
+    results += ahead
+    of_t1 = np.mean(values[1:], 0)[:, [subsets.index(t1)]] + 0.043
+    alone = {name: make(of_t1, [t1]) for name, make in zip(("test", "dice"), makers, strict=True)}
+    results.append({**results[0], **alone, "variant": "modality_dropout:only=t1"})
+    change = SimpleNamespace(mean=1.0, low=-0.1, high=2.0)
+    lines = cubes.cubes_goals.table(results, change).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    by_goal = {row[0]: row[1:] for row in rows}
+    assert by_goal["at least 1.5 ahead of the baseline, interval above 0"] == [
+        "+1.00 (+1.00 to +1.00)", "**no**", "+4.00 (+4.00 to +4.00)", "yes",
+    ]  # fmt: skip
+    rival = by_goal["at least 3 ahead of modality dropout, interval above 0"]
+    assert [rival[1], rival[3]] == ["**no**", "yes"]
+    assert by_goal["the baseline's final Dice in at most half of its time"] == [
+        "never",
+        "**no**",
+        "after 0.50 of it",
+        "yes",
+    ]
+    assert by_goal["no region and no number of modalities behind the baseline"][:2] == ["-1.00 (ET)", "**no**"]
+    assert by_goal["no region and no number of modalities behind the baseline"][3] == "yes"
+    assert by_goal["at most 0.5 behind the specialists"][2:] == ["0.30 (0.30 to 0.30), 1 of 15", "yes"]
+    assert by_goal["fewer inversions than the baseline"][3] == "**no**", "as many are not fewer"
+    assert by_goal["ahead of the baseline on whole brains, interval above 0"] == [
+        "+1.00 (-0.10 to +2.00)", "**no**", "not measured", "-",
+    ]  # fmt: skip
+    without = cubes.cubes_goals.table(ahead, None)
+    assert without.count("not measured | - ") == 14
+    assert "yes" not in without
 
 
 def test_figure_has_curves_and_what_every_subset_scores(

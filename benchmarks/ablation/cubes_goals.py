@@ -1,0 +1,136 @@
+"""What the trainings on the cubes were to show, beside what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import cubes_specialists
+import cubes_table
+import numpy as np
+from collect import Difference
+
+from nnunetv2_mgml.scoring.statistics import bootstrap_interval
+
+DEFAULT = "mgml"
+BEST = "conditional_dropout"
+"""The variant in whose column the goals stand as well: what one would train where time is short."""
+RIVAL = "modality_dropout"
+SPECIALISTS = "modality_dropout"
+"""The variant whose specialists count."""
+ON = "test"
+Result = dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """A figure in words, and whether it is what was asked for; None where nothing was measured."""
+
+    words: str
+    met: bool | None
+
+
+_NOTHING = Measured("not measured", None)
+
+
+def table(results: Sequence[Result], brains: Difference | None) -> str:
+    """Return a Markdown table, a column for the default and one for the best variant.
+
+    Args:
+        results: of one budget of equal time, with scores of test patients.
+        brains: the default minus its baseline on whole brains.
+    """
+    lines = [f"| goal | `{DEFAULT}` (the default) | met | `{BEST}` | met |", "|---" * 5 + "|"]
+    for words, measure in _GOALS:
+        known = {variant for variant in (DEFAULT, BEST) if _of(results, variant)}
+        found = [measure(results, variant) if variant in known else _NOTHING for variant in (DEFAULT, BEST)]
+        lines.append(_line(words, found))
+    lines.append(_line("ahead of the baseline on whole brains, interval above 0", [_on_brains(brains), _NOTHING]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(goal: str, found: Sequence[Measured]) -> str:
+    cells = [f"{told} | {'-' if met is None else 'yes' if met else '**no**'}" for told, met in found]
+    return f"| {' | '.join([goal, *cells])} |"
+
+
+def _ahead(results: Sequence[Result], variant: str, other: str, least: float) -> Measured:
+    found = cubes_table.difference(*(_of(results, name) for name in (other, variant)), ON)
+    if found is None:
+        return _NOTHING
+    low, high = bootstrap_interval(found[0])
+    mean = found[0].mean()
+    return Measured(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", bool(mean >= least and low > 0))
+
+
+def _time(results: Sequence[Result], variant: str) -> Measured:
+    """Return after which share of the baseline's time its final Dice on validation patients was reached."""
+    pairs = _pairs(results, variant)
+    if not pairs or any(not r["curve"] for pair in pairs for r in pair):
+        return _NOTHING
+    shares = []
+    for reference, own in pairs:
+        seconds = np.array([point["step"] * cubes_table.seconds_per_step(own) for point in own["curve"]])
+        dice = np.array([point["mean"] for point in own["curve"]])
+        goal = reference["curve"][-1]
+        reached = np.flatnonzero(dice >= goal["mean"])
+        if not len(reached):
+            return Measured("never" if len(pairs) == 1 else "not in every seed", False)
+        shares.append(seconds[reached[0]] / (goal["step"] * cubes_table.seconds_per_step(reference)))
+    share = float(np.mean(shares))
+    return Measured(f"after {share:.2f} of it", share <= 0.5)
+
+
+def _worst(results: Sequence[Result], variant: str) -> Measured:
+    """Return the smallest difference to the baseline of any region and any number of modalities."""
+    pairs = _pairs(results, variant)
+    if not pairs:
+        return _NOTHING
+    reference, own = (cubes_table.summary(runs, ON) for runs in zip(*pairs, strict=True))
+    changes = {name: own["regions"][name] - value for name, value in reference["regions"].items()}
+    for count, value in reference["by_count"].items():
+        changes[f"{count} of them"] = own["by_count"][count] - value
+    worst = min(changes, key=lambda name: changes[name])
+    return Measured(f"{changes[worst]:+.2f} ({worst})", changes[worst] >= 0)
+
+
+def _behind(results: Sequence[Result], variant: str) -> Measured:
+    alone = cubes_specialists.specialists(results, SPECIALISTS)
+    if not alone:
+        return _NOTHING
+    ahead = cubes_specialists.ahead(alone, _of(results, variant), cubes_table.KEYS[ON][1])
+    low, high = bootstrap_interval(ahead)
+    return Measured(f"{ahead.mean():.2f} ({low:.2f} to {high:.2f}), {len(alone)} of 15", bool(ahead.mean() <= 0.5))
+
+
+def _inversions(results: Sequence[Result], variant: str) -> Measured:
+    pairs = _pairs(results, variant)
+    if not pairs:
+        return _NOTHING
+    reference, own = (cubes_table.summary(runs, ON)["inversions"] for runs in zip(*pairs, strict=True))
+    return Measured(f"{own:.1f} for {reference:.1f} %", own < reference)
+
+
+def _on_brains(change: Difference | None) -> Measured:
+    if change is None:
+        return _NOTHING
+    return Measured(f"{change.mean:+.2f} ({change.low:+.2f} to {change.high:+.2f})", change.low > 0)
+
+
+_GOALS: tuple[tuple[str, Callable[[Sequence[Result], str], Measured]], ...] = (
+    ("at least 1.5 ahead of the baseline, interval above 0", lambda r, v: _ahead(r, v, cubes_table.BASELINE, 1.5)),
+    ("at least 3 ahead of modality dropout, interval above 0", lambda r, v: _ahead(r, v, RIVAL, 3.0)),
+    ("the baseline's final Dice in at most half of its time", _time),
+    ("no region and no number of modalities behind the baseline", _worst),
+    ("at most 0.5 behind the specialists", _behind),
+    ("fewer inversions than the baseline", _inversions),
+)
+
+
+def _of(results: Sequence[Result], variant: str) -> list[Result]:
+    return [r for r in results if r["variant"] == variant]
+
+
+def _pairs(results: Sequence[Result], variant: str) -> list[tuple[Result, Result]]:
+    """Return baseline and variant of every seed that both have."""
+    by_seed = {r["seed"]: r for r in _of(results, cubes_table.BASELINE)}
+    return [(by_seed[r["seed"]], r) for r in _of(results, variant) if r["seed"] in by_seed]
