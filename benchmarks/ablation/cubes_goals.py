@@ -54,7 +54,7 @@ def _line(goal: str, found: Sequence[Measured]) -> str:
 
 
 def _ahead(results: Sequence[Result], variant: str, other: str, least: float) -> Measured:
-    found = cubes_table.difference(*(_of(results, name) for name in (other, variant)), ON)
+    found = cubes_table.difference(_of(results, other), _of(results, variant), ON)
     if found is None:
         return _NOTHING
     low, high = bootstrap_interval(found[0])

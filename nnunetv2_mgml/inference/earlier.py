@@ -15,10 +15,13 @@ from nnunetv2_mgml.io.targets import is_same
 
 REPORT_NAME = "mgml_prediction.json"
 _KEPT = ("predicted", "skipped")
+_WEIGHTS = "checkpoint_size_and_time_ns"
+"""By fold: how a file of weights is known that another training has replaced."""
 _DECIDING = (
     "folder",
     "folds",
     "checkpoint",
+    _WEIGHTS,
     "trainer",
     "missing_modalities",
     "tile_step_size",
@@ -74,7 +77,7 @@ class Earlier:
         for case, known in self._cases.items():
             if case in kept and known.entry.get("status") in _KEPT:
                 differences = [
-                    f"{name} was {known.model[name]!r}, is now {model[name]!r}"
+                    _difference(name, known.model[name], model[name])
                     for name in _DECIDING
                     if name in known.model
                     and name in model
@@ -98,14 +101,22 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
             yield content
 
 
+def _difference(name: str, before: Any, now: Any) -> str:
+    if name == _WEIGHTS:
+        return "the model's weights have been replaced since"
+    return f"{name} was {before!r}, is now {now!r}"
+
+
 def _equal(name: str, before: Any, now: Any, channels: Sequence[str]) -> bool:
     try:
         if name == "folder":
             return is_same(before, now)
         if name == "folds":
             return sorted(map(str, before)) == sorted(map(str, now))
+        if name == _WEIGHTS:  # of other folds it is said that they are others
+            return all(before[fold] == now[fold] for fold in before.keys() & now.keys())
         if name == "missing_modalities":
             return parse_missing(before, channels) == parse_missing(now, channels)
-    except (TypeError, ValueError, AttributeError):  # a damaged report
+    except (TypeError, ValueError, AttributeError, KeyError):  # a damaged report
         return False
     return bool(before == now)

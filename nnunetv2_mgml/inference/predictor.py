@@ -36,6 +36,7 @@ from nnunetv2_mgml.inference.model_check import building, check_checkpoint, chec
 from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases, refuse_incomplete
 from nnunetv2_mgml.inference.preprocessing import FailedItem, Item, Job, Model, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
+from nnunetv2_mgml.io.files import file_stamp
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.network.interface import bare, seeing
@@ -158,6 +159,10 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             "folder": os.path.abspath(model_training_output_dir),
             "folds": folds,
             "checkpoint": checkpoint_name,
+            "checkpoint_size_and_time_ns": {
+                str(fold): file_stamp(Path(model_training_output_dir, f"fold_{fold}", checkpoint_name))
+                for fold in folds
+            },
         }
         self._check_missing()
 

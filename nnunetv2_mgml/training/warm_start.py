@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
@@ -197,14 +196,16 @@ def warm_start(request: WarmStartRequest) -> tuple[Path, Transfer]:
     Raises:
         FileNotFoundError: no such checkpoint, dataset or plans.
         FileExistsError: the output is there already.
-        ValueError: a trainer that is not ours, an output that is the checkpoint itself, or see `read_donor` and
-            `warm_started`.
+        ValueError: no trainer of this name or one that is not ours, an output that is the checkpoint itself, or see
+            `read_donor` and `warm_started`.
     """
+    from nnunetv2_mgml.training.preflight import find_trainer  # it imports the trainers, which import this module
+
     if request.output is not None:
         check_output_file(request.output, overwrite=request.overwrite, reads=[request.checkpoint])
     add_ext_dir()
     folder = dataset_folder(request.dataset, PREPROCESSED)
-    trainer = recursive_find_trainer_class_by_name(request.trainer)
+    trainer = find_trainer(request.trainer)
     if not getattr(trainer, "supports_missing_modalities", False):
         raise ValueError(
             f"{request.trainer} is nnU-Net's own; nnUNetv2_train -tr {request.trainer} -pretrained_weights loads its "

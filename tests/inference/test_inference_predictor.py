@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +207,18 @@ def test_continuing_with_other_settings_is_refused_and_leaves_everything(tmp_pat
         assert (tmp_path / "out" / "mgml_prediction.json").read_bytes() == told
     assert run(predictor(model), tmp_path / "in", tmp_path / "out", overwrite=False) == before
     assert run(predictor(model, ["t1"]), tmp_path / "in", tmp_path / "out") != before
+
+
+def test_continuing_with_weights_of_another_training_is_refused(tmp_path: Path, model: Path) -> None:
+    own = Path(shutil.copytree(model, tmp_path / "model"))
+    write_case(tmp_path / "in", "a")
+    before = run(predictor(own), tmp_path / "in", tmp_path / "out")
+    shutil.copy2(model / "dataset.json", own)
+    assert run(predictor(own), tmp_path / "in", tmp_path / "out", overwrite=False) == before
+    os.utime(own / "fold_0" / "checkpoint_final.pth", (1, 1))
+    with pytest.raises(ValueError, match=r"\(case a\): the model's weights have been replaced since\. Use another"):
+        run(predictor(own), tmp_path / "in", tmp_path / "out", overwrite=False)
+    assert run(predictor(own), tmp_path / "in", tmp_path / "out") == before
 
 
 def test_what_an_interrupted_run_was_to_replace_is_not_taken_for_its_own(

@@ -116,6 +116,18 @@ def test_of_a_case_the_run_that_began_last_counts(tmp_path: Path) -> None:
         Earlier(tmp_path).refuse_other_settings({"folds": [0]}, CHANNELS, ["b"])
 
 
+def test_weights_are_those_of_the_folds_that_both_runs_have(tmp_path: Path) -> None:
+    report = PredictionReport(str(tmp_path), {"checkpoint_size_and_time_ns": {"0": [7, 1], "1": None}}, CHANNELS)
+    report.finish("a")
+    report.save()
+    earlier = Earlier(tmp_path)
+    for same in ({"0": [7, 1]}, {"1": None, "2": [7, 5]}):
+        earlier.refuse_other_settings({"checkpoint_size_and_time_ns": same}, CHANNELS, ["a"])
+    for other in ({"0": [7, 2]}, {"0": [7, 1], "1": [7, 1]}, None):
+        with pytest.raises(ValueError, match="weights have been replaced"):
+            earlier.refuse_other_settings({"checkpoint_size_and_time_ns": other}, CHANNELS, ["a"])
+
+
 def test_settings_that_mean_the_same_are_the_same(tmp_path: Path) -> None:
     before = {"folds": [0, 1], "missing_modalities": ["t1gd", "auto"], "folder": str(tmp_path), "device": "cuda"}
     report = PredictionReport(str(tmp_path), before, CHANNELS)

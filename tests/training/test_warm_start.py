@@ -429,6 +429,8 @@ def test_the_command_refuses_stock_trainers(nnunet_folders: Path, capsys: Any) -
     write_dataset(nnunet_folders)
     assert main(["warmstart", "x.pth", "-d", "900", "-tr", "nnUNetTrainer"]) == 2
     assert "Give a trainer of this plugin" in capsys.readouterr().err
+    assert main(["warmstart", "x.pth", "-d", "900", "-tr", "nnUNetTrainerMGLM"]) == 2
+    assert "There is no trainer nnUNetTrainerMGLM. Of this package: nnUNetTrainerDeMoSeg" in capsys.readouterr().err
     with pytest.raises(ValueError, match="MODALITY=SOURCE"):
         parse_use(["t1"])
 
