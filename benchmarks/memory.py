@@ -136,7 +136,8 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         "on shapes without data as `mgml plan -d DATASET --gpu_memory` does it for plans of yours: weights in 32 bit, "
         "their gradients and momentum, the batch, what the backward pass needs and every temporary tensor. Workspaces "
         "of the kernels, the allocator's gaps and the context of a GPU come on top. Our default is `width_factor` 0.5, "
-        "which takes about half; [On a GPU](gpu.md) has it measured.",
+        "which takes 0.5 to 0.6 of it (`--width_factor 0.5`); what [On a GPU](gpu.md) measured is older than "
+        "`gradient_checkpointing`.",
         "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "
         "L_CR; *default*: also the loss on the complete view.",

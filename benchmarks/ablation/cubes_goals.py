@@ -88,7 +88,7 @@ def _worst(results: Sequence[Result], variant: str) -> Measured:
     reference, own = (cubes_table.summary(runs, ON) for runs in zip(*pairs, strict=True))
     changes = {name: own["regions"][name] - value for name, value in reference["regions"].items()}
     for count, value in reference["by_count"].items():
-        changes[f"{count} of them"] = own["by_count"][count] - value
+        changes["with one modality" if count == "1" else f"with {count} modalities"] = own["by_count"][count] - value
     worst = min(changes, key=lambda name: changes[name])
     return Measured(f"{changes[worst]:+.2f} ({worst})", changes[worst] >= 0)
 

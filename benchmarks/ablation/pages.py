@@ -303,7 +303,8 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
 def _cubes() -> str:
     labels = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
     found = {label: cubes_table.tables(cubes_table.read(label), "test") for label in labels}
-    parts = [f"{_CUBES_ON.get(label, f'### {label}')}\n{tables}" for label, tables in found.items()]
+    heads = {label: _CUBES_ON.get(label, f"### {label}").format(gains=_gains(label)) for label in labels}
+    parts = [f"{heads[label]}\n{tables}" for label, tables in found.items()]
     return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"])])
 
 
@@ -313,6 +314,17 @@ def _goals(results: Sequence[Result]) -> str:
     change = difference(*(select(brains, variant=name) for name in (cubes_table.BASELINE, cubes_goals.DEFAULT)))
     table_of_goals = cubes_goals.table(chosen, change) if chosen else "No finished runs yet.\n"
     return f"{_GOALS.format(budget=budget)}\n{table_of_goals}\n{_WHY}"
+
+
+def _gains(label: str) -> str:
+    """Return by how much each training of the baseline got better in its last third, on validation patients."""
+    curves = [r["curve"] for r in cubes_table.read(label) if r["variant"] == cubes_table.BASELINE]
+    gains = [curve[-1]["mean"] - _at(curve, 2 / 3 * curve[-1]["step"]) for curve in curves if curve]
+    return " and ".join(f"{gain:.1f}" for gain in gains)
+
+
+def _at(curve: Sequence[dict[str, Any]], step: float) -> float:
+    return float(np.interp(step, [point["step"] for point in curve], [point["mean"] for point in curve]))
 
 
 _CUBES = """## Real cubes at equal time
@@ -327,7 +339,10 @@ _CUBES_ON = {
 
 `python benchmarks/ablation/cubes_seconds.py` timed the steps in turns on the idle machine, an Intel Xeon with bfloat16
 instructions (`results/cubes_seconds.json`); then `cubes.py --variants ... --steps 4000 --equal_time baseline --test`.
-None of these is converged either: in the last third the baseline still gained 2.4 points on validation patients.
+Patches of 24^3, batch 2, 4 stages, Adam 0.002, weight decay 1e-4; encoders at a quarter, the stock network at half of
+nnU-Net's widths (1.17 and 1.40 million parameters), without gradient checkpointing, which would cost our networks about
+a tenth of their steps. None of these is converged: in the last third the baseline still gained {gains} points on
+validation patients. Differences are over the seeds that both have, so they need not be those of the means beside them.
 `conditional_dropout` is `nnUNetTrainerModalityDropout_conditional`, the stock network whose norms know what is visible:
 ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
@@ -356,8 +371,9 @@ the default, with the most work in a step, is behind its own baseline. More in [
 _GOALS = """### Beside what was to be shown
 
 Points of mean Dice on the test patients of the cubes, with 95 % intervals; the time of the baseline: on validation
-patients, by the points of the curve; {budget}. The goals are for trainings that have converged, which these have not.
-*Whole brains*: the table of real cases above, at equal steps.
+patients, by the points of the curve; {budget}. The goals are for trainings that have converged, which these have not,
+and of three seeds. Differences and inversions are over the seeds that both have. *Whole brains*: the table of real
+cases above, eleven patients and one seed at equal steps, too few to judge by.
 """
 _WHY = """Why so many are missed: every curve still rises, so what decides is how many steps fit into the time, and the
 default fits the fewest (columns *steps* and *ms/step* above): four encoders instead of one, and a second view of every
@@ -371,10 +387,11 @@ FULL_SIZE = """## At full size
 **Not run here.** With BraTS2020 or BraTS2023 and a GPU the same comparison is, without any change to the code:
 
 ```bash
-mgml convert brats /path/to/BraTS2020 -d 137 --split 219:50:100
+mgml convert brats /path/to/BraTS2020 -d 137 --split rfnet2020    # the cases of the published tables
 nnUNetv2_plan_and_preprocess -d 137 -c 3d_fullres
 mgml plan -d 137 --preset paper
-for T in nnUNetTrainerMGML_baseline nnUNetTrainerMGML_noMetaAMF nnUNetTrainerMGML_noConsistency nnUNetTrainerMGML; do
+for T in nnUNetTrainerMGML_baseline nnUNetTrainerMGML_noMetaAMF nnUNetTrainerMGML_noConsistency nnUNetTrainerMGML \\
+        nnUNetTrainerModalityDropout nnUNetTrainerModalityDropout_conditional; do
     nnUNetv2_train 137 3d_fullres 0 -tr $T -p nnUNetMGMLPlans
     mgml evaluate -d 137 -c 3d_fullres -f 0 -tr $T -p nnUNetMGMLPlans -o evaluation/$T \\
         -i $nnUNet_raw/Dataset137_BraTS2020/imagesTs -l $nnUNet_raw/Dataset137_BraTS2020/labelsTs
@@ -382,8 +399,9 @@ done
 mgml compare evaluation/nnUNetTrainerMGML_baseline evaluation/nnUNetTrainerMGML -o evaluation/comparison
 ```
 
-The preset switches the loss on the complete view off; `--set complete_view_weight=1` adds a row for it, and
-`--set fusion=mmformer` (or another design) repeats everything for that design. Expected, not measured: the paper
+The preset switches the loss on the complete view off. Plans of another name add a row for it: `mgml plan -d 137
+--preset paper --set complete_view_weight=1 --plans_name nnUNetMGMLPlans_complete`, then `-p` with that name and another
+`-o`; `--set fusion=mmformer` in the same way repeats everything for another design. Expected, not measured: the paper
 trains 900 epochs of 150 steps at batch 1 on 80x80x80 patches, 66 to 77 s an epoch for RFNet on an RTX 3090 (Table 7):
 17 to 19 hours a run. [memory.md](memory.md) counts what a step keeps in memory, per fusion design and at two sizes, and
 `mgml plan -d 137 --gpu_memory` predicts what yours needs. [costs.md](costs.md) has the time of a training step on a

@@ -144,8 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default=BACKENDS[0],
-        help="With -device cpu: openvino compiles the network first, which pays from the first case of usual size on "
-        "(pip install openvino). Together with --missing_modalities.",
+        help="With -device cpu: openvino compiles the network first (pip install openvino); whether that pays depends "
+        "on the processor. Together with --missing_modalities.",
     )
     add_trust(group)
     group.add_argument(
