@@ -17,6 +17,7 @@ from nnunetv2_mgml.workflows.plan import (
     STOCK_PLANS,
     PlanRequest,
     WrittenPlans,
+    trains_compiled,
     write_plans,
 )
 
@@ -100,20 +101,30 @@ def request_from(args: argparse.Namespace) -> PlanRequest:
 def describe(written: WrittenPlans, request: PlanRequest) -> list[str]:
     """Return what there is to say about the plans, one string a line."""
     lines = [f"{'Wrote' if written.replaced is None else 'Replaced'} {written.path}"]
+    keep = f"start from the old plans with -p {request.plans_name} to keep it"
+    if written.replaced_stock is not None:
+        lines.append(f"  made from {written.stock}, were made from {written.replaced_stock}: give -p to choose")
     for key, (before, now) in written.lost.items():
-        lines.append(
-            f"  {key} = {json.dumps(now)}, was {json.dumps(before)}; start from the old plans with "
-            f"-p {request.plans_name} to keep it"
-        )
+        lines.append(f"  {key} = {json.dumps(now)}, was {json.dumps(before)}; {keep}")
+    for name, sizes in written.lost_sizes.items():
+        for key, (before, now) in sizes.items():
+            lines.append(f"  {key} = {json.dumps(now)} ({name}), was {json.dumps(before)}; {keep}")
     for key, value in written.changes.items():
         where = f" ({', '.join(written.configurations)})" if key in NNUNET_KEYS else ""
         lines.append(f"  {key} = {json.dumps(value)}{where}")
+    for name, chosen in written.fitted.items():
+        lines += [f"  {key} = {json.dumps(value)} ({name}), to fit the memory" for key, value in chosen.items()]
     for name, sizes in written.restored.items():
         lines += [f"  {key} = {json.dumps(value)} ({name}), nnU-Net's own again" for key, value in sizes.items()]
     for name, need in written.memory.items():
         lines.append(
             f"  {name}: a training step in 16 bit needs {need:.2f} GiB, predicted from shapes (weights, gradients and "
             f"optimizer included; a GPU's own context comes on top){_budget(request)}"
+        )
+    if written.memory and written.options.training.gradient_checkpointing and trains_compiled():
+        lines.append(
+            "  counted without gradient_checkpointing, which a compiled network ignores; nnUNet_compile=f, here and in "
+            "the training, brings it back"
         )
     if written.options.training.seed is not None:
         lines.append(f"  note: {EXACT_REPETITION}")

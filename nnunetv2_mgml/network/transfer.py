@@ -196,6 +196,11 @@ def _pairs(
 ) -> dict[int, int | None]:
     """Return channel -> the donor's channel it starts from, or None where the donor has none for it."""
     if offered is None:
+        if stands_for:
+            raise ValueError(
+                f"The checkpoint has one channel, of no modality in particular, from which every modality starts; "
+                f"there is nothing to choose for {', '.join(stands_for)} (--use)."
+            )
         return dict.fromkeys(range(len(channels)), 0)
     chosen = {
         channel_index(name, channels): channel_index(source, offered, "The checkpoint")

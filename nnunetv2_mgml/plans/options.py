@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from nnunetv2_mgml.modalities import canonical_name
+
 PLANS_KEY = "mgml"
 FUSION_REVISION = 2
 """The present ``fusion_revision``."""
@@ -140,7 +142,7 @@ class TrainingOptions(TrainerAttributes):
         True,
         "in a training step compute the encoders (of network_form early_fusion: the passes of single modalities) and "
         "the complete view's decoder twice instead of keeping what is inside them: the same losses and gradients in "
-        "half the memory and a tenth more time",
+        "half the memory and a tenth more time; a compiled network (nnUNet_compile, on by default on a GPU) ignores it",
     )
     augmentation: str = option(
         "nnunet",
@@ -212,6 +214,11 @@ class SamplingOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len(set(map(canonical_name, self.modality_missing_rate))) < len(self.modality_missing_rate):
+            raise ValueError(
+                f"modality_missing_rate names a modality twice: {', '.join(self.modality_missing_rate)}. Give each one "
+                f"rate."
+            )
         for name, rate in self.modality_missing_rate.items():
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"modality_missing_rate of '{name}' must be a number in [0, 1), got {rate!r}.")

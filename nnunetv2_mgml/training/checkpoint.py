@@ -14,7 +14,8 @@ import torch
 
 from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.training.compatibility import network_differences
+from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.training.compatibility import TRAINING_CASES, changed_meaning, network_differences
 from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 CHECKPOINT_KEY = "mgml"
@@ -43,6 +44,8 @@ class Stored:
 
     plans: dict[str, Any]
     """The plans it was trained with."""
+    dataset_json: dict[str, Any]
+    """The ``dataset.json`` it was trained with."""
     training_state: dict[str, Any]
     """What lies under `CHECKPOINT_KEY`; its tensors are still on the disk."""
 
@@ -52,22 +55,44 @@ class Stored:
         content = filename_or_checkpoint
         if isinstance(content, str):
             content = load_checkpoint(content, mmap=True, flag=False)
-        return cls(content["init_args"]["plans"], content.get(CHECKPOINT_KEY) or {})
+        arguments = content["init_args"]
+        return cls(arguments["plans"], arguments["dataset_json"], content.get(CHECKPOINT_KEY) or {})
 
     @property
     def options(self) -> Options:
         """The options it was trained with."""
         return Options.from_plans(self.plans)
 
-    def refuse_other_network(self, filename: str, plans: dict[str, Any], configuration: str) -> None:
-        """Raise unless a training's plans build the network of this checkpoint.
+    @property
+    def training_cases(self) -> dict[str, Any] | None:
+        """The `cases_digest` of what it was trained on; None: it was written before that was kept."""
+        found: dict[str, Any] | None = self.plans.get(PLANS_KEY, {}).get(TRAINING_CASES)
+        return found
+
+    def refuse_other_network(
+        self,
+        filename: str,
+        plans: dict[str, Any],
+        configuration: str,
+        dataset_json: dict[str, Any],
+        by_options: bool = True,
+    ) -> None:
+        """Raise unless a training's plans build the network of this checkpoint, for the same channels and labels.
+
+        Args:
+            filename: of the checkpoint, for the message.
+            plans: of the training.
+            configuration: of the training.
+            dataset_json: of the training.
+            by_options: see `network_differences`.
 
         Raises:
-            ValueError: they build another; the message names what differs.
+            ValueError: it is another network, or means something else; the message names what differs.
         """
-        differences = network_differences(self.plans, plans, configuration)
+        differences = network_differences(self.plans, plans, configuration, by_options)
+        differences += changed_meaning(self.dataset_json, dataset_json)
         if differences:
             raise ValueError(
-                f"{filename} was trained with another network: {'; '.join(differences)}. Use the plans it was "
-                f"trained with."
+                f"{filename} was trained with another network: {'; '.join(differences)}. Use the plans and the "
+                f"dataset.json it was trained with."
             )

@@ -1,32 +1,108 @@
-"""Folds of one model folder share one ``plans.json``, from which inference rebuilds the network: they must agree."""
+"""Whether a training goes together with what was trained before: with its checkpoint, or with the folder's other folds.
+
+Folds of one model folder share one ``plans.json`` and one ``dataset.json``, from which inference rebuilds the network.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.network.build import build_network, count_modalities
+from nnunetv2_mgml.network.fusion import find_design
+from nnunetv2_mgml.network.transfer import labels_of
 from nnunetv2_mgml.objective import Options, needs_of
-from nnunetv2_mgml.plans.options import differences
+from nnunetv2_mgml.plans.options import NetworkOptions, differences
+
+TRAINING_CASES = "training_cases"
+"""Key beside our options in a checkpoint's plans; see `cases_digest`."""
 
 
-def network_differences(stored: dict[str, Any], plans: dict[str, Any], configuration: str) -> list[str]:
-    """Return what makes two plans build different networks, one readable entry each; other options may differ."""
-    before, now = Options.from_plans(stored), Options.from_plans(plans)
-    found = differences(before.network, now.network)
-    if needs_of(before).modality != needs_of(now).modality:
-        found.append("only one of them has the shared modality decoder (modality_decoder_weight, soft_label)")
+def network_differences(
+    stored: dict[str, Any], plans: dict[str, Any], configuration: str, by_options: bool = True
+) -> list[str]:
+    """Return what makes two plans build different networks, one readable entry each; other options may differ.
+
+    Args:
+        stored: plans.
+        plans: other plans.
+        configuration: the one that is trained.
+        by_options: whether our options decide about the network; those of a stock network do not.
+    """
+    found = _differences_of_options(stored, plans) if by_options else []
     resolved = [_resolved(p, configuration) for p in (stored, plans)]
     architectures, patches = ([own.get(key) for own in resolved] for key in ("architecture", "patch_size"))
     if architectures[0] != architectures[1]:
         found.append(f"the architecture of {configuration} differs (a changed patch_size can change it)")
-    elif not found and patches[0] != patches[1] and len({_shapes(p, configuration) for p in (stored, plans)}) > 1:
+    elif by_options and not found and patches[0] != patches[1] and _shapes_differ(stored, plans, configuration):
         found.append(f"patch_size of {configuration} was {patches[0]}, is now {patches[1]}, and the fusion follows it")
     return found
+
+
+def _differences_of_options(stored: dict[str, Any], plans: dict[str, Any]) -> list[str]:
+    before, now = Options.from_plans(stored), Options.from_plans(plans)
+    own = before.network
+    if own.fusion == now.network.fusion and _fusion_of(own) == _fusion_of(now.network):
+        own = dataclasses.replace(
+            own, fusion_revision=now.network.fusion_revision, fusion_options=now.network.fusion_options
+        )
+    found = differences(own, now.network)
+    if needs_of(before).modality != needs_of(now).modality:
+        found.append("only one of them has the shared modality decoder (modality_decoder_weight, soft_label)")
+    return found
+
+
+def _fusion_of(options: NetworkOptions) -> dict[str, Any]:
+    return find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
+
+
+def changed_meaning(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return where a network's inputs or outputs mean something else by another ``dataset.json``, an entry each.
+
+    Their names say what they mean. A new name in an old place is taken for a renaming; an old name in another place, or
+    another number of them, is another meaning.
+    """
+    meanings = {
+        "channels": [list(channel_names(content)) for content in (before, now)],
+        "labels": [
+            [name for name, _ in labels_of(content) if name not in ("background", "order")] for content in (before, now)
+        ],
+    }
+    return [
+        f"the {what} were {', '.join(old)}, are now {', '.join(new)}"
+        for what, (old, new) in meanings.items()
+        if len(old) != len(new) or any(a != b and (a in new or b in old) for a, b in zip(old, new, strict=True))
+    ]
+
+
+def cases_digest(cases: Collection[str]) -> dict[str, Any]:
+    """Return by what a checkpoint knows its training cases again: their number, and a digest that holds no names."""
+    names = "\n".join(sorted(cases))
+    return {"number": len(cases), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def other_cases(fold: int | str, stored: dict[str, Any] | None, cases: Collection[str]) -> str:
+    """Return a sentence where a fold's training cases are not those of its checkpoint; empty where they are, or None.
+
+    Args:
+        fold: its number, or ``all``.
+        stored: the `cases_digest` in the checkpoint.
+        cases: the training cases now.
+    """
+    if stored is None or stored == cases_digest(cases):
+        return ""
+    return (
+        f"Fold {fold} has other training cases than when its checkpoint was written ({len(cases)} now, "
+        f"{stored.get('number')} then), so what it is validated on may be what it was trained on."
+    )
 
 
 def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
@@ -35,6 +111,10 @@ def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = PlansManager(plans).get_configuration(configuration).configuration
     return found
+
+
+def _shapes_differ(stored: dict[str, Any], plans: dict[str, Any], configuration: str) -> bool:
+    return len({_shapes(each, configuration) for each in (stored, plans)}) > 1
 
 
 def _shapes(plans: dict[str, Any], configuration: str) -> frozenset[tuple[str, tuple[int, ...]]]:
@@ -51,14 +131,23 @@ def _shapes(plans: dict[str, Any], configuration: str) -> frozenset[tuple[str, t
     return frozenset((name, tuple(tensor.shape)) for name, tensor in network.state_dict().items())
 
 
-def refuse_other_network(model_folder: Path, own_fold: str, plans: dict[str, Any], configuration: str) -> None:
-    """Stop a training that would overwrite the plans of other folds' networks.
+def refuse_other_network(
+    model_folder: Path,
+    own_fold: str,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    by_options: bool = True,
+) -> None:
+    """Stop a training that would overwrite the plans and the ``dataset.json`` of other folds' networks.
 
     Args:
         model_folder: ``TRAINER__PLANS__CONFIGURATION``.
         own_fold: name of this training's fold folder.
         plans: this training's plans.
         configuration: its configuration.
+        dataset_json: its ``dataset.json``.
+        by_options: see `network_differences`.
 
     Raises:
         ValueError: another fold there has a checkpoint of a different network; the message names what differs.
@@ -67,12 +156,16 @@ def refuse_other_network(model_folder: Path, own_fold: str, plans: dict[str, Any
     others = [path.parent.name for path in model_folder.glob("fold_*/checkpoint_*.pth") if path.parent.name != own_fold]
     if not others or not file.is_file():
         return
-    differences = network_differences(json.loads(file.read_text()), plans, configuration)
+    differences = network_differences(json.loads(file.read_text()), plans, configuration, by_options)
+    described = model_folder / "dataset.json"
+    if described.is_file():
+        differences += changed_meaning(json.loads(described.read_text()), dataset_json)
     if differences:
         raise ValueError(
             f"{model_folder} holds {', '.join(sorted(set(others)))} of another network: "
             f"{'; '.join(differences)}. Training here would make it unusable. Give the new plans a name "
-            f"of their own: mgml plan --plans_name."
+            f"of their own (mgml plan --plans_name), or the data set another number where its channels or labels are "
+            f"others."
         )
 
 

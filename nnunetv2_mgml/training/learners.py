@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
 from nnunetv2_mgml.dataloading.loader import visible_modalities
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
 
+_COMPILED = (
+    "gradient_checkpointing does nothing in a compiled network; where memory is short, switch compiling off "
+    "(nnUNet_compile=f)"
+)
+
+
 class Learner:
     """The stock network, which knows no subsets: invisible channels are zero, the loss is nnU-Net's.
 
@@ -42,6 +49,8 @@ class Learner:
 
     optimizers: Sequence[torch.optim.Optimizer] = ()
     """Those stepped together with nnU-Net's."""
+    by_options: ClassVar[bool] = False
+    """Whether our options decide which network is built; a stock network goes by nnU-Net's plans alone."""
 
     def __init__(self, trainer: nnUNetTrainerMGML) -> None:
         self.options = trainer.options
@@ -178,6 +187,8 @@ class ConditionedLearner(ToldLearner):
 class SubsetLearner(ToldLearner):
     """`MultiEncoderUNet`, which is told what is visible, and the objective (eq. 10)."""
 
+    by_options = True
+
     def __init__(self, trainer: nnUNetTrainerMGML) -> None:
         super().__init__(trainer)
         self.num_modalities = len(trainer.channels)
@@ -197,6 +208,9 @@ class SubsetLearner(ToldLearner):
         self.optimizers = self.objective.optimizers
         self._teacher_transforms = stronger_intensity_transforms() if self.objective.needs.own_view else None
         self._bare_network = trainer.bare_network
+        self.compiled = isinstance(self.network, OptimizedModule) or isinstance(
+            getattr(self.network, "module", None), OptimizedModule
+        )
         network = cast(MultiEncoderUNet, trainer.bare_network)
         network.gradient_checkpointing = self.options.training.gradient_checkpointing
 
@@ -244,7 +258,8 @@ class SubsetLearner(ToldLearner):
             f"MGML: fusion {self.options.network.fusion}; parameters in millions: network {millions(network):.3f} "
             f"(encoders {millions(network.encoders):.3f}, fusion {millions(network.fusion):.3f}, decoder "
             f"{millions(network.decoder):.3f}, shared modality decoder {millions(network.modality_decoder):.3f}), "
-            f"MetaNetwork {millions(self.objective):.4f} (training only)"
+            f"MetaNetwork {millions(self.objective):.4f} (training only)",
+            *([_COMPILED] if self.compiled and self.options.training.gradient_checkpointing else []),
         ]
 
     def start_training(self, availability: Iterable[Subset]) -> None:

@@ -24,7 +24,7 @@ def build_loaders(trainer: nnUNetTrainerMGML) -> tuple[Any, Any]:
     def make(dataset: nnUNetBaseDataset, patch_size: Any, transforms: Any, is_training: bool) -> MGMLDataLoader:
         available = case_availability(dataset, dataset.identifiers, len(trainer.channels))
         if is_training:
-            trainer.training_availability = available
+            trainer.take_training_cases(available)
             _note_availability(trainer, Path(dataset.source_folder).parent)
         return MGMLDataLoader(
             dataset,

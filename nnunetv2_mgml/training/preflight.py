@@ -63,6 +63,13 @@ def check_training(request: TrainingRequest) -> None:
     if request.configuration not in plans.get("configurations", {}):
         allowed = ", ".join(plans.get("configurations", {})) or "none"
         raise ValueError(f"{request.plans} has no configuration {request.configuration}. Allowed: {allowed}.")
+    batch_size = PlansManager(plans).get_configuration(request.configuration).batch_size
+    if request.num_gpus > batch_size:
+        raise ValueError(
+            f"-num_gpus {request.num_gpus} needs a batch of at least as many samples, and {request.configuration} of "
+            f"{request.plans} has batch_size {batch_size}. Take fewer GPUs, or mgml plan --set "
+            f"batch_size={request.num_gpus}."
+        )
     trainer = find_trainer(request.trainer)
     data = folder / PlansManager(plans).get_configuration(request.configuration).data_identifier
     if not data.is_dir() or not any(data.iterdir()):

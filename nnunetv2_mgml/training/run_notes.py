@@ -8,7 +8,7 @@ from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import EXACT_REPETITION
 
 
-def run_notes(trainer: str, planned: Options, fixed: dict[str, Any], workers: int) -> list[str]:
+def run_notes(trainer: str, planned: Options, fixed: dict[str, Any], workers: int, cascaded: bool = False) -> list[str]:
     """Return lines for the log.
 
     Args:
@@ -16,6 +16,7 @@ def run_notes(trainer: str, planned: Options, fixed: dict[str, Any], workers: in
         planned: the options in the plans.
         fixed: what the trainer fixes (``config_overrides``).
         workers: processes of data augmentation (``nnUNet_n_proc_DA``).
+        cascaded: whether it reads the label map of a previous stage.
     """
     notes = []
     dropped = planned.options_dropped_by(fixed)
@@ -26,4 +27,10 @@ def run_notes(trainer: str, planned: Options, fixed: dict[str, Any], workers: in
         )
     if planned.training.seed is not None and workers > 0:
         notes.append(f"seed={planned.training.seed}: {EXACT_REPETITION} (now {workers} of them)")
+    if cascaded and planned.sampling.mask_sampling != "fixed":
+        notes.append(
+            "WARNING: the previous stage's label maps come from all modalities a case has, also where this stage is "
+            "shown fewer; predictions feed it what the previous stage makes of those fewer. It may rely on them too "
+            "much, and the pseudo Dice of this training is too high. See docs/training.md, Cascades"
+        )
     return notes

@@ -30,12 +30,19 @@ from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.scoring.subset_report import carry_report
 from nnunetv2_mgml.training import checkpoint
-from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
+from nnunetv2_mgml.training.compatibility import (
+    TRAINING_CASES,
+    cannot_resume,
+    cases_digest,
+    other_cases,
+    refuse_other_network,
+)
 from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names, tell_loggers
 from nnunetv2_mgml.training.final_validation import announcing_cases
 from nnunetv2_mgml.training.learners import Learner, SubsetLearner
 from nnunetv2_mgml.training.loaders import build_loaders
 from nnunetv2_mgml.training.optimisation import adam_of_the_paper
+from nnunetv2_mgml.training.overrides import merged_overrides
 from nnunetv2_mgml.training.repetition import make_deterministic, seed_epoch
 from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
@@ -60,9 +67,15 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
     supports_missing_modalities: ClassVar[bool] = True
     """Read by the predictor: a model of this trainer may be given fewer modalities than it has channels."""
     config_overrides: ClassVar[dict[str, Any]] = {}
-    """Options a variant fixes, whatever the plans say; ``fusion_options`` are merged (`Options.overridden`)."""
+    """Options a variant fixes, whatever the plans say, beside those its bases fix; ``fusion_options`` are merged
+    (`Options.overridden`)."""
     learner_class: ClassVar[type[Learner]] = SubsetLearner
     """Which network is trained, and how a step teaches it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a variant of a variant fix what that one fixes."""
+        super().__init_subclass__(**kwargs)
+        cls.config_overrides = merged_overrides(cls)
 
     def __init__(
         self,
@@ -77,7 +90,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         if device.type == "cpu":  # nnU-Net starts a thread for every CPU of the machine
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         planned = Options.from_plans(plans)
-        for note in run_notes(type(self).__name__, planned, self.config_overrides, get_allowed_n_proc_DA()):
+        name, workers = type(self).__name__, get_allowed_n_proc_DA()
+        for note in run_notes(name, planned, self.config_overrides, workers, self.is_cascaded):
             self.print_to_log_file(note)
         self.options = self.resolve_options(plans)
         self.channels = channel_names(dataset_json)
@@ -97,6 +111,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         self.steps_in_epoch = 0
         self.weights_file: str | None = None
         self.stored_optimizer = self.options.training.optimizer
+        self.stored_cases: dict[str, Any] | None = None
 
     @classmethod
     def resolve_options(cls, plans: dict[str, Any]) -> Options:
@@ -198,13 +213,23 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
                 Path(self.output_folder).name,
                 self.plans_manager.plans,
                 self.configuration_name,
+                self.dataset_json,
+                self.learner_class.by_options,
             )
         super().on_train_start()
+        # a checkpoint has its plans from here; those of the model folder, which are written by now, serve all folds
+        self.my_init_kwargs["plans"][PLANS_KEY][TRAINING_CASES] = cases_digest(self.training_availability)
         if self.local_rank == 0:
             carry_report(self.output_folder_base)  # nnU-Net has just written the file that carries it
         self.logger.update_config({PLANS_KEY: self.options.as_dict()})
         self.training_log.resume(self.current_epoch)
         self.learner.start_training(self.training_availability.values())
+
+    def take_training_cases(self, available: dict[str, Subset]) -> None:
+        """Keep what the training cases have; refuse to go on from a checkpoint that was trained on others."""
+        self.training_availability = available
+        if changed := other_cases(self.fold, self.stored_cases, available):
+            raise PlainError(f"{changed} Put the splits_final.json of that time back, or train anew, without --c.")
 
     def _check_split(self) -> None:
         """Refuse a fold that would train on the test cases of a fixed split; warn of other surprises."""
@@ -285,26 +310,45 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         """
         stored = checkpoint.Stored.read(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):
-            stored.refuse_other_network(filename_or_checkpoint, self.plans_manager.plans, self.configuration_name)
+            stored.refuse_other_network(
+                filename_or_checkpoint,
+                self.plans_manager.plans,
+                self.configuration_name,
+                self.dataset_json,
+                self.learner_class.by_options,
+            )
             self.weights_file = filename_or_checkpoint
             self.stored_optimizer = stored.options.training.optimizer
         if not self.was_initialized:
             self.initialize()
+        own = self.my_init_kwargs
         same = self.stored_optimizer == self.options.training.optimizer
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "checkpoint"
         with loading(name, flag=False), nullcontext() if same else without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
+        self.my_init_kwargs = own  # the next checkpoint is of these plans; nnU-Net has put the stored ones there
+        self.stored_cases = stored.training_cases
+        for group in self.optimizer.param_groups:  # it came with the state, as it was then
+            group["weight_decay"] = self.weight_decay
         self.learner.load_state_dict(stored.training_state, stored.options)
 
     # --- final validation ---------------------------------------------------------------------------------------------
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation, the network told of each case what it has, then the table over all subsets."""
+        """nnU-Net's validation, the network told of each case what it has, then the table over all subsets.
+
+        Weights that were trained on another split get a warning and no table, since predictions would quote it.
+        """
+        changed = "" if self.stored_cases is None else other_cases(self.fold, self.stored_cases, self.do_split()[0])
+        if changed:
+            self.print_to_log_file(f"WARNING: {changed} These scores may be too good.")
         with announcing_cases(self):
             super().perform_actual_validation(save_probabilities)
         if self.local_rank != 0:
             return
         drop_report_of_other_weights(self)
-        if self.options.training.validate_subsets:
+        if changed:
+            self.print_to_log_file("No table over all modality subsets: the split has changed since the training.")
+        elif self.options.training.validate_subsets:
             self.print_to_log_file(validate_subsets(self, self.weights_file))
 
 

@@ -50,7 +50,7 @@ def validate_subsets(trainer: nnUNetTrainerMGML, weights_file: str | None) -> st
             allow_missing=True,
             device=trainer.device.type,
             mirroring=False,
-            cpu_bfloat16=trainer.options.training.cpu_bfloat16,
+            cpu_bfloat16=trainer.options.training.cpu_bfloat16 and trainer.device.type == "cpu",
             trust_checkpoint=True,  # this training wrote it
             restart_if_changed=True,
             num_processes=min(4, os.cpu_count() or 1),

@@ -36,12 +36,12 @@ def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor
 
     Args:
         path: a ``.pth`` file.
-        channels: the modalities it was trained with, where the file does not say so.
+        channels: the modalities it was trained with, where the file does not say so; no others where it does.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, one that would run code (see `upstream.checkpoints.loading`), or one of several
-            channels that does not say which they are.
+        ValueError: not a checkpoint, one that would run code (see `upstream.checkpoints.loading`), one of several
+            channels that does not say which they are, or one that says others than ``channels``.
     """
     content = load_checkpoint(path, flag=False)
     weights = content.get("network_weights")
@@ -69,7 +69,13 @@ def read_donor(path: str | Path, channels: Sequence[str] | None = None) -> Donor
         fusion = Options.from_plans(plans).network.fusion if PLANS_KEY in plans else None
     except ValueError as error:
         raise ValueError(f"{path} says of its training what cannot be: {error}") from error
-    return Donor(weights, channel_names(dataset_json), labels_of(dataset_json), fusion)
+    own = channel_names(dataset_json)
+    if channels is not None and tuple(map(canonical_name, channels)) != own:
+        raise ValueError(
+            f"{path} says itself that its modalities are {', '.join(own)}. Leave --channels out; to start a modality "
+            f"from another one, use --use."
+        )
+    return Donor(weights, own, labels_of(dataset_json), fusion)
 
 
 def _pretrained_encoder(weights: dict[str, torch.Tensor], adaptation: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,14 @@ class WrittenPlans:
     """What presets and request have set."""
     replaced: Options | None
     """What the plans that were there had, or None."""
+    stock: str = STOCK_PLANS
+    """Name of nnU-Net's plans these started from."""
+    fitted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Configuration -> what was made smaller there to fit ``gpu_memory``."""
+    lost_sizes: dict[str, dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+    """Configuration -> `NNUNET_KEYS` of the replaced plans that were not asked to change, but did -> before and now."""
+    replaced_stock: str | None = None
+    """Name of nnU-Net's plans that the replaced plans started from, where that was another one."""
     memory: dict[str, float] = field(default_factory=dict)
     """Configuration -> GiB that a training step in 16 bit needs; empty where nobody asked."""
     restored: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -113,12 +122,32 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
         own, source = source, with_stock_sizes(source, stock, configurations)
         restored = _changed_sizes(own, source, configurations, changes)
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
-    memory = {}
-    for name in configurations if request.gpu_memory is not None else ():
-        plans, chosen, memory[name] = _fitted(plans, name, dataset_json, request)
-        changes.update(chosen)
+    fitted, memory = {}, {}
+    if request.gpu_memory is not None:
+        plans, fitted, memory = _all_fitted(plans, configurations, dataset_json, request)
+        changes.update({key: value for own in fitted.values() for key, value in own.items() if key not in NNUNET_KEYS})
     write_json(target, plans, indent=4)
-    return WrittenPlans(target, configurations, Options.from_plans(plans), changes, replaced, memory, restored)
+    before = None if replaced is None else replaced[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS)
+    now = plans[PLANS_KEY][STOCK_KEY]
+    lost = {} if replaced is None else _lost_sizes(replaced, plans, configurations, changes, (fitted, restored))
+    return WrittenPlans(
+        target,
+        configurations,
+        Options.from_plans(plans),
+        changes,
+        None if replaced is None else Options.from_plans(replaced),
+        stock=now,
+        fitted={name: {k: v for k, v in own.items() if k in NNUNET_KEYS} for name, own in fitted.items()},
+        lost_sizes=lost,
+        replaced_stock=before if before != now else None,
+        memory=memory,
+        restored=restored,
+    )
+
+
+def trains_compiled() -> bool:
+    """Return whether nnU-Net compiles networks on a GPU (``nnUNet_compile``; it does where that is not set)."""
+    return os.environ.get("nnUNet_compile", "true").lower() in ("true", "1", "t")
 
 
 def shared_files(dataset: str, channels: Sequence[str]) -> str:
@@ -137,6 +166,19 @@ def shared_files(dataset: str, channels: Sequence[str]) -> str:
     )
 
 
+def _all_fitted(
+    plans: dict[str, Any], configurations: Sequence[str], dataset_json: dict[str, Any], request: PlanRequest
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, float]]:
+    """Return plans whose training steps fit a GPU, and per configuration what was changed and the GiB it needs."""
+    changed: dict[str, dict[str, Any]] = {}
+    memory: dict[str, float] = {}
+    for name in configurations:
+        plans, changed[name], memory[name] = _fitted(plans, name, dataset_json, request)
+        if "width_factor" in changed[name]:  # it is that of all configurations: those before need less now
+            memory.update({other: _fitted(plans, other, dataset_json, request)[2] for other in memory if other != name})
+    return plans, changed, memory
+
+
 def _fitted(
     plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], request: PlanRequest
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
@@ -151,8 +193,11 @@ def _fitted(
     def changed(changes: dict[str, Any]) -> dict[str, Any]:
         return make_plans(plans, changes, [configuration], request.plans_name, channels)
 
+    def counted(changes: dict[str, Any]) -> dict[str, Any]:  # a compiled network keeps what it would compute again
+        return changed({**changes, **({"gradient_checkpointing": False} if trains_compiled() else {})})
+
     fixed = [key for key in SIZES if key in request.changes]
-    found = fit(changed, configuration, dataset_json, GPU_SHARE * gigabytes * 2**30, fixed)
+    found = fit(counted, configuration, dataset_json, GPU_SHARE * gigabytes * 2**30, fixed)
     return (changed(found.changes) if found.changes else plans), found.changes, found.memory.peak / 2**30
 
 
@@ -235,8 +280,8 @@ def default_configurations(plans: dict[str, Any]) -> list[str]:
     return ["3d_fullres"] if "3d_fullres" in names else names[:1]
 
 
-def _plans_to_replace(target: Path) -> Options | None:
-    """Return the options of our plans in a file that is to be written, None where there is no file; refuse others'."""
+def _plans_to_replace(target: Path) -> dict[str, Any] | None:
+    """Return our plans in a file that is to be written, None where there is no file; refuse others'."""
     if not target.is_file():
         return None
     content = read_json(target)
@@ -245,7 +290,25 @@ def _plans_to_replace(target: Path) -> Options | None:
             f"--plans_name {target.stem} would overwrite {target}, which is not from mgml plan (nnU-Net's "
             f"own plans, for instance). Choose a name that is not taken, such as {target.stem}_MGML."
         )
-    return Options.from_plans(content)
+    return content
+
+
+def _lost_sizes(
+    before: dict[str, Any],
+    now: dict[str, Any],
+    configurations: Sequence[str],
+    asked: Mapping[str, Any],
+    told: Sequence[Mapping[str, Mapping[str, Any]]],
+) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """See `WrittenPlans.lost_sizes`."""
+    found = {}
+    for name in [name for name in before["configurations"] if name in now["configurations"]]:
+        old, new = _resolved(before, name), _resolved(now, name)
+        meant = {*(asked if name in configurations else ()), *(key for each in told for key in each.get(name, ()))}
+        pairs = {key: (old.get(key), new.get(key)) for key in NNUNET_KEYS if key not in meant}
+        if lost := {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}:
+            found[name] = lost
+    return found
 
 
 def _check_paper_patch(source: dict[str, Any], configurations: Sequence[str]) -> None:

@@ -122,6 +122,23 @@ def test_sizes_that_come_back_are_said(folder, capsys):
     assert "patch_size" not in capsys.readouterr().out
 
 
+def test_sizes_and_stock_plans_that_are_lost_are_said(folder, capsys):
+    content = json.loads((folder / "nnUNetPlans.json").read_text())
+    stock = resolved(content, "3d_fullres")
+    (folder / "nnUNetResEncUNetMPlans.json").write_text(json.dumps({**content, "plans_name": "nnUNetResEncUNetMPlans"}))
+    sizes = ["patch_size=64x64x64", "batch_size=5"]
+    planning.run(parse("-d", DATASET, "-p", "nnUNetResEncUNetMPlans", "--set", *sizes))
+    capsys.readouterr()
+    planning.run(parse("-d", DATASET, "--set", "num_epochs=300", "batch_size=3"))
+    lines = capsys.readouterr().out.splitlines()
+    kept = "start from the old plans with -p nnUNetMGMLPlans to keep it"
+    assert f"  patch_size = {json.dumps(stock['patch_size'])} (3d_fullres), was [64, 64, 64]; {kept}" in lines
+    assert "  made from nnUNetPlans, were made from nnUNetResEncUNetMPlans: give -p to choose" in lines
+    assert [line for line in lines if "batch_size" in line] == ["  batch_size = 3 (3d_fullres)"]
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "num_epochs=200"))
+    assert "was" not in capsys.readouterr().out
+
+
 def test_early_fusion_over_options_of_another_design(folder):
     options = ["fusion=mmformer", 'fusion_options={"depth": 2}', "rebalancing=passion"]
     planning.run(parse("-d", DATASET, "--plans_name", "P1", "--set", *options))
@@ -311,3 +328,38 @@ def test_gpu_memory_predicts_and_makes_it_fit(folder, capsys, by_voxels):
     assert f"patch_size = {json.dumps(after['patch_size'])}" in out
     with pytest.raises(ValueError, match=r"above 0, got -1\.0"):
         planning.run(parse("-d", "137", "--gpu_memory", "-1"))
+
+
+def test_gpu_memory_says_the_sizes_of_each_configuration(folder, capsys, by_voxels):
+    stock = json.loads((folder / "nnUNetPlans.json").read_text())
+    names = ["3d_small", "3d_fullres"]  # the former would inherit
+    planning.run(parse("-d", "137", "-c", *names, "--gpu_memory", "0.3"))
+    plans, lines = json.loads((folder / "nnUNetMGMLPlans.json").read_text()), capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.endswith("to fit the memory")]
+    pairs = [(name, key) for name in names for key in ("batch_size", "patch_size")]
+    expected = [
+        f"  {key} = {json.dumps(resolved(plans, name)[key])} ({name}), to fit the memory"
+        for name, key in pairs
+        if resolved(plans, name)[key] != resolved(stock, name)[key]
+    ]
+    assert sorted(found) == sorted(expected)
+    assert len({line.split("(")[1] for line in found}) == 2, "both had to be made smaller"
+
+
+@pytest.mark.parametrize(("compiled", "kept"), [(None, True), ("1", True), ("f", False)])
+def test_a_compiled_network_is_counted_without_checkpointing(folder, capsys, monkeypatch, compiled, kept):
+    from nnunetv2_mgml.objective import memory
+    from nnunetv2_mgml.workflows import memory_budget
+
+    counted = []
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    if compiled is not None:
+        monkeypatch.setenv("nnUNet_compile", compiled)
+    monkeypatch.setattr(
+        memory_budget, "step_memory", lambda plans, *_: (counted.append(plans), memory.StepMemory(0, 1))[1]
+    )
+    planning.run(parse("-d", "137", "--gpu_memory"))
+    assert [Options.from_plans(plans).training.gradient_checkpointing for plans in counted] == [not kept] * len(counted)
+    assert ("counted without gradient_checkpointing" in capsys.readouterr().out) is kept
+    written = Options.from_plans(json.loads((folder / "nnUNetMGMLPlans.json").read_text()))
+    assert written.training.gradient_checkpointing

@@ -74,6 +74,18 @@ def test_mistakes_are_one_line(
     assert not list((nnunet_folders / "results").iterdir())
 
 
+def test_more_gpus_than_samples_are_one_line(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert train(DATASET, "3d_fullres", 0, "-num_gpus", 3, device=("-device", "cuda")) == 2
+    said = capsys.readouterr().err
+    assert (
+        "-num_gpus 3 needs a batch of at least as many samples, and 3d_fullres of nnUNetPlans has batch_size 2" in said
+    )
+
+
 def test_the_default_device_is_a_gpu(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(DATASET, "3d_fullres", 0, device=()) == 2
     assert "error: -device cuda, but PyTorch finds no CUDA device." in capsys.readouterr().err

@@ -115,6 +115,10 @@ def test_unknown_option_lists_all():
             r"needs mask_sampling=bernoulli; with uniform_subset it would be ignored",
         ),
         ({"modality_missing_rate": {"t1": 1.0}}, r"'t1' must be a number in \[0, 1\)"),
+        (
+            {"mask_sampling": "bernoulli", "modality_missing_rate": {"t1ce": 0.1, "T1Gd": 0.9}},
+            "names a modality twice: t1ce, T1Gd",
+        ),
         ({"modality_missing_rate": {"t1": True}}, r"'t1' must be a number"),
         ({"modality_missing_rate": {"t1": "often"}}, r"'t1' must be a number"),
         (

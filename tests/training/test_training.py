@@ -372,6 +372,14 @@ def test_a_table_over_subsets_from_preprocessed_data_or_why_there_is_none(
     assert report["shared_preprocessing"] is True
     assert report["subsets"]["t2"]["whole_tumor"]["n"] == 1
     shutil.rmtree(nnunet_folders / "preprocessed" / "Dataset900_Phantom" / "gt_segmentations")
+    requests: list[ModelRequest] = []
+    trainer.options = trainer.options.updated({"cpu_bfloat16": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "evaluate_model", lambda request: requests.append(request) or 1 / 0)
+        for device in ("cuda", "cpu"):
+            trainer.device = torch.device(device)
+            validate_subsets(trainer, trainer.weights_file)
+    assert [request.cpu_bfloat16 for request in requests] == [False, True], "it is for the CPU alone"
     said = validate_subsets(trainer, trainer.weights_file)
     assert said.startswith("No table over all modality subsets:")
     assert "gt_segmentations" in said

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TINY, make_trainer, plans, write_dataset
+from builders import BRATS_JSON, REGIONS, TINY, make_trainer, plans, write_dataset
 from loss_cases import meta_network_of
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from training_cases import run_until_epoch
 
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.training import nnUNetTrainerMGML
-from nnunetv2_mgml.training.compatibility import network_differences
+from nnunetv2_mgml.training import nnUNetTrainerMGML, nnUNetTrainerModalityDropout
+from nnunetv2_mgml.training.compatibility import changed_meaning, network_differences
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
 from nnunetv2_mgml.upstream.plain_errors import PlainError
 
@@ -152,6 +152,111 @@ def test_another_fold_of_another_network_is_refused(nnunet_folders: Path) -> Non
     longer = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "consistency_weight": 0.5})
     longer.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
     assert longer.current_epoch == 1
+
+
+def with_names(channels: list[str], labels: dict[str, Any]) -> dict[str, Any]:
+    return {**BRATS_JSON, "channel_names": {str(i): name for i, name in enumerate(channels)}, "labels": labels}
+
+
+BACKWARDS = with_names(["Flair", "T2", "T1ce", "T1"], REGIONS)
+OTHER_REGIONS = with_names(
+    ["T1", "T1ce", "T2", "Flair"], {**dict([*REGIONS.items()][:2]), "core": [2], "tumor_core": [3]}
+)
+FEWER = {**with_names(["T1", "T1ce", "T2", "Flair"], dict([*REGIONS.items()][:-1])), "regions_class_order": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (BACKWARDS, "the channels were t1, t1ce, t2, flair, are now flair, t2, t1ce, t1"),
+        (
+            OTHER_REGIONS,
+            "the labels were whole_tumor, tumor_core, enhancing_tumor, are now whole_tumor, core, tumor_core",
+        ),
+        (FEWER, "are now whole_tumor, tumor_core"),
+    ],
+)
+def test_other_channels_or_labels_are_another_network(nnunet_folders: Path, other: dict[str, Any], words: str) -> None:
+    """By name: weights would be used for what they were not trained on."""
+    plans_dict = write_dataset(nnunet_folders)
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "validate_subsets": False})
+    first.run_training()
+    saved = (Path(first.output_folder_base) / "dataset.json").read_text()
+    now = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2}, other)
+    with pytest.raises(ValueError, match=f"trained with another network: .*{words}"):
+        now.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    now.output_folder = str(Path(now.output_folder_base) / "fold_1")
+    with pytest.raises(ValueError, match=f"holds fold_0 of another network: .*{words}.*another number"):
+        now.on_train_start()
+    assert (Path(first.output_folder_base) / "dataset.json").read_text() == saved
+
+
+def test_a_renaming_means_the_same() -> None:
+    before = with_names(["T1", "T1ce", "T2", "Flair"], {"background": 0, "edema": 1, "core": 2})
+    for channels in (["t1n", "T1Gd", "T2w", "T2F"], ["T1", "T1ce", "T2", "DWI"]):
+        assert changed_meaning(before, with_names(channels, {"background": 0, "ED": 1, "core": 2})) == []
+    swapped = with_names(["T1", "T1ce", "T2", "Flair"], {"background": 0, "core": 1, "edema": 2})
+    assert changed_meaning(before, swapped) == ["the labels were edema, core, are now core, edema"]
+
+
+def test_a_resume_on_another_split_is_refused_and_a_validation_on_it_warned_of(nnunet_folders: Path) -> None:
+    """What it would be validated on may be what it was trained on."""
+    plans_dict = write_dataset(nnunet_folders, cases=4)
+    splits = nnunet_folders / "preprocessed" / plans_dict["dataset_name"] / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["case_0", "case_1"], "val": ["case_2"]}]))
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "validate_subsets": False})
+    first.run_training()
+    final = str(Path(first.output_folder) / "checkpoint_final.pth")
+    stored = torch.load(final, weights_only=False)["init_args"]["plans"]["mgml"]["training_cases"]
+    assert stored["number"] == 2
+    assert "case_" not in json.dumps(stored)
+    assert "training_cases" not in (Path(first.output_folder_base) / "plans.json").read_text()
+    splits.write_text(json.dumps([{"train": ["case_1", "case_2", "case_3"], "val": ["case_0"]}]))
+    second = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2}, resume=True)
+    second.load_checkpoint(final)
+    with pytest.raises(PlainError, match=r"Fold 0 has other training cases .* \(3 now, 2 then\).*splits_final\.json"):
+        second.run_training()
+    second.perform_actual_validation()
+    log = Path(second.log_file).read_text()
+    assert "WARNING: Fold 0 has other training cases" in log
+    assert "No table over all modality subsets: the split has changed" in log
+    splits.write_text(json.dumps([{"train": ["case_1", "case_0"], "val": ["case_3"]}]))
+    again = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 2, "validate_subsets": False}, resume=True)
+    again.load_checkpoint(final)
+    again.run_training()
+    assert again.current_epoch == 2
+    assert "other training cases" not in Path(again.log_file).read_text()
+
+
+def test_a_resume_takes_the_weight_decay_of_its_plans_and_keeps_them(nnunet_folders: Path) -> None:
+    plans_dict = write_dataset(nnunet_folders)
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"num_epochs": 1, "validate_subsets": False})
+    first.run_training()
+    changed = {"num_epochs": 2, "validate_subsets": False, "weight_decay": 0.5}
+    second = make_trainer(nnUNetTrainerMGML, plans_dict, changed, resume=True)
+    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    assert {group["weight_decay"] for group in second.optimizer.param_groups} == {0.5}
+    second.run_training()
+    written = torch.load(Path(second.output_folder) / "checkpoint_final.pth", weights_only=False)
+    assert Options.from_plans(written["init_args"]["plans"]).training.weight_decay == 0.5
+
+
+def test_a_stock_network_goes_by_nothing_of_ours(nnunet_folders: Path) -> None:
+    plans_dict = write_dataset(nnunet_folders)
+    first = make_trainer(nnUNetTrainerModalityDropout, plans_dict, {"num_epochs": 1, "validate_subsets": False})
+    first.run_training()
+    changed = {"num_epochs": 2, "fusion": "mean", "width_factor": 0.25, "soft_label": "none"}
+    second = make_trainer(nnUNetTrainerModalityDropout, plans_dict, changed, resume=True)
+    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    assert second.current_epoch == 1
+
+
+@pytest.mark.parametrize(("fusion", "same"), [("concat", True), ("region_aware", False)])
+def test_a_revision_counts_where_it_changed_the_design(fusion: str, same: bool) -> None:
+    before, now = (
+        {**plans(), "mgml": {"config": {**TINY, "fusion": fusion, "fusion_revision": revision}}} for revision in (1, 2)
+    )
+    assert network_differences(before, now, "3d_fullres") == ([] if same else ["fusion_revision was 1, is now 2"])
 
 
 @pytest.mark.parametrize(("fusion", "follows"), [("mmformer", True), ("concat", False)])

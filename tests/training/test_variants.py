@@ -140,6 +140,31 @@ def test_notes_only_where_there_is_something_to_say() -> None:
     assert run_notes("T", Options(), {"fusion": "mean"}, 4) == []
 
 
+def test_a_cascade_is_told_where_its_label_maps_come_from() -> None:
+    (note,) = run_notes("T", Options(), {}, 0, cascaded=True)
+    assert note.startswith("WARNING: the previous stage's label maps come from all modalities")
+    assert run_notes("T", options_with(mask_sampling="fixed"), {}, 0, cascaded=True) == []
+
+
+def test_a_subclass_fixes_what_its_base_fixes() -> None:
+    class Wide(nnUNetTrainermmFormer):
+        config_overrides = {"width_factor": 1.0, "fusion_options": {"depth": 2}}
+
+    class OtherDesign(Wide):
+        config_overrides = {"fusion": "mean"}
+
+    class Quiet(nnUNetTrainerMGML_baseline):
+        pass
+
+    fixed = nnUNetTrainermmFormer.config_overrides
+    options = {**fixed.get("fusion_options", {}), "depth": 2}
+    assert Wide.config_overrides == {**fixed, "width_factor": 1.0, "fusion_options": options}
+    expected = {**fixed, "width_factor": 1.0, "fusion": "mean"}
+    assert OtherDesign.config_overrides == {k: v for k, v in expected.items() if k != "fusion_options"}
+    assert Quiet.config_overrides == nnUNetTrainerMGML_baseline.config_overrides
+    assert nnUNetTrainerMGML.config_overrides == {}
+
+
 # --- trainers from elsewhere ------------------------------------------------------------------------------------------
 OTHERS = """
 from nnunetv2_mgml.network.fusion import MeanFusion

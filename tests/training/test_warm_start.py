@@ -221,6 +221,19 @@ def test_one_self_supervised_channel_serves_every_modality(tmp_path: Path) -> No
         own = target.encoders[m].encoder.state_dict()
         assert all(torch.equal(own[key], theirs[key]) for key in own)
         assert of(taken, f"encoder of {name}").source == "its one channel"
+    with pytest.raises(ValueError, match=r"one channel, of no modality .*nothing to choose for t1ce \(--use\)"):
+        start(target, read_donor(tmp_path / "mae.pth"), t1ce="t1")
+
+
+def test_channels_that_the_file_says_itself_are_not_given_otherwise(tmp_path: Path) -> None:
+    arguments = {"dataset_json": BRATS_JSON, "plans": plans()}
+    torch.save({"network_weights": {"a": torch.zeros(1)}, "init_args": arguments}, tmp_path / "file.pth")
+    same = read_donor(tmp_path / "file.pth", ["T1", "T1Gd", "T2", "FLAIR"])
+    assert same.channels == read_donor(tmp_path / "file.pth").channels == ("t1", "t1ce", "t2", "flair")
+    with pytest.raises(
+        ValueError, match="says itself that its modalities are t1, t1ce, t2, flair. Leave --channels out"
+    ):
+        read_donor(tmp_path / "file.pth", ["flair", "t1", "t1ce", "t2"])
 
 
 def test_early_fusion_takes_stems_and_the_whole_trunk() -> None:

@@ -156,6 +156,10 @@ def test_inheritance_is_respected(stock):
         ({"temperature": "hot"}, "option temperature: 'hot'"),
         ({"fusion": "average"}, "Unknown fusion design 'average'. Allowed: .*mean"),
         ({"fusion": "mean", "fusion_options": {"heads": 2}}, "'mean' has no option heads"),
+        (
+            {"fusion": "mmformer", "fusion_options": {"dropout": 1.5}},
+            r"dropout .* is 1\.5; it must be a number in \[0, 1\)",
+        ),
         ({"mask_sampling": "bernoulli", "modality_missing_rate": {"pet": 0.5}}, "Unknown modality 'pet'"),
     ],
 )
