@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mgml.dataset_conversion.bad_cases import bad_case_lines, bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import same_header
-from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, building, check_target
+from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, building, check_target, refuse_files_inside
 from nnunetv2_mgml.dataset_conversion.splits import (
     Split,
     check_existing_split,
@@ -145,6 +145,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
     target, preprocessed = nnunet_folder(RAW) / folder_name, nnunet_folder(PREPROCESSED) / folder_name
     source = Path(found.origin)
     check_target(source, target, request.dataset_id, request.overwrite)
+    refuse_files_inside(target, found.files())
     split, left_out = _choose_split(request)
     if split is not None:
         check_existing_split(split, preprocessed, request.overwrite)
@@ -252,6 +253,7 @@ def write_images(
     real_source, real_target = Path(found.origin).resolve(), target.resolve()
     if real_source == real_target or real_target in real_source.parents:
         raise ValueError(f"{target} holds the source {found.origin}; write to another folder.")
+    refuse_files_inside(target, found.files())
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(target) as folder:
         jobs = [_Job(case, found.modalities, folder, False, False) for case in found.cases]

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.bad_cases import bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, convert_case
-from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
+from nnunetv2_mgml.dataset_conversion.dataset_folder import (
+    building,
+    check_target,
+    refuse_files_inside,
+    write_description,
+)
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVITY
 from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
@@ -174,6 +179,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     folder_name = dataset_folder_name(request.dataset_id, request.name or _default_name(found))
     target = nnunet_folder(RAW) / folder_name
     check_target(source, target, request.dataset_id, request.overwrite)
+    refuse_files_inside(target, found.files())
     chosen, left_out = _choose_split(found, request)
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
     for case in found.cases:
         images = {name: case.images[name] for name in order if name in case.images}
         if images:
-            cases.append(type(case)(case.name, images, case.label, case.site, case.frames))
+            cases.append(dataclasses.replace(case, images=images))
         else:
             problems[case.name] = [f"has none of {', '.join(channels)}"]
-    return FoundCases(order, cases, problems, found.origin, found.left_over)
+    return dataclasses.replace(found, modalities=order, cases=cases, problems=problems, other_files=found.files())

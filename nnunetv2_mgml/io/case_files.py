@@ -69,6 +69,13 @@ class FoundCases:
     """Where they come from, for the description of a data set."""
     left_over: list[Path] = field(default_factory=list)
     """Images that no pattern matches; one of them may be a modality that seems to be missing."""
+    other_files: list[Path] = field(default_factory=list)
+    """Files of the cases with problems, and of modalities that were left out."""
+
+    def files(self) -> list[Path]:
+        """Return every image and label map once, those of cases with problems included."""
+        good = [path for case in self.cases for path in (*case.images.values(), case.label) if path is not None]
+        return list(dict.fromkeys(good + self.other_files))
 
 
 # --- walking ----------------------------------------------------------------------------------------------------------
@@ -127,6 +134,7 @@ def _found(
             bad[name].append(_NO_IMAGE)
         if bad[name]:
             result.problems[name] = bad[name]
+            result.other_files += itertools.chain(*matched.values())
             continue
         label = labels.get(name, [])
         result.cases.append(
@@ -186,6 +194,7 @@ def find_by_patterns(
             raise ValueError(f"No file below {source} matches {pattern} ({what or 'the label'}){there}.")
     found = _found(tuple(patterns), images, labels, str(source), problems)
     found.left_over = [path for path in others if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    found.other_files = [path for path, (name, _) in hits.items() if name in found.problems]
     for name, texts in found.problems.items():
         own = [path for path in found.left_over if "_".join(path.relative_to(source).parts[:case_folders]) == name]
         if _NO_IMAGE in texts and own:
@@ -315,6 +324,7 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
         if texts:
             texts = [text for text in texts if text not in result.problems.get(name, ())]
             result.problems.setdefault(name, []).extend(texts)
+            result.other_files += filter(None, (*images.values(), case.label))
         else:
             result.cases.append(case)
     result.cases.sort(key=lambda case: case.name)

@@ -325,6 +325,26 @@ def test_images_are_not_written_over_their_source(tmp_path: Path, capsys: Any) -
     assert tree(tmp_path) == before
 
 
+def test_files_of_a_sheet_that_would_be_replaced(nnunet_folders: Path, tmp_path: Path, capsys: Any) -> None:
+    """The sheet lies elsewhere, but what it names lies in the folder to write to, itself or by a link."""
+    raw = write_raw(nnunet_folders / "raw" / "Dataset045_ms")
+    sheet = tmp_path / "cases.csv"
+    (tmp_path / "by_link").symlink_to(raw / "imagesTr")
+    rows = [f"{case},{{0}}/{case}_0001.nii.gz,{{0}}/{case}_0002.nii.gz,{raw}/labelsTr/{case}.nii.gz" for case in "ab"]
+    command = ["convert", "sheet", str(sheet), "-d", "45", "--name", "ms", "--overwrite", "--link", "-np", "0"]
+    before = tree(tmp_path)
+    for folder in (raw / "imagesTr", tmp_path / "by_link"):
+        sheet.write_text("\n".join(["case,t1,flair,label", *rows]).format(folder))
+        assert main(command) == 2
+        assert f"6 file(s) to convert lie in {raw}, which would be replaced, such as" in capsys.readouterr().err
+        sheet.write_text("\n".join(["case,t1,flair", f"a,{folder}/a_0001.nii.gz,", f"b,{folder}/b_0001.nii.gz,gone"]))
+        images = ["convert", "images", str(sheet), str(raw / "imagesTr"), "--overwrite", "--skip_bad", "-np", "0"]
+        assert main(images) == 2
+        assert f"file(s) to convert lie in {raw / 'imagesTr'}, which would be" in capsys.readouterr().err
+    sheet.unlink()
+    assert tree(tmp_path) == before
+
+
 def test_a_raw_data_set_without_a_usable_name(nnunet_folders: Path, capsys: Any) -> None:
     folder = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", cases=("a",))
     for path in list((folder / "imagesTr").iterdir()):
