@@ -423,4 +423,7 @@ def _choose_split(request: CohortRequest) -> tuple[Split | None, tuple[str, ...]
         named = [*labelled, *request.found.problems]
         split, left_out = split_from_files(named, [Path(path) for path in request.split_files])
         return split, tuple(name for name in left_out if name in labelled)
-    return (random_split(labelled, parse_ratio(request.split), request.seed), ()) if request.split else (None, ())
+    if request.split:
+        patients = {case.name: case.patient for case in request.found.cases if case.patient is not None}
+        return random_split(labelled, parse_ratio(request.split), request.seed, patients), ()
+    return None, ()

@@ -81,23 +81,28 @@ def _counts(total: int, ratio: Sequence[int]) -> list[int]:
     return counts
 
 
-def random_split(cases: Iterable[str], ratio: Sequence[int], seed: int = 0) -> Split:
+def random_split(
+    cases: Iterable[str], ratio: Sequence[int], seed: int = 0, patients: Mapping[str, str] | None = None
+) -> Split:
     """Split cases by proportion; several time points of one patient stay together.
 
     Args:
         cases: case names, in any order (the result does not depend on it).
         ratio: train, validation, test proportions; exact counts where they sum up to the number of cases.
         seed: another seed gives another split.
+        patients: case -> patient, where the source says so; others are told by the names of BraTS and BIDS.
 
     Raises:
         ValueError: fewer patients than parts.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for case in sorted(cases):
-        groups[patient(case)].append(case)
+        groups[(patients or {}).get(case) or patient(case)].append(case)
     parts_wanted = sum(part > 0 for part in ratio)
     if len(groups) < parts_wanted:
-        raise ValueError(f"{len(groups)} patient(s) cannot be split into {parts_wanted} parts.")
+        raise ValueError(
+            f"{len(groups)} patient(s) cannot be split into {parts_wanted} parts. The patients are {some(groups)}."
+        )
     patients = list(groups)
     random.Random(seed).shuffle(patients)
     # Patients with many time points first, while every part still has room for them.

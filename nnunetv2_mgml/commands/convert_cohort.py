@@ -53,7 +53,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
         "sheet",
         "CSV or TSV sheet -> nnUNet_raw dataset",
         "Convert the cases of a sheet with a column 'case', a column of paths per modality (an empty cell: absent), "
-        "'label', and 'site' if you like. Example: mgml convert sheet cases.csv -d 45",
+        "'label', and 'site' and 'patient' if you like. Example: mgml convert sheet cases.csv -d 45",
     )
     sheet.add_argument("source", metavar="SHEET", help="the sheet; paths are relative to it")
     sheet.add_argument("--modalities", nargs="+", default=[], metavar="COLUMN", help="columns to take (default: all)")
@@ -124,7 +124,7 @@ def _add_case_folders(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how many folders below SRC name a case: 2 for patient and session",
+        help="how many folders below SRC name a case: 2 for patient and session (the first one is the patient)",
     )
 
 

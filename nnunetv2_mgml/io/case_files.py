@@ -37,6 +37,7 @@ BRATS_CONTENT = {
 BRATS_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, BRATS_CONTENT))})", re.IGNORECASE)
 _ABSENT = ("", "n/a", "#n/a", "na", "n.a.", "nan", "none", "null", "-", "--", ".")
 _NO_IMAGE = "has a label but no image"
+_NO_MODALITY = ("case", "label", "site", "patient")
 _LABEL_SUFFIXES = ("mask", "dseg", "seg")
 
 
@@ -55,6 +56,8 @@ class CaseFiles:
     site: str | None = None
     frames: Mapping[str, int] = field(default_factory=dict)
     """Modality -> index along the fourth axis, where one file holds several modalities."""
+    patient: str | None = None
+    """Whose case it is, where the source says so; cases of one patient stay together in a random split."""
 
 
 @dataclass
@@ -119,6 +122,7 @@ def _found(
     labels: Mapping[str, list[Path]],
     origin: str,
     problems: Mapping[str, list[str]] | None = None,
+    patients: Mapping[str, str] | None = None,
 ) -> FoundCases:
     """Make cases of the files that were matched; two files for one thing are a problem of their case."""
     result = FoundCases(tuple(modalities), origin=origin)
@@ -142,6 +146,7 @@ def _found(
                 name,
                 {modality: paths[0] for modality in modalities if (paths := images[name].get(modality))},
                 label[0] if label else None,
+                patient=(patients or {}).get(name),
             )
         )
     return result
@@ -155,6 +160,8 @@ def find_by_patterns(
 
     A file in a folder below ``source`` belongs to the case named by its first ``case_folders`` folders, joined by
     ``_``; a file in ``source`` itself to the case named by what the first ``*`` of its pattern stands for.
+
+    Where several folders name a case, the first of them is its patient. Two cases of one name are a problem of it.
 
     Where a file matches no pattern as it is written, upper and lower case count as the same (``A_T1.NII.GZ``).
 
@@ -186,13 +193,19 @@ def find_by_patterns(
             images[name][whats[0]].append(path)
         else:
             labels[name].append(path)
+    folders = _case_folders(source, hits, case_folders)
+    for name, places in folders.items():
+        if len(places) > 1:
+            there = ", ".join(sorted(place.as_posix() for place in places))
+            problems[name].append(f"found in several folders: {there}; rename one")
+    patients = {name: places[0].parts[0] for name, places in folders.items()} if case_folders > 1 else {}
     matched = {what for _, whats in hits.values() for what in whats}
     others = [path for path in paths if path not in hits]
     for what, pattern in wanted.items():
         if what not in matched:
             there = f"; files there: {_some(others, source)}" if others else ""
             raise ValueError(f"No file below {source} matches {pattern} ({what or 'the label'}){there}.")
-    found = _found(tuple(patterns), images, labels, str(source), problems)
+    found = _found(tuple(patterns), images, labels, str(source), problems, patients)
     found.left_over = [path for path in others if path.name.lower().endswith(IMAGE_SUFFIXES)]
     found.other_files = [path for path, (name, _) in hits.items() if name in found.problems]
     for name, texts in found.problems.items():
@@ -227,6 +240,16 @@ def _matched(
     return dict(sorted(found.items()))
 
 
+def _case_folders(source: Path, hits: Mapping[Path, tuple[str, list[str]]], case_folders: int) -> dict[str, list[Path]]:
+    """Return case -> the folders that name it, below ``source``; files in ``source`` itself are in none."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path, (name, _) in hits.items():
+        parts = path.relative_to(source).parts[:-1][:case_folders]
+        if parts and Path(*parts) not in found[name]:
+            found[name].append(Path(*parts))
+    return found
+
+
 def _some(paths: Sequence[Path], source: Path, shown: int = 3) -> str:
     return ", ".join(path.relative_to(source).as_posix() for path in paths[:shown])
 
@@ -256,7 +279,8 @@ def _regex(pattern: str) -> str:
 def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] = ()) -> FoundCases:
     """Read a CSV or TSV sheet with a row per case.
 
-    Columns: ``case``; ``label`` and ``site`` where there are such; every other one is a modality, in channel order.
+    Columns: ``case``; ``label``, ``site`` and ``patient`` where there are such; every other one is a modality, in
+    channel order. Cases of one ``patient`` stay together in a random split.
     A cell holds a path (relative to the sheet), or nothing, ``n/a`` or the like (`_ABSENT`) where a modality is absent.
 
     Args:
@@ -282,7 +306,7 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
     columns = {name.strip().lower(): name for name in (rows[0] if rows else ()) if name and name.strip()}
     if "case" not in columns:
         raise ValueError(f"{path} needs a column 'case' and rows below it; its first line is '{header}'.")
-    own = [name for low, name in columns.items() if low not in ("case", "label", "site")]
+    own = [name for low, name in columns.items() if low not in _NO_MODALITY]
     by_name = {canonical_name(name): name for name in own}
     unknown = [name for name in modalities if canonical_name(name) not in by_name]
     if unknown:
@@ -305,7 +329,8 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
             name,
             images,
             None if _is_absent(label) else _below(path.parent, label),
-            None if "site" not in columns or _is_absent(row[columns["site"]]) else row[columns["site"]],
+            _text(row, columns, "site"),
+            patient=_text(row, columns, "patient"),
         )
         if not name:
             raise ValueError(f"{path} has a row without a case name: {', '.join(filter(None, row.values()))[:80]}.")
@@ -348,6 +373,12 @@ def _check_columns(path: Path, chosen: Mapping[str, str], rows: Sequence[Mapping
             f"{path}: none of its files exists, the first is {_below(path.parent, given[strange[0]][0])}. Paths are "
             f"relative to the sheet's folder, {path.parent}."
         )
+
+
+def _text(row: Mapping[str, str], columns: Mapping[str, str], name: str) -> str | None:
+    """Return what a row says in a column that a sheet may have; None where it says nothing."""
+    text = row[columns[name]] if name in columns else ""
+    return None if _is_absent(text) else text
 
 
 def _is_absent(text: str) -> bool:

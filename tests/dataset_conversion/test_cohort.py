@@ -94,6 +94,28 @@ def test_splits_and_links(nnunet_folders: Path, source: Path) -> None:
     assert (summary.folder / f"images{part}/a_0000.nii.gz").is_symlink()
 
 
+@pytest.mark.parametrize("form", ["folders", "sheet"])
+def test_sessions_of_a_patient_stay_together(nnunet_folders: Path, tmp_path: Path, form: str) -> None:
+    """By the first of two folders, or by the sheet's column; the names alone tell no patient."""
+    rows = ["case,t1,label,patient"]
+    for number in range(8):
+        patient, session = f"p{number // 2}", f"s{number % 2}"
+        image = save(volume(number), tmp_path / "src" / patient / session / "t1.nii.gz")
+        mask = save(label(), image.with_name("seg.nii.gz"))
+        rows.append(f"{patient}_{session},{image},{mask},{patient}")
+    (tmp_path / "src.csv").write_text("\n".join(rows))
+    command = ["convert", form, str(tmp_path / f"src{'.csv' if form == 'sheet' else ''}"), "-d", "45", "-np", "0"]
+    if form == "folders":
+        command += ["--modalities", "t1=t1.nii.gz", "--label", "seg.nii.gz", "--case_folders", "2"]
+    for seed in range(3):
+        assert main([*command, "--split", "2:1:1", "--seed", str(seed), "--overwrite"]) == 0
+        folder = nnunet_folders / "preprocessed" / "Dataset045_src"
+        (fold,) = json.loads((folder / "splits_final.json").read_text())
+        parts = [fold["train"], fold["val"], json.loads((folder / "test_cases.json").read_text())]
+        assert [len(part) for part in parts] == [4, 2, 2]
+        assert [len({case[:2] for case in part}) for part in parts] == [2, 1, 1]
+
+
 def test_bad_cases_are_named_and_nothing_is_written(nnunet_folders: Path, source: Path) -> None:
     save(volume(1, shape=(12, 14, 15)), source / "b" / "b_ct.nii.gz")
     save(label(shape=(12, 14, 16)), source / "c" / "lesion.nii.gz", spacing=(2.0, 1.0, 1.0))

@@ -44,6 +44,14 @@ def test_one_folder_with_all_files_and_sessions(tmp_path: Path) -> None:
     assert sorted(names_of(first)) == ["a", "b"]
 
 
+def test_two_folders_of_one_name_are_not_one_case(tmp_path: Path) -> None:
+    touch(tmp_path, "a_b/c/t1.nii.gz", "a/b_c/flair.nii.gz", "z/c/t1.nii.gz", "z/c/flair.nii.gz")
+    found = find_by_patterns(tmp_path, {"t1": "t1.nii.gz", "flair": "flair.nii.gz"}, case_folders=2)
+    assert names_of(found) == {"z_c": ["flair", "t1"]}
+    assert found.problems == {"a_b_c": ["found in several folders: a/b_c, a_b/c; rename one"]}
+    assert [case.patient for case in found.cases] == ["z"]
+
+
 def test_patterns_that_do_not_fit(tmp_path: Path) -> None:
     touch(tmp_path, "p1/a_t1.nii.gz", "p1/a_t1ce.nii.gz", "p2/seg.nii.gz", "t1.nii.gz")
     with pytest.raises(ValueError, match=r"No file below .* matches \*_t2.nii.gz \(t2\); files there: t1"):
