@@ -18,9 +18,8 @@ from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, buildin
 from nnunetv2_mgml.dataset_conversion.splits import (
     Split,
     check_existing_split,
-    parse_ratio,
-    random_split,
-    split_from_files,
+    choose_split,
+    notes_on_preprocessed,
     write_splits,
 )
 from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases
@@ -55,7 +54,7 @@ class CohortRequest:
     overwrite: bool = False
     """Replace an existing data set of the same id and name."""
     split: str | None = None
-    """``A:B:C`` (`splits.parse_ratio`)."""
+    """``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`."""
     split_files: Sequence[str | Path] | None = None
     """Lists of training, validation and test cases; see `splits.split_from_files`."""
     seed: int = 0
@@ -80,6 +79,7 @@ class CohortSummary:
         left_out: labelled cases that are in none of the split lists.
         left_over: images that no pattern matches, below the source.
         seconds: wall-clock time.
+        notes: remarks for the user.
     """
 
     folder: Path
@@ -93,6 +93,7 @@ class CohortSummary:
     left_out: tuple[str, ...]
     seconds: float
     left_over: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
         left_out,
         time.perf_counter() - started,
         tuple(path.relative_to(source) for path in found.left_over),
+        tuple(notes_on_preprocessed(preprocessed, split is not None)),
     )
 
 
@@ -417,13 +419,6 @@ def _nothing_to_train(found: FoundCases) -> str:
 
 def _choose_split(request: CohortRequest) -> tuple[Split | None, tuple[str, ...]]:
     labelled = [case.name for case in request.found.cases if case.label is not None]
-    if request.split and request.split_files:
-        raise ValueError("Give either --split or --split_files, not both.")
-    if request.split_files:
-        named = [*labelled, *request.found.problems]
-        split, left_out = split_from_files(named, [Path(path) for path in request.split_files])
-        return split, tuple(name for name in left_out if name in labelled)
-    if request.split:
-        patients = {case.name: case.patient for case in request.found.cases if case.patient is not None}
-        return random_split(labelled, parse_ratio(request.split), request.seed, patients), ()
-    return None, ()
+    patients = {case.name: case.patient for case in request.found.cases if case.patient is not None}
+    bad = request.found.problems
+    return choose_split(labelled, bad, request.split, request.split_files, request.seed, patients)

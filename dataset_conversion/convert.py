@@ -22,19 +22,15 @@ from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVITY
 from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
 from nnunetv2_mgml.dataset_conversion.splits import (
-    PUBLISHED,
     Split,
     check_existing_split,
-    parse_ratio,
-    published_lists,
-    random_split,
-    split_from_files,
+    choose_split,
+    notes_on_preprocessed,
     write_splits,
 )
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, subset_from_present
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
-from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
 
 Converted = list[tuple[Case, CaseResult]]
 
@@ -180,7 +176,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     target = nnunet_folder(RAW) / folder_name
     check_target(source, target, request.dataset_id, request.overwrite)
     refuse_files_inside(target, found.files())
-    chosen, left_out = _choose_split(found, request)
+    chosen, left_out = choose_split(_labelled(found), found.problems, request.split, request.split_files, request.seed)
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
     missing = _missing_by_rate(chosen, request)
@@ -219,7 +215,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
         splits_file=splits_file,
         channels=channels,
         seconds=time.perf_counter() - started,
-        notes=(*summary.notes, *_notes_on_preprocessed(folder_name, splits_file)),
+        notes=(*summary.notes, *_notes(folder_name, splits_file)),
     )
 
 
@@ -252,21 +248,6 @@ def _labelled(found: Discovery) -> list[str]:
 def _default_name(found: Discovery) -> str:
     names = {edition(case.name) for case in found.cases}
     return names.pop() if len(names) == 1 else "BraTS"
-
-
-def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split | None, tuple[str, ...]]:
-    """Return the split, and labelled cases that take no part in it."""
-    labelled = _labelled(found)
-    if request.split and request.split_files:
-        raise ValueError("Give either --split or --split_files, not both.")
-    split_files = published_lists(request.split) if request.split in PUBLISHED else request.split_files
-    if split_files:
-        # A list may name a case whose files are bad; that is said of the case, not of the list.
-        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
-        return chosen, tuple(name for name in left_out if name in labelled)
-    if request.split:
-        return random_split(labelled, parse_ratio(request.split), request.seed), ()
-    return None, ()
 
 
 def _missing_by_rate(split: Split | None, request: ConversionRequest) -> dict[str, tuple[str, ...]]:
@@ -342,15 +323,7 @@ def _summary(
     )
 
 
-def _notes_on_preprocessed(folder_name: str, splits_file: Path | None) -> list[str]:
+def _notes(folder_name: str, splits_file: Path | None) -> list[str]:
     if not os.environ.get(PREPROCESSED):
         return []
-    folder = nnunet_folder(PREPROCESSED) / folder_name
-    notes = []
-    if (folder / "dataset.json").is_file():
-        notes.append(f"{folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again")
-    if splits_file is None and (folder / SPLITS_FILE).is_file():
-        notes.append(
-            f"{folder / SPLITS_FILE} is from earlier and still holds; delete it and {TEST_FILE} if it does not fit"
-        )
-    return notes
+    return notes_on_preprocessed(nnunet_folder(PREPROCESSED) / folder_name, splits_file is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.discovery import patient
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
@@ -119,6 +118,40 @@ def random_split(
     return Split(*(tuple(sorted(part)) for part in parts))
 
 
+def choose_split(
+    labelled: Sequence[str],
+    bad: Iterable[str],
+    split: str | None,
+    split_files: Sequence[str | Path] | None,
+    seed: int = 0,
+    patients: Mapping[str, str] | None = None,
+) -> tuple[Split | None, tuple[str, ...]]:
+    """Return the split that a conversion is asked for, if any.
+
+    Args:
+        labelled: names of the cases with labels.
+        bad: names of cases that cannot be used; lists may name them.
+        split: a proportion (`parse_ratio`), or one of `PUBLISHED`.
+        split_files: lists (`split_from_files`).
+        seed: of a random split.
+        patients: see `random_split`.
+
+    Returns:
+        The split or None, and labelled cases that are in none of its lists.
+
+    Raises:
+        FileNotFoundError, ValueError: both were given, or as `random_split` and `split_from_files`.
+    """
+    if split and split_files:
+        raise ValueError("Give either --split or --split_files, not both.")
+    files = published_lists(split) if split and split in PUBLISHED else split_files
+    if files:
+        # A list may name a case whose files are bad; that is said of the case, not of the list.
+        chosen, left_out = split_from_files([*labelled, *bad], [Path(path) for path in files])
+        return chosen, tuple(name for name in left_out if name in labelled)
+    return (random_split(labelled, parse_ratio(split), seed, patients), ()) if split else (None, ())
+
+
 def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split, tuple[str, ...]]:
     """Read a split from published lists.
 
@@ -196,7 +229,24 @@ def _content(split: Split) -> list[Mapping[str, list[str]]]:
 
 
 def check_existing_split(split: Split, folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if ``folder`` has another ``splits_final.json`` that may not be replaced."""
+    """Raise ValueError if ``folder`` has another ``splits_final.json``, or a damaged one, that may not be replaced."""
     path = folder / SPLITS_FILE
-    if path.is_file() and not overwrite and json.loads(path.read_text(encoding="utf-8")) != _content(split):
+    if path.is_file() and not overwrite and read_json(path) != _content(split):
         raise ValueError(f"{path} holds another split. Give --overwrite to replace it.")
+
+
+def notes_on_preprocessed(folder: Path, with_split: bool) -> list[str]:
+    """Say what a data set that was converted again still has from earlier.
+
+    Args:
+        folder: ``nnUNet_preprocessed/DatasetXXX_NAME``; it need not exist.
+        with_split: whether a split was written there just now.
+    """
+    notes = []
+    if (folder / "dataset.json").is_file():
+        notes.append(f"{folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again")
+    old = [name for name in (SPLITS_FILE, TEST_FILE) if (folder / name).is_file()]
+    if old and not with_split:
+        files = " and ".join(str(folder / name) for name in old)
+        notes.append(f"from earlier, and still in force: {files}; delete what does not fit, or give --split")
+    return notes

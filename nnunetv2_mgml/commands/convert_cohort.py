@@ -141,7 +141,10 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", action="store_true", help="make symbolic links to .nii.gz images instead of copies")
     _add_skip_bad(parser)
     parser.add_argument(
-        "--split", metavar="A:B:C", help="random train:validation:test split; test cases go to imagesTs"
+        "--split",
+        metavar="A:B:C",
+        help="random train:validation:test split, or the very cases of a published one (see mgml convert brats); test "
+        "cases go to imagesTs",
     )
     add_split_lists(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
@@ -268,6 +271,7 @@ def describe(summary: CohortSummary) -> list[str]:
         lines.append(f"Split: {summary.split}, written where nnU-Net reads it. Train fold 0.")
     if summary.left_out:
         lines.append(f"Left out, as no split list names them: {', '.join(summary.left_out)}")
+    lines += [f"Note: {note}" for note in summary.notes]
     lines.append(f"Wrote {summary.folder} in {summary.seconds:.1f} s")
     dataset = summary.folder.name[len("Dataset") :].split("_")[0].lstrip("0")
     lines.append(f"Next: mgml check {dataset}, then nnUNetv2_plan_and_preprocess -d {dataset}")

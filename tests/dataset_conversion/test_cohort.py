@@ -14,6 +14,7 @@ from conversion_cases import array_of, tree, write_cases
 
 from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, convert_cohort
+from nnunetv2_mgml.dataset_conversion.splits import published_lists
 from nnunetv2_mgml.io.case_files import find_by_patterns
 
 PATTERNS = {"ct": "*_ct.nii.gz", "t1": "*_t1.nii.gz", "flair": "*_fl.nii*"}
@@ -114,6 +115,33 @@ def test_sessions_of_a_patient_stay_together(nnunet_folders: Path, tmp_path: Pat
         parts = [fold["train"], fold["val"], json.loads((folder / "test_cases.json").read_text())]
         assert [len(part) for part in parts] == [4, 2, 2]
         assert [len({case[:2] for case in part}) for part in parts] == [2, 1, 1]
+
+
+def test_a_published_split_by_its_name(nnunet_folders: Path, tmp_path: Path) -> None:
+    lists = published_lists("rfnet2020")
+    cases = [read.splitlines()[1] for read in (path.read_text() for path in lists)]
+    for number, case in enumerate(cases):
+        save(volume(number), tmp_path / "src" / case / "t1.nii.gz")
+        save(label(), tmp_path / "src" / case / "seg.nii.gz")
+    found = find_by_patterns(tmp_path / "src", {"t1": "t1.nii.gz"}, "seg.nii.gz")
+    with pytest.raises(ValueError, match=r"^366 name\(s\) in the split lists are no case of this data"):
+        convert_cohort(CohortRequest(found, 45, "Cohort", split="rfnet2020", num_processes=0))
+
+
+def test_a_split_from_earlier_is_told_of(nnunet_folders: Path, source: Path, capsys: Any) -> None:
+    folder = nnunet_folders / "preprocessed" / "Dataset045_Cohort"
+    assert convert(source, split="1:1:1").notes == ()
+    both = f"{folder / 'splits_final.json'} and {folder / 'test_cases.json'}"
+    (note,) = convert(source, overwrite=True).notes
+    assert note == f"from earlier, and still in force: {both}; delete what does not fit, or give --split"
+    (folder / "dataset.json").write_text("{}")
+    (folder / "splits_final.json").unlink()
+    patterns = [f"{name}={pattern}" for name, pattern in PATTERNS.items()]
+    command = ["convert", "folders", str(source), "-d", "45", "--name", "Cohort", "--overwrite", "-np", "0"]
+    assert main([*command, "--label", "lesion.nii.gz", "--modalities", *patterns]) == 0
+    printed = capsys.readouterr().out
+    assert f"Note: {folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again\n" in printed
+    assert f"Note: from earlier, and still in force: {folder / 'test_cases.json'}; delete" in printed
 
 
 def test_bad_cases_are_named_and_nothing_is_written(nnunet_folders: Path, source: Path) -> None:

@@ -147,6 +147,9 @@ def test_another_split_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Give --overwrite"):
         write_splits(second, tmp_path / "new", overwrite=False)
     assert json.loads(path.read_text()) == [{"train": ["a"], "val": ["b"]}]
+    path.write_text('[{"train": ["a"')
+    with pytest.raises(ValueError, match=r"splits_final\.json is not valid JSON"):
+        write_splits(second, tmp_path / "new", overwrite=False)
     write_splits(second, tmp_path / "new", overwrite=True)
     assert json.loads(path.read_text()) == [{"train": ["b"], "val": ["a"]}]
     assert sorted(p.name for p in path.parent.iterdir()) == ["splits_final.json", "test_cases.json"]
