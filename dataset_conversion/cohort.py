@@ -33,6 +33,8 @@ from nnunetv2_mgml.plans.cohort import MISSING_FILE, SITES_FILE
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 
 LARGEST_LABEL = 255
+IGNORE = "ignore"
+"""Name of the label that nnU-Net takes for voxels without annotation."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class CohortRequest:
     name: str
     """Dataset name."""
     labels: Mapping[str, int] = field(default_factory=dict)
-    """Name -> value in the label maps, in the order of nnU-Net's values 1, 2, ...; empty: every value there is."""
+    """Name -> value in the label maps, in the order of nnU-Net's values 1, 2, ...; ``ignore`` gets the last. Empty:
+    every value there is."""
     link: bool = False
     """Make symbolic links to ``.nii.gz`` images instead of copies."""
     skip_bad: bool = False
@@ -368,7 +371,8 @@ def _number_labels(names: Mapping[str, int], found: Iterable[int]) -> dict[str, 
             raise ValueError(
                 f"The label maps also have {', '.join(map(str, unknown))}; name every value with --labels."
             )
-        return {name: (value, new) for new, (name, value) in enumerate(names.items(), 1)}
+        ordered = sorted(names, key=lambda name: name == IGNORE)  # which nnU-Net wants to be the highest
+        return {name: (names[name], new) for new, name in enumerate(ordered, 1)}
     if not values:
         raise ValueError("The label maps are empty in every case, so nothing can be learned.")
     return {f"label_{value}": (value, new) for new, value in enumerate(values, 1)}

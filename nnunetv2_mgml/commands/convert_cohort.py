@@ -136,7 +136,8 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="names of the values in the label maps, in the order wanted (default: label_1, ... for what is found)",
+        help="names of the values in the label maps, in the order wanted, ignore last (default: label_1, ... for "
+        "what is found)",
     )
     parser.add_argument("--link", action="store_true", help="make symbolic links to .nii.gz images instead of copies")
     _add_skip_bad(parser)

@@ -84,6 +84,16 @@ def test_label_values_become_consecutive(nnunet_folders: Path, source: Path) -> 
         convert(source, labels={"core": 255}, overwrite=True)
 
 
+def test_ignore_gets_the_highest_value(nnunet_folders: Path, source: Path) -> None:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    summary = convert(source, labels={"ignore": 255, "lesion": 128})
+    description = json.loads((summary.folder / "dataset.json").read_text())
+    assert description["labels"] == {"background": 0, "lesion": 1, "ignore": 2}
+    assert LabelManager(description["labels"], None).ignore_label == 2
+    assert np.unique(array_of(summary.folder / "labelsTr/a.nii.gz")).tolist() == [0, 2]
+
+
 def test_splits_and_links(nnunet_folders: Path, source: Path) -> None:
     summary = convert(source, split="1:1:1", link=True)
     assert (summary.num_training, summary.num_test) == (2, 2)
