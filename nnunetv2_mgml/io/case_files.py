@@ -294,15 +294,7 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
     """
     if not path.is_file():
         raise FileNotFoundError(f"Sheet {path} does not exist.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as CSV in UTF-8.") from error
-    first, _, rest = text.partition("\n")
-    if first.lower().startswith("sep="):  # a line for Excel alone
-        text, first = rest, rest.partition("\n")[0]
-    header = first.strip()
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=header.count)))
+    header, rows = _rows(path)
     columns = {name.strip().lower(): name for name in (rows[0] if rows else ()) if name and name.strip()}
     if "case" not in columns:
         raise ValueError(f"{path} needs a column 'case' and rows below it; its first line is '{header}'.")
@@ -318,6 +310,7 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
         chosen = {name: column for name, column in chosen.items() if canonical_name(name) in spellings}
     cells = [{key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in rows]
     cells = [row for row in cells if any(row.values())]
+    _refuse_line_breaks(path, [*(columns[name] for name in _NO_MODALITY if name in columns), *chosen.values()], cells)
     _check_columns(path, chosen, cells)
     result = FoundCases(named, origin=str(path))
     count = Counter(row[columns["case"]] for row in cells)
@@ -354,6 +347,42 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
             result.cases.append(case)
     result.cases.sort(key=lambda case: case.name)
     return result
+
+
+def _rows(path: Path) -> tuple[str, list[dict[str, str]]]:
+    """Return the first line of a sheet, and its rows: column -> cell as it is written."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as CSV in UTF-8.") from error
+    first, _, rest = text.partition("\n")
+    above = 0
+    if first.lower().startswith("sep="):  # a line for Excel alone
+        text, first, above = rest, rest.partition("\n")[0], 1
+    header = first.strip()
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=header.count), strict=True)
+    rows, last = [], 0
+    try:
+        for row in reader:
+            rows.append(row)
+            last = reader.line_num
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} cannot be read from line {above + last + 1} on ({error}). Most likely a quotation mark is not "
+            f"closed there, and would swallow the rows below it."
+        ) from error
+    return header, rows
+
+
+def _refuse_line_breaks(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Refuse cells over several lines, which are rows swallowed by a quotation mark rather than names and paths."""
+    for row in rows:
+        for column in columns:
+            if "\n" in row[column]:
+                raise ValueError(
+                    f"{path}: a cell of {column} has a line break, {row[column][:80]!r}. Most likely a quotation mark "
+                    f"is not closed there; if the line break is meant, take it out."
+                )
 
 
 def _check_columns(path: Path, chosen: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> None:

@@ -193,6 +193,22 @@ def test_rows_that_cannot_be_right(tmp_path: Path) -> None:
     }
 
 
+def test_an_unclosed_quote_loses_no_rows(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{case}.nii.gz" for case in "abcd"))
+    sheet = tmp_path / "s.csv"
+    rows = ["case,t1,note", "a,a.nii.gz,", 'b,b.nii.gz,"left side', "c,c.nii.gz,"]
+    for head in ([], ["sep=,"]):
+        for more in ([], [f"x{i},x{i}.nii.gz,{'z' * 99}" for i in range(1500)]):  # a csv field has an upper limit
+            sheet.write_text("\n".join([*head, *rows, *more]))
+            with pytest.raises(ValueError, match=rf"s\.csv cannot be read from line {len(head) + 3} on"):
+                read_sheet(sheet, ["t1"])
+    sheet.write_text('case,t1,note\na,"a.nii.gz,\nb,b.nii.gz",\nc,c.nii.gz,"seen\ntwice"\n')
+    with pytest.raises(ValueError, match=r"a cell of t1 has a line break, 'a\.nii\.gz,\\nb,b\.nii\.gz'\. Most likely"):
+        read_sheet(sheet, ["t1"])
+    sheet.write_text('case,t1,note\n"a","a.nii.gz",5" coil\nc,c.nii.gz,"seen\ntwice"\n')
+    assert [case.name for case in read_sheet(sheet, ["t1"]).cases] == ["a", "c"]
+
+
 def test_columns_that_are_no_modality(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "b.nii.gz")
     sheet = tmp_path / "s.csv"
