@@ -282,7 +282,7 @@ def _convert_images(job: _Job) -> _Result:
     empty: list[str] = []
     for modality, path in case.images.items():
         try:
-            image = _read(path, case.frames.get(modality))
+            image = _read(path, case.frames.get(modality), len(case.frames))
         except (ValueError, FileNotFoundError) as error:
             result.problems.append(str(error))
             continue
@@ -333,8 +333,8 @@ def _convert_images(job: _Job) -> _Result:
     return result
 
 
-def _read(path: Path, frame: int | None = None) -> sitk.Image:
-    """Read a volume: one of a 4-D file, or, without ``frame``, of a 3-D file or one whose fourth axis is 1 long."""
+def _read(path: Path, frame: int | None = None, frames: int = 1) -> sitk.Image:
+    """Read a volume: one of a 4-D file with ``frames``, or, without ``frame``, of a 3-D file or one of one volume."""
     image = read_image(path, (2, 3, 4) if frame is None else (4,))
     if image.GetDimension() < 4:
         return image
@@ -344,8 +344,8 @@ def _read(path: Path, frame: int | None = None) -> sitk.Image:
             f"{path} holds {size[3]} volumes; a modality has one. Split it, or, if they are the modalities, convert it "
             f"as the Medical Segmentation Decathlon's (mgml convert msd)"
         )
-    if frame is not None and frame >= size[3]:
-        raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names more modalities")
+    if frame is not None and size[3] != frames:
+        raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names {frames} modalities")
     volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame or 0])
     return volume
 

@@ -93,16 +93,18 @@ def nifti_stem(name: str) -> str | None:
 def walk_files(source: Path) -> Iterator[Path]:
     """Yield every file below a folder in sorted order; hidden ones and ``__MACOSX`` are skipped, links are followed.
 
+    A folder to which several links lead is walked by each of them, but none that leads back up.
+
     Raises:
         ValueError: a folder that cannot be read.
     """
-    seen: set[str] = set()
+    above: dict[str, tuple[str, ...]] = {}
     for root, folders, files in os.walk(source, followlinks=True, onerror=_raise):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up
+        real, parents = os.path.realpath(root), above.get(os.path.dirname(root), ())
+        if real in parents:  # a link that leads back up
             folders.clear()
             continue
-        seen.add(real)
+        above[root] = (*parents, real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
         yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
 
@@ -198,6 +200,8 @@ def find_by_patterns(
         if len(places) > 1:
             there = ", ".join(sorted(place.as_posix() for place in places))
             problems[name].append(f"found in several folders: {there}; rename one")
+    for name, others in _aliases(source, folders).items():
+        problems[name].append(f"is the same folder as {', '.join(others)}; take the link out")
     patients = {name: places[0].parts[0] for name, places in folders.items()} if case_folders > 1 else {}
     matched = {what for _, whats in hits.values() for what in whats}
     others = [path for path in paths if path not in hits]
@@ -248,6 +252,15 @@ def _case_folders(source: Path, hits: Mapping[Path, tuple[str, list[str]]], case
         if parts and Path(*parts) not in found[name]:
             found[name].append(Path(*parts))
     return found
+
+
+def _aliases(source: Path, folders: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """Return case -> other cases that are the same folder by a link; each would be there twice."""
+    owners: dict[str, set[str]] = defaultdict(set)
+    for name, places in folders.items():
+        for place in places:
+            owners[os.path.realpath(source / place)].add(name)
+    return {name: sorted(names - {name}) for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _some(paths: Sequence[Path], source: Path, shown: int = 3) -> str:

@@ -273,6 +273,47 @@ def test_decathlon(nnunet_folders: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "edema": 1}
 
 
+@pytest.mark.parametrize(
+    ("modality", "labels", "volumes", "message"),
+    [
+        ({"0": "MRI", "1": "MRI"}, None, 2, "must give each modality a name of its own; found MRI, MRI."),
+        ({"0": "T1", "1": "T1w"}, None, 2, "must give each modality a name of its own; found T1, T1w."),
+        (
+            {"0": "T1", "2": "T2"},
+            None,
+            3,
+            "must number its modalities 0 to 1, in the order of the volumes; found 0, 2.",
+        ),
+        (
+            {"a": "T1", "b": "T2"},
+            None,
+            2,
+            "must number its modalities 0 to 1, in the order of the volumes; found a, b.",
+        ),
+        ({"0": "T1", "1": "T2"}, None, 4, "c1.nii.gz holds 4 volumes, but dataset.json names 2 modalities"),
+        (
+            {"0": "T1", "1": "T2"},
+            {"background": 0, "x": 1},
+            2,
+            'must map each label value to a name of its own, {"0": ',
+        ),
+    ],
+)
+def test_a_decathlon_that_is_not_what_it_says(
+    nnunet_folders: Path, tmp_path: Path, capsys: Any, modality: Any, labels: Any, volumes: int, message: str
+) -> None:
+    source = tmp_path / "Task01_Tiny"
+    (source / "imagesTr").mkdir(parents=True)
+    image = sitk.JoinSeries([sitk.GetImageFromArray(volume(number)) for number in range(volumes)])
+    sitk.WriteImage(image, str(source / "imagesTr" / "c1.nii.gz"))
+    save(label(), source / "labelsTr" / "c1.nii.gz")
+    content = {"modality": modality, "labels": labels or {"0": "background", "1": "x"}}
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert main(["convert", "msd", str(source), "-d", "48", "-np", "0"]) == 2
+    assert message in capsys.readouterr().err
+    assert tree(nnunet_folders / "raw") == []
+
+
 def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A challenge's validation folder: no segmentation, one case without FLAIR."""
     for case in write_cases(tmp_path / "val", 2, "brats2023"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cohort_cases import write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +181,13 @@ def test_split_of_an_existing_dataset(nnunet_folders: Path) -> None:
     assert other.test != split.test
     assert sorted(p.name for p in (raw / "labelsTs").iterdir()) == [f"{case}.nii.gz" for case in other.test]
     assert len(list((raw / "imagesTr").iterdir())) == 48
+
+
+def test_names_with_brackets_are_linked_as_they_are(nnunet_folders: Path) -> None:
+    raw = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", cases=("p[1]", "p[2]", "p[3]"))
+    split, _ = split_dataset(45, split="1:1:1")
+    links = sorted(path.name for path in raw.glob("*Ts/*"))
+    assert links == sorted([f"{split.test[0]}.nii.gz", *(f"{split.test[0]}_{c:04d}.nii.gz" for c in range(3))])
 
 
 def test_split_of_no_dataset(nnunet_folders: Path) -> None:

@@ -52,6 +52,24 @@ def test_two_folders_of_one_name_are_not_one_case(tmp_path: Path) -> None:
     assert [case.patient for case in found.cases] == ["z"]
 
 
+def test_a_link_to_a_case_is_told_of(tmp_path: Path) -> None:
+    """It takes no case away from the folder it leads to; a link that leads back up is not walked."""
+    touch(tmp_path, "p_1/t1.nii.gz", "p_2/t1.nii.gz")
+    (tmp_path / "current").symlink_to(tmp_path / "p_2")
+    (tmp_path / "p_1" / "loop").symlink_to(tmp_path)
+    found = find_by_patterns(tmp_path, {"t1": "t1.nii.gz"})
+    assert names_of(found) == {"p_1": ["t1"]}
+    assert found.problems == {
+        "current": ["is the same folder as p_2; take the link out"],
+        "p_2": ["is the same folder as current; take the link out"],
+    }
+    brats = touch(tmp_path / "brats", "A/A_t1.nii.gz", "B/B_t1.nii.gz")
+    (brats / "0").symlink_to(brats / "A")
+    found = find_brats(brats)
+    assert names_of(found) == {"B": ["t1"]}
+    assert found.problems["A"][0].startswith("2 files for t1: ")
+
+
 def test_patterns_that_do_not_fit(tmp_path: Path) -> None:
     touch(tmp_path, "p1/a_t1.nii.gz", "p1/a_t1ce.nii.gz", "p2/seg.nii.gz", "t1.nii.gz")
     with pytest.raises(ValueError, match=r"No file below .* matches \*_t2.nii.gz \(t2\); files there: t1"):
