@@ -201,7 +201,7 @@ def _plain(name: str) -> str:
     return words.replace("tumour", "tumor").replace("oedema", "edema")
 
 
-def _values(value: object) -> tuple[int, ...]:
+def _values(value: Any) -> tuple[int, ...]:
     return tuple(int(label) for label in (value if isinstance(value, list) else [value]))
 
 

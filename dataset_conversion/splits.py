@@ -102,16 +102,16 @@ def random_split(
         raise ValueError(
             f"{len(groups)} patient(s) cannot be split into {parts_wanted} parts. The patients are {some(groups)}."
         )
-    patients = list(groups)
-    random.Random(seed).shuffle(patients)
+    order = list(groups)
+    random.Random(seed).shuffle(order)
     # Patients with many time points first, while every part still has room for them.
-    patients.sort(key=lambda name: -len(groups[name]))
+    order.sort(key=lambda name: -len(groups[name]))
     room = _counts(sum(map(len, groups.values())), ratio)
     parts: list[list[str]] = [[] for _ in room]
-    for index, name in enumerate(patients):
+    for index, name in enumerate(order):
         # The last patients go to parts that are still empty, so that none stays so.
         empty = [i for i, part in enumerate(ratio) if part and not parts[i]]
-        choices = empty if empty and len(patients) - index <= len(empty) else range(len(room))
+        choices = empty if empty and len(order) - index <= len(empty) else range(len(room))
         target = max(choices, key=lambda i: room[i])
         parts[target].extend(groups[name])
         room[target] -= len(groups[name])

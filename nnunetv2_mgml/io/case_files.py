@@ -200,8 +200,8 @@ def find_by_patterns(
         if len(places) > 1:
             there = ", ".join(sorted(place.as_posix() for place in places))
             problems[name].append(f"found in several folders: {there}; rename one")
-    for name, others in _aliases(source, folders).items():
-        problems[name].append(f"is the same folder as {', '.join(others)}; take the link out")
+    for name, doubles in _aliases(source, folders).items():
+        problems[name].append(f"is the same folder as {', '.join(doubles)}; take the link out")
     patients = {name: places[0].parts[0] for name, places in folders.items()} if case_folders > 1 else {}
     matched = {what for _, whats in hits.values() for what in whats}
     others = [path for path in paths if path not in hits]
