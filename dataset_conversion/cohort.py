@@ -42,7 +42,7 @@ class CohortRequest:
     """What `convert_cohort` is asked for."""
 
     found: FoundCases
-    """The cases, from one of the functions of `io.case_files`."""
+    """The cases, from one of the functions of `io.case_files` and `io.case_sheet`."""
     dataset_id: int
     """nnU-Net dataset id, 1 to 999."""
     name: str

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.decathlon import find_decathlon
 from nnunetv2_mgml.io.case_files import (
-    SHEET_SUFFIXES,
     FoundCases,
     find_bids,
     find_brats,
     find_by_patterns,
-    read_sheet,
 )
+from nnunetv2_mgml.io.case_sheet import SHEET_SUFFIXES, read_sheet
 from nnunetv2_mgml.modalities import canonical_name
 
 FORMS = ("folders", "sheet", "bids", "msd")
@@ -46,8 +45,8 @@ class CohortSource:
 
         Raises:
             FileNotFoundError: no such folder or sheet.
-            ValueError: a source of another form, or without any case; see `io.case_files` and `find_decathlon`. Or a
-                modality that was asked for and is none of ``known``.
+            ValueError: a source of another form, or without any case; see `io.case_files`, `read_sheet` and
+                `find_decathlon`. Or a modality that was asked for and is none of ``known``.
         """
         self._refuse_unknown()
         if self.form == "msd":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mgml.io.case_files import find_bids, find_brats, find_by_patterns, read_sheet
+from nnunetv2_mgml.io.case_files import find_bids, find_brats, find_by_patterns
+from nnunetv2_mgml.io.case_sheet import read_sheet
 
 
 def touch(folder: Path, *names: str) -> Path:
