@@ -10,9 +10,18 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mgml.dataset_conversion.discovery import nifti_stem
-from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, allowed_values, from_nnunet
+from nnunetv2_mgml.dataset_conversion.labels import (
+    ENHANCING,
+    LABELS,
+    REGIONS,
+    RESECTION_CAVITY,
+    allowed_values,
+    from_nnunet,
+    our_labels,
+    renumber,
+)
 from nnunetv2_mgml.io.files import naming, only_writer, read_json, scratch
-from nnunetv2_mgml.io.label_mark import mark, marked, refuse_marked
+from nnunetv2_mgml.io.label_mark import MARK_FILE, mark, marked, refuse_marked
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.io.workers import run_jobs
 
@@ -22,7 +31,8 @@ class BackRequest:
     """What `write_back` is asked for."""
 
     source: str | Path
-    """Folder of nnU-Net predictions or labels (``.nii.gz`` or ``.nii``, values 0 to 4)."""
+    """Folder of nnU-Net predictions or labels (``.nii.gz`` or ``.nii``). Their values are those of our conversion, or
+    what the ``dataset.json`` beside them or their folder says (`labels.our_labels`)."""
     target: str | Path
     """Folder to write to, created if need be."""
     convention: str
@@ -38,6 +48,8 @@ class _Job:
     source: Path
     target: Path
     convention: str
+    numbering: dict[int, int] | None
+    """Value there -> our label; None where they are ours."""
 
 
 def convert_back(
@@ -70,7 +82,8 @@ def write_back(request: BackRequest, *, progress: bool = False) -> list[Path]:
 
     Raises:
         FileNotFoundError: ``source`` is not a folder.
-        ValueError: no or unusable files (one line each, all of them), or a target that exists. Nothing is written then.
+        ValueError: no or unusable files (one line each, all of them), labels of another data set that are not known, or
+            a target that exists or has label maps with other values. Nothing is written then.
     """
     convention = request.convention
     allowed_values(convention)
@@ -88,13 +101,9 @@ def write_back(request: BackRequest, *, progress: bool = False) -> list[Path]:
             f"{len(existing)} file(s) exist in {target}, such as {existing[0]}. Give --overwrite to replace them."
         )
     refuse_marked(source, "mgml convert back")
-    before = marked(target)
-    kept = sorted({p.name for p in target.glob("*.nii*")} - {p.name for p in files}) if before else []
-    if before != convention and kept:
-        raise ValueError(
-            f"{target} holds label maps with the values of {before} that would stay, such as {kept[0]}. Choose another "
-            f"folder, so that all label maps of one have the same values."
-        )
+    _refuse_mixing(target, convention, {path.name for path in files})
+    numbering = _numbering(source)
+    ours = numbering is None or all(there == label for there, label in numbering.items())
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         only_writer(target.absolute()),
@@ -103,7 +112,7 @@ def write_back(request: BackRequest, *, progress: bool = False) -> list[Path]:
     ):
         done = run_jobs(
             _convert,
-            [_Job(path, building / path.name, convention) for path in files],
+            [_Job(path, building / path.name, convention, None if ours else numbering) for path in files],
             request.num_processes,
             "Converting back",
             progress,
@@ -113,7 +122,8 @@ def write_back(request: BackRequest, *, progress: bool = False) -> list[Path]:
             raise ValueError(
                 "\n".join([f"{len(bad)} of {len(files)} file(s) are bad; nothing has been written.", *bad])
             )
-        _refuse_other_values(source, {label for _, labels in done for label in labels})
+        known = None if numbering is None else set(numbering.values())
+        _refuse_other_values(source, known, {label for _, labels in done for label in labels})
         target.mkdir(parents=True, exist_ok=True)
         mark(target, convention)
         for path in files:
@@ -121,12 +131,28 @@ def write_back(request: BackRequest, *, progress: bool = False) -> list[Path]:
     return [target / path.name for path in files]
 
 
-def _refuse_other_values(source: Path, found: set[int]) -> None:
-    """Raise a ValueError where values say that a folder does not hold nnU-Net's labels, but those of BraTS 2021."""
-    if RESECTION_CAVITY not in found:
-        return
-    known = _labels_of_data_set(source)
-    if known is None and ENHANCING in found:
+def _refuse_mixing(target: Path, convention: str, written: set[str]) -> None:
+    """Raise a ValueError where label maps with other values would stay in the folder to write to."""
+    before = marked(target)
+    there = {path.name for path in target.glob("*.nii*") if not path.name.startswith(".")}
+    kept = sorted(there - written)
+    if before != convention and kept:
+        whose = f"the values of {before}" if before else f"unknown values (no {MARK_FILE}), perhaps nnU-Net's,"
+        raise ValueError(
+            f"{target} holds label maps with {whose} that would stay, such as {kept[0]}. Choose another "
+            f"folder, so that all label maps of one have the same values."
+        )
+
+
+def _refuse_other_values(source: Path, known: set[int] | None, found: set[int]) -> None:
+    """Raise a ValueError where values say that a folder does not hold nnU-Net's labels, but those of BraTS 2021.
+
+    Args:
+        source: the folder.
+        known: our labels that its data set has, None where nothing says so.
+        found: our labels that are there.
+    """
+    if RESECTION_CAVITY not in found or (known is None and ENHANCING in found):
         return
     if known is None or RESECTION_CAVITY not in known:
         why = "but none has 3, the enhancing tumour" if known is None else "which its dataset.json does not have"
@@ -137,14 +163,27 @@ def _refuse_other_values(source: Path, found: set[int]) -> None:
         )
 
 
-def _labels_of_data_set(source: Path) -> set[int] | None:
-    """Return the labels that the ``dataset.json`` beside label maps knows; None where there is none."""
+def _numbering(source: Path) -> dict[int, int] | None:
+    """Return value -> our label by the ``dataset.json`` beside label maps or their folder; None where there is none.
+
+    Raises:
+        ValueError: it has labels that are not known.
+    """
     for file in (source / "dataset.json", source.parent / "dataset.json"):
         try:
-            values = read_json(file)["labels"].values()
-            return {int(label) for value in values for label in (value if isinstance(value, list) else [value])}
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # none, or of something else
+            content = read_json(file)
+        except (FileNotFoundError, ValueError):  # none, or of something else
             continue
+        if isinstance(content, dict) and isinstance(content.get("labels"), dict):
+            try:
+                return our_labels(content)
+            except (ValueError, TypeError) as error:
+                expected = ", ".join(f"{label.nnunet} {label.name}" for label in LABELS)
+                raise ValueError(
+                    f"{file} says that the label maps in {source} have labels that mgml convert back does not know: "
+                    f"{error}. Expected are the values and regions of mgml convert brats ({expected}; "
+                    f"{', '.join(REGIONS)}), or plain labels of these names with any values. Nothing has been written."
+                ) from error
     return None
 
 
@@ -154,6 +193,8 @@ def _convert(job: _Job) -> tuple[str | None, list[int]]:
     try:
         image = read_image(job.source, (3,))
         values = whole_numbers(job.source, sitk.GetArrayViewFromImage(image))
+        if job.numbering is not None:
+            values = renumber(values, job.numbering)
         labels = from_nnunet(values, job.convention)
     except (ValueError, FileNotFoundError) as error:
         text = str(error)

@@ -35,6 +35,8 @@ class Job:
     """Whether the user named the label convention, rather than leaving it to the file names."""
     channels: tuple[str, ...] = BRATS_CHANNELS
     """Canonical modality names to write, in channel order; other sequences are left alone."""
+    taken: tuple[str, ...] = ()
+    """Modalities whose files were taken from the case; it may lack these whatever ``missing_ok`` says."""
 
 
 @dataclass
@@ -62,7 +64,10 @@ def convert_case(job: Job) -> CaseResult:
     volumes = _read_images(job, result)
     if not volumes:
         if not result.problems:
-            result.problems.append("no sequence with any content")
+            taken = (
+                f" but {', '.join(job.taken)}, which --missing_rate took: delete the empty files, or try another --seed"
+            )
+            result.problems.append(f"no sequence with any content{taken if job.taken else ''}")
         return result
     reference = next(iter(volumes.values()))
     segmentation = None
@@ -129,7 +134,7 @@ def _read_images(job: Job, result: CaseResult) -> dict[str, sitk.Image]:
                 )
         volumes[modality] = image
     if result.missing and not job.missing_ok:
-        absent = [name for name in result.missing if name not in empty]
+        absent = [name for name in result.missing if name not in (*empty, *job.taken)]
         if absent:
             unknown = ", ".join(path.name for path in job.case.unknown)
             if unknown:  # most likely the one that is sought: zeros in its place would be a pity

@@ -14,13 +14,12 @@ import SimpleITK as sitk
 
 from nnunetv2_mgml.dataset_conversion.bad_cases import bad_case_lines, bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import same_header
-from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, building, check_target
+from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING, building, check_target, refuse_files_inside
 from nnunetv2_mgml.dataset_conversion.splits import (
     Split,
     check_existing_split,
-    parse_ratio,
-    random_split,
-    split_from_files,
+    choose_split,
+    notes_on_preprocessed,
     write_splits,
 )
 from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases
@@ -34,6 +33,8 @@ from nnunetv2_mgml.plans.cohort import MISSING_FILE, SITES_FILE
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 
 LARGEST_LABEL = 255
+IGNORE = "ignore"
+"""Name of the label that nnU-Net takes for voxels without annotation."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class CohortRequest:
     """What `convert_cohort` is asked for."""
 
     found: FoundCases
-    """The cases, from one of the functions of `io.case_files`."""
+    """The cases, from one of the functions of `io.case_files` and `io.case_sheet`."""
     dataset_id: int
     """nnU-Net dataset id, 1 to 999."""
     name: str
     """Dataset name."""
     labels: Mapping[str, int] = field(default_factory=dict)
-    """Name -> value in the label maps, in the order of nnU-Net's values 1, 2, ...; empty: every value there is."""
+    """Name -> value in the label maps, in the order of nnU-Net's values 1, 2, ...; ``ignore`` gets the last. Empty:
+    every value there is."""
     link: bool = False
     """Make symbolic links to ``.nii.gz`` images instead of copies."""
     skip_bad: bool = False
@@ -55,7 +57,7 @@ class CohortRequest:
     overwrite: bool = False
     """Replace an existing data set of the same id and name."""
     split: str | None = None
-    """``A:B:C`` (`splits.parse_ratio`)."""
+    """``A:B:C`` (`splits.parse_ratio`), or one of `splits.PUBLISHED`."""
     split_files: Sequence[str | Path] | None = None
     """Lists of training, validation and test cases; see `splits.split_from_files`."""
     seed: int = 0
@@ -80,6 +82,7 @@ class CohortSummary:
         left_out: labelled cases that are in none of the split lists.
         left_over: images that no pattern matches, below the source.
         seconds: wall-clock time.
+        notes: remarks for the user.
     """
 
     folder: Path
@@ -93,6 +96,7 @@ class CohortSummary:
     left_out: tuple[str, ...]
     seconds: float
     left_over: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
     target, preprocessed = nnunet_folder(RAW) / folder_name, nnunet_folder(PREPROCESSED) / folder_name
     source = Path(found.origin)
     check_target(source, target, request.dataset_id, request.overwrite)
+    refuse_files_inside(target, found.files())
     split, left_out = _choose_split(request)
     if split is not None:
         check_existing_split(split, preprocessed, request.overwrite)
@@ -210,6 +215,7 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
         left_out,
         time.perf_counter() - started,
         tuple(path.relative_to(source) for path in found.left_over),
+        tuple(notes_on_preprocessed(preprocessed, split is not None)),
     )
 
 
@@ -252,6 +258,7 @@ def write_images(
     real_source, real_target = Path(found.origin).resolve(), target.resolve()
     if real_source == real_target or real_target in real_source.parents:
         raise ValueError(f"{target} holds the source {found.origin}; write to another folder.")
+    refuse_files_inside(target, found.files())
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(target) as folder:
         jobs = [_Job(case, found.modalities, folder, False, False) for case in found.cases]
@@ -275,7 +282,7 @@ def _convert_images(job: _Job) -> _Result:
     empty: list[str] = []
     for modality, path in case.images.items():
         try:
-            image = _read(path, case.frames.get(modality))
+            image = _read(path, case.frames.get(modality), len(case.frames))
         except (ValueError, FileNotFoundError) as error:
             result.problems.append(str(error))
             continue
@@ -326,8 +333,8 @@ def _convert_images(job: _Job) -> _Result:
     return result
 
 
-def _read(path: Path, frame: int | None = None) -> sitk.Image:
-    """Read a volume: one of a 4-D file, or, without ``frame``, of a 3-D file or one whose fourth axis is 1 long."""
+def _read(path: Path, frame: int | None = None, frames: int = 1) -> sitk.Image:
+    """Read a volume: one of a 4-D file with ``frames``, or, without ``frame``, of a 3-D file or one of one volume."""
     image = read_image(path, (2, 3, 4) if frame is None else (4,))
     if image.GetDimension() < 4:
         return image
@@ -337,8 +344,8 @@ def _read(path: Path, frame: int | None = None) -> sitk.Image:
             f"{path} holds {size[3]} volumes; a modality has one. Split it, or, if they are the modalities, convert it "
             f"as the Medical Segmentation Decathlon's (mgml convert msd)"
         )
-    if frame is not None and frame >= size[3]:
-        raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names more modalities")
+    if frame is not None and size[3] != frames:
+        raise ValueError(f"{path} holds {size[3]} volumes, but dataset.json names {frames} modalities")
     volume: sitk.Image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, frame or 0])
     return volume
 
@@ -364,7 +371,8 @@ def _number_labels(names: Mapping[str, int], found: Iterable[int]) -> dict[str, 
             raise ValueError(
                 f"The label maps also have {', '.join(map(str, unknown))}; name every value with --labels."
             )
-        return {name: (value, new) for new, (name, value) in enumerate(names.items(), 1)}
+        ordered = sorted(names, key=lambda name: name == IGNORE)  # which nnU-Net wants to be the highest
+        return {name: (names[name], new) for new, name in enumerate(ordered, 1)}
     if not values:
         raise ValueError("The label maps are empty in every case, so nothing can be learned.")
     return {f"label_{value}": (value, new) for new, value in enumerate(values, 1)}
@@ -415,10 +423,6 @@ def _nothing_to_train(found: FoundCases) -> str:
 
 def _choose_split(request: CohortRequest) -> tuple[Split | None, tuple[str, ...]]:
     labelled = [case.name for case in request.found.cases if case.label is not None]
-    if request.split and request.split_files:
-        raise ValueError("Give either --split or --split_files, not both.")
-    if request.split_files:
-        named = [*labelled, *request.found.problems]
-        split, left_out = split_from_files(named, [Path(path) for path in request.split_files])
-        return split, tuple(name for name in left_out if name in labelled)
-    return (random_split(labelled, parse_ratio(request.split), request.seed), ()) if request.split else (None, ())
+    patients = {case.name: case.patient for case in request.found.cases if case.patient is not None}
+    bad = request.found.problems
+    return choose_split(labelled, bad, request.split, request.split_files, request.seed, patients)

@@ -12,24 +12,25 @@ from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.bad_cases import bad_cases_text, without_bad_cases
 from nnunetv2_mgml.dataset_conversion.case_writer import CaseResult, Job, convert_case
-from nnunetv2_mgml.dataset_conversion.dataset_folder import building, check_target, write_description
+from nnunetv2_mgml.dataset_conversion.dataset_folder import (
+    building,
+    check_target,
+    refuse_files_inside,
+    write_description,
+)
 from nnunetv2_mgml.dataset_conversion.discovery import Case, Discovery, discover, edition
 from nnunetv2_mgml.dataset_conversion.labels import CONVENTIONS, RESECTION_CAVITY
-from nnunetv2_mgml.dataset_conversion.missing import draw_missing, without_missing
+from nnunetv2_mgml.dataset_conversion.missing import check_rates, draw_missing
 from nnunetv2_mgml.dataset_conversion.splits import (
-    PUBLISHED,
     Split,
     check_existing_split,
-    parse_ratio,
-    published_lists,
-    random_split,
-    split_from_files,
+    choose_split,
+    notes_on_preprocessed,
     write_splits,
 )
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, subset_from_present
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
-from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
 
 Converted = list[tuple[Case, CaseResult]]
 
@@ -98,7 +99,7 @@ class ConversionRequest:
     seed: int = 0
     """Seed of a random split, and of what is drawn by ``missing_rates``."""
     missing_rates: Mapping[str, float] | None = None
-    """Modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case
+    """Modality -> chance in [0, 1) that a case of the training part lacks it, drawn once per case among what it has
     (`missing.draw_missing`) and written as if the file did not exist. Needs a split: validation and test cases stay
     whole."""
     subset_of: Sequence[str] | None = None
@@ -170,19 +171,21 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
     started = time.perf_counter()
     source = Path(request.source).expanduser().absolute()
     channels = _channels(request)
+    rates = check_rates(request.missing_rates or {})
     found = _discover(source, request.label_convention)
     folder_name = dataset_folder_name(request.dataset_id, request.name or _default_name(found))
     target = nnunet_folder(RAW) / folder_name
     check_target(source, target, request.dataset_id, request.overwrite)
-    chosen, left_out = _choose_split(found, request)
+    refuse_files_inside(target, found.files())
+    chosen, left_out = choose_split(_labelled(found), found.problems, request.split, request.split_files, request.seed)
     if chosen is not None:
         check_existing_split(chosen, nnunet_folder(PREPROCESSED) / folder_name, request.overwrite)
-    missing = _missing_by_rate(chosen, request)
+    missing = _missing_by_rate(found, chosen, rates, request.seed)
     with building(target) as folder:
         check_target(source, target, request.dataset_id, request.overwrite)  # another conversion may just have finished
         held_out = set(chosen.test) if chosen else set()
         jobs = [
-            _job(without_missing(case, missing), folder, case.name in held_out, case.name in missing, channels, request)
+            _job(case, folder, case.name in held_out, missing.get(case.name, ()), channels, request)
             for case in found.cases
             if case.name not in left_out
         ]
@@ -213,7 +216,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
         splits_file=splits_file,
         channels=channels,
         seconds=time.perf_counter() - started,
-        notes=(*summary.notes, *_notes_on_preprocessed(folder_name, splits_file)),
+        notes=(*summary.notes, *_notes(folder_name, splits_file)),
     )
 
 
@@ -248,28 +251,17 @@ def _default_name(found: Discovery) -> str:
     return names.pop() if len(names) == 1 else "BraTS"
 
 
-def _choose_split(found: Discovery, request: ConversionRequest) -> tuple[Split | None, tuple[str, ...]]:
-    """Return the split, and labelled cases that take no part in it."""
-    labelled = _labelled(found)
-    if request.split and request.split_files:
-        raise ValueError("Give either --split or --split_files, not both.")
-    split_files = published_lists(request.split) if request.split in PUBLISHED else request.split_files
-    if split_files:
-        # A list may name a case whose files are bad; that is said of the case, not of the list.
-        chosen, left_out = split_from_files([*labelled, *found.problems], [Path(path) for path in split_files])
-        return chosen, tuple(name for name in left_out if name in labelled)
-    if request.split:
-        return random_split(labelled, parse_ratio(request.split), request.seed), ()
-    return None, ()
-
-
-def _missing_by_rate(split: Split | None, request: ConversionRequest) -> dict[str, tuple[str, ...]]:
-    """Return case -> modalities that it is to lack, where the request has rates for it."""
-    if not request.missing_rates:
+def _missing_by_rate(
+    found: Discovery, split: Split | None, rates: Mapping[str, float], seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Return case -> modalities that it has and is to lack, where there are rates for it."""
+    if not rates:
         return {}
     if split is None:
         raise ValueError("--missing_rate is for the training part of a split; give --split or --split_files too.")
-    return draw_missing(split.train, request.missing_rates, request.seed)
+    training = set(split.train)
+    available = {case.name: case.images for case in found.cases if case.name in training}
+    return draw_missing(available, rates, seed, available)
 
 
 def _channels(request: ConversionRequest) -> tuple[str, ...]:
@@ -286,16 +278,16 @@ def _job(
     case: Case,
     folder: Path,
     held_out: bool,
-    made_incomplete: bool,
+    taken: Sequence[str],
     channels: tuple[str, ...],
     request: ConversionRequest,
 ) -> Job:
     part = "Ts" if held_out or case.segmentation is None else "Tr"
     labels = None if case.segmentation is None else folder / f"labels{part}"
     stated = request.label_convention != "auto"
-    return Job(
-        case, folder / f"images{part}", labels, request.link, request.missing_ok or made_incomplete, stated, channels
-    )
+    left = {name: file for name, file in case.images.items() if name not in taken}
+    case = dataclasses.replace(case, images=left)
+    return Job(case, folder / f"images{part}", labels, request.link, request.missing_ok, stated, channels, tuple(taken))
 
 
 def _summary(
@@ -336,15 +328,7 @@ def _summary(
     )
 
 
-def _notes_on_preprocessed(folder_name: str, splits_file: Path | None) -> list[str]:
+def _notes(folder_name: str, splits_file: Path | None) -> list[str]:
     if not os.environ.get(PREPROCESSED):
         return []
-    folder = nnunet_folder(PREPROCESSED) / folder_name
-    notes = []
-    if (folder / "dataset.json").is_file():
-        notes.append(f"{folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again")
-    if splits_file is None and (folder / SPLITS_FILE).is_file():
-        notes.append(
-            f"{folder / SPLITS_FILE} is from earlier and still holds; delete it and {TEST_FILE} if it does not fit"
-        )
-    return notes
+    return notes_on_preprocessed(nnunet_folder(PREPROCESSED) / folder_name, splits_file is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
@@ -40,6 +40,26 @@ def check_target(source: Path, target: Path, dataset_id: int, overwrite: bool) -
     if real_target == real_source or real_target in real_source.parents or real_source in real_target.parents:
         raise ValueError(
             f"The source {source} and the new dataset {target} lie within each other; move the source elsewhere."
+        )
+
+
+def refuse_files_inside(target: Path, files: Iterable[Path]) -> None:
+    """Raise a ValueError where a file to convert lies, itself or by links, in the folder that will be replaced.
+
+    Args:
+        target: folder that will be written, and replaced if it exists.
+        files: images and label maps of all cases, those of bad ones included.
+    """
+    folder = target.resolve()
+    inside = [
+        file
+        for file in files
+        if folder in file.resolve().parents or folder in (file.parent.resolve() / file.name).parents
+    ]
+    if inside:
+        raise ValueError(
+            f"{len(inside)} file(s) to convert lie in {target}, which would be replaced, such as {inside[0]}; they "
+            f"would be lost. Write to another folder (a data set: to another id), or move them elsewhere."
         )
 
 

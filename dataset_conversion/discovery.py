@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,6 +40,13 @@ class Discovery:
     cases: list[Case] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    bad_files: list[Path] = field(default_factory=list)
+    """Files of the cases with problems."""
+
+    def files(self) -> list[Path]:
+        """Return the images and segmentations of all cases, those with problems included."""
+        good = [path for case in self.cases for path in (*case.images.values(), case.segmentation) if path is not None]
+        return good + self.bad_files
 
 
 @dataclass
@@ -122,6 +130,7 @@ def _add_case(
         problems.append("has a segmentation but no image sequence")
     if problems:
         result.problems[name] = problems
+        result.bad_files += itertools.chain(*files.content.values())
         return
     folder = next(iter(files.folders))
     segmentation = files.content["seg"][0] if files.content["seg"] else None

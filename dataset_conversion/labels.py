@@ -7,6 +7,8 @@ resection cavity since the post-treatment data of 2024: the same number means tw
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,27 @@ REGIONS: dict[str, tuple[int, ...]] = {
     "resection_cavity": (4,),
 }
 """Region -> nnU-Net labels. The cavity is no tumour, hence in none of the first three."""
+
+_OTHER_NAMES: dict[str, int] = {
+    "ed": 1,
+    "peritumoral edema": 1,
+    "snfh": 1,
+    "necrosis": 2,
+    "ncr": 2,
+    "net": 2,
+    "ncr net": 2,
+    "netc": 2,
+    "necrotic core": 2,
+    "necrotic tumor core": 2,
+    "non enhancing tumor": 2,
+    "non enhancing tumor core": 2,
+    "enhancing": 3,
+    "et": 3,
+    "gd enhancing tumor": 3,
+    "cavity": 4,
+    "rc": 4,
+}
+"""What other data sets call our labels, spelled as `_plain` does."""
 
 REGIONS_CLASS_ORDER: tuple[int, ...] = (1, 2, 3, 4)
 """Label that each region paints, in the order of `REGIONS`, later over earlier."""
@@ -115,6 +138,74 @@ def from_nnunet(segmentation: NDArray[Any], convention: str) -> NDArray[Any]:
         table,
         f"predictions that can be written as {convention} have {', '.join(map(str, sorted(table)))}",
     )
+
+
+def renumber(segmentation: NDArray[Any], table: dict[int, int]) -> NDArray[Any]:
+    """Replace the values of another nnU-Net data set by ours.
+
+    Args:
+        segmentation: any shape, integers or integral floats.
+        table: value there -> our label (`our_labels`).
+
+    Returns:
+        Same shape, uint8, values 0 to 4.
+
+    Raises:
+        ValueError: a value that the other data set does not have.
+    """
+    return _replace(segmentation, table, f"its dataset.json has {', '.join(map(str, sorted(table)))}")
+
+
+def our_labels(description: Mapping[str, Any]) -> dict[int, int]:
+    """Return value -> our label, as the ``dataset.json`` of another nnU-Net data set tells them.
+
+    Regions must be those of our conversion, or nnU-Net's own ``Dataset137_BraTS21``. Plain labels may have any values
+    from 0 to 255; each is told by its name.
+
+    Args:
+        description: content of ``dataset.json``, with ``labels``.
+
+    Raises:
+        ValueError: other regions, a name that may mean several things or nothing, or two names for one label.
+    """
+    labels = dict(description["labels"])
+    given = {_plain(str(name)): _values(value) for name, value in labels.items()}
+    if len(given) < len(labels):
+        raise ValueError("two labels have one name")
+    given.pop("ignore", None)
+    if given.pop("background", ()) != (0,):
+        raise ValueError("background is not 0")
+    if any(len(values) != 1 for values in given.values()):
+        return _of_regions(given, description.get("regions_class_order"))
+    table = {0: 0}
+    for name, (value,) in given.items():
+        label = _KNOWN_NAMES.get(name)
+        if label is None or label in table.values() or value in table or not 0 < value <= 255:
+            why = "is not known" if label is None else "is there twice, or has a value that cannot be"
+            raise ValueError(f"the label '{name}' {why}")
+        table[value] = label
+    return table
+
+
+def _of_regions(given: Mapping[str, tuple[int, ...]], order: object) -> dict[int, int]:
+    ours = [(_plain(name), labels) for name, labels in list(REGIONS.items())[: len(given)]]
+    painted = list(REGIONS_CLASS_ORDER[: len(ours)])
+    if len(given) < len(REGIONS) - 1 or list(given.items()) != ours or order not in (None, painted):
+        raise ValueError(f"the regions are {', '.join(f'{name} {list(labels)}' for name, labels in given.items())}")
+    return {label: label for label in (0, *painted)}
+
+
+def _plain(name: str) -> str:
+    """Return a label's name in lower case, with spaces only, in American spelling."""
+    words = re.sub(r"[\W_]+", " ", name.lower()).strip()
+    return words.replace("tumour", "tumor").replace("oedema", "edema")
+
+
+def _values(value: Any) -> tuple[int, ...]:
+    return tuple(int(label) for label in (value if isinstance(value, list) else [value]))
+
+
+_KNOWN_NAMES = {_plain(label.name): label.nnunet for label in LABELS} | _OTHER_NAMES
 
 
 def dataset_labels(with_cavity: bool) -> tuple[dict[str, int | list[int]], list[int]]:

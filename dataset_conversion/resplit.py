@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def _link_test_cases(raw: Path, part: str, test: Sequence[str]) -> None:
             path.unlink()
     pattern = "_[0-9][0-9][0-9][0-9]" if part == "images" else ""
     for case in test:
-        for path in sorted((raw / f"{part}Tr").glob(f"{case}{pattern}{FILE_ENDING}")):
+        for path in sorted((raw / f"{part}Tr").glob(f"{glob.escape(case)}{pattern}{FILE_ENDING}")):
             link = target / path.name
             if not link.exists():
                 os.symlink(os.path.join("..", f"{part}Tr", path.name), link)

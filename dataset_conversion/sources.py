@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.decathlon import find_decathlon
 from nnunetv2_mgml.io.case_files import (
-    SHEET_SUFFIXES,
     FoundCases,
     find_bids,
     find_brats,
     find_by_patterns,
-    read_sheet,
 )
+from nnunetv2_mgml.io.case_sheet import SHEET_SUFFIXES, read_sheet
 from nnunetv2_mgml.modalities import canonical_name
 
 FORMS = ("folders", "sheet", "bids", "msd")
@@ -45,8 +45,8 @@ class CohortSource:
 
         Raises:
             FileNotFoundError: no such folder or sheet.
-            ValueError: a source of another form, or without any case; see `io.case_files` and `find_decathlon`. Or a
-                modality that was asked for and is none of ``known``.
+            ValueError: a source of another form, or without any case; see `io.case_files`, `read_sheet` and
+                `find_decathlon`. Or a modality that was asked for and is none of ``known``.
         """
         self._refuse_unknown()
         if self.form == "msd":
@@ -98,7 +98,7 @@ def in_order(found: FoundCases, channels: Sequence[str]) -> FoundCases:
     for case in found.cases:
         images = {name: case.images[name] for name in order if name in case.images}
         if images:
-            cases.append(type(case)(case.name, images, case.label, case.site, case.frames))
+            cases.append(dataclasses.replace(case, images=images))
         else:
             problems[case.name] = [f"has none of {', '.join(channels)}"]
-    return FoundCases(order, cases, problems, found.origin, found.left_over)
+    return dataclasses.replace(found, modalities=order, cases=cases, problems=problems, other_files=found.files())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_mgml.dataset_conversion.discovery import patient
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.modalities import BRATS_FILE_SUFFIXES, BRATS_SEGMENTATION_SUFFIX
 from nnunetv2_mgml.plans.splits import SPLITS_FILE, TEST_FILE
@@ -81,37 +80,76 @@ def _counts(total: int, ratio: Sequence[int]) -> list[int]:
     return counts
 
 
-def random_split(cases: Iterable[str], ratio: Sequence[int], seed: int = 0) -> Split:
+def random_split(
+    cases: Iterable[str], ratio: Sequence[int], seed: int = 0, patients: Mapping[str, str] | None = None
+) -> Split:
     """Split cases by proportion; several time points of one patient stay together.
 
     Args:
         cases: case names, in any order (the result does not depend on it).
         ratio: train, validation, test proportions; exact counts where they sum up to the number of cases.
         seed: another seed gives another split.
+        patients: case -> patient, where the source says so; others are told by the names of BraTS and BIDS.
 
     Raises:
         ValueError: fewer patients than parts.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for case in sorted(cases):
-        groups[patient(case)].append(case)
+        groups[(patients or {}).get(case) or patient(case)].append(case)
     parts_wanted = sum(part > 0 for part in ratio)
     if len(groups) < parts_wanted:
-        raise ValueError(f"{len(groups)} patient(s) cannot be split into {parts_wanted} parts.")
-    patients = list(groups)
-    random.Random(seed).shuffle(patients)
+        raise ValueError(
+            f"{len(groups)} patient(s) cannot be split into {parts_wanted} parts. The patients are {some(groups)}."
+        )
+    order = list(groups)
+    random.Random(seed).shuffle(order)
     # Patients with many time points first, while every part still has room for them.
-    patients.sort(key=lambda name: -len(groups[name]))
+    order.sort(key=lambda name: -len(groups[name]))
     room = _counts(sum(map(len, groups.values())), ratio)
     parts: list[list[str]] = [[] for _ in room]
-    for index, name in enumerate(patients):
+    for index, name in enumerate(order):
         # The last patients go to parts that are still empty, so that none stays so.
         empty = [i for i, part in enumerate(ratio) if part and not parts[i]]
-        choices = empty if empty and len(patients) - index <= len(empty) else range(len(room))
+        choices = empty if empty and len(order) - index <= len(empty) else range(len(room))
         target = max(choices, key=lambda i: room[i])
         parts[target].extend(groups[name])
         room[target] -= len(groups[name])
     return Split(*(tuple(sorted(part)) for part in parts))
+
+
+def choose_split(
+    labelled: Sequence[str],
+    bad: Iterable[str],
+    split: str | None,
+    split_files: Sequence[str | Path] | None,
+    seed: int = 0,
+    patients: Mapping[str, str] | None = None,
+) -> tuple[Split | None, tuple[str, ...]]:
+    """Return the split that a conversion is asked for, if any.
+
+    Args:
+        labelled: names of the cases with labels.
+        bad: names of cases that cannot be used; lists may name them.
+        split: a proportion (`parse_ratio`), or one of `PUBLISHED`.
+        split_files: lists (`split_from_files`).
+        seed: of a random split.
+        patients: see `random_split`.
+
+    Returns:
+        The split or None, and labelled cases that are in none of its lists.
+
+    Raises:
+        FileNotFoundError, ValueError: both were given, or as `random_split` and `split_from_files`.
+    """
+    if split and split_files:
+        raise ValueError("Give either --split or --split_files, not both.")
+    files = published_lists(split) if split and split in PUBLISHED else split_files
+    if files:
+        # A list may name a case whose files are bad; that is said of the case, not of the list.
+        chosen, left_out = split_from_files([*labelled, *bad], [Path(path) for path in files])
+        return chosen, tuple(name for name in left_out if name in labelled)
+    return (random_split(labelled, parse_ratio(split), seed, patients), ()) if split else (None, ())
 
 
 def split_from_files(cases: Iterable[str], files: Sequence[Path]) -> tuple[Split, tuple[str, ...]]:
@@ -191,7 +229,24 @@ def _content(split: Split) -> list[Mapping[str, list[str]]]:
 
 
 def check_existing_split(split: Split, folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if ``folder`` has another ``splits_final.json`` that may not be replaced."""
+    """Raise ValueError if ``folder`` has another ``splits_final.json``, or a damaged one, that may not be replaced."""
     path = folder / SPLITS_FILE
-    if path.is_file() and not overwrite and json.loads(path.read_text(encoding="utf-8")) != _content(split):
+    if path.is_file() and not overwrite and read_json(path) != _content(split):
         raise ValueError(f"{path} holds another split. Give --overwrite to replace it.")
+
+
+def notes_on_preprocessed(folder: Path, with_split: bool) -> list[str]:
+    """Say what a data set that was converted again still has from earlier.
+
+    Args:
+        folder: ``nnUNet_preprocessed/DatasetXXX_NAME``; it need not exist.
+        with_split: whether a split was written there just now.
+    """
+    notes = []
+    if (folder / "dataset.json").is_file():
+        notes.append(f"{folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again")
+    old = [name for name in (SPLITS_FILE, TEST_FILE) if (folder / name).is_file()]
+    if old and not with_split:
+        files = " and ".join(str(folder / name) for name in old)
+        notes.append(f"from earlier, and still in force: {files}; delete what does not fit, or give --split")
+    return notes

@@ -53,7 +53,7 @@ def add_arguments(commands: Any, formatter_class: Any) -> None:
         "sheet",
         "CSV or TSV sheet -> nnUNet_raw dataset",
         "Convert the cases of a sheet with a column 'case', a column of paths per modality (an empty cell: absent), "
-        "'label', and 'site' if you like. Example: mgml convert sheet cases.csv -d 45",
+        "'label', and 'site' and 'patient' if you like. Example: mgml convert sheet cases.csv -d 45",
     )
     sheet.add_argument("source", metavar="SHEET", help="the sheet; paths are relative to it")
     sheet.add_argument("--modalities", nargs="+", default=[], metavar="COLUMN", help="columns to take (default: all)")
@@ -124,7 +124,7 @@ def _add_case_folders(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how many folders below SRC name a case: 2 for patient and session",
+        help="how many folders below SRC name a case: 2 for patient and session (the first one is the patient)",
     )
 
 
@@ -136,12 +136,16 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="names of the values in the label maps, in the order wanted (default: label_1, ... for what is found)",
+        help="names of the values in the label maps, in the order wanted, ignore last (default: label_1, ... for "
+        "what is found)",
     )
     parser.add_argument("--link", action="store_true", help="make symbolic links to .nii.gz images instead of copies")
     _add_skip_bad(parser)
     parser.add_argument(
-        "--split", metavar="A:B:C", help="random train:validation:test split; test cases go to imagesTs"
+        "--split",
+        metavar="A:B:C",
+        help="random train:validation:test split, or the very cases of a published one (see mgml convert brats); test "
+        "cases go to imagesTs",
     )
     add_split_lists(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset of this id and name")
@@ -268,6 +272,7 @@ def describe(summary: CohortSummary) -> list[str]:
         lines.append(f"Split: {summary.split}, written where nnU-Net reads it. Train fold 0.")
     if summary.left_out:
         lines.append(f"Left out, as no split list names them: {', '.join(summary.left_out)}")
+    lines += [f"Note: {note}" for note in summary.notes]
     lines.append(f"Wrote {summary.folder} in {summary.seconds:.1f} s")
     dataset = summary.folder.name[len("Dataset") :].split("_")[0].lstrip("0")
     lines.append(f"Next: mgml check {dataset}, then nnUNetv2_plan_and_preprocess -d {dataset}")

@@ -18,12 +18,11 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
 from nnunetv2_mgml.io.case_files import (
     NIFTI_SUFFIXES,
-    SHEET_SUFFIXES,
     FoundCases,
     NoBratsNamesError,
     find_brats,
-    read_sheet,
 )
+from nnunetv2_mgml.io.case_sheet import SHEET_SUFFIXES, read_sheet
 from nnunetv2_mgml.modalities import BRATS_CHANNELS, Subset, canonical_name, channel_index, subset_from_missing
 
 AUTO = "auto"
@@ -107,7 +106,7 @@ def find_cases(folder: str | Path, file_ending: str, channels: Sequence[str]) ->
 
     Args:
         folder: flat folder of ``CASE_XXXX<file_ending>`` files; or a folder of any depth with the file names of BraTS;
-            or a CSV or TSV sheet (`io.case_files.read_sheet`).
+            or a CSV or TSV sheet (`io.case_sheet.read_sheet`).
         file_ending: ``file_ending`` of the model's dataset.json, for example ``".nii.gz"``.
         channels: the model's modality names in channel order.
 

@@ -1,17 +1,15 @@
-"""Which files belong to which case: folders by patterns, sheets, BIDS, BraTS names (imports neither nnU-Net nor torch).
+"""Which files belong to which case: folders by patterns, BIDS, BraTS names (imports neither nnU-Net nor torch).
 
-A modality of a case without a file is simply not in it; nothing here invents one.
+A modality of a case without a file is simply not in it; nothing here invents one. `case_sheet` reads sheets.
 """
 
 from __future__ import annotations
 
-import csv
 import fnmatch
-import io
 import itertools
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,6 @@ from nnunetv2_mgml.modalities import (
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd", ".nhdr", ".tif", ".tiff", ".dcm")
-SHEET_SUFFIXES = (".csv", ".tsv")
 BRATS_CONTENT = {
     suffix: (naming, modality)
     for naming, table in BRATS_FILE_SUFFIXES.items()
@@ -35,7 +32,6 @@ BRATS_CONTENT = {
 """Ending of a file's stem -> (naming, modality or ``seg``)."""
 
 BRATS_STEM = re.compile(rf"(?P<case>.+)(?P<suffix>{'|'.join(map(re.escape, BRATS_CONTENT))})", re.IGNORECASE)
-_ABSENT = ("", "n/a", "#n/a", "na", "n.a.", "nan", "none", "null", "-", "--", ".")
 _NO_IMAGE = "has a label but no image"
 _LABEL_SUFFIXES = ("mask", "dseg", "seg")
 
@@ -55,6 +51,8 @@ class CaseFiles:
     site: str | None = None
     frames: Mapping[str, int] = field(default_factory=dict)
     """Modality -> index along the fourth axis, where one file holds several modalities."""
+    patient: str | None = None
+    """Whose case it is, where the source says so; cases of one patient stay together in a random split."""
 
 
 @dataclass
@@ -69,6 +67,13 @@ class FoundCases:
     """Where they come from, for the description of a data set."""
     left_over: list[Path] = field(default_factory=list)
     """Images that no pattern matches; one of them may be a modality that seems to be missing."""
+    other_files: list[Path] = field(default_factory=list)
+    """Files of the cases with problems, and of modalities that were left out."""
+
+    def files(self) -> list[Path]:
+        """Return every image and label map once, those of cases with problems included."""
+        good = [path for case in self.cases for path in (*case.images.values(), case.label) if path is not None]
+        return list(dict.fromkeys(good + self.other_files))
 
 
 # --- walking ----------------------------------------------------------------------------------------------------------
@@ -83,16 +88,18 @@ def nifti_stem(name: str) -> str | None:
 def walk_files(source: Path) -> Iterator[Path]:
     """Yield every file below a folder in sorted order; hidden ones and ``__MACOSX`` are skipped, links are followed.
 
+    A folder to which several links lead is walked by each of them, but none that leads back up.
+
     Raises:
         ValueError: a folder that cannot be read.
     """
-    seen: set[str] = set()
+    above: dict[str, tuple[str, ...]] = {}
     for root, folders, files in os.walk(source, followlinks=True, onerror=_raise):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up
+        real, parents = os.path.realpath(root), above.get(os.path.dirname(root), ())
+        if real in parents:  # a link that leads back up
             folders.clear()
             continue
-        seen.add(real)
+        above[root] = (*parents, real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
         yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
 
@@ -112,6 +119,7 @@ def _found(
     labels: Mapping[str, list[Path]],
     origin: str,
     problems: Mapping[str, list[str]] | None = None,
+    patients: Mapping[str, str] | None = None,
 ) -> FoundCases:
     """Make cases of the files that were matched; two files for one thing are a problem of their case."""
     result = FoundCases(tuple(modalities), origin=origin)
@@ -127,6 +135,7 @@ def _found(
             bad[name].append(_NO_IMAGE)
         if bad[name]:
             result.problems[name] = bad[name]
+            result.other_files += itertools.chain(*matched.values())
             continue
         label = labels.get(name, [])
         result.cases.append(
@@ -134,6 +143,7 @@ def _found(
                 name,
                 {modality: paths[0] for modality in modalities if (paths := images[name].get(modality))},
                 label[0] if label else None,
+                patient=(patients or {}).get(name),
             )
         )
     return result
@@ -147,6 +157,8 @@ def find_by_patterns(
 
     A file in a folder below ``source`` belongs to the case named by its first ``case_folders`` folders, joined by
     ``_``; a file in ``source`` itself to the case named by what the first ``*`` of its pattern stands for.
+
+    Where several folders name a case, the first of them is its patient. Two cases of one name are a problem of it.
 
     Where a file matches no pattern as it is written, upper and lower case count as the same (``A_T1.NII.GZ``).
 
@@ -178,14 +190,23 @@ def find_by_patterns(
             images[name][whats[0]].append(path)
         else:
             labels[name].append(path)
+    folders = _case_folders(source, hits, case_folders)
+    for name, places in folders.items():
+        if len(places) > 1:
+            there = ", ".join(sorted(place.as_posix() for place in places))
+            problems[name].append(f"found in several folders: {there}; rename one")
+    for name, doubles in _aliases(source, folders).items():
+        problems[name].append(f"is the same folder as {', '.join(doubles)}; take the link out")
+    patients = {name: places[0].parts[0] for name, places in folders.items()} if case_folders > 1 else {}
     matched = {what for _, whats in hits.values() for what in whats}
     others = [path for path in paths if path not in hits]
     for what, pattern in wanted.items():
         if what not in matched:
             there = f"; files there: {_some(others, source)}" if others else ""
             raise ValueError(f"No file below {source} matches {pattern} ({what or 'the label'}){there}.")
-    found = _found(tuple(patterns), images, labels, str(source), problems)
+    found = _found(tuple(patterns), images, labels, str(source), problems, patients)
     found.left_over = [path for path in others if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    found.other_files = [path for path, (name, _) in hits.items() if name in found.problems]
     for name, texts in found.problems.items():
         own = [path for path in found.left_over if "_".join(path.relative_to(source).parts[:case_folders]) == name]
         if _NO_IMAGE in texts and own:
@@ -218,6 +239,25 @@ def _matched(
     return dict(sorted(found.items()))
 
 
+def _case_folders(source: Path, hits: Mapping[Path, tuple[str, list[str]]], case_folders: int) -> dict[str, list[Path]]:
+    """Return case -> the folders that name it, below ``source``; files in ``source`` itself are in none."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path, (name, _) in hits.items():
+        parts = path.relative_to(source).parts[:-1][:case_folders]
+        if parts and Path(*parts) not in found[name]:
+            found[name].append(Path(*parts))
+    return found
+
+
+def _aliases(source: Path, folders: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """Return case -> other cases that are the same folder by a link; each would be there twice."""
+    owners: dict[str, set[str]] = defaultdict(set)
+    for name, places in folders.items():
+        for place in places:
+            owners[os.path.realpath(source / place)].add(name)
+    return {name: sorted(names - {name}) for names in owners.values() if len(names) > 1 for name in names}
+
+
 def _some(paths: Sequence[Path], source: Path, shown: int = 3) -> str:
     return ", ".join(path.relative_to(source).as_posix() for path in paths[:shown])
 
@@ -241,121 +281,6 @@ def _starred(name: str, pattern: str) -> str:
 
 def _regex(pattern: str) -> str:
     return re.sub(r"^\(\?s:(.*)\)\\[zZ]$", r"\1", fnmatch.translate(pattern), flags=re.DOTALL)
-
-
-# --- sheets -----------------------------------------------------------------------------------------------------------
-def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] = ()) -> FoundCases:
-    """Read a CSV or TSV sheet with a row per case.
-
-    Columns: ``case``; ``label`` and ``site`` where there are such; every other one is a modality, in channel order.
-    A cell holds a path (relative to the sheet), or nothing, ``n/a`` or the like (`_ABSENT`) where a modality is absent.
-
-    Args:
-        path: the sheet; separated by commas, semicolons or tabs.
-        modalities: columns to take, in channel order; none for all.
-        known: modalities whose cells are read; none for all. Others are named, but in no case.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no such sheet.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"Sheet {path} does not exist.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as CSV in UTF-8.") from error
-    first, _, rest = text.partition("\n")
-    if first.lower().startswith("sep="):  # a line for Excel alone
-        text, first = rest, rest.partition("\n")[0]
-    header = first.strip()
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=header.count)))
-    columns = {name.strip().lower(): name for name in (rows[0] if rows else ()) if name and name.strip()}
-    if "case" not in columns:
-        raise ValueError(f"{path} needs a column 'case' and rows below it; its first line is '{header}'.")
-    own = [name for low, name in columns.items() if low not in ("case", "label", "site")]
-    by_name = {canonical_name(name): name for name in own}
-    unknown = [name for name in modalities if canonical_name(name) not in by_name]
-    if unknown:
-        raise ValueError(f"{path} has no column {', '.join(unknown)}; its columns are {', '.join(columns.values())}.")
-    chosen = {name: by_name[canonical_name(name)] for name in modalities} or {name.strip(): name for name in own}
-    named = tuple(chosen)
-    if known:
-        spellings = set(map(canonical_name, known))
-        chosen = {name: column for name, column in chosen.items() if canonical_name(name) in spellings}
-    cells = [{key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in rows]
-    cells = [row for row in cells if any(row.values())]
-    _check_columns(path, chosen, cells)
-    result = FoundCases(named, origin=str(path))
-    count = Counter(row[columns["case"]] for row in cells)
-    for row in cells:
-        name = row[columns["case"]]
-        images = {what: _below(path.parent, row[c]) for what, c in chosen.items() if not _is_absent(row[c])}
-        label = row[columns["label"]] if "label" in columns else ""
-        case = CaseFiles(
-            name,
-            images,
-            None if _is_absent(label) else _below(path.parent, label),
-            None if "site" not in columns or _is_absent(row[columns["site"]]) else row[columns["site"]],
-        )
-        if not name:
-            raise ValueError(f"{path} has a row without a case name: {', '.join(filter(None, row.values()))[:80]}.")
-        texts = [f"{file} does not exist" for file in (*images.values(), case.label) if file and not _is_file(file)]
-        if name.startswith(".") or "/" in name or "\\" in name:
-            texts.append("its name would name another folder; leave slashes and the dot in front out")
-        if count[name] > 1:
-            texts.append(f"is in {'two' if count[name] == 2 else count[name]} rows")
-        if not images:
-            texts.append("has no image")
-        texts += [
-            f"{first} and {second} are the same file, {images[first]}"
-            for first, second in itertools.combinations(images, 2)
-            if images[first] == images[second]
-        ]
-        if texts:
-            texts = [text for text in texts if text not in result.problems.get(name, ())]
-            result.problems.setdefault(name, []).extend(texts)
-        else:
-            result.cases.append(case)
-    result.cases.sort(key=lambda case: case.name)
-    return result
-
-
-def _check_columns(path: Path, chosen: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Refuse columns of several values of which none is a file: age, sex, a comment; or a sheet that was moved."""
-    given = {what: [row[column] for row in rows if not _is_absent(row[column])] for what, column in chosen.items()}
-    files = {what: [text for text in texts if _is_file(_below(path.parent, text))] for what, texts in given.items()}
-    strange = [what for what, texts in given.items() if len(texts) > 1 and not files[what]]
-    images = [what for what in chosen if what not in strange and given[what]]
-    if strange and images:
-        raise ValueError(
-            f"{path}: no cell of {', '.join(strange)} is a file that exists (the first: {given[strange[0]][0]!r}; "
-            f"paths are relative to the sheet). If it is no modality, name those to take: --modalities "
-            f"{' '.join(images)}."
-        )
-    if strange:
-        raise ValueError(
-            f"{path}: none of its files exists, the first is {_below(path.parent, given[strange[0]][0])}. Paths are "
-            f"relative to the sheet's folder, {path.parent}."
-        )
-
-
-def _is_absent(text: str) -> bool:
-    return text.lower() in _ABSENT
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a comment that is too long for a name
-        return False
-
-
-def _below(folder: Path, text: str) -> Path:
-    r"""Return the file a cell names; backslashes of a sheet written on Windows are slashes, if only so it exists."""
-    path = folder / Path(text).expanduser()  # an absolute path stays what it is
-    turned = folder / Path(text.replace("\\", "/")).expanduser()
-    return turned if turned != path and not _is_file(path) and _is_file(turned) else path
 
 
 # --- BIDS -------------------------------------------------------------------------------------------------------------

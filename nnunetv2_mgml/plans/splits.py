@@ -51,7 +51,7 @@ def trains_on_test_cases(folder: Path, fold: int | str, cases: Collection[str]) 
         ValueError: a file that is not what it should be.
     """
     held_out = held_out_cases(folder, cases)
-    splits = _splits(folder)
+    splits = read_splits(folder)
     if not held_out or _of(splits, fold) is not None:
         return ""
     file = folder / SPLITS_FILE
@@ -68,7 +68,7 @@ def fold_warning(folder: Path, fold: int | str, cases: Collection[str]) -> str:
 
     The arguments are those of `trains_on_test_cases`, and what is raised.
     """
-    splits = _splits(folder)
+    splits = read_splits(folder)
     split = _of(splits, fold)
     if split is not None:
         wrong = sorted(set(held_out_cases(folder, cases)) & set(split["train"]))
@@ -84,12 +84,22 @@ def fold_warning(folder: Path, fold: int | str, cases: Collection[str]) -> str:
     )
 
 
-def _splits(folder: Path) -> list[dict[str, Any]] | None:
+def read_splits(folder: Path) -> list[dict[str, Any]] | None:
+    """Return the folds of the split file, each with lists of ``train`` and ``val``; None where there is no file.
+
+    Args:
+        folder: ``nnUNet_preprocessed/DatasetXXX_NAME``.
+
+    Raises:
+        ValueError: a file that is not what it should be.
+    """
     file = folder / SPLITS_FILE
     if not file.is_file():
         return None
     splits = read_json(file)
-    if not isinstance(splits, list) or not all(isinstance(s, dict) and {"train", "val"} <= set(s) for s in splits):
+    if not isinstance(splits, list) or not all(
+        isinstance(fold, dict) and all(isinstance(fold.get(part), list) for part in ("train", "val")) for fold in splits
+    ):
         raise ValueError(f'{file} must hold a list of folds, {{"train": [...], "val": [...]}} each.')
     return splits
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
 from nnunetv2_mgml.plans.cohort import SITES_FILE, RawCase, raw_cases, read_dataset_json
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
-from nnunetv2_mgml.plans.splits import SPLITS_FILE
+from nnunetv2_mgml.plans.splits import read_splits
 from nnunetv2_mgml.presentation.figures.cohort import cohort_page
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.scoring.regions import LabelSet, label_set
@@ -140,7 +139,7 @@ def check_dataset(request: CheckRequest) -> DatasetCheck:
     description = read_dataset_json(folder)
     channels = channel_names(description)
     cases = raw_cases(folder)
-    test = raw_cases(folder, "Ts") if any((folder / "imagesTs").glob("*")) else []
+    test = raw_cases(folder, "Ts") if _has_test_images(folder, description) else []
     jobs = [(case, channels) for case in cases]
     checks = tuple(run_jobs(check_case, jobs, request.num_processes, "Checking", request.show_progress))
     subsets = {
@@ -191,14 +190,19 @@ def draw(check: DatasetCheck) -> Any:
 def _parts(dataset: str, subsets: Mapping[str, Subset], test: Sequence[RawCase]) -> dict[str, tuple[str, ...]]:
     parts: dict[str, tuple[str, ...]] = {"training": tuple(subsets)}
     root = os.environ.get(PREPROCESSED)
-    path = Path(root).expanduser() / dataset / SPLITS_FILE if root else None
-    if path is not None and path.is_file():
-        for fold, split in enumerate(read_json(path)):
-            for key, name in (("train", "training"), ("val", "validation")):
-                parts[f"fold {fold} {name}"] = tuple(case for case in split[key] if case in subsets)
+    folds = read_splits(Path(root).expanduser() / dataset) if root else None
+    for fold, split in enumerate(folds or ()):
+        for key, name in (("train", "training"), ("val", "validation")):
+            parts[f"fold {fold} {name}"] = tuple(case for case in split[key] if case in subsets)
     if test:
         parts["imagesTs"] = tuple(case.name for case in test)
     return parts
+
+
+def _has_test_images(folder: Path, description: Mapping[str, Any]) -> bool:
+    """Whether ``imagesTs`` holds images, rather than what a file manager leaves everywhere."""
+    images = (folder / "imagesTs").glob(f"*{description.get('file_ending', '')}")
+    return any(not path.name.startswith(".") for path in images)
 
 
 def _is_planned(dataset: str) -> bool:
@@ -208,7 +212,12 @@ def _is_planned(dataset: str) -> bool:
 
 def _sites(folder: Path) -> dict[str, str]:
     path = folder / SITES_FILE
-    return {str(case): str(site) for case, site in read_json(path).items()} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} must map cases to sites, {{"case_7": "Ulm"}} say.')
+    return {str(case): str(site) for case, site in content.items()}
 
 
 # --- what is strange --------------------------------------------------------------------------------------------------
@@ -284,11 +293,10 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
             f"(fewer --modalities)"
         )
     if min(counts.values()) < total and not never:
-        rates = {name: round(min(1 - count / total, 0.99), 2) for name, count in counts.items()}
         yield Proposal(
-            "if the patients to come lack what these lack, draw what training hides at the same rates (default: every "
-            "subset alike)",
-            _plan(dataset, "mask_sampling=bernoulli", f"modality_missing_rate={json.dumps(rates)}"),
+            "if the patients to come lack the same as often as these, let training hide nothing on top of it (default: "
+            "every subset of what a case has, alike); the terms that compare with the complete view are off then",
+            _plan(dataset, "mask_sampling=fixed"),
         )
         if max(counts.values()) > UNEVEN * min(counts.values()):
             yield Proposal(

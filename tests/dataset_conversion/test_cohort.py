@@ -14,6 +14,7 @@ from conversion_cases import array_of, tree, write_cases
 
 from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.dataset_conversion.cohort import CohortRequest, convert_cohort
+from nnunetv2_mgml.dataset_conversion.splits import published_lists
 from nnunetv2_mgml.io.case_files import find_by_patterns
 
 PATTERNS = {"ct": "*_ct.nii.gz", "t1": "*_t1.nii.gz", "flair": "*_fl.nii*"}
@@ -83,6 +84,16 @@ def test_label_values_become_consecutive(nnunet_folders: Path, source: Path) -> 
         convert(source, labels={"core": 255}, overwrite=True)
 
 
+def test_ignore_gets_the_highest_value(nnunet_folders: Path, source: Path) -> None:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    summary = convert(source, labels={"ignore": 255, "lesion": 128})
+    description = json.loads((summary.folder / "dataset.json").read_text())
+    assert description["labels"] == {"background": 0, "lesion": 1, "ignore": 2}
+    assert LabelManager(description["labels"], None).ignore_label == 2
+    assert np.unique(array_of(summary.folder / "labelsTr/a.nii.gz")).tolist() == [0, 2]
+
+
 def test_splits_and_links(nnunet_folders: Path, source: Path) -> None:
     summary = convert(source, split="1:1:1", link=True)
     assert (summary.num_training, summary.num_test) == (2, 2)
@@ -92,6 +103,55 @@ def test_splits_and_links(nnunet_folders: Path, source: Path) -> None:
     assert splits == [{"train": list(summary.split.train), "val": list(summary.split.val)}]
     part = "Ts" if held_out == "a" else "Tr"
     assert (summary.folder / f"images{part}/a_0000.nii.gz").is_symlink()
+
+
+@pytest.mark.parametrize("form", ["folders", "sheet"])
+def test_sessions_of_a_patient_stay_together(nnunet_folders: Path, tmp_path: Path, form: str) -> None:
+    """By the first of two folders, or by the sheet's column; the names alone tell no patient."""
+    rows = ["case,t1,label,patient"]
+    for number in range(8):
+        patient, session = f"p{number // 2}", f"s{number % 2}"
+        image = save(volume(number), tmp_path / "src" / patient / session / "t1.nii.gz")
+        mask = save(label(), image.with_name("seg.nii.gz"))
+        rows.append(f"{patient}_{session},{image},{mask},{patient}")
+    (tmp_path / "src.csv").write_text("\n".join(rows))
+    command = ["convert", form, str(tmp_path / f"src{'.csv' if form == 'sheet' else ''}"), "-d", "45", "-np", "0"]
+    if form == "folders":
+        command += ["--modalities", "t1=t1.nii.gz", "--label", "seg.nii.gz", "--case_folders", "2"]
+    for seed in range(3):
+        assert main([*command, "--split", "2:1:1", "--seed", str(seed), "--overwrite"]) == 0
+        folder = nnunet_folders / "preprocessed" / "Dataset045_src"
+        (fold,) = json.loads((folder / "splits_final.json").read_text())
+        parts = [fold["train"], fold["val"], json.loads((folder / "test_cases.json").read_text())]
+        assert [len(part) for part in parts] == [4, 2, 2]
+        assert [len({case[:2] for case in part}) for part in parts] == [2, 1, 1]
+
+
+def test_a_published_split_by_its_name(nnunet_folders: Path, tmp_path: Path) -> None:
+    lists = published_lists("rfnet2020")
+    cases = [read.splitlines()[1] for read in (path.read_text() for path in lists)]
+    for number, case in enumerate(cases):
+        save(volume(number), tmp_path / "src" / case / "t1.nii.gz")
+        save(label(), tmp_path / "src" / case / "seg.nii.gz")
+    found = find_by_patterns(tmp_path / "src", {"t1": "t1.nii.gz"}, "seg.nii.gz")
+    with pytest.raises(ValueError, match=r"^366 name\(s\) in the split lists are no case of this data"):
+        convert_cohort(CohortRequest(found, 45, "Cohort", split="rfnet2020", num_processes=0))
+
+
+def test_a_split_from_earlier_is_told_of(nnunet_folders: Path, source: Path, capsys: Any) -> None:
+    folder = nnunet_folders / "preprocessed" / "Dataset045_Cohort"
+    assert convert(source, split="1:1:1").notes == ()
+    both = f"{folder / 'splits_final.json'} and {folder / 'test_cases.json'}"
+    (note,) = convert(source, overwrite=True).notes
+    assert note == f"from earlier, and still in force: {both}; delete what does not fit, or give --split"
+    (folder / "dataset.json").write_text("{}")
+    (folder / "splits_final.json").unlink()
+    patterns = [f"{name}={pattern}" for name, pattern in PATTERNS.items()]
+    command = ["convert", "folders", str(source), "-d", "45", "--name", "Cohort", "--overwrite", "-np", "0"]
+    assert main([*command, "--label", "lesion.nii.gz", "--modalities", *patterns]) == 0
+    printed = capsys.readouterr().out
+    assert f"Note: {folder} holds an earlier preprocessing; run nnUNetv2_plan_and_preprocess again\n" in printed
+    assert f"Note: from earlier, and still in force: {folder / 'test_cases.json'}; delete" in printed
 
 
 def test_bad_cases_are_named_and_nothing_is_written(nnunet_folders: Path, source: Path) -> None:
@@ -213,6 +273,47 @@ def test_decathlon(nnunet_folders: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "edema": 1}
 
 
+@pytest.mark.parametrize(
+    ("modality", "labels", "volumes", "message"),
+    [
+        ({"0": "MRI", "1": "MRI"}, None, 2, "must give each modality a name of its own; found MRI, MRI."),
+        ({"0": "T1", "1": "T1w"}, None, 2, "must give each modality a name of its own; found T1, T1w."),
+        (
+            {"0": "T1", "2": "T2"},
+            None,
+            3,
+            "must number its modalities 0 to 1, in the order of the volumes; found 0, 2.",
+        ),
+        (
+            {"a": "T1", "b": "T2"},
+            None,
+            2,
+            "must number its modalities 0 to 1, in the order of the volumes; found a, b.",
+        ),
+        ({"0": "T1", "1": "T2"}, None, 4, "c1.nii.gz holds 4 volumes, but dataset.json names 2 modalities"),
+        (
+            {"0": "T1", "1": "T2"},
+            {"background": 0, "x": 1},
+            2,
+            'must map each label value to a name of its own, {"0": ',
+        ),
+    ],
+)
+def test_a_decathlon_that_is_not_what_it_says(
+    nnunet_folders: Path, tmp_path: Path, capsys: Any, modality: Any, labels: Any, volumes: int, message: str
+) -> None:
+    source = tmp_path / "Task01_Tiny"
+    (source / "imagesTr").mkdir(parents=True)
+    image = sitk.JoinSeries([sitk.GetImageFromArray(volume(number)) for number in range(volumes)])
+    sitk.WriteImage(image, str(source / "imagesTr" / "c1.nii.gz"))
+    save(label(), source / "labelsTr" / "c1.nii.gz")
+    content = {"modality": modality, "labels": labels or {"0": "background", "1": "x"}}
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert main(["convert", "msd", str(source), "-d", "48", "-np", "0"]) == 2
+    assert message in capsys.readouterr().err
+    assert tree(nnunet_folders / "raw") == []
+
+
 def test_images_for_prediction(nnunet_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A challenge's validation folder: no segmentation, one case without FLAIR."""
     for case in write_cases(tmp_path / "val", 2, "brats2023"):
@@ -322,6 +423,26 @@ def test_images_are_not_written_over_their_source(tmp_path: Path, capsys: Any) -
     before = tree(tmp_path)
     assert main(["convert", "images", str(tmp_path / "out" / "val"), str(tmp_path / "out"), "--overwrite"]) == 2
     assert "out holds the source" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_files_of_a_sheet_that_would_be_replaced(nnunet_folders: Path, tmp_path: Path, capsys: Any) -> None:
+    """The sheet lies elsewhere, but what it names lies in the folder to write to, itself or by a link."""
+    raw = write_raw(nnunet_folders / "raw" / "Dataset045_ms")
+    sheet = tmp_path / "cases.csv"
+    (tmp_path / "by_link").symlink_to(raw / "imagesTr")
+    rows = [f"{case},{{0}}/{case}_0001.nii.gz,{{0}}/{case}_0002.nii.gz,{raw}/labelsTr/{case}.nii.gz" for case in "ab"]
+    command = ["convert", "sheet", str(sheet), "-d", "45", "--name", "ms", "--overwrite", "--link", "-np", "0"]
+    before = tree(tmp_path)
+    for folder in (raw / "imagesTr", tmp_path / "by_link"):
+        sheet.write_text("\n".join(["case,t1,flair,label", *rows]).format(folder))
+        assert main(command) == 2
+        assert f"6 file(s) to convert lie in {raw}, which would be replaced, such as" in capsys.readouterr().err
+        sheet.write_text("\n".join(["case,t1,flair", f"a,{folder}/a_0001.nii.gz,", f"b,{folder}/b_0001.nii.gz,gone"]))
+        images = ["convert", "images", str(sheet), str(raw / "imagesTr"), "--overwrite", "--skip_bad", "-np", "0"]
+        assert main(images) == 2
+        assert f"file(s) to convert lie in {raw / 'imagesTr'}, which would be" in capsys.readouterr().err
+    sheet.unlink()
     assert tree(tmp_path) == before
 
 

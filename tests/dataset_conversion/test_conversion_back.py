@@ -136,3 +136,66 @@ def test_values_of_2021_are_not_taken_for_a_cavity(tmp_path: Path) -> None:
                 convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
     convert_back(source, tmp_path / "out", "brats2023", num_processes=0)
     assert array_of(tmp_path / "out" / "a.nii.gz").ravel().tolist() == [0, 2, 1, 4]
+
+
+def _described(source: Path, labels: object, order: object = None) -> Path:
+    content = {"labels": labels} if order is None else {"labels": labels, "regions_class_order": order}
+    (source / "dataset.json").write_text(json.dumps(content))
+    return source
+
+
+def test_labels_of_another_numbering_are_told_by_their_names(tmp_path: Path) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 1, 2, 3])
+    for number, (labels, expected) in enumerate(
+        (
+            ({"background": 0, "necrosis": 1, "edema": 2, "enhancing": 3}, [0, 1, 2, 4]),
+            ({"background": 0, "Enhancing_Tumour": 1, "NCR/NET": [2], "oedema": 3, "ignore": 4}, [0, 4, 1, 2]),
+        )
+    ):
+        _described(tmp_path / "in", labels)
+        out = tmp_path / f"out{number}"
+        convert_back(tmp_path / "in", out, "brats2021", num_processes=0)
+        assert array_of(out / "a.nii.gz").ravel().tolist() == expected
+    _described(tmp_path / "in", {"background": 0, "necrosis": 1, "edema": 2})
+    with pytest.raises(ValueError, match=r"unexpected label value\(s\) 3; its dataset\.json has 0, 1, 2"):
+        convert_back(tmp_path / "in", tmp_path / "out", "brats2021", num_processes=0)
+
+
+def test_regions_of_nnunets_own_conversion_are_ours(tmp_path: Path) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 1, 2, 3])
+    regions = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}
+    convert_back(_described(tmp_path / "in", regions, [1, 2, 3]), tmp_path / "out", "brats2021", num_processes=0)
+    assert array_of(tmp_path / "out" / "a.nii.gz").ravel().tolist() == [0, 2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "message"),
+    [
+        ({"background": 0, "label_1": 1, "label_2": 2, "label_4": 3}, None, "the label 'label 1' is not known"),
+        ({"background": 0, "core": 1, "edema": 2}, None, "the label 'core' is not known"),
+        ({"background": 0, "ncr": 1, "net": 2}, None, "the label 'net' is there twice"),
+        ({"edema": 0, "necrosis": 1}, None, "background is not 0"),
+        ({"background": 0, "whole_tumor": [1, 2, 3]}, None, r"the regions are whole tumor \[1, 2, 3\]"),
+        (
+            {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [1, 3], "enhancing_tumor": 3},
+            [1, 2, 3],
+            r"tumor core \[1, 3\]",
+        ),
+        ({**dataset_labels(with_cavity=False)[0]}, [2, 1, 3], r"the regions are"),
+    ],
+)
+def test_labels_that_nobody_can_tell(tmp_path: Path, labels: object, order: object, message: str) -> None:
+    _prediction(tmp_path / "in" / "a.nii.gz", [0, 1, 2])
+    _described(tmp_path / "in", labels, order)
+    with pytest.raises(ValueError, match=rf"dataset\.json says .*{message}.*Expected are .*1 edema"):
+        convert_back(tmp_path / "in", tmp_path / "out", "brats2021", num_processes=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_without_a_mark_are_not_mixed_with(tmp_path: Path) -> None:
+    for name in ("in/a.nii.gz", "old/a.nii.gz", "old/b.nii.gz"):
+        _prediction(tmp_path / name, [0, 3])
+    with pytest.raises(ValueError, match=r"old holds label maps with unknown values .* would stay, such as b\.nii\.gz"):
+        convert_back(tmp_path / "in", tmp_path / "old", "brats2021", overwrite=True, num_processes=0)
+    assert marked(tmp_path / "old") is None
+    assert array_of(tmp_path / "old" / "a.nii.gz").ravel().tolist() == [0, 3]

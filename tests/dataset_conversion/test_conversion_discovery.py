@@ -82,6 +82,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert [case.name for case in discover(source).cases] == ["A"]
 
 
+def test_a_link_that_sorts_first_takes_no_case(tmp_path: Path) -> None:
+    _touch(tmp_path / "B", "B")
+    (tmp_path / "A").symlink_to(tmp_path / "B")
+    found = discover(tmp_path)
+    assert not found.cases
+    assert found.problems == {"B": [f"found in several folders: {tmp_path / 'A'}, {tmp_path / 'B'}; keep one"]}
+
+
 def test_case_in_two_folders_is_a_problem(tmp_path: Path) -> None:
     _touch(tmp_path / "HGG" / "A", "A")
     _touch(tmp_path / "LGG" / "A", "A")

@@ -9,7 +9,7 @@ import pytest
 from conversion_cases import array_of, write_cases
 
 from nnunetv2_mgml.dataset_conversion.convert import convert_brats
-from nnunetv2_mgml.dataset_conversion.missing import draw_missing, parse_rates
+from nnunetv2_mgml.dataset_conversion.missing import check_rates, draw_missing, parse_rates
 from nnunetv2_mgml.dataset_conversion.splits import published_lists
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 
@@ -44,6 +44,39 @@ def test_parse_rates() -> None:
     for bad in (["t1"], ["t1=1"], ["t1=-0.1"], ["dwi=0.1"], ["t1=0.1", "t1n=0.2"], ["t1=x"], ["t1=nan"]):
         with pytest.raises(ValueError, match="Bad missing rate"):
             parse_rates(bad)
+
+
+def test_something_is_left_of_what_a_case_has() -> None:
+    cases = [f"case_{i}" for i in range(200)]
+    rates = dict.fromkeys(BRATS_CHANNELS, 0.8)
+    have = dict.fromkeys(cases[::2], ("t1", "flair"))
+    drawn = draw_missing(cases, rates, 0, have)
+    assert {drawn[case] for case in cases[::2] if case in drawn} == {("t1",), ("flair",)}
+    whole = draw_missing(cases, rates, 0)
+    assert all(drawn.get(case) == whole.get(case) for case in cases[1::2])
+    assert draw_missing(cases, dict.fromkeys(("t1", "flair"), 0.99), 0, dict.fromkeys(cases, ("t1",))) == {}
+
+
+def test_rates_from_python_are_checked() -> None:
+    assert check_rates({"T1": 0.2, "t1gd": 0}) == {"t1": 0.2, "t1ce": 0.0}
+    for bad in ({"flare": 0.5}, dict.fromkeys(BRATS_CHANNELS, 1.0), {"t1": 0.1, "T1n": 0.1}, {"t1": None}):
+        with pytest.raises(ValueError, match="Bad missing rate"):
+            convert_brats("not looked at", 137, split="5:1:2", missing_rates=bad, num_processes=0)
+
+
+def test_what_a_case_really_lacks_still_needs_missing_ok(nnunet_folders: Path, tmp_path: Path) -> None:
+    """Only what was drawn is excused, and what is drawn leaves something."""
+    names = write_cases(tmp_path / "src", 6)
+    for name in names:
+        (tmp_path / "src" / name / f"{name}_t1ce.nii.gz").unlink()
+    options = {"split": "4:1:1", "missing_rates": dict.fromkeys(("T1", "t2", "flair"), 0.9), "num_processes": 0}
+    with pytest.raises(ValueError, match=r"^6 of 6 case") as caught:
+        convert_brats(tmp_path / "src", 137, **options)
+    assert str(caught.value).count("no file for t1ce (allow with --missing_ok)") == 6
+    summary = convert_brats(tmp_path / "src", 137, missing_ok=True, **options)
+    lacking = [summary.missing[case] for case in summary.split.train]
+    assert max(map(len, lacking)) == 3
+    assert all("t1ce" in names for names in lacking)
 
 
 def test_conversion(nnunet_folders: Path, tmp_path: Path) -> None:

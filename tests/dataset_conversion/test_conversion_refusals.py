@@ -133,6 +133,21 @@ def test_target_rules(nnunet_folders: Path, tmp_path: Path, monkeypatch: pytest.
         convert_brats(source, 139)
 
 
+def test_a_source_with_links_into_the_target(nnunet_folders: Path, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    first, *_ = write_cases(source, 2)
+    folder = _convert(source).folder
+    kept = folder / "kept"
+    (source / first).rename(kept)
+    (source / first).symlink_to(kept)
+    with pytest.raises(ValueError, match=rf"5 file\(s\) to convert lie in .*, such as .*{first}"):
+        _convert(source, overwrite=True)
+    (kept / f"{first}_t1.nii.gz").rename(kept / f"{first}-t1n.nii.gz")  # now the case is bad
+    with pytest.raises(ValueError, match=r"5 file\(s\) to convert lie in"):
+        _convert(source, overwrite=True, skip_bad=True)
+    assert len(list(kept.iterdir())) == 5
+
+
 def _inside(folder: Path, source: Path, name: str) -> Path:
     target = folder / "inner" / name
     target.mkdir(parents=True)

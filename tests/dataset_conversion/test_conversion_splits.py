@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cohort_cases import write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +148,9 @@ def test_another_split_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Give --overwrite"):
         write_splits(second, tmp_path / "new", overwrite=False)
     assert json.loads(path.read_text()) == [{"train": ["a"], "val": ["b"]}]
+    path.write_text('[{"train": ["a"')
+    with pytest.raises(ValueError, match=r"splits_final\.json is not valid JSON"):
+        write_splits(second, tmp_path / "new", overwrite=False)
     write_splits(second, tmp_path / "new", overwrite=True)
     assert json.loads(path.read_text()) == [{"train": ["b"], "val": ["a"]}]
     assert sorted(p.name for p in path.parent.iterdir()) == ["splits_final.json", "test_cases.json"]
@@ -177,6 +181,13 @@ def test_split_of_an_existing_dataset(nnunet_folders: Path) -> None:
     assert other.test != split.test
     assert sorted(p.name for p in (raw / "labelsTs").iterdir()) == [f"{case}.nii.gz" for case in other.test]
     assert len(list((raw / "imagesTr").iterdir())) == 48
+
+
+def test_names_with_brackets_are_linked_as_they_are(nnunet_folders: Path) -> None:
+    raw = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", cases=("p[1]", "p[2]", "p[3]"))
+    split, _ = split_dataset(45, split="1:1:1")
+    links = sorted(path.name for path in raw.glob("*Ts/*"))
+    assert links == sorted([f"{split.test[0]}.nii.gz", *(f"{split.test[0]}_{c:04d}.nii.gz" for c in range(3))])
 
 
 def test_split_of_no_dataset(nnunet_folders: Path) -> None:

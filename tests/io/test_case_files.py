@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mgml.io.case_files import find_bids, find_brats, find_by_patterns, read_sheet
+from nnunetv2_mgml.io.case_files import find_bids, find_brats, find_by_patterns
+from nnunetv2_mgml.io.case_sheet import read_sheet
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -42,6 +43,32 @@ def test_one_folder_with_all_files_and_sessions(tmp_path: Path) -> None:
     assert "2 files for t1" in one.problems["a"][0]
     first = find_by_patterns(tmp_path / "deep", {"t1": "s1/t1.nii.gz"})
     assert sorted(names_of(first)) == ["a", "b"]
+
+
+def test_two_folders_of_one_name_are_not_one_case(tmp_path: Path) -> None:
+    touch(tmp_path, "a_b/c/t1.nii.gz", "a/b_c/flair.nii.gz", "z/c/t1.nii.gz", "z/c/flair.nii.gz")
+    found = find_by_patterns(tmp_path, {"t1": "t1.nii.gz", "flair": "flair.nii.gz"}, case_folders=2)
+    assert names_of(found) == {"z_c": ["flair", "t1"]}
+    assert found.problems == {"a_b_c": ["found in several folders: a/b_c, a_b/c; rename one"]}
+    assert [case.patient for case in found.cases] == ["z"]
+
+
+def test_a_link_to_a_case_is_told_of(tmp_path: Path) -> None:
+    """It takes no case away from the folder it leads to; a link that leads back up is not walked."""
+    touch(tmp_path, "p_1/t1.nii.gz", "p_2/t1.nii.gz")
+    (tmp_path / "current").symlink_to(tmp_path / "p_2")
+    (tmp_path / "p_1" / "loop").symlink_to(tmp_path)
+    found = find_by_patterns(tmp_path, {"t1": "t1.nii.gz"})
+    assert names_of(found) == {"p_1": ["t1"]}
+    assert found.problems == {
+        "current": ["is the same folder as p_2; take the link out"],
+        "p_2": ["is the same folder as current; take the link out"],
+    }
+    brats = touch(tmp_path / "brats", "A/A_t1.nii.gz", "B/B_t1.nii.gz")
+    (brats / "0").symlink_to(brats / "A")
+    found = find_brats(brats)
+    assert names_of(found) == {"B": ["t1"]}
+    assert found.problems["A"][0].startswith("2 files for t1: ")
 
 
 def test_patterns_that_do_not_fit(tmp_path: Path) -> None:
@@ -183,6 +210,22 @@ def test_rows_that_cannot_be_right(tmp_path: Path) -> None:
         "../z": ["its name would name another folder; leave slashes and the dot in front out"],
         "v": ["has no image"],
     }
+
+
+def test_an_unclosed_quote_loses_no_rows(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{case}.nii.gz" for case in "abcd"))
+    sheet = tmp_path / "s.csv"
+    rows = ["case,t1,note", "a,a.nii.gz,", 'b,b.nii.gz,"left side', "c,c.nii.gz,"]
+    for head in ([], ["sep=,"]):
+        for more in ([], [f"x{i},x{i}.nii.gz,{'z' * 99}" for i in range(1500)]):  # a csv field has an upper limit
+            sheet.write_text("\n".join([*head, *rows, *more]))
+            with pytest.raises(ValueError, match=rf"s\.csv cannot be read from line {len(head) + 3} on"):
+                read_sheet(sheet, ["t1"])
+    sheet.write_text('case,t1,note\na,"a.nii.gz,\nb,b.nii.gz",\nc,c.nii.gz,"seen\ntwice"\n')
+    with pytest.raises(ValueError, match=r"a cell of t1 has a line break, 'a\.nii\.gz,\\nb,b\.nii\.gz'\. Most likely"):
+        read_sheet(sheet, ["t1"])
+    sheet.write_text('case,t1,note\n"a","a.nii.gz",5" coil\nc,c.nii.gz,"seen\ntwice"\n')
+    assert [case.name for case in read_sheet(sheet, ["t1"]).cases] == ["a", "c"]
 
 
 def test_columns_that_are_no_modality(tmp_path: Path) -> None:

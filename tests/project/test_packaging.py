@@ -161,6 +161,20 @@ def test_start_up_line_is_one_line_of_ascii():
     assert text.startswith("import ")
 
 
+def test_the_container_runs_as_any_user() -> None:
+    """With ``docker run --user`` there is no entry in /etc/passwd, which name and home would be looked up in."""
+    lines = (REPOSITORY / "containers" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    words = [word for line in lines if line.startswith("ENV ") for word in line.split()[1:]]
+    environment = dict(word.split("=", 1) for word in words)
+    script = (
+        "import getpass, os, pwd; from pathlib import Path; pwd.getpwuid = None; "
+        "print(getpass.getuser(), Path.home(), os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+    command = [sys.executable, "-I", "-c", script]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert printed.split() == ["user", "/tmp", "/tmp/torchinductor"]
+
+
 def test_setup_py_does_nothing_when_imported():
     """nnU-Net imports every module of a folder that nnUNet_extTrainer names, even of this one."""
     code = "import sys; sys.argv = ['nnUNetv2_train', '500']; import setup; print('setuptools' in sys.modules)"

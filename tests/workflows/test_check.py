@@ -42,7 +42,7 @@ def test_counts_splits_and_proposals(raw: Path, nnunet_folders: Path) -> None:
     assert check.count("imagesTs") == {"ct": 0, "t1": 0, "flair": 1}
     assert check.combinations() == {"ct+t1+flair": 7, "ct+flair": 3}
     commands = [proposal.command for proposal in check.proposals]
-    assert 'modality_missing_rate={"ct": 0.0, "t1": 0.3, "flair": 0.0}' in commands[0]
+    assert commands[0] == "mgml plan -d 45 --set mask_sampling=fixed"
     seed = next(int(c.split("--seed ")[1].split()[0]) for c in commands if c.startswith("mgml convert split -d 45"))
     proposed = random_split(CASES, (4, 1, 0), seed)
     assert all(any(case not in "abc" for case in part) for part in (proposed.train, proposed.val))
@@ -72,6 +72,44 @@ def test_the_proposed_commands_are_ours(raw: Path, nnunet_folders: Path) -> None
     for command in plans:
         words = shlex.split(command)
         Options().updated(parse_assignments(words[words.index("--set") + 1 :]))
+
+
+def test_the_proposal_shows_modalities_as_often_as_cases_have_them(raw: Path, nnunet_folders: Path) -> None:
+    import shlex
+
+    from nnunetv2_mgml.dataloading.masking import build_sampler
+    from nnunetv2_mgml.objective import Options
+    from nnunetv2_mgml.plans.options import parse_assignments
+
+    check = check_dataset(REQUEST)
+    words = shlex.split(check.proposals[0].command)
+    options = Options().updated(parse_assignments(words[words.index("--set") + 1 :]))
+    available = np.repeat(np.array(list(check.subsets.values())), 200, axis=0)
+    seen = build_sampler(options.sampling, check.channels).sample(available, np.random.default_rng(0))
+    assert seen.mean(axis=0) == pytest.approx([1.0, 0.7, 1.0], abs=0.03)
+
+
+def test_strangers_and_files_of_another_form(
+    raw: Path, nnunet_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "imagesTs").mkdir()
+    for name in (".DS_Store", "Thumbs.db"):
+        (raw / "imagesTs" / name).touch()
+    assert check_dataset(REQUEST).test_subsets == {}
+    folder = nnunet_folders / "preprocessed" / DATASET
+    folder.mkdir()
+    for text, message in (
+        ('[{"train": ["a", "b"]}]', "must hold a list of folds"),
+        ('[{"train": ["a"], "val": "b"}]', "must hold a list of folds"),
+        ('[{"train": ["a"', "is not valid JSON"),
+    ):
+        (folder / "splits_final.json").write_text(text)
+        assert main(["check", "45", "-np", "0"]) == 2
+        assert f"{folder / 'splits_final.json'} {message}" in capsys.readouterr().err
+    (folder / "splits_final.json").unlink()
+    (raw / "case_sites.json").write_text('["A"]')
+    assert main(["check", "45", "-np", "0"]) == 2
+    assert f"{raw / 'case_sites.json'} must map cases to sites" in capsys.readouterr().err
 
 
 def test_a_modality_that_no_case_has(nnunet_folders: Path) -> None:
