@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
+from nnunetv2_mgml.io.targets import UNCERTAINTY
 from nnunetv2_mgml.io.volumes import read_image, write_image
 
-FOLDER = "uncertainty"
+FOLDER = UNCERTAINTY
 
 
 def uncertainty(probabilities: npt.NDArray[Any], regions: bool) -> npt.NDArray[np.float32]:

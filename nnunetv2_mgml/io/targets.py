@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNCERTAINTY, PREVIEW = "uncertainty", "preview"
+"""Folders beside predicted segmentations, of what is made from them: ``uncertainty/CASE<ending>``, ``preview/CASE.png``."""
+
 
 def check_output_file(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
     """Raise unless a file may be written.

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.io.targets import PREVIEW
 from nnunetv2_mgml.presentation.figures.preview import preview_sheet
 from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.report.sheets import names_of_values
 from nnunetv2_mgml.scoring.regions import label_set, short_name
 
-FOLDER = "preview"
+FOLDER = PREVIEW
 _log = logging.getLogger(__name__)
 
 
