@@ -36,6 +36,7 @@ from nnunetv2_mgml.inference.model_check import building, check_checkpoint, chec
 from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases, refuse_incomplete
 from nnunetv2_mgml.inference.preprocessing import FailedItem, Item, Job, Model, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
+from nnunetv2_mgml.inference.uncertainty import check_ending
 from nnunetv2_mgml.io.files import file_stamp
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
@@ -86,6 +87,9 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         failures: case name -> message of the cases the last call could not predict; the others were predicted.
         report_file: ``mgml_prediction.json`` of the last call that wrote files.
         report_cases: the cases that call was to predict.
+        report_done: the cases it left as they were.
+        save_uncertainty: maps will be made of what is predicted (`uncertainty`); a model whose files cannot hold them
+            is refused.
         sequential_part: ``(part_id, num_parts)`` for `predict_from_files_sequential`, which upstream does not split.
 
     Raises:
@@ -121,6 +125,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         self._report: PredictionReport | None = None
         self.report_file: Path | None = None
         self.report_cases: list[str] = []
+        self.report_done: list[str] = []
+        self.save_uncertainty = False
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -176,6 +182,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         if self.missing_modalities is not None:
             parse_missing(self.missing_modalities, self.channels)
             check_supported(self.network, self.trainer_name)
+        if self.save_uncertainty:
+            check_ending(self.dataset_json["file_ending"])
 
     # --- files --------------------------------------------------------------------------------------------------------
     def predict_from_files(
@@ -293,8 +301,9 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             self._report = PredictionReport(
                 folder, self._about, self.channels, keep=not overwrite, part_id=part_id, num_parts=num_parts
             )
-            self.report_file, self.report_cases = self._report.path, [planned.case.name for planned in plan.todo]
-            self._report.begin(self.report_cases, [planned.case.name for planned in plan.done])
+            self.report_file = self._report.path
+            self.report_cases, self.report_done = ([planned.case.name for planned in part] for part in plan)
+            self._report.begin(self.report_cases, self.report_done)
         _log.info("%d cases to predict, %d are there already", len(plan.todo), len(plan.done))
         return (
             [planned.case for planned in plan.todo],
