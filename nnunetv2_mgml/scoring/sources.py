@@ -11,7 +11,8 @@ from typing import Any
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.io.label_mark import refuse_marked
 from nnunetv2_mgml.io.names import some
-from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
+from nnunetv2_mgml.io.prediction_reports import REPORT_NAME, read_entries
+from nnunetv2_mgml.modalities import Subset, canonical_name, parse_subset, subset_name, table_order
 from nnunetv2_mgml.plans.regions import check_scored_regions
 from nnunetv2_mgml.scoring.cases import CaseTask
 from nnunetv2_mgml.scoring.results import Evaluation
@@ -145,21 +146,31 @@ def pair_cases(
 ) -> FoundCases:
     """Pair every reference with one prediction per subset.
 
+    A prediction that ``mgml_prediction.json`` beside it calls failed or pending is missing: its file is of an earlier
+    run.
+
     Args:
         references: case -> file.
         folders: subset name -> folder of ``<case><file_ending>``.
         file_ending: from dataset.json.
-        allow_missing: score the cases that every folder has instead of refusing.
+        allow_missing: score the cases that every folder has, of its subset, instead of refusing.
 
     Raises:
         FileNotFoundError: predictions are missing (all are counted, the first are named), or no case is complete.
+        ValueError: by ``mgml_prediction.json`` predictions are of another subset than their folder.
     """
     tasks, absent = [], {}
+    others: dict[str, list[str]] = {}
+    told = {name: read_entries(folder) for name, folder in folders.items()}
     for case, reference in references.items():
         predictions = {name: folder / f"{case}{file_ending}" for name, folder in folders.items()}
-        lacking = [str(path) for path in predictions.values() if not path.is_file()]
+        entries = {name: told[name].get(case, {}) for name in folders}
+        lacking = [text for name, path in predictions.items() if (text := _missing(path, entries[name]))]
+        other = [text for name, path in predictions.items() if (text := _of_other_subset(path, name, entries[name]))]
         if lacking:
             absent[case] = lacking
+        elif other:
+            others[case] = other
         else:
             tasks.append(CaseTask(case, reference, predictions))
     if absent and not allow_missing:
@@ -167,6 +178,13 @@ def pair_cases(
         raise FileNotFoundError(
             f"{len(files)} predictions are missing for {len(absent)} of {len(references)} labelled "
             f"cases: {some(files)}. Predict them, or score only complete cases with "
+            f"--allow_missing."
+        )
+    if others and not allow_missing:
+        texts = [text for other in others.values() for text in other]
+        raise ValueError(
+            f"{len(texts)} predictions of {len(others)} cases are not of the subset of their folder, by its "
+            f"{REPORT_NAME}: {some(texts)}. Predict them from this subset, or leave these cases out with "
             f"--allow_missing."
         )
     if not tasks:
@@ -184,7 +202,22 @@ def pair_cases(
                 len(extra),
                 some(extra),
             )
-    return FoundCases(tasks, sorted(absent))
+    return FoundCases(tasks, sorted({*absent, *others}))
+
+
+def _missing(path: Path, entry: Mapping[str, Any]) -> str:
+    """Return what an error calls a prediction that is not there, though its file may be; empty where it is."""
+    if entry.get("status") in ("failed", "pending"):
+        return f"{path} ({entry['status']}, by {REPORT_NAME})"
+    return "" if path.is_file() else str(path)
+
+
+def _of_other_subset(path: Path, subset: str, entry: Mapping[str, Any]) -> str:
+    """Return what an error says of a prediction from other modalities; empty where it is from those of its folder."""
+    present = entry.get("present")
+    if not isinstance(present, list) or {canonical_name(str(name)) for name in present} == set(subset.split("+")):
+        return ""
+    return f"{path} is from {'+'.join(map(str, present))}, not {subset}"
 
 
 def file_ending(dataset_json: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from nnunetv2_mgml.presentation.figures.style import label_colours
 from nnunetv2_mgml.presentation.report.cases import load_case, spread_cases
 from nnunetv2_mgml.presentation.report.charts import Picture, score_charts, training_chart
 from nnunetv2_mgml.presentation.report.content import headline_metric
-from nnunetv2_mgml.presentation.report.page import Pictures, Viewer, build_page, is_page, viewer_data
+from nnunetv2_mgml.presentation.report.page import Pictures, Viewer, build_page, viewer_data
 from nnunetv2_mgml.presentation.report.sheets import (
     case_sheet,
     label_names,
@@ -26,6 +26,7 @@ from nnunetv2_mgml.presentation.report.sheets import (
 from nnunetv2_mgml.presentation.report.sprites import MAX_SIDE, MAX_SLICES, viewer_case
 from nnunetv2_mgml.scoring.info import EvaluatedModel
 from nnunetv2_mgml.scoring.metrics import Metric
+from nnunetv2_mgml.scoring.output import PAGE, is_page
 from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
 from nnunetv2_mgml.scoring.sources import EvaluationFiles, PredictionFolders, find_files
 
@@ -135,7 +136,7 @@ def _output(request: ReportRequest) -> Path:
     """Return the file to write, which is none but a page."""
     output = request.output or request.evaluation
     if output.is_dir() or request.output is None:
-        output = output / "report.html"
+        output = output / PAGE
     elif output.suffix.lower() not in _ENDINGS:
         raise ValueError(
             f"-o {output} is no name of a page: it must end in {' or '.join(_ENDINGS)}, or be a folder that exists. "
