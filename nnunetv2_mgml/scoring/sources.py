@@ -241,7 +241,8 @@ class EvaluationFiles:
     """Where the files of an evaluation's cases lie."""
 
     images: Path
-    """Folder of ``<case>_XXXX<ending>``, ``XXXX`` the channel index."""
+    """Folder of ``<case>_XXXX<ending>``, ``XXXX`` the channel index; or what else an evaluation of a model takes images
+    from, a folder with the names of BraTS or a sheet."""
     labels: Path
     """Folder of ``<case><ending>``."""
     predictions: dict[str, Path]
@@ -263,7 +264,7 @@ def find_files(
     Args:
         evaluation: the evaluation.
         folder: its folder; what it predicted itself lies in ``predictions``.
-        images: folder of images.
+        images: folder of images, or a sheet.
         labels: folder of reference label maps.
         predictions: label maps by subset.
         dataset_json: gives the file ending; else searched beside all of these.
@@ -282,13 +283,15 @@ def find_files(
         if not predictions:
             gone = ", ".join(map(str, (source.folders or {}).values()))
             raise FileNotFoundError(f"No predictions: {gone or predicted} does not exist.")
-    for found in (images, labels):
+    for found in (labels, *([] if images.is_file() else [images])):
         need_folder(found, "The folder")
     folders = prediction_folders(predicted if predictions is None else predictions, evaluation.channels)
     folders = {name: path for name, path in folders.items() if name in evaluation.subset_names}
     if not folders:
         raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
-    candidates = [images, images.parent, labels, labels.parent, *folders.values(), predicted]
+    candidates = [images.parent, labels, labels.parent, *folders.values(), predicted]
+    if images.is_dir():
+        candidates.insert(0, images)
     model = evaluation.info.model
     candidates += [model.folder] if model is not None and model.folder is not None else []
     file = find_dataset_json(candidates, dataset_json)
