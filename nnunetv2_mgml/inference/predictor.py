@@ -33,7 +33,14 @@ from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require
 from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.inputs import AUTO, parse_missing
 from nnunetv2_mgml.inference.model_check import building, check_checkpoint, check_model_folder, check_supported
-from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases, refuse_incomplete
+from nnunetv2_mgml.inference.planning import (
+    Plan,
+    check_places,
+    output_folder,
+    plan_cases,
+    refuse_incomplete,
+    refuse_without_cases,
+)
 from nnunetv2_mgml.inference.preprocessing import FailedItem, Item, Job, Model, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
 from nnunetv2_mgml.inference.uncertainty import check_ending
@@ -90,6 +97,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         report_done: the cases it left as they were.
         save_uncertainty: maps will be made of what is predicted (`uncertainty`); a model whose files cannot hold them
             is refused.
+        checks_input: without ``missing_modalities``, refuse a source in which nnU-Net finds no case instead of doing
+            nothing.
         sequential_part: ``(part_id, num_parts)`` for `predict_from_files_sequential`, which upstream does not split.
 
     Raises:
@@ -119,6 +128,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         self.cpu_bfloat16 = cpu_bfloat16
         self.trust_checkpoint = trust_checkpoint
         self.failures: dict[str, str] = {}
+        self.checks_input = False
         self.sequential_part = (0, 1)
         self._origin: dict[str, Any] = {}
         self._plan: Plan | None = None
@@ -219,6 +229,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             )
         check_places(source, target, folder_with_segs_from_prev_stage)
         self.failures = {}
+        self._check_input(source)
         if self.missing_modalities is not None:  # upstream writes into the folder before it looks for cases
             arguments = (source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts)
             self._plan = self._make_plan(*arguments, save_probabilities)
@@ -256,6 +267,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 output_folder_or_list_of_truncated_output_files,
                 folder_with_segs_from_prev_stage,
             )
+            self._check_input(list_of_lists_or_source_folder)
             stock: list[Any] | None = super().predict_from_files_sequential(
                 list_of_lists_or_source_folder,
                 output_folder_or_list_of_truncated_output_files,
@@ -269,6 +281,10 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         return self.predict_from_files(
             *files, save_probabilities, overwrite, 0, 0, folder_with_segs_from_prev_stage, num_parts, part_id
         )
+
+    def _check_input(self, source: Any) -> None:
+        if self.checks_input and self.missing_modalities is None and isinstance(source, (str, Path)):
+            refuse_without_cases(source, self.dataset_json["file_ending"], self.channels)
 
     def _manage_input_and_output_lists(
         self,

@@ -41,6 +41,8 @@ class PredictionRequest:
     step_size: float = 0.5
     part: tuple[int, int] = (0, 1)
     """``(part_id, num_parts)``, which nnU-Net forgets where it runs without worker processes."""
+    checks_input: bool = False
+    """Refuse an input in which nnU-Net's own prediction finds no case, where that is what was asked for."""
 
     @property
     def uses_our_flags(self) -> bool:
@@ -97,6 +99,7 @@ def build_predictor(request: PredictionRequest, *args: Any, **kwargs: Any) -> MG
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     predictor.sequential_part = request.part
     predictor.save_uncertainty = request.save_uncertainty
+    predictor.checks_input = request.checks_input
     return predictor
 
 
