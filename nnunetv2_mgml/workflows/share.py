@@ -102,8 +102,8 @@ def _add_checkpoint(archive: zipfile.ZipFile, path: Path, name: str, temporary: 
     from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
     content = load_checkpoint(path, mmap=True, flag=False)
-    arguments = content.get("init_args")
-    dataset_json = arguments.get("dataset_json") if isinstance(arguments, dict) else None
+    arguments: dict[str, Any] = content.get("init_args") or {}
+    dataset_json = arguments.get("dataset_json")
     if not isinstance(dataset_json, dict) or not dataset_json.keys() & set(_LISTS):
         archive.write(path, name)
         return
