@@ -49,7 +49,7 @@ def uncertainty(probabilities: npt.NDArray[Any], regions: bool) -> npt.NDArray[n
     return result
 
 
-def write_uncertainty(folder: Path, case: str, ending: str, regions: bool, reader: Any = None) -> Path:
+def write_uncertainty(folder: Path, case: str, ending: str, regions: bool, reader: Any) -> Path:
     """Write ``uncertainty/CASE`` beside a case's segmentation, on its grid, from the ``.npz`` that nnU-Net wrote.
 
     Args:
@@ -57,7 +57,7 @@ def write_uncertainty(folder: Path, case: str, ending: str, regions: bool, reade
         case: its name.
         ending: of image files.
         regions: see `uncertainty`.
-        reader: nnU-Net's reader of the model, which may turn the axes; None: probabilities have those of the file.
+        reader: nnU-Net's reader of the model, which may turn the axes of a file.
 
     Raises:
         FileNotFoundError: no probabilities, or no segmentation.
@@ -72,7 +72,7 @@ def write_uncertainty(folder: Path, case: str, ending: str, regions: bool, reade
     shape = segmentation.GetSize()[::-1]
     if segmentation.GetDimension() == 2 and values.shape == (1, *shape):
         values = values[0]
-    elif reader is not None and ending.lower() not in _WITHOUT_DIRECTIONS:
+    elif ending.lower() not in _WITHOUT_DIRECTIONS:
         values = _as_in_file(values, segmentation, reader, folder, ending)
     if values.shape != shape:
         raise ValueError(
@@ -98,7 +98,7 @@ def _as_in_file(
     image.SetDirection(segmentation.GetDirection())
     with scratch(folder) as temporary:
         file = temporary / f"marks{ending}"
-        sitk.WriteImage(image, str(file))
+        write_image(image, file)
         turned = np.asarray(reader.read_seg(str(file))[0][0])
     order = np.argsort([_MARKED.index(length) for length in turned.shape])
     ordered = turned.transpose(order)
@@ -115,7 +115,7 @@ def without_map(folder: Path, cases: Iterable[str], ending: str) -> list[str]:
 
 
 def write_maps(
-    folder: Path, cases: Iterable[str], ending: str, regions: bool, *, keep_probabilities: bool, reader: Any = None
+    folder: Path, cases: Iterable[str], ending: str, regions: bool, reader: Any, *, keep_probabilities: bool
 ) -> dict[str, str]:
     """Write the maps of several cases; one that cannot be written does not stop the others.
 
@@ -124,8 +124,8 @@ def write_maps(
         cases: their names.
         ending: of image files.
         regions: see `uncertainty`.
-        keep_probabilities: else the ``.npz`` and ``.pkl`` of these cases are deleted.
         reader: see `write_uncertainty`.
+        keep_probabilities: else the ``.npz`` and ``.pkl`` of these cases are deleted.
 
     Returns:
         Case -> message of those without a map.

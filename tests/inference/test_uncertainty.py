@@ -53,14 +53,14 @@ def test_the_command_writes_the_map_and_no_more(tmp_path: Path, capsys: Any) -> 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no probabilities"):
-        write_uncertainty(tmp_path, "a", ".nii.gz", True)
+        write_uncertainty(tmp_path, "a", ".nii.gz", True, SimpleITKIO())
     np.savez(tmp_path / "a.npz", probabilities=np.full((2, 3, 4, 5), 0.5, np.float32))
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4, 3), np.uint8)), str(tmp_path / "a.nii.gz"))
     with pytest.raises(ValueError, match="turns the axes"):
-        write_uncertainty(tmp_path, "a", ".nii.gz", True)
+        write_uncertainty(tmp_path, "a", ".nii.gz", True, SimpleITKIO())
     np.savez(tmp_path / "a.npz", probabilities=np.full((2, 1, 4, 5), 0.5, np.float32))
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5), np.uint8)), str(tmp_path / "a.nii.gz"))
-    assert read(write_uncertainty(tmp_path, "a", ".nii.gz", True)) == pytest.approx(np.ones((4, 5)))
+    assert read(write_uncertainty(tmp_path, "a", ".nii.gz", True, SimpleITKIO())) == pytest.approx(np.ones((4, 5)))
 
 
 def read_oriented(path: Path) -> np.ndarray:
@@ -140,9 +140,9 @@ def test_one_map_that_cannot_be_written_does_not_stop_the_others(tmp_path: Path)
         np.savez(tmp_path / f"{case}.npz", probabilities=np.full((2, 3, 4, 5), 0.5, np.float32))
         (tmp_path / f"{case}.pkl").write_bytes(b"")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "b.nii.gz"))
-    failures = write_maps(tmp_path, "ab", ".nii.gz", True, keep_probabilities=True)
+    failures = write_maps(tmp_path, "ab", ".nii.gz", True, SimpleITKIO(), keep_probabilities=True)
     assert list(failures) == ["a"]
     assert "a.nii.gz" in failures["a"]
     assert (tmp_path / "b.npz").is_file()
-    assert write_maps(tmp_path, "b", ".nii.gz", True, keep_probabilities=False) == {}
+    assert write_maps(tmp_path, "b", ".nii.gz", True, SimpleITKIO(), keep_probabilities=False) == {}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.pkl", "b.nii.gz", "uncertainty"]
