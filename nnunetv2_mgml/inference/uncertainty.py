@@ -72,7 +72,7 @@ def write_uncertainty(folder: Path, case: str, ending: str, regions: bool, reade
     shape = segmentation.GetSize()[::-1]
     if segmentation.GetDimension() == 2 and values.shape == (1, *shape):
         values = values[0]
-    elif ending.lower() not in _WITHOUT_DIRECTIONS:
+    elif segmentation.GetDimension() == 3 and ending.lower() not in _WITHOUT_DIRECTIONS:
         values = _as_in_file(values, segmentation, reader, folder, ending)
     if values.shape != shape:
         raise ValueError(
