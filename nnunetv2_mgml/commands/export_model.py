@@ -31,6 +31,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.license:
         print("note: the model card states no licence; give one with --license")
+    if written.first_stage is not None:
+        print(
+            f"note: this second stage of a cascade needs the predictions of {written.first_stage}, which is not in the "
+            f"archive; export that model, too"
+        )
     print("The receiver types, with nnUNet_results set and nnunetv2_mgml installed:")
     for command in written.commands:
         print(f"  {command}")

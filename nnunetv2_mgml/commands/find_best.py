@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     print("mean Dice (%) over regions: all subsets, complete cases, single modalities")
     for name, means in sorted(best.means.items(), key=lambda entry: -entry[1]["all"]):
         print(f"  {100 * means['all']:5.1f}  {100 * means['complete']:5.1f}  {100 * means['single']:5.1f}  {name}")
+    for region, subsets in best.left_out.items():
+        print(f"note: left out, as a candidate has no value there: {region} from {', '.join(subsets)}")
     print(f"best over all subsets: {best.folder}")
     if best.best_when_complete != best.folder:
         print(f"note: complete cases alone would choose {best.best_when_complete}")

@@ -47,12 +47,13 @@ class _Call:
 
     def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Build]:
         add_arguments(parser)
-        if parser.prog.startswith("mgml"):
+        is_ours = parser.prog.startswith("mgml")
+        if is_ours:
             _describe(parser, self.from_folder)
         if self.from_folder:
             _refuse_two_models(sys.argv[1:])
         args = parser.parse_args()
-        self.request, self.verbose = _request_from(args), args.verbose
+        self.request, self.verbose = _request_from(args, is_ours), args.verbose
         check_request(self.request)
         check_places(args.i, args.o, getattr(args, "prev_stage_predictions", None))
         self.at_end.enter_context(removing_if_empty(args.o))  # nnU-Net makes the folder before it looks at anything
@@ -105,7 +106,7 @@ def _describe(parser: argparse.ArgumentParser, from_folder: bool) -> None:
         parser.add_argument("-m", help="Instead of -d, -c, -tr, -p: the folder TRAINER__PLANS__CONFIGURATION itself")
 
 
-def _request_from(args: argparse.Namespace) -> PredictionRequest:
+def _request_from(args: argparse.Namespace, is_ours: bool) -> PredictionRequest:
     return PredictionRequest(
         missing_modalities=args.missing_modalities,
         cpu_bfloat16=args.cpu_bfloat16,
@@ -118,6 +119,7 @@ def _request_from(args: argparse.Namespace) -> PredictionRequest:
         folds=args.f,
         step_size=args.step_size,
         part=(getattr(args, "part_id", 0), getattr(args, "num_parts", 1)),
+        checks_input=is_ours,
     )
 
 

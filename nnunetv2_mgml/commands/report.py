@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-i",
         metavar="IMAGES",
         type=Path,
-        help="folder of images (CASE_0000, CASE_0001, ...); by default the one the evaluation used",
+        help="folder of images (CASE_0000, CASE_0001, ..., or the names of BraTS), or a sheet; by default what the "
+        "evaluation used",
     )
     viewer.add_argument("--no_images", action="store_true", help="no viewer: the page then shows no patient")
     viewer.add_argument(

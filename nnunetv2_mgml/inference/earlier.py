@@ -5,15 +5,14 @@ Each run, or part of one, has a report of its own (`report`); of a case the run 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mgml.inference.inputs import parse_missing
-from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.io.prediction_reports import read_reports
 from nnunetv2_mgml.io.targets import is_same
 
-REPORT_NAME = "mgml_prediction.json"
 _KEPT = ("predicted", "skipped")
 _WEIGHTS = "checkpoint_size_and_time_ns"
 """By fold: how a file of weights is known that another training has replaced."""
@@ -47,7 +46,7 @@ class Earlier:
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = folder
         self._cases: dict[str, _Known] = {}
-        for content in [] if folder is None else sorted(_reports(Path(folder)), key=lambda c: str(c.get("started"))):
+        for content in [] if folder is None else read_reports(Path(folder)):
             model = content.get("model")
             for case, entry in content["cases"].items():
                 if isinstance(entry, dict):
@@ -89,16 +88,6 @@ class Earlier:
                         f"{'; '.join(differences)}. Use another output folder, or predict all cases again, without "
                         f"--continue_prediction."
                     )
-
-
-def _reports(folder: Path) -> Iterator[dict[str, Any]]:
-    for file in [*sorted(folder.glob(f"{Path(REPORT_NAME).stem}_part*of*.json")), folder / REPORT_NAME]:
-        try:
-            content = read_json(file)
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and isinstance(content.get("cases"), dict):
-            yield content
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

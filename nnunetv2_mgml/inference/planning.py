@@ -111,6 +111,33 @@ def _refuse_images(planned: Sequence[PlannedCase], file_ending: str) -> None:
             )
 
 
+def refuse_without_cases(source: str | Path, file_ending: str, channels: Sequence[str]) -> None:
+    """Raise where nnU-Net's own prediction would find no case in an input and end, or stop at the name of a file.
+
+    Args:
+        source: folder, or a sheet, which it does not read.
+        file_ending: of the model.
+        channels: the model's modality names in channel order.
+
+    Raises:
+        PlainError: says what is there and what is read.
+    """
+    if os.path.isdir(source):
+        files = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
+        ending = [name for name in files if name.endswith(file_ending)]
+        unnamed = [name for name in ending if channel_of(name, file_ending) is None]
+        if ending and not unnamed:
+            return
+        what = f"has no channel number in {some(unnamed)}" if ending else f"holds no file that ends in {file_ending}"
+    else:
+        what = "is no folder"
+    raise PlainError(
+        f"{source} {what}. Nothing has been predicted. nnU-Net's own prediction reads one folder of files "
+        f"CASE_0000{file_ending} ({channels[0]}) to CASE_{len(channels) - 1:04d}{file_ending} ({channels[-1]}); "
+        f"--missing_modalities auto also takes file names of BraTS at any depth, a sheet, and cases that lack some."
+    )
+
+
 def refuse_incomplete(cases: Sequence[Sequence[str]], file_ending: str, channels: Sequence[str]) -> None:
     """Raise where nnU-Net's own prediction would stop at a case, after others: one that lacks a modality's file.
 

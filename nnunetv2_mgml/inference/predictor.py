@@ -33,9 +33,17 @@ from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require
 from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.inputs import AUTO, parse_missing
 from nnunetv2_mgml.inference.model_check import building, check_checkpoint, check_model_folder, check_supported
-from nnunetv2_mgml.inference.planning import Plan, check_places, output_folder, plan_cases, refuse_incomplete
+from nnunetv2_mgml.inference.planning import (
+    Plan,
+    check_places,
+    output_folder,
+    plan_cases,
+    refuse_incomplete,
+    refuse_without_cases,
+)
 from nnunetv2_mgml.inference.preprocessing import FailedItem, Item, Job, Model, iterate_items, prepare_job
 from nnunetv2_mgml.inference.report import PredictionReport
+from nnunetv2_mgml.inference.uncertainty import check_ending
 from nnunetv2_mgml.io.files import file_stamp
 from nnunetv2_mgml.io.workers import Task, WorkerPool
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
@@ -86,6 +94,11 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         failures: case name -> message of the cases the last call could not predict; the others were predicted.
         report_file: ``mgml_prediction.json`` of the last call that wrote files.
         report_cases: the cases that call was to predict.
+        report_done: the cases it left as they were.
+        save_uncertainty: maps will be made of what is predicted (`uncertainty`); a model whose files cannot hold them
+            is refused.
+        checks_input: without ``missing_modalities``, refuse a source in which nnU-Net finds no case instead of doing
+            nothing.
         sequential_part: ``(part_id, num_parts)`` for `predict_from_files_sequential`, which upstream does not split.
 
     Raises:
@@ -115,12 +128,15 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         self.cpu_bfloat16 = cpu_bfloat16
         self.trust_checkpoint = trust_checkpoint
         self.failures: dict[str, str] = {}
+        self.checks_input = False
         self.sequential_part = (0, 1)
         self._origin: dict[str, Any] = {}
         self._plan: Plan | None = None
         self._report: PredictionReport | None = None
         self.report_file: Path | None = None
         self.report_cases: list[str] = []
+        self.report_done: list[str] = []
+        self.save_uncertainty = False
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -176,6 +192,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         if self.missing_modalities is not None:
             parse_missing(self.missing_modalities, self.channels)
             check_supported(self.network, self.trainer_name)
+        if self.save_uncertainty:
+            check_ending(self.dataset_json["file_ending"])
 
     # --- files --------------------------------------------------------------------------------------------------------
     def predict_from_files(
@@ -211,6 +229,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             )
         check_places(source, target, folder_with_segs_from_prev_stage)
         self.failures = {}
+        self._check_input(source)
         if self.missing_modalities is not None:  # upstream writes into the folder before it looks for cases
             arguments = (source, target, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts)
             self._plan = self._make_plan(*arguments, save_probabilities)
@@ -248,6 +267,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 output_folder_or_list_of_truncated_output_files,
                 folder_with_segs_from_prev_stage,
             )
+            self._check_input(list_of_lists_or_source_folder)
             stock: list[Any] | None = super().predict_from_files_sequential(
                 list_of_lists_or_source_folder,
                 output_folder_or_list_of_truncated_output_files,
@@ -261,6 +281,10 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         return self.predict_from_files(
             *files, save_probabilities, overwrite, 0, 0, folder_with_segs_from_prev_stage, num_parts, part_id
         )
+
+    def _check_input(self, source: Any) -> None:
+        if self.checks_input and self.missing_modalities is None and isinstance(source, (str, Path)):
+            refuse_without_cases(source, self.dataset_json["file_ending"], self.channels)
 
     def _manage_input_and_output_lists(
         self,
@@ -293,8 +317,9 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
             self._report = PredictionReport(
                 folder, self._about, self.channels, keep=not overwrite, part_id=part_id, num_parts=num_parts
             )
-            self.report_file, self.report_cases = self._report.path, [planned.case.name for planned in plan.todo]
-            self._report.begin(self.report_cases, [planned.case.name for planned in plan.done])
+            self.report_file = self._report.path
+            self.report_cases, self.report_done = ([planned.case.name for planned in part] for part in plan)
+            self._report.begin(self.report_cases, self.report_done)
         _log.info("%d cases to predict, %d are there already", len(plan.todo), len(plan.done))
         return (
             [planned.case for planned in plan.todo],

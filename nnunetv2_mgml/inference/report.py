@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.inference.case_quality import Summary, estimates, stored_fit
-from nnunetv2_mgml.inference.earlier import REPORT_NAME, Earlier
+from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.subset_quality import (
     expected_quality,
     expected_volume_error,
@@ -29,6 +29,7 @@ from nnunetv2_mgml.inference.subset_quality import (
     unreliable_regions,
 )
 from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.prediction_reports import REPORT_NAME, part_name, part_reports, take_out
 from nnunetv2_mgml.modalities import subset_name
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class PredictionReport:
         part_id: int = 0,
         num_parts: int = 1,
     ) -> None:
-        name = REPORT_NAME if num_parts == 1 else f"{Path(REPORT_NAME).stem}_part{part_id}of{num_parts}.json"
-        self.path = Path(folder) / name
+        self.path = Path(folder) / (REPORT_NAME if num_parts == 1 else part_name(part_id, num_parts))
         self.channels = tuple(channels)
         self.cases: dict[str, dict[str, Any]] = Earlier(folder).cases if keep else {}
-        self._is_part = num_parts > 1
+        self._is_part, self._keep = num_parts > 1, keep
+        self._todo: tuple[str, ...] = ()
         self._told: set[tuple[bool, ...]] = set()
         self._written = -math.inf
         self._head: dict[str, Any] = {
@@ -98,8 +99,10 @@ class PredictionReport:
     def begin(self, todo: Sequence[str], done: Sequence[str]) -> None:
         """Note the cases to predict, and those skipped because their output is there, and write that down.
 
-        A run that is killed at once is thus known to have meant to replace what is there.
+        A run that is killed at once is thus known to have meant to replace what is there. Other reports in the folder
+        then say nothing more of what this run replaces.
         """
+        self._todo = tuple(todo)
         if self._is_part:
             self.cases = {case: entry for case, entry in self.cases.items() if case in {*todo, *done}}
         self.cases.update({case: {"status": "pending"} for case in todo})
@@ -111,6 +114,24 @@ class PredictionReport:
                 self.cases[case] = {"status": "skipped"}
         self._try_to_write()
         self._written = -math.inf
+        self._correct_others()
+
+    def _correct_others(self) -> None:
+        """Delete the reports of parts where everything is predicted anew; a part takes its own cases out of the others.
+
+        It does so at both ends of its run: meanwhile another part may write what it has read before.
+        """
+        folder = self.path.parent
+        try:
+            if self._is_part:
+                for file in (folder / REPORT_NAME, *part_reports(folder)):
+                    if file != self.path and file.is_file():
+                        take_out(file, self._todo)
+            elif not self._keep:
+                for file in part_reports(folder):
+                    file.unlink(missing_ok=True)
+        except OSError as error:  # must not cost the prediction
+            _log.warning("%s", error)
 
     def add_item(self, item: Item) -> None:
         """Note what a preprocessed case is predicted from."""
@@ -166,6 +187,8 @@ class PredictionReport:
             OSError: it cannot be written; it names the file.
         """
         self._write(_now())
+        if self._is_part:
+            self._correct_others()
 
     def _try_to_write(self) -> None:
         try:

@@ -85,10 +85,12 @@ def _wrong_entry(content: Any) -> str:
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
-    """Return the error for a report that cannot be used."""
+    """Return the error for a report that cannot be used; to be rid of it, its copy has to go as well."""
+    copy = f"the entry {CARRIED_KEY} of {CARRIER}"
+    both = f"it and {copy} beside it, where there is one" if path.name == REPORT_NAME else copy
     return ValueError(
         f"{path} is damaged or of another model ({error}). Write it again with 'mgml evaluate "
-        f"--write_subset_report', or delete it."
+        f"--write_subset_report', or delete {both}."
     )
 
 

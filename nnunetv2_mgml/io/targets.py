@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNCERTAINTY, PREVIEW = "uncertainty", "preview"
+"""Folders beside segmentations, of what is made from them: ``uncertainty/CASE<ending>``, ``preview/CASE.png``."""
+
 
 def check_output_file(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
     """Raise unless a file may be written.
@@ -28,6 +31,11 @@ def check_output_file(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()
             raise ValueError(f"-o {path} is what is read ({source}) and would be lost. Give another name.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists. Give another name, or --overwrite.")
+
+
+def is_current(made: Path, source: Path) -> bool:
+    """Return whether a file is there and no older than the one it is made from."""
+    return made.is_file() and made.stat().st_mtime_ns >= source.stat().st_mtime_ns
 
 
 def is_same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -30,6 +30,11 @@ _CHUNK = 1 << 22
 _NIFTI = (".nii", ".nii.gz")
 _TIFF = (".tif", ".tiff")
 _LARGEST_LABEL = 2**31 - 1
+_WHOLE_NUMBERS = {
+    ".png": (sitk.sitkUInt8, sitk.sitkUInt16),
+    **dict.fromkeys((".bmp", ".jpg", ".jpeg"), (sitk.sitkUInt8,)),
+}
+"""What the formats of pictures hold; every other one holds fractions as well."""
 
 
 class VolumeError(ValueError):
@@ -396,12 +401,17 @@ def write_image(image: sitk.Image, path: str | os.PathLike[str]) -> None:
     """Write a volume, compressed where its format can be, read it back and put it in place if it is the same.
 
     Raises:
-        VolumeError: the path is not UTF-8.
+        VolumeError: the path is not UTF-8, or its format cannot hold numbers of this kind.
         IncompleteWriteError: it is not, because the disk is full, for instance; what was at ``path`` is still there.
         OSError: the folder cannot be written to.
     """
     path = Path(path)
     check_name(path)
+    if not can_hold(path.suffix, image.GetPixelID()):
+        raise VolumeError(
+            f"{path}: {path.suffix} files cannot hold {image.GetPixelIDTypeAsString()}s. Choose a format that can, "
+            f"such as .nii.gz."
+        )
     with replacing(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), True)
@@ -409,6 +419,11 @@ def write_image(image: sitk.Image, path: str | os.PathLike[str]) -> None:
         except (RuntimeError, VolumeError, FileNotFoundError) as error:
             raise not_written(path) from error
         check_written(path, sitk.GetArrayViewFromImage(image), sitk.GetArrayViewFromImage(written))
+
+
+def can_hold(ending: str, pixel: int) -> bool:
+    """Return whether files of an ending hold pixels of a kind of SimpleITK's, such as ``sitkFloat32``."""
+    return pixel in _WHOLE_NUMBERS.get(ending.lower(), (pixel,))
 
 
 def check_written(path: str | os.PathLike[str], meant: NDArray[Any], found: NDArray[Any]) -> None:

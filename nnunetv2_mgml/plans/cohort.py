@@ -65,7 +65,7 @@ def raw_cases(folder: Path, part: str = "Tr") -> list[RawCase]:
     channels = channel_names(description)
     recorded = read_missing(folder, channels)
     listed = part == "Tr" and "dataset" in description
-    found = _listed(folder, description) if listed else _in_folder(folder, description, part)
+    found = listed_cases(folder, description) if listed else _in_folder(folder, description, part)
     cases = [
         RawCase(
             name,
@@ -168,7 +168,17 @@ def _refuse_numbers_of_cases(found: _Found, label_names: Container[str]) -> None
             )
 
 
-def _listed(folder: Path, description: Mapping[str, Any]) -> _Found:
+def listed_cases(folder: Path, description: Mapping[str, Any]) -> _Found:
+    """Return the cases that ``dataset.json`` of a data set lists under ``dataset``, with the files that exist.
+
+    Args:
+        folder: ``nnUNet_raw/DatasetXXX_NAME``.
+        description: its ``dataset.json``.
+
+    Returns:
+        Case -> (channel index -> file, label map).
+    """
+
     def absolute(path: str) -> Path:
         return Path(os.path.abspath(folder / os.path.expandvars(path)))
 

@@ -52,6 +52,15 @@ def read_model_files(folder: Path, trust: bool = False) -> tuple[dict[str, Any],
     return plans, dataset_json
 
 
+def previous_stage(model_folder: Path) -> Path | None:
+    """Return the model that predicts a cascade's first stage; None for other models, and where the plans are gone."""
+    head, _, configuration = model_folder.name.rpartition("__")
+    plans = model_folder / "plans.json"
+    configurations = read_json(plans).get("configurations", {}) if plans.is_file() else {}
+    stage = configurations.get(configuration, {}).get("previous_stage")
+    return model_folder.with_name(f"{head}__{stage}") if stage else None
+
+
 def check_dataset_json(content: Any) -> None:
     """Raise a ValueError unless a ``dataset.json`` has channels, labels and a file ending of the right kind."""
     _need(isinstance(content, dict), "the file", content, "an object")

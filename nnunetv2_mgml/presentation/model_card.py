@@ -22,6 +22,7 @@ def model_card(
     versions: Mapping[str, str],
     licence: str,
     commands: Sequence[str],
+    first_stage: str | None = None,
 ) -> str:
     """Return the card as Markdown.
 
@@ -35,6 +36,7 @@ def model_card(
         versions: package -> version the archive was made with.
         licence: of the weights; empty: not stated.
         commands: what the receiver types.
+        first_stage: of a cascade's second stage, the model whose predictions it needs.
     """
     channels = channel_names(dict(dataset_json))
     labels = {label: value for label, value in dataset_json["labels"].items() if label not in ("background", "ignore")}
@@ -70,6 +72,7 @@ def model_card(
         *commands,
         "```",
         "",
+        *_needed(first_stage),
         f"`IN` holds a file per case and modality, `CASE_0000` to `CASE_{len(channels) - 1:04d}` "
         f"({', '.join(f'{c:04d} {channel}' for c, channel in enumerate(channels))}); leave out what does not exist and "
         f"do not renumber the others. Input has to be prepared as the training data were: the modalities of a case "
@@ -85,6 +88,16 @@ def model_card(
 def _stated(what: str, value: Any) -> list[str]:
     text = " ".join(str(value).split()).replace("|", "\\|")  # a row of a table is one line
     return [f"| {what} | {text} |"] if text and value else []
+
+
+def _needed(first_stage: str | None) -> list[str]:
+    if first_stage is None:
+        return []
+    return [
+        f"This is the second stage of a cascade. It needs the model of the first, `{first_stage}`, which is not in "
+        f"this archive: install that one as well, and predict with it first.",
+        "",
+    ]
 
 
 def _expectation(report: Mapping[str, Any] | None, channels: Sequence[str]) -> list[str]:

@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.io.targets import PREVIEW, is_current
 from nnunetv2_mgml.presentation.figures.preview import preview_sheet
 from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.report.sheets import names_of_values
 from nnunetv2_mgml.scoring.regions import label_set, short_name
 
-FOLDER = "preview"
+FOLDER = PREVIEW
 _log = logging.getLogger(__name__)
+
+
+def without_preview(folder: Path, cases: Sequence[str], ending: str) -> list[str]:
+    """Return the cases of an output folder whose picture is not there, or older than their segmentation."""
+    return [case for case in cases if not is_current(folder / FOLDER / f"{case}.png", folder / f"{case}{ending}")]
 
 
 def write_previews(
@@ -43,7 +49,7 @@ def write_previews(
     content = read_json(report)
     written, failures = [], {}
     for case, entry in content["cases"].items():
-        if entry.get("status") != "predicted" or (cases is not None and case not in cases):
+        if entry.get("status") not in ("predicted", "skipped") or (cases is not None and case not in cases):
             continue
         target = report.parent / FOLDER / f"{case}.png"
         try:
@@ -58,7 +64,8 @@ def _draw(case: str, entry: Mapping[str, Any], folder: Path, dataset_json: Mappi
     segmentation, spacing = read_axial(folder / f"{case}{dataset_json['file_ending']}")
     segmentation = segmentation.astype(np.int64)
     index = telling_slice(segmentation)
-    images = {name: read_axial(file)[0][index] for name, file in entry["files"].items() if name in entry["present"]}
+    files = entry.get("files", {})
+    images = {name: read_axial(file)[0][index] for name, file in files.items() if name in entry["present"]}
     if not images:
         raise ValueError("its report names no image files.")
     regions = label_set(dict(dataset_json)).regions

@@ -147,18 +147,35 @@ def _check_labels(labels: npt.NDArray[Any], allowed: set[int], path: Path, case:
 def _score_and_store(task: CaseTask, settings: ScoringSettings, file: Path) -> Scores:
     """Score the subsets of a case that are not stored yet (or whose files changed) and store the case again."""
     scores = stored_scores(task, file)
+    places = {name: _place(path, file) for name, path in task.predictions.items()}
     todo = {name: path for name, path in task.predictions.items() if name not in scores}
     if todo:
         scores.update(score_case(CaseTask(task.case, task.reference, todo), settings))
         stamps = {name: file_stamp(task.predictions[name]) for name in scores}
         write_json(
-            file, {"case": task.case, "reference": file_stamp(task.reference), "predictions": stamps, "scores": scores}
+            file,
+            {
+                "case": task.case,
+                "reference": file_stamp(task.reference),
+                "predictions": stamps,
+                "files": {name: places[name] for name in scores},
+                "scores": scores,
+            },
         )
     return scores
 
 
+def _place(path: Path, file: Path) -> str:
+    """Return where a prediction lies, as it is stored in a case's file: below the evaluation's folder relative to that.
+
+    An evaluation may thus be moved with what it has predicted.
+    """
+    folder, place = file.resolve().parents[1], path.resolve()
+    return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else str(place)
+
+
 def stored_scores(task: CaseTask, file: Path) -> Scores:
-    """Return what is already stored for a case, without subsets whose files have changed since.
+    """Return what is already stored for a case, without subsets whose files have changed since, or are others.
 
     Raises:
         ValueError: the file was not written by an evaluation.
@@ -171,7 +188,7 @@ def stored_scores(task: CaseTask, file: Path) -> Scores:
         _log.warning("%s The case is scored again.", error)
         return {}
     try:
-        return _unchanged_scores(task, content)
+        return _unchanged_scores(task, content, file)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"Case {task.case}: {file} holds no scores of an evaluation ({type(error).__name__}: {error})."
@@ -179,9 +196,10 @@ def stored_scores(task: CaseTask, file: Path) -> Scores:
         ) from error
 
 
-def _unchanged_scores(task: CaseTask, content: dict[str, Any]) -> Scores:
+def _unchanged_scores(task: CaseTask, content: dict[str, Any], file: Path) -> Scores:
     if content["reference"] != file_stamp(task.reference):
         return {}
+    places = content.get("files", {})  # before 0.2 only size and time were stored, which two files may share
     return {
         name: {
             region: {metric: float("nan") if value is None else value for metric, value in metrics.items()}
@@ -191,6 +209,7 @@ def _unchanged_scores(task: CaseTask, content: dict[str, Any]) -> Scores:
         if name in task.predictions
         and task.predictions[name].is_file()
         and content["predictions"][name] == file_stamp(task.predictions[name])
+        and places.get(name) == _place(task.predictions[name], file)
     }
 
 

@@ -24,6 +24,10 @@ _RESULTS = (
     "table.tex",
     *(f"figures/{name}.png" for name in ("heatmap", "number_of_modalities", "shapley")),
 )
+PAGE = "report.html"
+"""What ``mgml report`` makes of an evaluation, unless it is told another place."""
+_FOOTER = "<footer><p>Written by nnunetv2_mgml "
+"""In the page of every version."""
 _SETTINGS = "settings.json"
 _OURS = ("results.csv", "summary.json")
 _FOREIGN = (*_OURS, "plans.json", "imagesTr", "imagesTs")
@@ -36,6 +40,11 @@ def holds_evaluation(folder: Path) -> bool:
     return (folder / _SETTINGS).is_file() or (folder / "results.csv").is_file()
 
 
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page of ``mgml report``, of this or an earlier version, by its last line."""
+    return _FOOTER.encode() in path.read_bytes()
+
+
 def open_output(
     folder: Path,
     fingerprint: dict[str, Any],
@@ -46,8 +55,8 @@ def open_output(
 ) -> None:
     """Prepare an evaluation folder: new, begun with the same settings, or started again.
 
-    Results of an earlier run are removed, so that those of a run that fails cannot be taken for its own; the scores
-    behind them (``cases``) are kept where the settings are the same.
+    Results of an earlier run, and the page about them, are removed, so that those of a run that fails cannot be taken
+    for its own; the scores behind them (``cases``) are kept where the settings are the same.
 
     Args:
         folder: the evaluation folder.
@@ -92,6 +101,8 @@ def open_output(
         _refuse_fewer_subsets(folder, subsets)
     for name in _RESULTS:
         (folder / name).unlink(missing_ok=True)
+    if (folder / PAGE).is_file() and is_page(folder / PAGE):
+        (folder / PAGE).unlink()
     if (folder / "figures").is_dir() and not any((folder / "figures").iterdir()):
         (folder / "figures").rmdir()
     write_json(file, fingerprint)

@@ -11,7 +11,8 @@ from typing import Any
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.io.label_mark import refuse_marked
 from nnunetv2_mgml.io.names import some
-from nnunetv2_mgml.modalities import Subset, parse_subset, subset_name, table_order
+from nnunetv2_mgml.io.prediction_reports import REPORT_NAME, read_entries
+from nnunetv2_mgml.modalities import Subset, canonical_name, parse_subset, subset_name, table_order
 from nnunetv2_mgml.plans.regions import check_scored_regions
 from nnunetv2_mgml.scoring.cases import CaseTask
 from nnunetv2_mgml.scoring.results import Evaluation
@@ -145,21 +146,31 @@ def pair_cases(
 ) -> FoundCases:
     """Pair every reference with one prediction per subset.
 
+    A prediction that ``mgml_prediction.json`` beside it calls failed or pending is missing: its file is of an earlier
+    run.
+
     Args:
         references: case -> file.
         folders: subset name -> folder of ``<case><file_ending>``.
         file_ending: from dataset.json.
-        allow_missing: score the cases that every folder has instead of refusing.
+        allow_missing: score the cases that every folder has, of its subset, instead of refusing.
 
     Raises:
         FileNotFoundError: predictions are missing (all are counted, the first are named), or no case is complete.
+        ValueError: by ``mgml_prediction.json`` predictions are of another subset than their folder.
     """
     tasks, absent = [], {}
+    others: dict[str, list[str]] = {}
+    told = {name: read_entries(folder) for name, folder in folders.items()}
     for case, reference in references.items():
         predictions = {name: folder / f"{case}{file_ending}" for name, folder in folders.items()}
-        lacking = [str(path) for path in predictions.values() if not path.is_file()]
+        entries = {name: told[name].get(case, {}) for name in folders}
+        lacking = [text for name, path in predictions.items() if (text := _missing(path, entries[name]))]
+        other = [text for name, path in predictions.items() if (text := _of_other_subset(path, name, entries[name]))]
         if lacking:
             absent[case] = lacking
+        elif other:
+            others[case] = other
         else:
             tasks.append(CaseTask(case, reference, predictions))
     if absent and not allow_missing:
@@ -167,6 +178,13 @@ def pair_cases(
         raise FileNotFoundError(
             f"{len(files)} predictions are missing for {len(absent)} of {len(references)} labelled "
             f"cases: {some(files)}. Predict them, or score only complete cases with "
+            f"--allow_missing."
+        )
+    if others and not allow_missing:
+        texts = [text for other in others.values() for text in other]
+        raise ValueError(
+            f"{len(texts)} predictions of {len(others)} cases are not of the subset of their folder, by its "
+            f"{REPORT_NAME}: {some(texts)}. Predict them from this subset, or leave these cases out with "
             f"--allow_missing."
         )
     if not tasks:
@@ -184,7 +202,22 @@ def pair_cases(
                 len(extra),
                 some(extra),
             )
-    return FoundCases(tasks, sorted(absent))
+    return FoundCases(tasks, sorted({*absent, *others}))
+
+
+def _missing(path: Path, entry: Mapping[str, Any]) -> str:
+    """Return what an error calls a prediction that is not there, though its file may be; empty where it is."""
+    if entry.get("status") in ("failed", "pending"):
+        return f"{path} ({entry['status']}, by {REPORT_NAME})"
+    return "" if path.is_file() else str(path)
+
+
+def _of_other_subset(path: Path, subset: str, entry: Mapping[str, Any]) -> str:
+    """Return what an error says of a prediction from other modalities; empty where it is from those of its folder."""
+    present = entry.get("present")
+    if not isinstance(present, list) or {canonical_name(str(name)) for name in present} == set(subset.split("+")):
+        return ""
+    return f"{path} is from {'+'.join(map(str, present))}, not {subset}"
 
 
 def file_ending(dataset_json: dict[str, Any]) -> str:
@@ -208,7 +241,8 @@ class EvaluationFiles:
     """Where the files of an evaluation's cases lie."""
 
     images: Path
-    """Folder of ``<case>_XXXX<ending>``, ``XXXX`` the channel index."""
+    """Folder of ``<case>_XXXX<ending>``, ``XXXX`` the channel index; or what else an evaluation of a model takes images
+    from, a folder with the names of BraTS or a sheet."""
     labels: Path
     """Folder of ``<case><ending>``."""
     predictions: dict[str, Path]
@@ -230,7 +264,7 @@ def find_files(
     Args:
         evaluation: the evaluation.
         folder: its folder; what it predicted itself lies in ``predictions``.
-        images: folder of images.
+        images: folder of images, or a sheet.
         labels: folder of reference label maps.
         predictions: label maps by subset.
         dataset_json: gives the file ending; else searched beside all of these.
@@ -249,13 +283,15 @@ def find_files(
         if not predictions:
             gone = ", ".join(map(str, (source.folders or {}).values()))
             raise FileNotFoundError(f"No predictions: {gone or predicted} does not exist.")
-    for found in (images, labels):
+    for found in (labels, *([] if images.is_file() else [images])):
         need_folder(found, "The folder")
     folders = prediction_folders(predicted if predictions is None else predictions, evaluation.channels)
     folders = {name: path for name, path in folders.items() if name in evaluation.subset_names}
     if not folders:
         raise ValueError(f"The predictions are of none of the evaluated subsets: {', '.join(evaluation.subset_names)}.")
-    candidates = [images, images.parent, labels, labels.parent, *folders.values(), predicted]
+    candidates = [images.parent, labels, labels.parent, *folders.values(), predicted]
+    if images.is_dir():
+        candidates.insert(0, images)
     model = evaluation.info.model
     candidates += [model.folder] if model is not None and model.folder is not None else []
     file = find_dataset_json(candidates, dataset_json)

@@ -9,6 +9,8 @@ Guarded by: tests/upstream/test_export.py, tests/upstream/test_inference_drift.p
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.io.files import naming, scratch
+from nnunetv2_mgml.io.targets import PREVIEW, UNCERTAINTY
 from nnunetv2_mgml.io.volumes import IncompleteWriteError, check_file, check_name, check_written, not_written
 
 
@@ -30,6 +33,9 @@ def export_case(
     save_probabilities: bool,
 ) -> None:
     """Run nnU-Net's own export in a scratch folder beside the output, then move what it wrote into place.
+
+    What was made with or from a segmentation that is replaced goes before it does: probabilities, unless new ones take
+    their place, map of uncertainty and preview.
 
     Args:
         logits: ``(heads, z, y, x)`` on the preprocessed grid.
@@ -63,9 +69,19 @@ def export_case(
             )
         except IncompleteWriteError as error:
             raise not_written(os.path.join(folder, segmentation)) from error
+        written = os.listdir(temporary)
+        _remove_outdated(folder, name, dataset_json["file_ending"], written)
         # The segmentation last: --continue_prediction takes it as the sign that the case is done.
-        for written in sorted(os.listdir(temporary), key=lambda entry: entry == segmentation):
-            os.replace(temporary / written, os.path.join(folder, written))
+        for entry in sorted(written, key=lambda entry: entry == segmentation):
+            os.replace(temporary / entry, os.path.join(folder, entry))
+
+
+def _remove_outdated(folder: str, name: str, ending: str, written: Collection[str]) -> None:
+    """Delete what belongs to the segmentation that is about to be replaced, but for what is replaced itself."""
+    beside = [os.path.join(UNCERTAINTY, name + ending), os.path.join(PREVIEW, f"{name}.png")]
+    for entry in (*beside, f"{name}.npz", f"{name}.pkl"):
+        if entry not in written:
+            Path(folder, entry).unlink(missing_ok=True)
 
 
 class _CheckedPlans:

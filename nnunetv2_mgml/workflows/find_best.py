@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import shlex
 import shutil
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.io.files import read_json, scratch, write_json, write_text
-from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, load_evaluation
+from nnunetv2_mgml.plans.model_files import previous_stage
+from nnunetv2_mgml.scoring.averages import dice_means
+from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
 from nnunetv2_mgml.scoring.sources import find_files
 from nnunetv2_mgml.scoring.statistics import pairable
 
@@ -65,10 +68,12 @@ class Best:
     """What was chosen."""
 
     folder: Path
-    """The evaluation with the highest mean Dice over subsets, regions and cases."""
+    """The evaluation with the highest mean Dice over subsets, regions and cases, of those where all have a value."""
     means: dict[str, dict[str, float]]
     """Folder -> ``all`` (mean over subsets), ``complete`` and ``single`` (one modality), Dice as a fraction, over
-    regions."""
+    regions; NaN where no subset and region of the kind has a value in every candidate."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Region -> subsets in which a candidate has no value, as of a label that no case has: they are in no mean."""
     steps: list[str] = field(default_factory=list)
     """What post-processing keeps the largest component of: ``foreground``, or labels of a region."""
     before: float | None = None
@@ -89,7 +94,8 @@ class Best:
     @property
     def best_when_complete(self) -> Path:
         """The evaluation that complete cases alone would choose."""
-        return Path(max(self.means, key=lambda name: self.means[name]["complete"]))
+        complete = {name: means["complete"] for name, means in self.means.items() if not math.isnan(means["complete"])}
+        return Path(max(complete, key=lambda name: complete[name])) if complete else self.folder
 
 
 def find_best(request: BestRequest) -> Best:
@@ -97,19 +103,19 @@ def find_best(request: BestRequest) -> Best:
 
     Raises:
         FileNotFoundError: a folder is no evaluation, or its label maps are gone.
-        ValueError: evaluations of other cases, channels or rules, without Dice or without all subsets; or an output
-            with files of these names that are of no earlier choice.
+        ValueError: evaluations of other cases, channels or rules, without Dice, without all subsets or without a value
+            that all have; or an output with files of these names that are of no earlier choice.
     """
     _refuse_foreign(request.output)
     evaluations = [load_evaluation(Path(folder)) for folder in request.folders]
     if len(evaluations) > 1:
         evaluations = pairable(evaluations, request.common_cases)
-    means = {}
-    for folder, evaluation in zip(request.folders, evaluations, strict=True):
-        _check(evaluation, folder)
-        means[str(folder)] = _means(evaluation)
+    candidates = {str(folder): evaluation for folder, evaluation in zip(request.folders, evaluations, strict=True)}
+    for name, candidate in candidates.items():
+        _check(candidate, name)
+    means, left_out = dice_means(candidates)
     folder = Path(max(means, key=lambda name: means[name]["all"]))
-    best, evaluation = Best(folder, means), load_evaluation(folder)
+    best, evaluation = Best(folder, means, left_out), load_evaluation(folder)
     request.output.mkdir(parents=True, exist_ok=True)
     if request.postprocessing:
         best = _with_postprocessing(best, evaluation, evaluations, request)
@@ -124,6 +130,7 @@ def find_best(request: BestRequest) -> Best:
             "best": str(best.folder),
             "best_by_complete_cases": str(best.best_when_complete),
             "dice": best.means,
+            "left_out": best.left_out,
             "postprocessing": None
             if best.before is None
             else {
@@ -149,7 +156,7 @@ def _refuse_foreign(output: Path) -> None:
         )
 
 
-def _check(evaluation: Evaluation, folder: Path) -> None:
+def _check(evaluation: Evaluation, folder: str) -> None:
     if "dice" not in evaluation.metrics:
         raise ValueError(f"{folder} has no Dice; evaluate with --metrics dice (or the default).")
     wanted = 2 ** len(evaluation.channels) - 1
@@ -158,20 +165,6 @@ def _check(evaluation: Evaluation, folder: Path) -> None:
             f"{folder} shares {len(evaluation.subset_names)} of {wanted} subsets with the others; a choice over all "
             f"subsets needs all of them."
         )
-
-
-def _means(evaluation: Evaluation) -> dict[str, float]:
-    summaries = [evaluation.summary("dice", region) for region in evaluation.region_names]
-    names = evaluation.subset_names
-    chosen = {
-        "all": [AVERAGE],
-        "complete": [name for name in names if len(name.split("+")) == len(evaluation.channels)],
-        "single": [name for name in names if "+" not in name],
-    }
-    return {
-        what: sum(summary[name]["mean"] for summary in summaries for name in subsets) / (len(summaries) * len(subsets))
-        for what, subsets in chosen.items()
-    }
 
 
 def _with_postprocessing(
@@ -316,7 +309,7 @@ def _commands(best: Best, evaluation: Evaluation, output: Path) -> list[str]:
         options += [] if model.checkpoint in (None, "checkpoint_final.pth") else ["-chk", str(model.checkpoint)]
         options += [] if model.tile_step_size in (None, 0.5) else ["-step_size", f"{model.tile_step_size:g}"]
         options += ["--disable_tta"] if model.mirroring is False else []
-        stage = _previous_stage(model.folder)
+        stage = previous_stage(model.folder)
         steps: list[tuple[str, Path, list[str]]] = [("OUT", model.folder, [])]
         if stage is not None:
             lower = f"OUT_{stage.name.rpartition('__')[2]}"
@@ -331,12 +324,3 @@ def _commands(best: Best, evaluation: Evaluation, output: Path) -> list[str]:
         given = [word for option, name in files for word in (option, str((output / name).resolve()))]
         lines.append(f"nnUNetv2_apply_postprocessing -i OUT -o OUT_PP {shlex.join(given)}")
     return lines
-
-
-def _previous_stage(model_folder: Path) -> Path | None:
-    """Return the model that predicts a cascade's first stage; None for other models, and where the plans are gone."""
-    head, _, configuration = model_folder.name.rpartition("__")
-    if not (model_folder / PLANS).is_file():
-        return None
-    stage = read_json(model_folder / PLANS).get("configurations", {}).get(configuration, {}).get("previous_stage")
-    return model_folder.with_name(f"{head}__{stage}") if stage else None

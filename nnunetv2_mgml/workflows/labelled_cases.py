@@ -19,7 +19,7 @@ from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
-from nnunetv2_mgml.plans.cohort import read_missing
+from nnunetv2_mgml.plans.cohort import listed_cases, read_missing
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
 from nnunetv2_mgml.plans.splits import SPLITS_FILE
 from nnunetv2_mgml.scoring.info import Source
@@ -211,7 +211,8 @@ def _raw_folders(folder: Path) -> tuple[Path | None, Path | None]:
 def _raw_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[Case, Path]]:
     """Return case name -> (case, label map) of a raw data set, whichever of nnU-Net's two layouts it has.
 
-    Modalities recorded as missing are left out of a case, whether there are files for them or not.
+    Modalities recorded as missing are left out of a case, whether there are files for them or not; so are listed files
+    that do not exist.
     """
     recorded = read_missing(folder, channels := channel_names(dataset_json))
     return {
@@ -227,14 +228,7 @@ def _listed_cases(folder: Path, dataset_json: dict[str, Any]) -> dict[str, tuple
     if "dataset" not in raw_json:
         cases = find_cases(folder / "imagesTr", ending, channel_names(dataset_json))
         return {case.name: (case, folder / "labelsTr" / f"{case.name}{ending}") for case in cases}
-
-    def absolute(path: str) -> str:
-        return str((folder / os.path.expandvars(path)).resolve())
-
     return {
-        name: (
-            Case(name, {c: absolute(path) for c, path in enumerate(entry["images"])}),
-            Path(absolute(entry["label"])),
-        )
-        for name, entry in raw_json["dataset"].items()
+        name: (Case(name, {c: str(path.resolve()) for c, path in files.items()}), label.resolve())
+        for name, (files, label) in listed_cases(folder, raw_json).items()
     }

@@ -6,6 +6,7 @@ nnU-Net's own function reads the arguments, builds the predictor and runs it; fr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class PredictionRequest:
     step_size: float = 0.5
     part: tuple[int, int] = (0, 1)
     """``(part_id, num_parts)``, which nnU-Net forgets where it runs without worker processes."""
+    checks_input: bool = False
+    """Refuse an input in which nnU-Net's own prediction finds no case, where that is what was asked for."""
 
     @property
     def uses_our_flags(self) -> bool:
@@ -95,41 +98,57 @@ def build_predictor(request: PredictionRequest, *args: Any, **kwargs: Any) -> MG
     if request.uses_our_flags and request.device == "cpu":  # nnU-Net starts a thread for every CPU of the machine
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     predictor.sequential_part = request.part
+    predictor.save_uncertainty = request.save_uncertainty
+    predictor.checks_input = request.checks_input
     return predictor
 
 
 @dataclass(frozen=True)
 class Additions:
-    """What was written beside the segmentations."""
+    """What lies beside the segmentations."""
 
     previews: Path | None = None
-    """Folder of the previews, where they were asked for."""
+    """Folder of the previews, where they were asked for and there are any."""
     num_previews: int = 0
+    """Of the cases of this call."""
     uncertainty: Path | None = None
-    """Folder of the maps, where they were asked for."""
+    """Folder of the maps, where they were asked for and there are any."""
 
 
 def write_additions(request: PredictionRequest, predictor: MGMLPredictor) -> Additions:
     """Write what was asked for of the cases that a predictor has just predicted.
 
-    A map that cannot be written is added to the predictor's ``failures``; a preview costs only itself.
+    Of cases that it left as they were (``--continue_prediction``), what is absent or older than their segmentation is
+    written as well; their probabilities stay. A map that cannot be written is added to the predictor's ``failures``; a
+    preview costs only itself.
     """
     report = predictor.report_file
     if report is None:
         return Additions()
     folder, additions = report.parent, Additions()
+    ending = predictor.dataset_json["file_ending"]
     if request.preview:
-        from nnunetv2_mgml.presentation.preview import FOLDER, write_previews  # matplotlib is slow to import
+        from nnunetv2_mgml.presentation.preview import FOLDER, without_preview, write_previews  # slow: matplotlib
 
-        written, _ = write_previews(report, predictor.dataset_json, predictor.report_cases)
-        additions = dataclasses.replace(additions, previews=folder / FOLDER, num_previews=len(written))
+        cases = [*predictor.report_cases, *without_preview(folder, predictor.report_done, ending)]
+        write_previews(report, predictor.dataset_json, cases)
+        shown = [(folder / FOLDER / f"{case}.png").is_file() for case in predictor.report_cases + predictor.report_done]
+        additions = dataclasses.replace(additions, previews=_filled(folder / FOLDER), num_previews=sum(shown))
     if request.save_uncertainty:
-        predictor.failures |= uncertainty.write_maps(
+        write_maps = functools.partial(
+            uncertainty.write_maps,
             folder,
-            [case for case in predictor.report_cases if case not in predictor.failures],
-            predictor.dataset_json["file_ending"],
-            predictor.label_manager.has_regions,
-            keep_probabilities=request.keep_probabilities,
+            ending=ending,
+            regions=predictor.label_manager.has_regions,
+            reader=predictor.plans_manager.image_reader_writer_class(),
         )
-        additions = dataclasses.replace(additions, uncertainty=folder / uncertainty.FOLDER)
+        predicted = [case for case in predictor.report_cases if case not in predictor.failures]
+        absent = uncertainty.without_map(folder, predictor.report_done, ending)
+        predictor.failures |= write_maps(predicted, keep_probabilities=request.keep_probabilities)
+        predictor.failures |= write_maps(absent, keep_probabilities=True)
+        additions = dataclasses.replace(additions, uncertainty=_filled(folder / uncertainty.FOLDER))
     return additions
+
+
+def _filled(folder: Path) -> Path | None:
+    return folder if folder.is_dir() and any(folder.iterdir()) else None

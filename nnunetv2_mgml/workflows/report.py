@@ -12,10 +12,10 @@ from nnunetv2_mgml.io.files import write_text
 from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.presentation.figures.qualitative import Case
 from nnunetv2_mgml.presentation.figures.style import label_colours
-from nnunetv2_mgml.presentation.report.cases import load_case, spread_cases
+from nnunetv2_mgml.presentation.report.cases import image_files, load_case, spread_cases
 from nnunetv2_mgml.presentation.report.charts import Picture, score_charts, training_chart
 from nnunetv2_mgml.presentation.report.content import headline_metric
-from nnunetv2_mgml.presentation.report.page import Pictures, Viewer, build_page, is_page, viewer_data
+from nnunetv2_mgml.presentation.report.page import Pictures, Viewer, build_page, viewer_data
 from nnunetv2_mgml.presentation.report.sheets import (
     case_sheet,
     label_names,
@@ -26,6 +26,7 @@ from nnunetv2_mgml.presentation.report.sheets import (
 from nnunetv2_mgml.presentation.report.sprites import MAX_SIDE, MAX_SLICES, viewer_case
 from nnunetv2_mgml.scoring.info import EvaluatedModel
 from nnunetv2_mgml.scoring.metrics import Metric
+from nnunetv2_mgml.scoring.output import PAGE, is_page
 from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
 from nnunetv2_mgml.scoring.sources import EvaluationFiles, PredictionFolders, find_files
 
@@ -72,7 +73,7 @@ class ReportRequest:
     show_cases: bool = True
     """Have a slice viewer where there are images; without, the page shows no patient."""
     images: Path | None = None
-    """Folder of images; this and the next three: None for what the evaluation used."""
+    """Folder of images, or a sheet; this and the next three: None for what the evaluation used."""
     labels: Path | None = None
     predictions: PredictionFolders | None = None
     dataset_json: Path | None = None
@@ -135,7 +136,7 @@ def _output(request: ReportRequest) -> Path:
     """Return the file to write, which is none but a page."""
     output = request.output or request.evaluation
     if output.is_dir() or request.output is None:
-        output = output / "report.html"
+        output = output / PAGE
     elif output.suffix.lower() not in _ENDINGS:
         raise ValueError(
             f"-o {output} is no name of a page: it must end in {' or '.join(_ENDINGS)}, or be a folder that exists. "
@@ -151,7 +152,7 @@ def _files(request: ReportRequest, evaluation: Evaluation) -> EvaluationFiles | 
     if not request.show_cases:
         return None
     stored = evaluation.info.source.images
-    if request.images is None and (stored is None or not stored.is_dir()):
+    if request.images is None and (stored is None or not stored.exists()):
         if request.internals is not None:
             raise ValueError(_INTERNALS_NEED_IMAGES)
         if request.names_files:
@@ -210,16 +211,27 @@ def _build_viewer(
     files: EvaluationFiles,
     names: Sequence[str],
     pictures: Pictures,
-) -> Viewer:
-    """Fill the case figures of ``pictures`` and return the viewer."""
+) -> Viewer | None:
+    """Fill the case figures of ``pictures`` and return the viewer; None where no case can be shown.
+
+    A case that cannot be read is left out, with a warning, unless something was asked for that only a viewer uses.
+    """
     shown = evaluation.restricted(list(files.predictions))
     labels = label_names(evaluation)
     colours = label_colours(list(labels))
     entries: list[dict[str, Any]] = []
     rows: list[Case] = []
-    used = 0
+    used = unreadable = 0
+    images = image_files(names, evaluation.channels, files)
     for name in names:
-        case = load_case(name, evaluation.channels, files, evaluation.info.ignore_label)
+        try:
+            case = load_case(name, evaluation.channels, files, evaluation.info.ignore_label, images[name])
+        except (FileNotFoundError, ValueError) as error:
+            if request.names_files:
+                raise
+            _log.warning("Not in the viewer: %s", error)
+            unreadable += 1
+            continue
         entry = viewer_case(case, sorted(labels))
         size = sum(len(uri) for uri in (*entry["images"].values(), *entry["predictions"].values(), entry["reference"]))
         if used + size > request.max_megabytes * _MEGABYTE:
@@ -233,6 +245,9 @@ def _build_viewer(
         entries.append(entry)
         rows.append(overview_row(shown, case))
         pictures.sheets.append(case_sheet(shown, metric, case, colours))
+    if unreadable == len(names):
+        _log.warning("No slice viewer: no case can be shown. %s", _ADVICE)
+        return None
     if not entries:
         raise ValueError(
             f"Not even one case fits into --max_megabytes {request.max_megabytes:g}; one needs about "
@@ -242,7 +257,7 @@ def _build_viewer(
     if overview:
         pictures.sheets.insert(0, overview)
     data = viewer_data(shown, metric, entries, labels, colours)
-    return Viewer(data, _note(request, evaluation, entries, len(names)))
+    return Viewer(data, _note(request, evaluation, entries, len(names) - unreadable))
 
 
 def _note(request: ReportRequest, evaluation: Evaluation, entries: list[dict[str, Any]], asked: int) -> str:
@@ -282,11 +297,7 @@ def _internals(request: InternalsRequest, evaluation: Evaluation, files: Evaluat
             f"The model in {folder} has channels {', '.join(model.predictor.channels)}, the evaluation "
             f"{', '.join(evaluation.channels)}. Give the model that was evaluated with -m."
         )
-    images = {
-        channel: str(path)
-        for channel in range(len(evaluation.channels))
-        if (path := files.images / f"{case}_{channel:04d}{files.file_ending}").is_file()
-    }
+    images = {channel: str(path) for channel, path in image_files([case], evaluation.channels, files)[case].items()}
     if not images:
         raise FileNotFoundError(f"--internals: {files.images} has no image of case {case}. Name another case, or -i.")
     internals = compute_internals(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -185,6 +186,49 @@ def test_without_a_flag_every_case_has_to_be_complete(
     told = "error: 1 of 2 case(s) lack modalities: q (t2). Nothing has been predicted. --missing_modalities auto goes"
     assert told in capsys.readouterr().err
     assert not segmentations(tmp_path / "out")
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("empty", "holds no file that ends in .nii.gz"),
+        ("brats", "holds no file that ends in .nii.gz"),
+        ("flat", "has no channel number in p_flair.nii.gz, p_t1.nii.gz, "),
+        ("sheet.csv", "is no folder"),
+    ],
+)
+def test_mgml_predict_says_what_it_reads_without_a_flag(
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    words: str,
+    sequential: bool,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])  # both are put back behind the test
+    monkeypatch.setenv(EXT_VARIABLE, "")
+    for folder in ("empty", "flat", "brats/p"):
+        (tmp_path / folder).mkdir(parents=True)
+    for channel, file in write_case(tmp_path / "in", "p").items():
+        for folder in ("flat", "brats/p"):
+            shutil.copy(file, tmp_path / folder / f"p_{('t1', 't1ce', 't2', 'flair')[channel]}.nii.gz")
+    (tmp_path / "sheet.csv").write_text("case,t1\np,in/p_0000.nii.gz\n")
+    call = ["predict", "-i", str(tmp_path / source), "-o", str(tmp_path / "out"), "-m", str(results / MODEL)]
+    workers = ["-npp", "0", "-nps", "0"] if sequential else []
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*call, "-f", "0", "-device", "cpu", "--disable_tta", "--disable_progress_bar", *workers])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / source} {words}")
+    assert "--missing_modalities auto also takes" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_nnunets_own_command_stays_as_it_is(command, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    assert command() == 0, "nnU-Net predicts nothing, and says nothing"
 
 
 @pytest.mark.parametrize("option", ["-d", "-c", "-tr", "-p=nnUNetPlans"])

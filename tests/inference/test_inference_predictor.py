@@ -192,6 +192,22 @@ def test_parts_continuing_and_probabilities(tmp_path: Path, auto: MGMLPredictor)
     )  # a keeps the entry of the first run
 
 
+def test_what_was_made_from_a_segmentation_goes_with_it(tmp_path: Path, model: Path) -> None:
+    write_case(tmp_path / "in", "a", [0, 1])
+    out = tmp_path / "out"
+    run(predictor(model), tmp_path / "in", out, save_probabilities=True)
+    for made in (out / "uncertainty" / "a.nii.gz", out / "preview" / "a.png", out / "uncertainty" / "a.b.nii.gz"):
+        made.parent.mkdir(exist_ok=True)
+        made.touch()
+    run(predictor(model, ["auto", "t1"]), tmp_path / "in", out)
+    assert not list(out.glob("a.npz")) + list(out.glob("a.pkl"))
+    assert [path.name for folder in ("uncertainty", "preview") for path in (out / folder).iterdir()] == ["a.b.nii.gz"]
+    again = predictor(model, ["auto", "t1"])
+    run(again, tmp_path / "in", out, save_probabilities=True, overwrite=False)
+    assert again.report_cases == ["a"], "its probabilities are of no earlier prediction"
+    assert (out / "a.npz").is_file()
+
+
 def test_continuing_with_other_settings_is_refused_and_leaves_everything(tmp_path: Path, model: Path) -> None:
     for name in "ab":
         write_case(tmp_path / "in", name)

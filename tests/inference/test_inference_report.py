@@ -12,7 +12,8 @@ from evaluation_cases import DATASET_JSON, synthetic_evaluation
 from nnunetv2_mgml.inference import report as module
 from nnunetv2_mgml.inference.earlier import Earlier
 from nnunetv2_mgml.inference.preprocessing import Item
-from nnunetv2_mgml.inference.report import REPORT_NAME, PredictionReport
+from nnunetv2_mgml.inference.report import PredictionReport
+from nnunetv2_mgml.io.prediction_reports import REPORT_NAME
 from nnunetv2_mgml.scoring.subset_report import write_subset_report
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -136,6 +137,30 @@ def test_settings_that_mean_the_same_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     now = {"folds": [1, 0], "missing_modalities": ["auto,t1ce"], "folder": str(tmp_path / "link"), "device": "cpu"}
     Earlier(tmp_path).refuse_other_settings(now, CHANNELS, ["a"])
+
+
+def test_reports_say_nothing_of_what_another_run_has_replaced(tmp_path: Path) -> None:
+    def predict(*cases: str, **part: int) -> None:
+        report = PredictionReport(str(tmp_path), {}, CHANNELS, **part)
+        report.begin(cases, [])
+        for case in cases:
+            report.finish(case)
+        report.save()
+
+    def described() -> dict[str, list[str]]:
+        files = sorted(tmp_path.glob("mgml_prediction*.json"))
+        return {file.name: list(json.loads(file.read_text())["cases"]) for file in files}
+
+    predict("a", "b", "c")
+    predict("b", part_id=1, num_parts=3)
+    assert described() == {"mgml_prediction.json": ["a", "c"], "mgml_prediction_part1of3.json": ["b"]}
+    predict("b", "c", part_id=0, num_parts=2)
+    assert described() == {"mgml_prediction.json": ["a"], "mgml_prediction_part0of2.json": ["b", "c"]}
+    predict("a", "b", "c")
+    assert described() == {"mgml_prediction.json": ["a", "b", "c"]}
+    (tmp_path / "mgml_prediction.json").write_text("[1, ")
+    predict("b", part_id=1, num_parts=2)
+    assert (tmp_path / "mgml_prediction.json").read_text() == "[1, "
 
 
 def test_a_part_reports_on_its_own_cases_only(tmp_path: Path) -> None:

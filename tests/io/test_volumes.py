@@ -225,6 +225,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, ending: str, room: in
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_format_that_cannot_hold_it_is_not_a_full_disk(tmp_path: Path) -> None:
+    picture = sitk.GetImageFromArray(np.full((6, 7), 0.5, np.float32))
+    for ending in (".png", ".BMP"):
+        with pytest.raises(VolumeError, match=r"files cannot hold 32-bit floats\. Choose a format that can"):
+            write_image(picture, tmp_path / f"map{ending}")
+    write_image(sitk.Cast(picture, sitk.sitkUInt16), tmp_path / "map.png")
+    assert os.listdir(tmp_path) == ["map.png"]
+
+
 def test_another_volume_than_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = sitk.WriteImage
     monkeypatch.setattr(sitk, "WriteImage", lambda image, *rest: write(image + 1, *rest))

@@ -243,6 +243,45 @@ def test_without_predictions_there_is_no_viewer_unless_it_is_asked_for(evaluated
     assert cli.main(["report", str(tmp_path / "e"), "--no_images"]) == 0
 
 
+def test_images_are_found_as_by_the_evaluation(evaluated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Under the names of BraTS, in a folder per case, and by a sheet."""
+    for case in CASES:
+        (tmp_path / "brats" / case).mkdir(parents=True)
+        shutil.copy(evaluated / "imagesTs" / f"{case}_0002.nii.gz", tmp_path / "brats" / case / f"{case}_flair.nii.gz")
+    rows = [f"{case},brats/{case}/{case}_flair.nii.gz" for case in CASES]
+    (tmp_path / "sheet.csv").write_text("\n".join(["case,flair", *rows]) + "\n")
+    for source in ("brats", "sheet.csv"):
+        source_info = {"kind": "folder", "images": str(tmp_path / source), "labels": str(evaluated / "labelsTs")}
+        folder = tmp_path / f"evaluation of {source}"
+        write_evaluation(folder, CASES, info={"source": source_info})
+        shutil.copytree(evaluated / "evaluation" / "predictions", folder / "predictions")
+        assert cli.main(["report", str(folder)]) == 0
+        assert "viewer" in {a["id"] for a in Page((folder / "report.html").read_text()).find("section")}
+    assert "viewer" not in caplog.text
+
+
+def test_a_case_that_cannot_be_shown_is_left_out_unless_it_is_asked_for(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    shutil.copytree(evaluated / "imagesTs", tmp_path / "images")
+    for file in (tmp_path / "images").glob("case_a*"):
+        file.unlink()
+    info = {"source": {"kind": "folder", "images": str(tmp_path / "images"), "labels": str(evaluated / "labelsTs")}}
+    write_evaluation(tmp_path / "e", CASES, info=info)
+    shutil.copytree(evaluated / "evaluation" / "predictions", tmp_path / "e" / "predictions")
+    assert cli.main(["report", str(tmp_path / "e")]) == 0
+    assert "Not in the viewer: Case case_a: no image" in caplog.text
+    assert "The viewer holds 2 of 3 cases" in (tmp_path / "e" / "report.html").read_text()
+    assert cli.main(["report", str(tmp_path / "e"), "--cases", "case_a", "case_b"]) == 2
+    assert "error: Case case_a: no image" in capsys.readouterr().err
+    for file in (tmp_path / "images").iterdir():
+        file.unlink()
+    assert cli.main(["report", str(tmp_path / "e")]) == 0
+    assert "No slice viewer: no case can be shown" in caplog.text
+    sections = Page((tmp_path / "e" / "report.html").read_text()).find("section")
+    assert {a["id"] for a in sections} == {"summary", "tables", "figures"}
+
+
 def test_comparison_draws_predictions_side_by_side(evaluated: Path, tmp_path: Path, capsys):
     for name in ("A", "B"):
         info = {

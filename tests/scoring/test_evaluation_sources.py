@@ -11,7 +11,7 @@ from evaluation_cases import DATASET_JSON, synthetic_evaluation, write_study
 
 from nnunetv2_mgml.scoring.info import EvaluatedModel, EvaluationInfo, Source
 from nnunetv2_mgml.scoring.results import Evaluation
-from nnunetv2_mgml.scoring.sources import find_files
+from nnunetv2_mgml.scoring.sources import find_files, find_references, pair_cases
 
 
 @pytest.fixture
@@ -19,6 +19,34 @@ def study(tmp_path: Path) -> Path:
     root = write_study(tmp_path / "study", cases=1)
     (root / "images").mkdir()
     return root
+
+
+def write_report(folder: Path, cases: dict[str, dict[str, object]], name: str = "mgml_prediction.json") -> None:
+    (folder / name).write_text(json.dumps({"started": name, "cases": cases}))
+
+
+def test_what_the_prediction_says_of_its_files_counts(tmp_path: Path) -> None:
+    root = write_study(tmp_path, cases=5)
+    folders = {"t1": root / "predictions" / "t1", "t1ce+flair": root / "predictions" / "flair"}
+    references = find_references(root / "labels", ".nii.gz")
+    write_report(folders["t1"], {"case_0": {"status": "failed", "present": ["t1"]}, "case_1": {"status": "pending"}})
+    right = {"status": "predicted", "present": ["T1Gd", "flair"]}
+    wrong = {"status": "predicted", "present": ["t1ce"]}
+    write_report(folders["t1ce+flair"], {"case_2": wrong, "case_3": right, "case_4": {"status": "skipped"}})
+    with pytest.raises(
+        FileNotFoundError, match=r"2 predictions are missing for 2 .*case_0\.nii\.gz \(failed, by mgml_"
+    ):
+        pair_cases(references, folders, ".nii.gz")
+    found = pair_cases(references, folders, ".nii.gz", allow_missing=True)
+    assert ([task.case for task in found.tasks], found.missing) == (
+        ["case_3", "case_4"],
+        ["case_0", "case_1", "case_2"],
+    )
+    (folders["t1"] / "mgml_prediction.json").unlink()
+    with pytest.raises(ValueError, match=r"1 predictions of 1 .*case_2\.nii\.gz is from t1ce, not t1ce\+flair"):
+        pair_cases(references, folders, ".nii.gz")
+    write_report(folders["t1ce+flair"], {"case_2": right}, "mgml_prediction_part0of2.json")
+    assert len(pair_cases(references, folders, ".nii.gz").tasks) == 5, "of a case the run that began last counts"
 
 
 def evaluation(source: Source, model: EvaluatedModel | None = None) -> Evaluation:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluation_cases import DATASET_JSON, random_labels, write_labels, write_study
 
@@ -19,6 +21,7 @@ from nnunetv2_mgml.scoring.cases import score_case
 from nnunetv2_mgml.scoring.output import open_output
 from nnunetv2_mgml.scoring.results import Evaluation
 from nnunetv2_mgml.workflows.evaluate import PredictionsRequest, evaluate_predictions
+from nnunetv2_mgml.workflows.report import ReportRequest, make_report
 
 
 def evaluate(root: Path, subsets: tuple[str, ...] = ("t1", "flair"), out: str = "out", **options: Any) -> Evaluation:
@@ -234,6 +237,56 @@ class TestResuming:
         with pytest.raises(ValueError, match="could not be evaluated"):
             evaluate(tmp_path)
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cases", "settings.json"]
+
+    def test_a_run_takes_the_page_of_the_one_before_with_it(self, tmp_path):
+        write_study(tmp_path)
+        evaluate(tmp_path)
+        page = tmp_path / "out" / "report.html"
+        make_report(ReportRequest(evaluation=tmp_path / "out", show_cases=False))
+        assert page.is_file()
+        write_labels(tmp_path / "predictions" / "t1" / "case_1.nii.gz", random_labels(0, highest=7))
+        with pytest.raises(ValueError, match="could not be evaluated"):
+            evaluate(tmp_path)
+        assert not page.exists()
+        page.write_text("<p>mine</p>")
+        with pytest.raises(ValueError, match="could not be evaluated"):
+            evaluate(tmp_path)
+        assert page.read_text() == "<p>mine</p>"
+
+    def test_files_of_one_size_and_time_in_another_folder_are_others(self, tmp_path, scored):
+        for folder, value in (("A", 1), ("B", 0)):
+            path = write_labels(tmp_path / folder / "a.nii", np.full((4, 4, 4), value, np.uint8))
+            os.utime(path, (1e9, 1e9))
+        write_labels(tmp_path / "labels" / "a.nii", np.ones((4, 4, 4), np.uint8))
+
+        def dice(folder):
+            request = PredictionsRequest(
+                predictions={"t1": tmp_path / folder},
+                labels=tmp_path / "labels",
+                output=tmp_path / "out",
+                dataset_json={**DATASET_JSON, "file_ending": ".nii"},
+                num_processes=0,
+                figures=False,
+                show_progress=False,
+            )
+            return evaluate_predictions(request).values("dice", "whole tumor").loc["a", "t1"]
+
+        assert (dice("A"), dice("B")) == (1, 0)
+        scored.clear()
+        (tmp_path / "link").symlink_to(tmp_path / "B")
+        assert dice("link") == 0
+        assert scored == []
+
+    def test_an_evaluation_may_be_moved_with_its_predictions(self, tmp_path, scored):
+        study = write_study(tmp_path / "study")
+        evaluate(study, out=".")
+        scored.clear()
+        shutil.copytree(study / "predictions", tmp_path / "moved" / "predictions", copy_function=shutil.copy2)
+        for name in ("cases", "dataset.json"):
+            (study / name).rename(tmp_path / "moved" / name)
+        (tmp_path / "moved" / "labels").symlink_to(study / "labels")
+        evaluate(tmp_path / "moved", out=".")
+        assert scored == []
 
     def test_fewer_subsets_do_not_replace_the_results(self, tmp_path):
         write_study(tmp_path)

@@ -35,7 +35,14 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remove_connected_components.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
 
 
-def write_evaluation(root: Path, name: str, specks: dict[str, int], size: dict[str, int]) -> Path:
+def write_evaluation(
+    root: Path,
+    name: str,
+    specks: dict[str, int],
+    size: dict[str, int],
+    dataset_json: dict[str, Any] = DATASET_JSON,
+    false_alarm: int = 0,
+) -> Path:
     """Two cases with one lesion each; predictions are boxes of an edge, with specks far away, per subset."""
     (root / "model").mkdir(exist_ok=True)
     (root / "model" / "dataset.json").write_text(json.dumps(DATASET_JSON))
@@ -48,12 +55,13 @@ def write_evaluation(root: Path, name: str, specks: dict[str, int], size: dict[s
             predicted = np.zeros_like(truth)
             predicted[2 : 2 + size[subset], 2:8, 2:8] = 1
             predicted[10, 10, : specks[subset]] = 1
+            predicted[11, 11, :false_alarm] = 2
             write_labels(root / name / "predictions" / subset / f"{case}.nii.gz", predicted)
     request = PredictionsRequest(
         predictions=root / name / "predictions",
         labels=root / "labels",
         output=root / name,
-        dataset_json=DATASET_JSON,
+        dataset_json=dataset_json,
         name=name,
         num_processes=0,
         figures=False,
@@ -95,6 +103,33 @@ def test_the_choice_is_over_all_subsets(tmp_path: Path, capsys: pytest.CaptureFi
     cleaned = functions[0](load(b / "predictions" / "t2" / "a.nii.gz"), **arguments[0])
     assert cleaned.sum() == 180
     assert not [path for path in tmp_path.rglob("*__*")], "nothing temporary is left"
+
+
+def test_what_a_candidate_has_no_value_for_is_left_out_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a label that no case has; one candidate raises false alarms of it, which have a Dice of 0."""
+    none = dict.fromkeys(SUBSETS, 0)
+    rare = {**DATASET_JSON, "labels": {**DATASET_JSON["labels"], "rare": 2}}
+    bad = write_evaluation(tmp_path, "bad", none, dict.fromkeys(SUBSETS, 1), rare)
+    good = write_evaluation(tmp_path, "good", none, dict.fromkeys(SUBSETS, 6), rare)
+    alarm = write_evaluation(tmp_path, "alarm", none, dict.fromkeys(SUBSETS, 5), rare, false_alarm=1)
+    for folders in ((bad, good, alarm), (alarm, bad, good)):
+        call = ["find-best", *map(str, folders), "-o", str(tmp_path / "best"), "--no_postprocessing"]
+        assert main(call) == 0
+        said = capsys.readouterr().out
+        assert f"best over all subsets: {good}" in said
+        assert "note: left out, as a candidate has no value there: rare from t2, flair, t2+flair" in said
+        choice = json.loads((tmp_path / "best" / "find_best.json").read_text())
+        assert choice["left_out"] == {"rare": ["t2", "flair", "t2+flair"]}
+        assert choice["dice"][str(good)] == {"all": 1, "complete": 1, "single": 1}
+    for folder in (bad, good):
+        table = folder / "results.csv"
+        rows = [line if "dice" not in line else f"{line.rpartition(',')[0]},nan" for line in table.read_text().split()]
+        table.write_text("\n".join(rows) + "\n")
+    assert main(["find-best", str(bad), str(good), "-o", str(tmp_path / "other"), "--no_postprocessing"]) == 2
+    assert "no region and no subset of which every candidate" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def as_ensemble(evaluation: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from builders import BRATS_JSON, plans
 
+from nnunetv2_mgml.plans.cohort import raw_cases
 from nnunetv2_mgml.workflows.labelled_cases import folder_cases, validation_cases
 
 DATASET = "Dataset900_Phantom"
@@ -70,6 +71,18 @@ def test_validation_cases_come_from_the_raw_data(model: Path, nnunet_folders: Pa
     found = validation_cases(model, "900", (0,))
     assert found.references == {"a": (raw / "labelsTr" / "a.nii.gz").resolve()}
     assert found.source.images is None, "files listed one by one have no folder"
+
+
+def test_a_listed_file_that_does_not_exist_is_a_missing_modality(model: Path, nnunet_folders: Path) -> None:
+    """As in training (`plans.cohort.raw_cases`)."""
+    raw = nnunet_folders / "raw" / DATASET
+    put_case(raw, "a", "Tr")
+    (raw / "imagesTr" / "a_0002.nii.gz").unlink()
+    listed = {"images": [f"imagesTr/a_{c:04d}.nii.gz" for c in range(4)], "label": "labelsTr/a.nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps({**BRATS_JSON, "dataset": {"a": listed}}))
+    (case,) = validation_cases(model, "900", (0,)).work[0].cases
+    (trained,) = raw_cases(raw)
+    assert sorted(case.files) == sorted(trained.files) == [0, 1, 3]
 
 
 def test_what_validation_cases_need(model: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

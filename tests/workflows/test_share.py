@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluation_cases import synthetic_evaluation
 from kept_model_cases import FIXTURE, MODEL
 from nnunetv2.model_sharing.model_export import export_pretrained_model
@@ -90,6 +91,22 @@ def test_the_copy_follows_the_report(model: Path) -> None:
     assert expected_quality(model, SUBSETS[0]) is None
 
 
+def test_what_a_damaged_report_says_to_delete_is_all_there_is(model: Path) -> None:
+    (model / REPORT_NAME).write_text("{")
+    advice = rf"or delete it and the entry {CARRIED_KEY} of {CARRIER} beside it, where there is one\."
+    with pytest.raises(ValueError, match=advice):
+        expected_quality(model, SUBSETS[0])
+    (model / REPORT_NAME).unlink()
+    fingerprint = json.loads((model / CARRIER).read_text())
+    fingerprint[CARRIED_KEY] = []
+    (model / CARRIER).write_text(json.dumps(fingerprint))
+    with pytest.raises(ValueError, match=rf"{CARRIER} is damaged .* or delete the entry {CARRIED_KEY} of {CARRIER}\."):
+        expected_quality(model, SUBSETS[0])
+    del fingerprint[CARRIED_KEY]
+    (model / CARRIER).write_text(json.dumps(fingerprint))
+    assert expected_quality(model, SUBSETS[0]) is None
+
+
 def test_volume_errors_are_stored_and_quoted(model: Path) -> None:
     evaluation = synthetic_evaluation(metrics=["dice", "absolute_volume_error"])
     write_subset_report(evaluation, model)
@@ -133,6 +150,60 @@ def test_export_model_writes_what_a_hospital_needs(
     entry = json.loads((nnunet_folders / "OUT" / "mgml_prediction.json").read_text())["cases"]["Phantom_00001"]
     assert entry["missing"] == ["t1ce", "t2"]
     assert entry["expected_dice"] is not None
+
+
+def test_lists_of_cases_stay_out(model: Path, nnunet_folders: Path) -> None:
+    listed = {
+        "dataset": {"Miller_1961": {"images": ["/patients/Miller_1961.nii.gz"] * 4, "label": "/patients/seg.nii.gz"}},
+        "training": [{"image": "./imagesTr/Miller_1961.nii.gz"}],
+        "validation": ["Miller_1961"],
+        "test": ["./imagesTs/Miller_1961.nii.gz"],
+    }
+    before = json.loads((model / "dataset.json").read_text())
+    (model / "dataset.json").write_text(json.dumps({**before, **listed}))
+    file = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    content["init_args"]["dataset_json"] = {**before, **listed}
+    torch.save(content, file)
+    written = export_model(ExportRequest(model, nnunet_folders / "m"))
+    with zipfile.ZipFile(written.path) as opened:
+        opened.extractall(nnunet_folders / "opened")
+    assert sorted(written.files) == sorted(set(written.files))
+    everything = [path for path in (nnunet_folders / "opened").rglob("*") if path.is_file()]
+    assert not [path for path in everything if b"Miller" in path.read_bytes()]
+    shared = nnunet_folders / "opened" / DATASET / MODEL
+    assert json.loads((shared / "dataset.json").read_text()) == before
+    got = torch.load(shared / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert got["init_args"]["dataset_json"] == before
+    assert got.keys() == content.keys()
+    for name, tensor in content["network_weights"].items():
+        assert torch.equal(got["network_weights"][name], tensor), name
+
+
+def test_a_checkpoint_without_lists_is_copied_as_it_is(model: Path, nnunet_folders: Path) -> None:
+    written = export_model(ExportRequest(model, nnunet_folders / "m"))
+    with zipfile.ZipFile(written.path) as opened:
+        copied = opened.read(f"{DATASET}/{MODEL}/fold_0/checkpoint_final.pth")
+    assert copied == (model / "fold_0" / "checkpoint_final.pth").read_bytes()
+
+
+def test_a_second_stage_names_the_first(model: Path, nnunet_folders: Path, capsys: Any) -> None:
+    name, _, configuration = MODEL.rpartition("__")
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"][configuration]["previous_stage"] = "3d_lowres"
+    (model / "plans.json").write_text(json.dumps(plans))
+    archive = nnunet_folders / "model.zip"
+    assert main(["export-model", "-m", str(model), "-o", str(archive)]) == 0
+    said = capsys.readouterr().out
+    first = f"{DATASET}/{name}__3d_lowres"
+    assert f"needs the predictions of {first}" in said
+    commands = [line.strip() for line in said.splitlines()[-3:]]
+    assert f'-o OUT_3d_lowres -m "$nnUNet_results/{first}" -f 0 --missing' in commands[1]
+    assert f'-o OUT -m "$nnUNet_results/{DATASET}/{MODEL}" -f 0 -prev_stage_predictions OUT_3d_lowres ' in commands[2]
+    with zipfile.ZipFile(archive) as opened:
+        card = opened.read(f"{DATASET}/{MODEL}/MODEL_CARD.md").decode()
+    assert f"It needs the model of the first, `{first}`" in card
+    assert all(command in card for command in commands)
 
 
 def test_the_card_says_what_is_known(model: Path, nnunet_folders: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,34 +49,60 @@ def spread_cases(evaluation: Evaluation, metric: Metric, count: int) -> list[str
     return [ranked[round(position)] for position in np.linspace(0, len(ranked) - 1, count)]
 
 
+def image_files(cases: Sequence[str], channels: Sequence[str], files: EvaluationFiles) -> dict[str, dict[int, Path]]:
+    """Return case -> channel index -> image, under nnU-Net's names or, as an evaluation finds them, any others.
+
+    Args:
+        cases: case names.
+        channels: modality names in channel order.
+        files: where they lie; an image that does not exist is a missing modality.
+    """
+    named = {
+        case: {c: files.images / f"{case}_{c:04d}{files.file_ending}" for c in range(len(channels))} for case in cases
+    }
+    found = {case: {c: path for c, path in paths.items() if path.is_file()} for case, paths in named.items()}
+    if all(found.values()):
+        return found
+    from nnunetv2_mgml.inference.inputs import find_cases  # nnU-Net is slow to import
+
+    try:
+        others = find_cases(files.images, files.file_ending, channels)
+    except ValueError:  # no case in it
+        return found
+    images = {other.name: {c: Path(path) for c, path in other.files.items()} for other in others}
+    return {case: paths or images.get(case, {}) for case, paths in found.items()}
+
+
 def load_case(
-    case: str, channels: Sequence[str], files: EvaluationFiles, ignore_label: int | None = None
+    case: str,
+    channels: Sequence[str],
+    files: EvaluationFiles,
+    ignore_label: int | None = None,
+    paths: Mapping[int, Path] | None = None,
 ) -> CaseVolumes:
     """Read images, ground truth and predictions of a case.
 
     Args:
         case: case name.
         channels: modality names in channel order.
-        files: where they lie. An image file that does not exist is a missing modality.
+        files: where they lie.
         ignore_label: becomes background in the reference.
+        paths: its images; None: those of `image_files`.
 
     Raises:
         FileNotFoundError: no image at all, no label map, or no prediction.
         ValueError: a file cannot be read, or the files differ in shape.
     """
     ending = files.file_ending
-    images = {}
-    for channel, name in enumerate(channels):
-        path = files.images / f"{case}_{channel:04d}{ending}"
-        if path.is_file():
-            images[name] = read_axial(path)[0]
+    paths = image_files([case], channels, files)[case] if paths is None else paths
+    images = {channels[c]: read_axial(path)[0] for c, path in sorted(paths.items()) if c < len(channels)}
     if not images:
         raise FileNotFoundError(f"Case {case}: no image {files.images / f'{case}_0000{ending}'} or other channel.")
     reference, spacing = read_axial(files.labels / f"{case}{ending}")
-    paths = {subset: folder / f"{case}{ending}" for subset, folder in files.predictions.items()}
-    predictions = {subset: read_axial(path)[0] for subset, path in paths.items() if path.is_file()}
+    predicted = {subset: folder / f"{case}{ending}" for subset, folder in files.predictions.items()}
+    predictions = {subset: read_axial(path)[0] for subset, path in predicted.items() if path.is_file()}
     if not predictions:
-        raise FileNotFoundError(f"Case {case}: no prediction of any subset, such as {next(iter(paths.values()))}.")
+        raise FileNotFoundError(f"Case {case}: no prediction of any subset, such as {next(iter(predicted.values()))}.")
     for what, volume in (*images.items(), *predictions.items()):
         if volume.shape != reference.shape:
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -19,9 +18,6 @@ from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import Evaluation
-
-_FOOTER = "<footer><p>Written by nnunetv2_mgml "
-"""In ``page.html`` of every version."""
 
 
 @dataclass
@@ -105,11 +101,6 @@ def build_page(evaluation: Evaluation, title: str, pictures: Pictures, viewer: V
         table_script=Markup(_asset("table.js")),
         viewer_script=Markup(_asset("viewer.js")),
     )
-
-
-def is_page(path: Path) -> bool:
-    """Return whether a file is a page of this or an earlier version, by its last line."""
-    return _FOOTER.encode() in path.read_bytes()
 
 
 def _asset(name: str) -> str:
