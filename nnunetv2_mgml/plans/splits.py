@@ -1,4 +1,5 @@
-"""Which cases a fold trains on: nnU-Net's split file, and the test cases that a fixed split keeps out of it.
+"""Which cases a fold trains on: nnU-Net's split file, the test cases that a fixed split keeps out of it, and how a
+checkpoint knows its training cases again.
 
 A fold that the split file does not have is drawn by nnU-Net at random from all cases there are. Imports neither nnU-Net
 nor torch.
@@ -6,6 +7,7 @@ nor torch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from nnunetv2_mgml.io.names import some
 SPLITS_FILE = "splits_final.json"
 TEST_FILE = "test_cases.json"
 """Beside it: the names of the test cases of a fixed split, a list."""
+TRAINING_CASES = "training_cases"
+"""Key beside our options in a checkpoint's plans; see `cases_digest`."""
 _OF_NNUNET = 5
 """Folds that nnU-Net makes where there is no split file."""
 
@@ -102,6 +106,28 @@ def read_splits(folder: Path) -> list[dict[str, Any]] | None:
     ):
         raise ValueError(f'{file} must hold a list of folds, {{"train": [...], "val": [...]}} each.')
     return splits
+
+
+def cases_digest(cases: Collection[str]) -> dict[str, Any]:
+    """Return by what a checkpoint knows its training cases again: their number, and a digest that holds no names."""
+    names = "\n".join(sorted(cases))
+    return {"number": len(cases), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def other_cases(fold: int | str, stored: dict[str, Any] | None, cases: Collection[str]) -> str:
+    """Return a sentence where a fold's training cases are not those of its checkpoint; empty where they are, or None.
+
+    Args:
+        fold: its number, or ``all``.
+        stored: the `cases_digest` in the checkpoint.
+        cases: the training cases now.
+    """
+    if stored is None or stored == cases_digest(cases):
+        return ""
+    return (
+        f"Fold {fold} has other training cases than when its checkpoint was written ({len(cases)} now, "
+        f"{stored.get('number')} then), so what it is validated on may be what it was trained on."
+    )
 
 
 def _of(splits: list[dict[str, Any]] | None, fold: int | str) -> dict[str, Any] | None:

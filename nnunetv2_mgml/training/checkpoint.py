@@ -15,7 +15,8 @@ import torch
 from nnunetv2_mgml.io.files import replacing
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import PLANS_KEY
-from nnunetv2_mgml.training.compatibility import TRAINING_CASES, changed_meaning, network_differences
+from nnunetv2_mgml.plans.splits import TRAINING_CASES
+from nnunetv2_mgml.training.compatibility import changed_meaning, network_differences
 from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 CHECKPOINT_KEY = "mgml"

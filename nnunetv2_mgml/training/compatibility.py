@@ -6,9 +6,7 @@ Folds of one model folder share one ``plans.json`` and one ``dataset.json``, fro
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,6 @@ from nnunetv2_mgml.network.fusion import find_design
 from nnunetv2_mgml.network.transfer import labels_of
 from nnunetv2_mgml.objective import Options, needs_of
 from nnunetv2_mgml.plans.options import NetworkOptions, differences
-
-TRAINING_CASES = "training_cases"
-"""Key beside our options in a checkpoint's plans; see `cases_digest`."""
 
 
 def network_differences(
@@ -81,28 +76,6 @@ def changed_meaning(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for what, (old, new) in meanings.items()
         if len(old) != len(new) or any(a != b and (a in new or b in old) for a, b in zip(old, new, strict=True))
     ]
-
-
-def cases_digest(cases: Collection[str]) -> dict[str, Any]:
-    """Return by what a checkpoint knows its training cases again: their number, and a digest that holds no names."""
-    names = "\n".join(sorted(cases))
-    return {"number": len(cases), "sha256": hashlib.sha256(names.encode()).hexdigest()}
-
-
-def other_cases(fold: int | str, stored: dict[str, Any] | None, cases: Collection[str]) -> str:
-    """Return a sentence where a fold's training cases are not those of its checkpoint; empty where they are, or None.
-
-    Args:
-        fold: its number, or ``all``.
-        stored: the `cases_digest` in the checkpoint.
-        cases: the training cases now.
-    """
-    if stored is None or stored == cases_digest(cases):
-        return ""
-    return (
-        f"Fold {fold} has other training cases than when its checkpoint was written ({len(cases)} now, "
-        f"{stored.get('number')} then), so what it is validated on may be what it was trained on."
-    )
 
 
 def _resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:

@@ -25,18 +25,18 @@ from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.plans.options import PLANS_KEY
 from nnunetv2_mgml.plans.regions import check_regions
-from nnunetv2_mgml.plans.splits import fold_warning, trains_on_test_cases
+from nnunetv2_mgml.plans.splits import (
+    TRAINING_CASES,
+    cases_digest,
+    fold_warning,
+    other_cases,
+    trains_on_test_cases,
+)
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.scoring.subset_report import carry_report
 from nnunetv2_mgml.training import checkpoint
-from nnunetv2_mgml.training.compatibility import (
-    TRAINING_CASES,
-    cannot_resume,
-    cases_digest,
-    other_cases,
-    refuse_other_network,
-)
+from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
 from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names, tell_loggers
 from nnunetv2_mgml.training.final_validation import announcing_cases
 from nnunetv2_mgml.training.learners import Learner, SubsetLearner
@@ -69,6 +69,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
     config_overrides: ClassVar[dict[str, Any]] = {}
     """Options a variant fixes, whatever the plans say, beside those its bases fix; ``fusion_options`` are merged
     (`Options.overridden`)."""
+    my_init_kwargs: dict[str, Any]
+    """nnU-Net's: the arguments this was made with, which a checkpoint keeps."""
     learner_class: ClassVar[type[Learner]] = SubsetLearner
     """Which network is trained, and how a step teaches it."""
 

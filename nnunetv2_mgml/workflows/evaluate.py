@@ -266,7 +266,7 @@ def evaluate_model(request: ModelRequest) -> Evaluation:
     """
     from nnunetv2_mgml.inference.model_check import check_model_folder  # torch is slow to import
     from nnunetv2_mgml.inference.subsets.label_maps import SubsetLabelMaps, SubsetSettings
-    from nnunetv2_mgml.workflows.labelled_cases import folder_cases, validation_cases
+    from nnunetv2_mgml.workflows.labelled_cases import folder_cases, validation_cases, warn_of_other_training_cases
 
     folds = tuple(check_model_folder(request.model_folder, list(map(str, request.folds)), request.checkpoint))
     dataset_json = load_dataset_json(request.model_folder / "dataset.json")
@@ -283,6 +283,7 @@ def evaluate_model(request: ModelRequest) -> Evaluation:
     else:
         dataset = request.dataset or request.model_folder.resolve().parent.name
         cases = validation_cases(request.model_folder, dataset, folds)
+        warn_of_other_training_cases(request.model_folder, dataset, folds, request.checkpoint, request.trust_checkpoint)
     output = request.output_folder
     first = _first_stage(request, folds, cases, subsets)
     settings = SubsetSettings(

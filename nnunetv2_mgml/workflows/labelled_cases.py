@@ -21,9 +21,11 @@ from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import listed_cases, read_missing
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
-from nnunetv2_mgml.plans.splits import SPLITS_FILE
+from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.plans.splits import SPLITS_FILE, TRAINING_CASES, other_cases, read_splits
 from nnunetv2_mgml.scoring.info import Source
 from nnunetv2_mgml.scoring.sources import file_ending, find_references, load_dataset_json
+from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -146,6 +148,26 @@ def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str
         work.append(FoldCases((fold,), tuple(known[name][0] for name in wanted)))
     source = Source("validation", dataset, tuple(map(str, folds)), *_raw_folders(raw))
     return LabelledCases(tuple(work), {name: reference for name, (_, reference) in known.items()}, source)
+
+
+def warn_of_other_training_cases(
+    model_folder: Path, dataset: str, folds: Sequence[int | str], checkpoint: str, trust: bool
+) -> None:
+    """Log a warning for every fold whose split has changed since: its validation cases may have been trained on.
+
+    Args:
+        model_folder: ``TRAINER__PLANS__CONFIGURATION``.
+        dataset: see `validation_cases`, which has found the split.
+        folds: numbers of folds.
+        checkpoint: name of the file in each.
+        trust: see `upstream.checkpoints.loading`.
+    """
+    splits = read_splits(nnunet_folder(PREPROCESSED) / dataset_name(dataset, (RAW, PREPROCESSED))) or []
+    for fold in folds:
+        content = load_checkpoint(model_folder / f"fold_{fold}" / checkpoint, trust, mmap=True)
+        stored = content.get("init_args", {}).get("plans", {}).get(PLANS_KEY, {}).get(TRAINING_CASES)
+        if changed := other_cases(fold, stored, splits[int(fold)]["train"]):
+            _log.warning("%s These scores may be too good.", changed)
 
 
 def _preprocessed_cases(

@@ -122,7 +122,8 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
         own, source = source, with_stock_sizes(source, stock, configurations)
         restored = _changed_sizes(own, source, configurations, changes)
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
-    fitted, memory = {}, {}
+    fitted: dict[str, dict[str, Any]] = {}
+    memory: dict[str, float] = {}
     if request.gpu_memory is not None:
         plans, fitted, memory = _all_fitted(plans, configurations, dataset_json, request)
         changes.update({key: value for own in fitted.values() for key, value in own.items() if key not in NNUNET_KEYS})

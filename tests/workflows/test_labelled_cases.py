@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from builders import BRATS_JSON, plans
 
 from nnunetv2_mgml.plans.cohort import raw_cases
-from nnunetv2_mgml.workflows.labelled_cases import folder_cases, validation_cases
+from nnunetv2_mgml.plans.splits import cases_digest
+from nnunetv2_mgml.workflows.labelled_cases import folder_cases, validation_cases, warn_of_other_training_cases
 
 DATASET = "Dataset900_Phantom"
 
@@ -52,6 +54,28 @@ def test_cases_of_a_folder_without_labels_or_without_images(tmp_path: Path, capl
     (labels / "a.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"No case of .*: found images of a, b and labels of c\."):
         folder_cases(images, labels, (0,), BRATS_JSON, allow_missing=True)
+
+
+def test_a_split_that_has_changed_is_warned_of(
+    model: Path, nnunet_folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fold's validation cases may then be among those it was trained on."""
+    splits = json.loads((nnunet_folders / "preprocessed" / DATASET / "splits_final.json").read_text())
+    trained = {"mgml": {"training_cases": cases_digest(splits[0]["train"])}}
+    others = {"mgml": {"training_cases": cases_digest(["x", "y"])}}
+    for fold, of_fold in ((0, trained), (1, others)):
+        file = model / f"fold_{fold}" / "checkpoint_final.pth"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"network_weights": {}, "init_args": {"plans": of_fold}}, file)
+    warn_of_other_training_cases(model, "900", (0,), "checkpoint_final.pth", trust=False)
+    assert not caplog.text
+    warn_of_other_training_cases(model, "900", (0, 1), "checkpoint_final.pth", trust=False)
+    assert caplog.text.count("has other training cases") == 1
+    assert "Fold 1 has other training cases than when its checkpoint was written (1 now, 2 then)" in caplog.text
+    torch.save({"network_weights": {}, "init_args": {"plans": {}}}, model / "fold_1" / "checkpoint_final.pth")
+    caplog.clear()
+    warn_of_other_training_cases(model, "900", (1,), "checkpoint_final.pth", trust=False)
+    assert not caplog.text, "written before that was kept"
 
 
 def test_validation_cases_come_from_the_raw_data(model: Path, nnunet_folders: Path) -> None:
