@@ -14,7 +14,6 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
 from nnunetv2_mgml.dataloading.loader import visible_modalities
@@ -208,9 +207,7 @@ class SubsetLearner(ToldLearner):
         self.optimizers = self.objective.optimizers
         self._teacher_transforms = stronger_intensity_transforms() if self.objective.needs.own_view else None
         self._bare_network = trainer.bare_network
-        self.compiled = isinstance(self.network, OptimizedModule) or isinstance(
-            getattr(self.network, "module", None), OptimizedModule
-        )
+        self.compiled = any(name.endswith("_orig_mod") for name, _ in self.network.named_modules())
         network = cast(MultiEncoderUNet, trainer.bare_network)
         network.gradient_checkpointing = self.options.training.gradient_checkpointing
 

@@ -191,6 +191,9 @@ def test_published_meta_network() -> None:
     assert optimizer.defaults["amsgrad"]
     objective.begin_epoch(Progress(400, 500))
     assert optimizer.param_groups[0]["lr"] == 2e-4
+    resumed = objective_of({**REFERENCE_LOSSES, "meta_lr": 1e-3})
+    resumed.load_training_state(objective.training_state(), objective.spec.options)
+    assert resumed.optimizers[0].param_groups[0]["lr"] == 1e-3, "that of the plans as they are now"
     [ours] = objective_of({"reading": "reference"}).optimizers
     assert not ours.defaults["amsgrad"]
 

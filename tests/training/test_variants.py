@@ -140,6 +140,17 @@ def test_notes_only_where_there_is_something_to_say() -> None:
     assert run_notes("T", Options(), {"fusion": "mean"}, 4) == []
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_log_says_that_a_compiled_network_keeps_everything(
+    nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    trainer = make_trainer(nnUNetTrainerMGML, write_dataset(nnunet_folders))
+    monkeypatch.setattr(trainer, "_do_i_compile", lambda: compiled)
+    trainer.initialize()
+    said = "gradient_checkpointing does nothing in a compiled network" in Path(trainer.log_file).read_text()
+    assert said is compiled
+
+
 def test_a_cascade_is_told_where_its_label_maps_come_from() -> None:
     (note,) = run_notes("T", Options(), {}, 0, cascaded=True)
     assert note.startswith("WARNING: the previous stage's label maps come from all modalities")

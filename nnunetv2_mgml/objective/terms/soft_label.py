@@ -256,8 +256,9 @@ class SoftLabel(Term):
             bare(self.meta_network).load_state_dict(state["meta_network"])
             # a copy, since on a CPU the optimiser would keep the tensors, and with them the mapped file
             self.optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
-            for group in self.optimizer.param_groups:  # it came with the state, as it was then
-                group["lr"] = self.options.meta_lr
+            if self.options.published_meta:  # constant, and what came with the state is what it was then
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.options.meta_lr
 
 
 def soft_label_of(
