@@ -33,8 +33,9 @@ _GOALS = (
 _PARTS = ("encode", "fuse_decode", "decode_modalities", "forward_and_loss", "with_backward", "step")
 _OLDER = {
     "b6165e5": "**Measured before gradient checkpointing became the default and before 1x1 convolutions became "
-    "convolutions again.** A step of ours now keeps about half of this memory (`mgml plan --gpu_memory` counts 0.7 "
-    "GiB at 80^3 and 5.0 at 128^3 for the default) and takes another time, not measured yet.\n"
+    "convolutions again.** A step that is not compiled, as these, now keeps about half of this memory (`python "
+    "benchmarks/memory.py --width_factor 0.5` counts 0.7 GiB at 80^3 and 5.0 at 128^3 for the default) and takes "
+    "another time, not measured yet.\n"
 }
 """Commit of a result -> what has changed in the code since."""
 _HEAD = """# On a GPU
