@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from cost_page import page
+from machine import short_commit
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from step import DESIGNS, MODALITIES, TERMS, Learner, TrainingStep, make_plan, predictions, random_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -105,8 +106,7 @@ def main() -> None:
 
 def run_worker(design: str, what: str) -> dict[str, Any]:
     """Measure in a new process; the result says on which commit."""
-    changed = git("status", "--porcelain", "--", "../nnunetv2_mgml")
-    commit = git("rev-parse", "--short", "HEAD") + ("*" if changed else "")
+    commit = short_commit()
     done = subprocess.run(
         [sys.executable, *sys.argv, "--worker", design, what],
         check=True,
@@ -115,13 +115,6 @@ def run_worker(design: str, what: str) -> dict[str, Any]:
         env={**os.environ, **(_RETURN_MEMORY if what.startswith("memory") else {})},
     )
     return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit}
-
-
-def git(*arguments: str) -> str:
-    """Return what git says in this folder; empty where there is no repository."""
-    return subprocess.run(
-        ["git", "-C", Path(__file__).parent, *arguments], stdout=subprocess.PIPE, text=True, check=False
-    ).stdout.strip()
 
 
 def plan_of(args: argparse.Namespace) -> ConfigurationManager:

@@ -58,6 +58,8 @@ BESIDE = ("compile", "counter")
 IMPORT_SECONDS = 60
 """What a new process may take on a fresh machine before its first section begins."""
 _UNTIMED_DONE = "untimed_done"
+_STATE = ("commit", "device", "tiny", "device_name", "code_changed")
+"""What results in one file have in common."""
 
 
 def main() -> int:
@@ -76,15 +78,27 @@ def main() -> int:
     todo = [name for name in SECTIONS if name in args.sections and name not in BESIDE]
     main_worker = Worker([name for name in todo if not SECTIONS[name].timed], files[0], args)
     started = time.monotonic()
-    watch([main_worker, *beside], until, args.output, flag)
+    partial = args.output.with_name(f"{args.output.stem}.partial.json")
+    watch([main_worker, *beside], until, partial, flag)
     main_worker = Worker([name for name in todo if SECTIONS[name].timed], files[0], args, main_worker)
-    watch([main_worker, *beside], until, args.output, flag)
+    watch([main_worker, *beside], until, partial, flag)
     result = gather([main_worker, *beside])
     result["about"] = {**result.get("about", {}), "took": round(time.monotonic() - started, 1)}
-    write_json(args.output, result)
+    write_json(partial, result)
     for file in (*files, flag):
         file.unlink(missing_ok=True)
     failed = [name for name, content in result.items() if "error" in content]
+    before = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    lost = [name for name, content in before.items() if "error" not in content and name not in {*result} - {*failed}]
+    if lost and not same_state(before, result):
+        print(
+            f"{args.output} has {', '.join(lost)} of other code or of another machine and is left as it is. The result "
+            f"is {partial}; move it there to replace them.",
+            flush=True,
+        )
+        return 1
+    write_json(args.output, in_order({**result, **{name: before[name] for name in lost}}))
+    partial.unlink()
     print(f"wrote {args.output} after {time.monotonic() - started:.0f} s", flush=True)
     for name in failed:
         print(f"{name}: {result[name]['error'].strip().splitlines()[-1]}", flush=True)
@@ -203,12 +217,23 @@ def watch(workers: Sequence[Worker], until: float, output: Path, flag: Path) -> 
     write_json(output, gather(workers))
 
 
+def same_state(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two results are of the same code, sizes and machine, so that sections of both can stand in one file."""
+    known = [tuple(each.get("about", {}).get(key) for key in _STATE) for each in (before, now)]
+    return known[0] == known[1] and None not in known[0][:2]
+
+
+def in_order(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with its sections in their order."""
+    return {name: found[name] for name in dict.fromkeys(("about", *SECTIONS)) if name in found}
+
+
 def gather(workers: Iterable[Worker]) -> dict[str, Any]:
     """Return what workers wrote, section by section in their order."""
     found: dict[str, Any] = {}
     for worker in workers:
         found.update(worker.content())
-    return {name: found[name] for name in ("about", *SECTIONS) if name in found}
+    return in_order(found)
 
 
 def work(args: argparse.Namespace) -> None:

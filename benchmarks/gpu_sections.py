@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import code_changed, commit, output_of
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from step import (
     DESIGNS,
@@ -132,9 +133,9 @@ class Settings:
 
 def about(settings: Settings) -> Entries:
     """Machine, versions, commit."""
-    folder = Path(__file__).parent
     yield "date", datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    yield "commit", settings.commit or output_of("git", "-C", str(folder), "rev-parse", "HEAD")
+    yield "commit", settings.commit or commit()
+    yield "code_changed", code_changed()
     yield "tiny", settings.tiny
     versions = {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2_mgml": __version__}
     for name in ("nnunetv2", "dynamic_network_architectures", "numpy", "triton"):
@@ -154,14 +155,6 @@ def about(settings: Settings) -> Entries:
         yield "cudnn", torch.backends.cudnn.version()
         query = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
         yield "nvidia_smi", output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-
-
-def output_of(*command: str) -> str:
-    """Return what a command prints; empty where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
-    except OSError:
-        return ""
 
 
 def ceilings(settings: Settings) -> Entries:

@@ -16,7 +16,6 @@ import argparse
 import datetime
 import functools
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -30,7 +29,8 @@ import numpy as np
 import speed_case
 import torch
 from cost_page import ratios, scatter
-from gpu_sections import DESIGN, Settings, Size, in_turns, output_of, parts
+from gpu_sections import DESIGN, Settings, Size, in_turns, parts
+from machine import processor, short_commit
 from memory import peak_of_step
 from speed_page import GOALS, write_page
 from step import MODALITIES, predictions, random_batch
@@ -73,10 +73,14 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, work: Path, results: Path) -> None:
-    """Measure everything; ``work`` is an empty folder, and what is done is in ``results`` after every part."""
+    """Measure everything and write ``results`` at the end; ``work`` is an empty folder.
+
+    What is done so far lies beside them as ``*.partial.json``, where it stays if this is stopped.
+    """
+    partial = results.with_suffix(".partial.json")
 
     def say(part: str) -> None:
-        write_json(results, found)
+        write_json(partial, found)
         announce(part)
 
     until = time.monotonic() + 60 * args.minutes
@@ -143,15 +147,14 @@ def measure(args: argparse.Namespace, work: Path, results: Path) -> None:
     found["whole_case_seconds"] = cases
     found["seconds_measured"] = round(time.monotonic() - until + 60 * args.minutes)
     write_json(results, found)
+    partial.unlink()
 
 
 def about(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     """Return machine, versions, commit, sizes."""
-    folder = str(Path(__file__).parent)
-    changed = output_of("git", "-C", folder, "status", "--porcelain", "--", "../nnunetv2_mgml")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": output_of("git", "-C", folder, "rev-parse", "--short", "HEAD") + ("*" if changed else ""),
+        "commit": short_commit(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -163,14 +166,6 @@ def about(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         "stages": size.stages,
         "design": DESIGN,
     }
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def announce(what: str) -> None:
@@ -195,7 +190,7 @@ def entry(key: str, seconds: Mapping[str, Sequence[float]], one: str, other: str
     return {
         **about_goal(key),
         "value": statistics.median(values),
-        "scatter": scatter(values),
+        "scatter": scatter(values) if turns > 1 else None,
         "seconds": {"of": list(seconds[one]), "beside": list(seconds[other])},
     }
 

@@ -4,7 +4,7 @@
     python benchmarks/ablation/cubes.py --variants baseline baseline:learning_rate=0.005 --seeds 0 --steps 1500
     python benchmarks/ablation/cubes.py --variants baseline:only=t1+t2,patients=30 --steps 3000
     python benchmarks/ablation/cubes.py --table --seeds 0 1 2 --steps 6000 --list      # the whole table, numbered
-    python benchmarks/ablation/cubes.py --collect part_0.json --label h100          # results made on another machine
+    python benchmarks/ablation/cubes.py --collect part_*.json --label h100          # results made on another machine
 
 `cubes.sbatch` runs the whole table as an array of jobs.
 
@@ -19,6 +19,7 @@ a CUDA graph on a stream of its own; where that fails they are done again withou
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cubes_variants import SETTINGS, Run, whole_table
@@ -38,7 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "cubes"
 
 def main() -> int:
     """Train, and return the exit code."""
-    args = parser().parse_args()
+    commands = parser()
+    args = commands.parse_args()
     if args.worker:
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from cubes_work import work  # here, because the other process needs no torch
@@ -57,22 +60,27 @@ def main() -> int:
         print("\n".join(f"{number} {run.name} seed {run.seed}" for number, run in enumerate(runs)))
         return 0
     if args.job is not None:
+        if not 0 <= args.job < len(runs):
+            commands.error(f"There is no run {args.job}. Allowed: 0 to {len(runs) - 1}; --list says which is which.")
         runs = runs[args.job : args.job + 1]
-    runs = [run for run in runs if args.again or not finished(run, label, bool(args.equal_time))]
     for run in runs:
         run.training  # noqa: B018  refuses unknown variants before anything starts
     args.output.mkdir(parents=True, exist_ok=True)
+    if not args.again:
+        parts = sorted(args.output.glob("part_*.json"))  # also of a call that was stopped
+        for part in () if args.parts_only else parts:
+            keep(part, label, only_newer=True)
+        here = [content for part in parts for content in contents(part)] if args.parts_only else []
+        runs = [run for run in runs if not finished(run, label, args, here)]
     if args.device == "cpu":
         jobs = [("eager", [run]) for run in runs]
     else:
         jobs = [("graph" if args.how == "auto" else args.how, runs[k :: args.processes]) for k in range(args.processes)]
-    parts = launch(args, jobs, deadline)
+    parts = launch(args, jobs, deadline, label)
     missing = [run for run in runs if run not in done(parts)]
     if missing and args.device != "cpu" and args.how == "auto":
         print(f"{len(missing)} of {len(runs)} runs did not finish as graphs; once more without", flush=True)
-        parts += launch(args, [("eager", [run]) for run in missing], deadline, len(parts))
-    for part in () if args.parts_only else parts:
-        keep(part, label)
+        parts += launch(args, [("eager", [run]) for run in missing], deadline, label)
     missing = [run for run in runs if run not in done(parts)]
     for run in missing:
         print(f"not finished: {run.name} seed {run.seed}", flush=True)
@@ -116,10 +124,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def launch(
-    args: argparse.Namespace, jobs: Sequence[tuple[str, list[Run]]], deadline: float | None, first: int = 0
+    args: argparse.Namespace, jobs: Sequence[tuple[str, list[Run]]], deadline: float | None, label: str
 ) -> list[Path]:
-    """Run jobs, each a process with its runs; return the files they write."""
-    parts = [args.output / f"part_{number}.json" for number in range(first, first + len(jobs))]
+    """Run jobs, each a process with its runs; return the files they write, whose results are kept as each ends."""
+    parts = [args.output / part_name(how, runs, bool(args.equal_time)) for how, runs in jobs]
 
     def one(how: str, runs: list[Run], part: Path) -> None:
         part.unlink(missing_ok=True)
@@ -137,35 +145,70 @@ def launch(
         except subprocess.TimeoutExpired:
             process.kill()
             print(f"stopped {', '.join(run.name for run in runs)}: out of time", flush=True)
+        if not args.parts_only:
+            keep(part, label)
 
     with ThreadPoolExecutor(min(args.parallel, 6) if args.device != "cpu" else args.parallel) as pool:
         list(pool.map(lambda job: one(*job[0], job[1]), zip(jobs, parts, strict=True)))
     return parts
 
 
-def finished(run: Run, label: str, equal_time: bool) -> bool:
-    """Whether a result of these very settings is there."""
-    file = RESULTS / label / run.file_name(equal_time)
-    if not file.is_file():
-        return False
-    content = json.loads(file.read_text())
+def part_name(how: str, runs: Sequence[Run], equal_time: bool) -> str:
+    """Return the name of the file of a job: of its own runs, so that no other job writes over it."""
+    names = [run.file_name(equal_time) for run in runs]
+    digest = hashlib.sha256("\n".join([how, *names]).encode()).hexdigest()[:8]
+    return f"part_{Path(names[0]).stem}_{digest}.json" if names else f"part_{digest}.json"
+
+
+def finished(run: Run, label: str, args: argparse.Namespace, beside: Sequence[dict[str, Any]] = ()) -> bool:
+    """Whether a result of these very settings is there, with all that is asked for.
+
+    Args:
+        run: the training.
+        label: below results/cubes.
+        args: a result without scores of test patients is none with ``--test``, nor one cut short without ``--seconds``.
+        beside: results that are not kept yet.
+    """
+    file = RESULTS / label / run.file_name(bool(args.equal_time))
+    known = [json.loads(file.read_text())] if file.is_file() else []
+    return any(_is_result_of(run, args, content) for content in [*known, *beside])
+
+
+def _is_result_of(run: Run, args: argparse.Namespace, content: dict[str, Any]) -> bool:
     training = {**SETTINGS["training"], **content["training"]}  # a setting newer than the result is as it was
-    return content["finished"] and (training, content["options"]) == (run.training, run.options)
+    same = (content["variant"], content["seed"], content["nominal_steps"], content["equal_time"])
+    # the first results of GPUs do not say whether they were cut; all were
+    cut = content.get("cut", not content["device"].startswith("CPU"))
+    return (
+        content["finished"]
+        and same == (run.name, run.seed, run.steps, args.equal_time)
+        and (training, content["options"]) == (run.training, run.options)
+        and ("test" in content or not args.test)
+        and (not cut or args.seconds is not None)
+    )
+
+
+def contents(part: Path) -> list[dict[str, Any]]:
+    """Return what a part holds; nothing of one that is not there."""
+    found: list[dict[str, Any]] = json.loads(part.read_text()) if part.is_file() else []
+    return found
 
 
 def done(parts: Sequence[Path]) -> list[Run]:
     """Return the finished runs of some files."""
-    contents = [content for part in parts if part.is_file() for content in json.loads(part.read_text())]
-    return [Run(c["variant"], c["seed"], c["nominal_steps"]) for c in contents if c["finished"]]
+    found = [content for part in parts for content in contents(part) if content["finished"]]
+    return [Run(c["variant"], c["seed"], c["nominal_steps"]) for c in found]
 
 
-def keep(part: Path, label: str) -> None:
-    """Write a result file for every finished run of a part."""
-    for content in json.loads(part.read_text()) if part.is_file() else ():
-        if content["finished"]:
-            run = Run(content["variant"], content["seed"], content["nominal_steps"])
-            (RESULTS / label).mkdir(parents=True, exist_ok=True)
-            write_json(RESULTS / label / run.file_name(bool(content["equal_time"])), content, indent=None)
+def keep(part: Path, label: str, only_newer: bool = False) -> None:
+    """Write a result file for every finished run of a part; ``only_newer``: unless there is one that is newer."""
+    for content in contents(part):
+        run = Run(content["variant"], content["seed"], content["nominal_steps"])
+        file = RESULTS / label / run.file_name(bool(content["equal_time"]))
+        newer = only_newer and file.is_file() and file.stat().st_mtime >= part.stat().st_mtime
+        if content["finished"] and not newer:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, content, indent=None)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ from cubes_scores import dice_of, to_regions
 from cubes_training import Training
 from cubes_variants import CHANNELS, Run
 from cubes_work import code, device_name
+from machine import processor
 from step import autocast
 
 from nnunetv2_mgml.inference.case_quality import SIGNS, estimate, signs_of, summary
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import read_json, replacing, write_json
 from nnunetv2_mgml.modalities import Subset, all_subsets, subset_name
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.scoring.case_quality import fit_region, moved_dice, rank_correlation
@@ -63,9 +64,18 @@ def train(work: Path, variant: str, steps: int, minutes: float) -> None:
         training.advance(min(50, training.steps - training.done))
         print(f"{training.done}: {training.recent_loss(50):.4f}, {(time.time() - start) / 60:.1f} min", flush=True)
     about = {"steps": training.steps, "seed": 0, "seconds": round(time.time() - start), "precision": training.precision}
-    write_json(work / "training.json", {**about, "device": device_name(training.device), **code(None)})
     for part in ("validation", "test"):
-        np.save(work / f"logits_{part}.npy", logits(training, cubes, parts[part]))
+        with replacing(work / f"logits_{part}.npy") as path, path.open("wb") as file:
+            np.save(file, logits(training, cubes, parts[part]))
+    about.update(variant=variant, asked_for=steps, device=device_name(training.device), processor=processor())
+    write_json(work / "training.json", {**about, **code(None)})  # last: says that the rest is whole
+
+
+def trained(work: Path, variant: str, steps: int) -> bool:
+    """Return whether a folder holds the logits of this training."""
+    file = work / "training.json"
+    about = read_json(file) if file.is_file() else {}
+    return (about.get("variant"), about.get("asked_for")) == (variant, steps)
 
 
 @torch.inference_mode()
@@ -264,7 +274,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the page and the figure")
     args = parser.parse_args()
     if not args.page:
-        if not (args.work / "logits_test.npy").is_file():
+        if not trained(args.work, args.variant, args.steps):
             train(args.work, args.variant, args.steps, args.minutes)
         write_json(RESULT, result(args.work, args.variant), indent=None)
     content = json.loads(RESULT.read_text())

@@ -9,6 +9,7 @@ import cubes_specialists
 import cubes_table
 import numpy as np
 from collect import Difference
+from cubes_variants import SPECIALISTS
 
 from nnunetv2_mgml.scoring.statistics import bootstrap_interval
 
@@ -16,14 +17,12 @@ DEFAULT = "mgml"
 BEST = "conditional_dropout"
 """The variant in whose column the goals stand as well: what one would train where time is short."""
 RIVAL = "modality_dropout"
-SPECIALISTS = "modality_dropout"
-"""The variant whose specialists count."""
 ON = "test"
 Result = dict[str, Any]
 
 
 class Measured(NamedTuple):
-    """A figure in words, and whether it is what was asked for; None where nothing was measured."""
+    """A figure in words, and whether it is what was asked for; None where that was not measured."""
 
     words: str
     met: bool | None
@@ -49,8 +48,14 @@ def table(results: Sequence[Result], brains: Difference | None) -> str:
 
 
 def _line(goal: str, found: Sequence[Measured]) -> str:
-    cells = [f"{told} | {'-' if met is None else 'yes' if met else '**no**'}" for told, met in found]
+    cells = [f"{measured.words} | {_verdict(measured)}" for measured in found]
     return f"| {' | '.join([goal, *cells])} |"
+
+
+def _verdict(measured: Measured) -> str:
+    if measured.met is None:
+        return "-" if measured == _NOTHING else "open"
+    return "yes" if measured.met else "**no**"
 
 
 def _ahead(results: Sequence[Result], variant: str, other: str, least: float) -> Measured:
@@ -63,21 +68,25 @@ def _ahead(results: Sequence[Result], variant: str, other: str, least: float) ->
 
 
 def _time(results: Sequence[Result], variant: str) -> Measured:
-    """Return after which share of the baseline's time its final Dice on validation patients was reached."""
+    """Return between which shares of the baseline's time its final Dice on validation patients was reached.
+
+    Between two points of the curve nobody looked.
+    """
     pairs = _pairs(results, variant)
     if not pairs or any(not r["curve"] for pair in pairs for r in pair):
         return _NOTHING
-    shares = []
+    found = []
     for reference, own in pairs:
-        seconds = np.array([point["step"] * cubes_table.seconds_per_step(own) for point in own["curve"]])
-        dice = np.array([point["mean"] for point in own["curve"]])
         goal = reference["curve"][-1]
-        reached = np.flatnonzero(dice >= goal["mean"])
+        seconds = np.array([0, *(point["step"] * cubes_table.seconds_per_step(own) for point in own["curve"])])
+        reached = np.flatnonzero([point["mean"] >= goal["mean"] for point in own["curve"]])
         if not len(reached):
             return Measured("never" if len(pairs) == 1 else "not in every seed", False)
-        shares.append(seconds[reached[0]] / (goal["step"] * cubes_table.seconds_per_step(reference)))
-    share = float(np.mean(shares))
-    return Measured(f"after {share:.2f} of it", share <= 0.5)
+        shares = seconds / (goal["step"] * cubes_table.seconds_per_step(reference))
+        found.append(shares[[reached[0], reached[0] + 1]])
+    early, late = np.mean(found, axis=0)
+    met = True if late <= 0.5 else False if early >= 0.5 else None
+    return Measured(f"after {early:.2f} to {late:.2f} of it", met)
 
 
 def _worst(results: Sequence[Result], variant: str) -> Measured:
@@ -113,7 +122,7 @@ def _inversions(results: Sequence[Result], variant: str) -> Measured:
 def _on_brains(change: Difference | None) -> Measured:
     if change is None:
         return _NOTHING
-    return Measured(f"{change.mean:+.2f} ({change.low:+.2f} to {change.high:+.2f})", change.low > 0)
+    return Measured(f"{change.mean:+.2f} ({change.low:+.2f} to {change.high:+.2f}) at equal steps", None)
 
 
 _GOALS: tuple[tuple[str, Callable[[Sequence[Result], str], Measured]], ...] = (

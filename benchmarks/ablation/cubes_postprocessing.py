@@ -20,7 +20,7 @@ from cubes_data import REGIONS, cubes_file, read_cubes, split
 from cubes_scores import dice_of, to_regions
 from cubes_variants import CHANNELS
 
-from nnunetv2_mgml.io.files import write_json
+from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import all_subsets, subset_name
 
 RESULT = Path(__file__).parents[1] / "results" / "postprocessing.json"
@@ -51,7 +51,11 @@ def main() -> None:
             for row, region in enumerate(REGIONS)
         }
         print(part, content[part])
-    write_json(RESULT, {"patients": {part: len(parts[part]) for part in content}, "gain_in_dice_points": content})
+    about = {
+        "patients": {part: len(parts[part]) for part in content},
+        "training": read_json(args.work / "training.json"),
+    }
+    write_json(RESULT, {**about, "gain_in_dice_points": content})
 
 
 def largest(mask: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ from cubes_data import cubes_file, read_cubes, split
 from cubes_training import Training
 from cubes_variants import SETTINGS, STEP_SECONDS, Run
 from cubes_work import code
+from machine import processor
 from precision import precision_on
-from speed import processor
 from tqdm import trange
 
 from nnunetv2_mgml.io.files import read_json, write_json
@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=STEP_SECONDS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = {"processor": processor(), "precision": precision_on(torch.device("cpu")), "threads": 1, **code(None)}
+    about = {"processor": processor(), "precision": precision_on(torch.device("cpu")), "threads": 1}
     before = read_json(args.output) if args.output.is_file() else {}
     seconds = before["seconds"] if all(before.get(key) == about[key] for key in ("processor", "precision")) else {}
-    write_json(args.output, {**about, "seconds": {**seconds, **measure(args)}})
+    measured = {name: {**told, **code(None)} for name, told in measure(args).items()}
+    write_json(args.output, {**about, "seconds": {**seconds, **measured}})
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -3,8 +3,8 @@
     python benchmarks/ablation/cubes_table.py --label h100                    # on the test patients
     python benchmarks/ablation/cubes_table.py --label cuda --on validation    # what choices may look at
 
-Runs are compared within a label, a budget (steps, or the time of so many steps of a reference) and the training's
-settings; differences to the baseline are paired by seed and patient, with 95 % bootstrap intervals over patients.
+Runs are compared within a label, a budget (steps, or the time of so many steps of a reference) and a number of training
+patients; differences to the baseline are paired by seed and patient, with 95 % bootstrap intervals over patients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cubes_specialists
-from cubes_variants import STEP_SECONDS, Run
+from cubes_variants import STEP_SECONDS
 
 from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.statistics import bootstrap_interval
@@ -45,31 +45,45 @@ def main() -> None:
 
 
 def read(label: str) -> list[Result]:
-    """Return the results below a label."""
-    return [json.loads(file.read_text()) for file in sorted((RESULTS / label).glob("*.json"))]
+    """Return the results below a label; a variant's name does not say of how many patients it is, since groups do."""
+    return [within_group(json.loads(file.read_text())) for file in sorted((RESULTS / label).glob("*.json"))]
+
+
+def within_group(result: Result) -> Result:
+    """Return a result whose variant is called as in a table of trainings with as many patients."""
+    variant, _, changes = result["variant"].partition(":")
+    kept = ",".join(change for change in changes.split(",") if not change.startswith("patients="))
+    return {**result, "variant": f"{variant}:{kept}" if kept else variant}
 
 
 def budgets(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Group results that can be compared, by what they may spend."""
-    grouped: dict[tuple[int, str | None], list[Result]] = {}
+    grouped: dict[tuple[int, str | None, int | None], list[Result]] = {}
     for result in results:
-        key = (result["nominal_steps"], result["equal_time"])
+        key = (result["nominal_steps"], result["equal_time"], patients(result))
         grouped.setdefault(key, []).append(result)
     found: dict[str, list[Result]] = {}
-    for (steps, reference), chosen in grouped.items():
+    for (steps, reference, few), chosen in grouped.items():
         if reference:  # a limit in seconds shortens all schedules alike: what counts is what the reference really did
             done = sorted({r["steps"] for r in chosen if r["variant"] == reference}) or [steps]
             words = f"the time of {' to '.join(map(str, dict.fromkeys((done[0], done[-1]))))} steps of {reference}"
         else:
             words = f"{steps} steps"
+        words += f", {few} patients to train" if few else ""
         found.setdefault(words, []).extend(chosen)
     return dict(sorted(found.items()))
+
+
+def patients(result: Result) -> int | None:
+    """Return with how many patients a run was trained, None: with all."""
+    few: int | None = result.get("training", {}).get("patients")
+    return few
 
 
 def largest() -> tuple[str, list[Result]]:
     """Return the largest budget of equal time on the cubes that has scores of test patients, in words, and its runs."""
     results = [r for folder in sorted(RESULTS.iterdir()) for r in read(folder.name)]
-    scored = [r for r in results if "test" in r and r["equal_time"]]
+    scored = [r for r in results if "test" in r and r["equal_time"] and not patients(r)]
     if not scored:
         return "", []
     largest = max(scored, key=lambda r: seconds_per_step(r) * r["steps"])
@@ -84,16 +98,24 @@ def tables(results: Sequence[Result], on: str, baseline: str = BASELINE) -> str:
     parts = []
     for words, chosen in budgets(r for r in results if KEYS[on][0] in r).items():
         devices = ", ".join(sorted({r["device"] for r in chosen}))
-        parts.append(f"{words.capitalize()}, {on} patients, {devices}.\n\n{_table(chosen, on, baseline)}")
+        head = f"{words[0].upper()}{words[1:]}, {on} patients, {devices}; {_commits(chosen)}."
+        parts.append(f"{head}\n\n{_table(chosen, on, baseline)}")
         alone = cubes_specialists.table(chosen, *KEYS[on])
         if alone:
             parts.append(f"Networks trained on one subset alone, in the same time, and one model for all.\n\n{alone}")
     return "\n".join(parts) or "No finished runs yet.\n"
 
 
+def _commits(results: Sequence[Result]) -> str:
+    """Return on which code runs were trained."""
+    marked = {f"{r['commit'][:9]}{'*' if r['code_changed'] else ''}" for r in results}
+    stars = " (* with uncommitted changes)" if any(name.endswith("*") for name in marked) else ""
+    return f"commit{'s' * (len(marked) > 1)} {', '.join(sorted(marked))}{stars}"
+
+
 def _table(results: Sequence[Result], on: str, baseline: str) -> str:
     regions = [short_name(region) for region in results[0][KEYS[on][1]]]
-    head = ["variant", "mean", *regions, "1", "2", "3", "4", "inversions, %", "seeds", "steps", "ms/step"]
+    head = ["variant", "mean", *regions, "1", "2", "3", "4", "inversions, %", "seeds", "steps", "ms/step", "s"]
     head += ["difference", "95 % interval", "per seed"]
     reference = [r for r in results if r["variant"] == baseline]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -111,7 +133,7 @@ def _table(results: Sequence[Result], on: str, baseline: str) -> str:
 
 
 def _cells(told: dict[str, Any]) -> list[str]:
-    spread = "" if told["sd"] is None else f" ± {told['sd']:.2f}"
+    spread = f" ± {told['sd']:.2f}" if told["seeds"] > 2 else ""  # of two values it says next to nothing
     counts = [f"{told['by_count'][n]:.1f}" if n in told["by_count"] else "-" for n in "1234"]
     inversions = "-" if told["inversions"] is None else f"{told['inversions']:.1f}"
     return [
@@ -122,6 +144,7 @@ def _cells(told: dict[str, Any]) -> list[str]:
         str(told["seeds"]),
         str(told["steps"]),
         f"{1e3 * told['seconds_per_step']:.1f}",
+        f"{told['seconds']:.3g}",
     ]
 
 
@@ -143,19 +166,23 @@ def summary(results: Sequence[Result], on: str) -> dict[str, Any]:
         "inversions": statistics.mean(inversions) if inversions else None,
         "steps": round(statistics.mean(r["steps"] for r in results)),
         "seconds_per_step": statistics.median(map(seconds_per_step, results)),
+        "seconds": statistics.median(seconds_per_step(r) * r["steps"] for r in results),
     }
 
 
 def seconds_per_step(result: Result) -> float:
     """Return what a step takes while nothing else runs.
 
-    On a CPU, whose runs go side by side, what the table says that their equal time went by.
+    On a CPU, whose runs go side by side, what their equal time went by; the first results do not say it, but it follows
+    from their steps and from the reference's in the table.
     """
-    own = float(result["seconds_per_step_alone"])
-    if not (result["equal_time"] and result["device"].startswith("CPU") and STEP_SECONDS.is_file()):
+    given = result.get("seconds_per_step")
+    own = float(result["seconds_per_step_alone"] if given is None else given)
+    if given is not None or not (result["equal_time"] and result["device"].startswith("CPU")):
         return own
-    name = Run(result["variant"], result["seed"], result["nominal_steps"]).timed_as
-    return float(json.loads(STEP_SECONDS.read_text())["seconds"].get(name, {"median": own})["median"])
+    table = json.loads(STEP_SECONDS.read_text())["seconds"] if STEP_SECONDS.is_file() else {}
+    reference = table.get(result["equal_time"])
+    return reference["median"] * result["nominal_steps"] / result["steps"] if reference else own
 
 
 def dice(result: Result, on: str) -> np.ndarray:

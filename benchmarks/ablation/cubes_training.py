@@ -105,8 +105,17 @@ class Training:
         self.rates = [rate for _, rate in modules]
 
     def set_steps(self, steps: int) -> None:
-        """Set after how many steps the training ends, and with it the schedules; at most ``capacity``."""
-        self.steps = min(steps, len(self.draws.case))
+        """Set after how many steps the training ends, and with it the schedules.
+
+        Raises:
+            ValueError: more than ``capacity``, for which nothing was drawn.
+        """
+        if steps > len(self.draws.case):
+            raise ValueError(
+                f"{self.run.name} would do {steps} steps, but draws were made for {len(self.draws.case)}: raise "
+                "_EQUAL_TIME_CAPACITY in cubes_work.py."
+            )
+        self.steps = steps
         with self._context():
             self.total.fill_(float(self.steps))
 

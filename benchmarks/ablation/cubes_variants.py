@@ -68,12 +68,27 @@ class Run:
         return [parse_subset(only, CHANNELS)] if only else list(all_subsets(len(CHANNELS)))
 
 
-def specialist(subset: Subset) -> str:
+SPECIALISTS = "modality_dropout"
+"""The variant whose network specialists are: the stock network, without anything that knows of missing modalities."""
+THREE_SEEDS = ("t1", "t1ce", "t2", "flair", "t1+t1ce+t2+flair")
+"""Subsets whose specialists are trained with all seeds."""
+FEW = 30
+"""Patients of the second regime, in which regularisers have more to do."""
+
+
+def specialist(subset: str) -> str:
     """Return the variant that is trained on one subset alone."""
-    return f"baseline:only={subset_name(subset, CHANNELS)}"
+    return f"{SPECIALISTS}:only={subset}"
 
 
 def whole_table(seeds: list[int], steps: int) -> list[Run]:
-    """Return every run of the results page: all variants with all seeds, the 15 specialists with the first."""
-    runs = [Run(name, seed, steps) for seed in seeds for name in SETTINGS["variants"]]
-    return [*runs, *(Run(specialist(subset), seeds[0], steps) for subset in all_subsets(len(CHANNELS)))]
+    """Return every run of the results page.
+
+    All variants with all seeds, from all patients and from `FEW`; a specialist for each of the 15 subsets, with the
+    first seed, those of `THREE_SEEDS` with all.
+    """
+    subsets = [subset_name(subset, CHANNELS) for subset in all_subsets(len(CHANNELS))]
+    variants = [f"{name}{change}" for change in ("", f":patients={FEW}") for name in SETTINGS["variants"]]
+    runs = [Run(name, seed, steps) for seed in seeds for name in variants]
+    alone = [(specialist(s), seed) for n, seed in enumerate(seeds) for s in subsets if n == 0 or s in THREE_SEEDS]
+    return [*runs, *(Run(name, seed, steps) for name, seed in alone)]

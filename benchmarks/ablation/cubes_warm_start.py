@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cubes_data import cubes_file, read_cubes, split
 from cubes_scores import dice
 from cubes_training import Training
 from cubes_variants import CHANNELS, Run
+from cubes_work import code
+from machine import processor
+from precision import precision_on
 
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.network.transfer import Donor, transfer
 
 RESULT = Path(__file__).parent / "results" / "warm_start.json"
@@ -60,6 +64,9 @@ def main() -> None:
         "patients": {"stock": len(theirs), "ours": len(ours), "validation": len(scored)},
         "patch": args.patch,
         "stock_steps": args.stock_steps,
+        "processor": processor(),
+        "precision": precision_on(torch.device("cpu")),
+        **code(None),
     }
     rows: list[dict[str, Any]] = []
     stock = Training(
@@ -85,7 +92,7 @@ def main() -> None:
                 mean = round(100 * float(values.mean()), 2)
                 rows.append({"form": form, "seed": seed, "start": start, "steps": steps, "dice": mean})
                 print(f"seed {seed}, {form}, {start}, {steps} steps: {mean:.2f}", flush=True)
-                args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+                write_json(args.output, {**about, "rows": rows})
     for form, steps, start in itertools.product(args.forms, checkpoints, STARTS):
         found = [r["dice"] for r in rows if (r["form"], r["steps"], r["start"]) == (form, steps, start)]
         print(f"{form}, {steps:>4} steps, {start:<13}: {np.mean(found):.2f} ({', '.join(map(str, found))})")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +16,18 @@ from cubes_data import SPLIT_SEED, Cubes, cubes_file, read_cubes, split
 from cubes_scores import cases_of, dice, summary
 from cubes_training import Training
 from cubes_variants import STEP_SECONDS, Run
+from machine import code_changed, commit, processor
 
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.io.files import read_json, write_json
 
-FOLDER = Path(__file__).parent
 _CHUNK = 25
 """Steps that are put into a GPU's queue at once."""
 _TIMED = 40
 """Steps that are timed."""
 _SHARE_OF_POINTS = 0.2
 """Of the time there is, the curve's points take no more than this; there are fewer of them otherwise."""
-_EQUAL_TIME_CAPACITY = 3
+_EQUAL_TIME_CAPACITY = {"cpu": 3, "cuda": 12}
 """A variant may do up to this many times the steps of the reference in the same time."""
 
 
@@ -44,7 +42,7 @@ def work(args: argparse.Namespace, runs: Sequence[Run]) -> int:
     cubes = read_cubes(cubes_file()).to(device)
     parts = split(cubes.patients)
     trainings, failed = [], 0
-    capacity = args.steps * _EQUAL_TIME_CAPACITY if args.equal_time else None
+    capacity = args.steps * _EQUAL_TIME_CAPACITY[device.type] if args.equal_time else None
     for run in runs:
         try:
             training = Training(run, cubes, parts["train"], args.how == "graph", capacity)
@@ -73,6 +71,9 @@ class Progress:
     def __init__(self, training: Training, args: argparse.Namespace, alone: float) -> None:
         self.training, self.alone = training, alone
         self.points = args.points
+        self.given: float | None = None
+        """Seconds of a step by which it got its steps (``--equal_time``)."""
+        self.cut = False
         self.curve: list[dict[str, Any]] = []
         self.content: dict[str, Any] = {}
 
@@ -111,8 +112,8 @@ def equalise(trainings: Sequence[Progress], args: argparse.Namespace, cubes: Cub
             timed[args.equal_time] = [seconds_per_step(reference)]
     middle = {name: sorted(values)[len(values) // 2] for name, values in timed.items()}
     for progress in trainings:
-        share = middle[args.equal_time] / middle[progress.training.run.timed_as]
-        progress.training.set_steps(round(args.steps * share))
+        progress.given = middle[progress.training.run.timed_as]
+        progress.training.set_steps(round(args.steps * middle[args.equal_time] / progress.given))
 
 
 def seconds_in_table(names: Sequence[str]) -> dict[str, float]:
@@ -190,6 +191,7 @@ def fit(trainings: Sequence[Progress], cubes: Cubes, parts: dict[str, list[int]]
         for progress in trainings:
             training = progress.training
             training.set_steps(training.done + int((training.steps - training.done) * possible / left))
+            progress.cut = True
 
 
 def evaluate(progress: Progress, cubes: Cubes, cases: Sequence[int]) -> Any:
@@ -251,7 +253,10 @@ def describe(
         "curve": progress.curve,
         "seconds": round(seconds, 1),
         "seconds_per_step_alone": progress.alone,
+        "seconds_per_step": progress.given,
+        "cut": progress.cut,
         "device": device_name(training.device),
+        "processor": processor(),
         "how": "graph" if training.graph is not None else "eager",
         "precision": training.precision,
         **code(args.commit),
@@ -267,19 +272,8 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def code(commit: str | None) -> dict[str, Any]:
-    """Return commit and versions."""
-    changed = git("status", "--porcelain", "--", str(FOLDER.parents[1] / "nnunetv2_mgml"))
+def code(given: str | None) -> dict[str, Any]:
+    """Return commit, whether package or benchmarks were changed after it, and versions."""
     versions = {"torch": torch.__version__, "nnunetv2_mgml": __version__, "python": sys.version.split()[0]}
     versions["nnunetv2"] = metadata.version("nnunetv2")
-    return {"commit": commit or git("rev-parse", "HEAD"), "code_changed": bool(changed), "versions": versions}
-
-
-def git(*arguments: str) -> str:
-    """Return what git says in this repository; empty where there is none."""
-    try:
-        return subprocess.run(
-            ["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    except FileNotFoundError:
-        return ""
+    return {"commit": given or commit(), "code_changed": code_changed(), "versions": versions}

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -24,12 +23,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from collect import Result
 from data import call, folder_name, prepare
+from machine import code_changed, commit
 from precision import precision_on
-from settings import FOLDER, Run, all_runs, read_settings
+from settings import Run, all_runs, read_settings
 from tqdm import tqdm
 
 from nnunetv2_mgml.io.files import write_json
@@ -182,8 +183,6 @@ def evaluate(run: Run, work: Path, log: Path, model: Path, bfloat16: bool) -> Ev
 
 def describe(run: Run) -> dict[str, Any]:
     """Return what the run was, and on which code."""
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--", str(FOLDER.parents[1] / "nnunetv2_mgml"))
     return {
         "group": run.group,
         "dataset": run.dataset,
@@ -196,17 +195,10 @@ def describe(run: Run) -> dict[str, Any]:
         "dataset_settings": run.dataset_settings,
         "resolved": run.resolved,
         "precision": precision_on(torch.device("cpu")),
-        "commit": commit,
-        "code_changed": bool(changed),
+        "commit": commit(),
+        "code_changed": code_changed(),
         "versions": provenance()["versions"],
     }
-
-
-def git(*arguments: str) -> str:
-    """Return what git says in this repository; empty where there is none."""
-    return subprocess.run(
-        ["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True, check=False
-    ).stdout.strip()
 
 
 def scores(evaluation: Evaluation) -> dict[str, Any]:

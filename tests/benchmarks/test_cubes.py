@@ -158,7 +158,12 @@ def test_variants(cubes: SimpleNamespace) -> None:
 def test_the_array_of_jobs_is_the_whole_table(cubes: SimpleNamespace, tmp_path: Path) -> None:
     runs = cubes.cubes_variants.whole_table([0, 1, 2], 6000)
     assert len({(run.name, run.seed) for run in runs}) == len(runs)
-    assert sorted(run.subsets[0] for run in runs if run.training["only"]) == sorted(all_subsets(4))
+    alone = [run for run in runs if cubes.cubes_specialists.of_subset(run.name)]
+    assert {run.name.partition(":")[0] for run in alone} == {cubes.cubes_goals.SPECIALISTS}, "those the goals read"
+    assert sorted(run.subsets[0] for run in alone if run.seed == 0) == sorted(all_subsets(4))
+    assert sum(run.seed > 0 for run in alone) == 2 * 5, "five of them with three seeds"
+    few = [run for run in runs if run.training["patients"] == 30]
+    assert {run.timed_as for run in few} == set(cubes.cubes_variants.SETTINGS["variants"])
     script = (FOLDER / "ablation" / "cubes.sbatch").read_text()
     assert f"#SBATCH --array=0-{len(runs) - 1}\n" in script
     python = tmp_path / "python"
@@ -186,7 +191,7 @@ def finished(cubes: SimpleNamespace, variant: str, seed: int, values: np.ndarray
     subsets = all_subsets(4)
     told = {"test": cubes.cubes_scores.summary(values, subsets), "dice": cubes.cubes_scores.cases_of(values, subsets)}
     base = {"nominal_steps": 100, "steps": 100, "equal_time": None, "seconds_per_step_alone": 0.0123, "device": "a GPU"}
-    return {"variant": variant, "seed": seed, **base, **told, **more}
+    return {"variant": variant, "seed": seed, "commit": "abc", "code_changed": False, **base, **told, **more}
 
 
 def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
@@ -199,8 +204,11 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     text = cubes.cubes_table.tables(results, "test")
     same_steps, same_time = text.split("The time of 100 steps of baseline, test patients")
     row = next(line for line in same_steps.splitlines() if line.startswith("| `mgml`"))
-    assert row.endswith("| 2 | 100 | 12.3 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
-    assert " | 80 | 12.3 | - | - | - |" in same_time, "the baseline of another budget is none"
+    assert row.endswith("| 2 | 100 | 12.3 | 1.23 | +1.50 | +1.50 to +1.50 | +1.00 +2.00 |")
+    assert " | 80 | 12.3 | 0.984 | - | - | - |" in same_time, "the baseline of another budget is none"
+    assert "a GPU; commit abc." in same_steps
+    means = [line.split(" | ")[1] for line in same_steps.splitlines() if line.startswith("| `")]
+    assert [" ± " in mean for mean in means] == [True, False], "of two seeds there is no deviation worth telling"
     assert "No finished runs yet" in cubes.cubes_table.tables(results, "validation")
     variant, other = cubes.cubes_table.PAIRS[0]
     assert f"`{variant}` against" not in text
@@ -208,6 +216,34 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     results += [finished(cubes, variant, 2, baselines[2] + 0.03)]
     text = cubes.cubes_table.tables(results, "test")
     assert f"`{variant}` against `{other}`: +3.00, 95 % interval +3.00 to +3.00; per seed +3.00." in text
+
+
+def test_trainings_of_few_patients_are_a_table_of_their_own(
+    cubes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose baseline had as few; and a result of uncommitted code is marked."""
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 15, 8)) * 0.5
+    few = {"training": {"patients": 30, "only": None}, "equal_time": "baseline"}
+    results = [finished(cubes, "baseline", 0, values + 0.2, training={"patients": None}, equal_time="baseline")]
+    results += [
+        finished(cubes, f"{name}:patients=30", 0, values + more, **few)
+        for name, more in (("baseline", 0), ("mgml", 0.01))
+    ]
+    results += [finished(cubes, "mgml:temperature=3,patients=30", 0, values - 0.01, **few, code_changed=True)]
+    (tmp_path / "cpu").mkdir()
+    for number, result in enumerate(results):
+        (tmp_path / "cpu" / f"{number}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(cubes.cubes_table, "RESULTS", tmp_path)
+    text = cubes.cubes_table.tables(cubes.cubes_table.read("cpu"), "test")
+    assert "The time of 100 steps of baseline, 30 patients to train, test patients" in text
+    assert "commits abc, abc* (* with uncommitted changes)" in text
+    rows = [line for line in text.splitlines() if line.startswith("| `mgml")]
+    assert [(row.split(" | ")[0], row.split(" | ")[-3]) for row in rows] == [
+        ("| `mgml`", "+1.00"),
+        ("| `mgml:temperature=3`", "-1.00"),
+    ]
+    assert len(cubes.cubes_table.largest()[1]) == 1, "the goals are of all patients"
 
 
 def test_specialists_beside_one_model(cubes: SimpleNamespace) -> None:
@@ -274,15 +310,20 @@ def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> Non
     assert by_goal["the baseline's final Dice in at most half of its time"] == [
         "never",
         "**no**",
-        "after 0.50 of it",
+        "after 0.25 to 0.50 of it",
         "yes",
     ]
+    later = [{**r, "curve": curve(20, 30, 41)} if r["variant"] == "conditional_dropout" else r for r in results]
+    assert "after 0.50 to 0.75 of it | **no** |" in cubes.cubes_goals.table(later, None)
+    between = [{**r, "curve": curve(20, 41) if r["seed"] == 1 else curve(20, 30, 41)} for r in ahead]
+    told = cubes.cubes_goals.table([*results[:6], *between], None)
+    assert "after 0.38 to 0.62 of it | open |" in told, "nobody looked at the half"
     assert by_goal["no region and no number of modalities behind the baseline"][:2] == ["-1.00 (ET)", "**no**"]
     assert by_goal["no region and no number of modalities behind the baseline"][3] == "yes"
     assert by_goal["at most 0.5 behind the specialists"][2:] == ["0.30 (0.30 to 0.30), 1 of 15", "yes"]
     assert by_goal["fewer inversions than the baseline"][3] == "**no**", "as many are not fewer"
     assert by_goal["ahead of the baseline on whole brains, interval above 0"] == [
-        "+1.00 (-0.10 to +2.00)", "**no**", "not measured", "-",
+        "+1.00 (-0.10 to +2.00) at equal steps", "open", "not measured", "-",
     ]  # fmt: skip
     without = cubes.cubes_goals.table(ahead, None)
     assert without.count("not measured | - ") == 14
@@ -318,11 +359,92 @@ def test_a_step_on_a_cpu_is_as_long_as_its_equal_time_took_it(
     table = tmp_path / "seconds.json"
     table.write_text(json.dumps({"seconds": {"baseline": {"median": 0.5}}}))
     monkeypatch.setattr(cubes.cubes_table, "STEP_SECONDS", table)
-    result = {"variant": "baseline:only=t1", "seed": 0, "nominal_steps": 10, "equal_time": "baseline"}
+    result = {"variant": "mgml", "seed": 0, "nominal_steps": 10, "steps": 8, "equal_time": "baseline"}
     result.update(seconds_per_step_alone=0.9, device="CPU, 1 thread")
-    assert cubes.cubes_table.seconds_per_step(result) == 0.5
-    for change in ({"equal_time": None}, {"device": "NVIDIA"}, {"variant": "mgml"}):
+    assert cubes.cubes_table.seconds_per_step(result) == pytest.approx(0.5 * 10 / 8)
+    for change in ({"equal_time": None}, {"device": "NVIDIA"}, {"equal_time": "mgml"}):
         assert cubes.cubes_table.seconds_per_step({**result, **change}) == 0.9
+    told = {**result, "seconds_per_step": 0.7}
+    assert cubes.cubes_table.seconds_per_step(told) == 0.7, "the table may be of another machine by now"
+
+
+def test_steps_are_never_fewer_than_the_time_allows(cubes: SimpleNamespace, folder: Path) -> None:
+    data = cubes.cubes_data.read_cubes(folder / "brats2020_cubes" / "cubes.npz")
+    run = cubes.cubes_variants.Run(f"baseline:{SMALL}", 0, 2)
+    training = cubes.cubes_training.Training(run, data, range(20), capacity=5)
+    training.set_steps(5)
+    with pytest.raises(ValueError, match="would do 6 steps, but draws were made for 5"):
+        training.set_steps(6)
+
+
+def result_of(run: Any, **changes: Any) -> dict[str, Any]:
+    """What a run writes, as far as it matters for whether it is finished."""
+    about = {"training": run.training, "options": run.options, "finished": True, "device": "CPU, 1 thread"}
+    known = {"variant": run.name, "seed": run.seed, "nominal_steps": run.steps, "equal_time": None}
+    return {**known, **about, "cut": False, **changes}
+
+
+def test_a_result_is_finished_when_it_has_all_that_is_asked_for(
+    cubes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cubes.cubes, "RESULTS", tmp_path)
+    run = cubes.cubes_variants.Run("mgml", 0, 100)
+    (tmp_path / "cpu").mkdir()
+
+    def finished_with(result: dict[str, Any], *arguments: str) -> bool:
+        (tmp_path / "cpu" / run.file_name()).write_text(json.dumps(result))
+        answer: bool = cubes.cubes.finished(run, "cpu", cubes.cubes.parser().parse_args(arguments))
+        return answer
+
+    assert finished_with(result_of(run))
+    assert not finished_with(result_of(run), "--test"), "it was not scored on test patients"
+    assert finished_with(result_of(run, test={}), "--test")
+    cut = result_of(run, cut=True)
+    assert not finished_with(cut), "its steps are fewer than asked for"
+    assert finished_with(cut, "--seconds", "100")
+    of_a_gpu = result_of(run, device="NVIDIA H200")
+    del of_a_gpu["cut"]
+    assert not finished_with(of_a_gpu)
+    assert not finished_with(result_of(run, options={"temperature": 3}))
+
+
+def test_a_stopped_call_loses_no_finished_run(
+    cubes: SimpleNamespace, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one whose part it left, nor one that ended while others went on."""
+    results, parts = tmp_path / "results", tmp_path / "parts"
+    parts.mkdir()
+    monkeypatch.setattr(cubes.cubes, "RESULTS", results)
+    names = [f"baseline:{SMALL}", f"mgml:{SMALL}"]
+    runs = [cubes.cubes_variants.Run(name, 0, 4) for name in names]
+    left = parts / cubes.cubes.part_name("eager", runs[:1], False)
+    left.write_text(json.dumps([result_of(runs[0])]))
+    started: list[str] = []
+
+    class Process:
+        """Does a run at once; while it does the second one the call is stopped."""
+
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            worker = json.loads(command[command.index("--worker") + 1])
+            started.append(worker[0][0])
+            if len(started) > 1:
+                raise KeyboardInterrupt
+            run = cubes.cubes_variants.Run(*worker[0])
+            Path(command[command.index("--part") + 1]).write_text(json.dumps([result_of(run)]))
+
+        def wait(self, timeout: float | None) -> None:
+            pass
+
+    monkeypatch.setattr(cubes.cubes.subprocess, "Popen", Process)
+    command = ["cubes.py", "--variants", *names, f"complete_view:{SMALL}", "--steps", "4", "--parallel", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(parts)])
+    with pytest.raises(KeyboardInterrupt):
+        cubes.cubes.main()
+    assert started == [names[1], f"complete_view:{SMALL}"], "the first was there already"
+    assert sorted(file.name for file in (results / "cpu").iterdir()) == sorted(run.file_name() for run in runs)
+    monkeypatch.setattr(sys, "argv", [*command, "--job", "3"])
+    with pytest.raises(SystemExit):
+        cubes.cubes.main()
 
 
 def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace, folder: Path) -> None:
@@ -473,8 +595,9 @@ def test_equal_time_on_a_cpu_goes_by_the_table(
     training = OnlySteps(cubes.cubes_variants.Run(f"{names[1]},only=t1,learning_rate=0.1", 0, 100))
     training.device = torch.device("cpu")
     args = SimpleNamespace(equal_time=names[0], steps=100, how="eager")
-    cubes.cubes_work.equalise([SimpleNamespace(training=training)], args, None, [])
-    assert training.steps == 250
+    progress = SimpleNamespace(training=training)
+    cubes.cubes_work.equalise([progress], args, None, [])
+    assert (training.steps, progress.given) == (250, 0.2)
     args.equal_time = "mgml"
     with pytest.raises(ValueError, match=r"has no step of mgml. Measure it .* --variants mgml"):
         cubes.cubes_work.equalise([SimpleNamespace(training=training)], args, None, [])
@@ -485,12 +608,16 @@ def test_one_run_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     command += [f"modality_dropout:{SMALL},only=t1ce+flair", "--steps", "8", "--points", "2", "--test"]
     command += ["--output", str(tmp_path), "--parts_only", "--again", "--parallel", "1", "--seconds", "300"]
     subprocess.run(command, check=True, env={**os.environ, "MGML_REAL_DATA": str(folder)})
-    ours, stock = (json.loads((tmp_path / f"part_{n}.json").read_text())[0] for n in range(2))
+    ours, stock = (
+        json.loads(next(tmp_path.glob(f"part_{name}_*.json")).read_text())[0] for name in ("mgml", "modality")
+    )
     for content in (ours, stock):
         assert content["finished"]
         assert [point["step"] for point in content["curve"]] == [4, 8]
         assert content["split"] == {"seed": 2026, "test": 5, "validation": 3, "train": 16}
         assert content["validation"]["mean"] == pytest.approx(content["curve"][-1]["mean"])
+        assert {"processor", "commit", "code_changed"} <= set(content)
+        assert not content["cut"]
     assert set(ours["dice"]) == {"whole_tumor", "tumor_core", "enhancing_tumor"}
     assert all(len(subsets) == 15 for subsets in ours["dice"].values())
     assert all(len(values) == 5 for subsets in ours["dice"].values() for values in subsets.values())

@@ -90,7 +90,8 @@ def test_a_section_that_breaks_hangs_or_dies_loses_nothing_else(
         "if __name__ == '__main__':\n    sys.exit(gpu.main())\n"
     )
     output = tmp_path / "gpu.json"
-    done = subprocess.run([sys.executable, str(broken), "--device", "cpu", "--output", str(output)], check=False)
+    command = [sys.executable, str(broken), "--device", "cpu", "--output", str(output)]
+    done = subprocess.run(command, check=False)
     result = json.loads(output.read_text())
     assert done.returncode == 1
     assert result["good"]["value"] == result["last"]["value"] == 1
@@ -98,6 +99,22 @@ def test_a_section_that_breaks_hangs_or_dies_loses_nothing_else(
     assert "exit code 7" in result["dying"]["error"]
     assert "stopped after 1 s" in result["hanging"]["error"]
     assert [result[name]["before"] for name in ("raising", "dying", "hanging")] == [2, 3, 4]
+    few = [*command, "--sections", "good"]
+    assert subprocess.run(few, check=False).returncode == 1, "nothing says that it is of the same code"
+    assert json.loads(output.read_text()) == result, "what was measured is not lost"
+    partial = output.with_name("gpu.partial.json")
+    assert set(json.loads(partial.read_text())) == {"about", "good"}
+    state = {"commit": "abc", "device": "cpu"}
+    broken.write_text(
+        broken.read_text().replace(
+            "'good': good, 'raising'", f"'about': lambda s: {state}.items(), 'good': good, 'raising'"
+        )
+    )
+    output.write_text(json.dumps({**result, "about": state}))
+    assert subprocess.run([*few, "about"], check=False).returncode == 0
+    joined = json.loads(output.read_text())
+    assert set(joined) == {"about", "good", "last"}, "of the same code, so what went well before stays"
+    assert not partial.exists()
 
 
 def test_a_process_that_cannot_begin_is_not_started_again(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one run at tiny sizes writes."""
     folder = tmp_path_factory.mktemp("speed")
     subprocess.run([sys.executable, str(FOLDER / "speed.py"), "--tiny", "--folder", str(folder)], check=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["speed.json", "speed.md"]
     return folder
 
 
@@ -69,6 +70,29 @@ def test_page_before_anything_is_measured(scripts: SimpleNamespace) -> None:
     page = scripts.speed_page.page({})
     assert "Not measured yet" in page
     assert page.count("not measured") == len(scripts.speed_page.GOALS)
+
+
+def test_page_says_what_a_run_does_not_decide(scripts: SimpleNamespace) -> None:
+    """Goals within the scatter, what ran once, differences that noise made zero, and parts that are missing."""
+
+    def entry(value: float, scatter: float, turns: int) -> dict[str, Any]:
+        return {"value": value, "scatter": scatter, "seconds": {"of": [1.0] * turns, "beside": [1.0] * turns}}
+
+    about = {"load_before": 0.1, "date": "2026-11-29T00:00:00", "tiny": False}
+    result = {**about, "loader_ratio": entry(1.01, 0.1, 5), "one_of_four_ratio": entry(0.5, 0.1, 5)}
+    result["export_share"] = {"value": 0.06, "scatter": None}
+    result["default_step_time_ratio"] = entry(1.1, 0.0, 1)
+    cells = [line.strip("| ").split(" | ") for line in scripts.speed_page.page(result).splitlines() if " | " in line]
+    told = {row[0]: row[2:5] for row in cells}
+    assert told["a batch of our loader / of nnU-Net's"] == ["10%", "1.02", "yes, within scatter"]
+    assert told["a patch from one modality / from four"] == ["10%", "0.40", "**no**"]
+    assert told["the default's step / without our terms"] == ["-", "1.20", "yes"]
+    assert told["share of a whole case that is not the network"] == ["-", "0.15", "yes"]
+    step = {"network": 1.0, "loss": 1.0, "backward": 2.0, "optimiser": 0.0, "loader": 0.1}
+    result["profile"] = {"training_step": step, "forward_passes": {"encode": 1.0}}
+    assert "| optimiser | below the scatter | - |" in scripts.speed_page.page(result)
+    result["profile"]["prediction_at_2_mm"] = {"network": 2.0, "resampling": 3.0}
+    assert "it is 0.60, resampling first" in scripts.speed_page.page(result)
 
 
 def test_stopwatch_gives_time_to_the_innermost_part(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
