@@ -85,17 +85,17 @@ if __name__ == "__main__":
             # 2.8.1 is the first release whose nnUNet_extTrainer survives a module it cannot import; each minor release
             # so far has changed a signature that trainers override, so the next one is allowed once it is tested
             "nnunetv2>=2.8.1,<2.9",
-            "torch",
+            "torch>=2.7",  # older ones lack what reads checkpoints as data; 2.7.1 is the oldest that was tried
             "batchgenerators",
             "batchgeneratorsv2",
-            "SimpleITK",
-            "numpy",
+            "SimpleITK>=2.2.1",
+            "numpy>=1.26",
             "acvl-utils",
             "dynamic-network-architectures>=0.4.4",
             "nibabel>=5",
-            "matplotlib",
-            "pandas",
-            "scipy",
+            "matplotlib>=3.8",
+            "pandas>=2",
+            "scipy>=1.11",
             "pillow",
             "jinja2",
             "markupsafe>=2",

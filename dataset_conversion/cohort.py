@@ -29,7 +29,7 @@ from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import channel_names
-from nnunetv2_mgml.plans.cohort import MISSING_FILE, SITES_FILE
+from nnunetv2_mgml.plans.cohort import MISSING_FILE, PATIENTS_FILE, SITES_FILE
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder_name, nnunet_folder
 
 LARGEST_LABEL = 255
@@ -199,6 +199,9 @@ def convert_cohort(request: CohortRequest, *, progress: bool = False) -> CohortS
         sites = {case.name: case.site for case, _ in good if case.site is not None}
         if sites:
             write_json(folder / SITES_FILE, sites)
+        if patients := _patients(case for case, _ in good):
+            numbers = {name: str(n) for n, name in enumerate(dict.fromkeys(patients.values()))}
+            write_json(folder / PATIENTS_FILE, {case: numbers[name] for case, name in patients.items()})
         if split is not None:  # fails here rather than after the data set is in place
             preprocessed.mkdir(parents=True, exist_ok=True)
     if split is not None:
@@ -421,8 +424,13 @@ def _nothing_to_train(found: FoundCases) -> str:
     return "\n".join([text, f"{len(bad)} more case(s) are bad:", *bad_case_lines(bad)]) if bad else text
 
 
+def _patients(cases: Iterable[CaseFiles]) -> dict[str, str]:
+    """Return case -> patient of those whose source says it."""
+    return {case.name: case.patient for case in cases if case.patient is not None}
+
+
 def _choose_split(request: CohortRequest) -> tuple[Split | None, tuple[str, ...]]:
     labelled = [case.name for case in request.found.cases if case.label is not None]
-    patients = {case.name: case.patient for case in request.found.cases if case.patient is not None}
+    patients = _patients(request.found.cases)
     bad = request.found.problems
     return choose_split(labelled, bad, request.split, request.split_files, request.seed, patients)

@@ -106,6 +106,9 @@ class ConversionRequest:
     """Modalities to take, in BraTS's order whatever the order here; None for all four."""
     label_convention: str = "auto"
     """``auto`` (told by the file names), ``brats2021`` or ``brats2023``."""
+    plain_labels: bool = False
+    """Let networks learn labels that exclude one another, as published losses want it, instead of the regions WT, TC
+    and ET."""
     num_processes: int | None = None
     """Worker processes, None for the smaller of 4 and the number of CPUs. With more than one, a script that converts
     needs the usual ``if __name__ == "__main__":``."""
@@ -126,6 +129,7 @@ def convert_brats(
     missing_rates: Mapping[str, float] | None = None,
     subset_of: Sequence[str] | None = None,
     label_convention: str = "auto",
+    plain_labels: bool = False,
     num_processes: int | None = None,
     progress: bool = False,
 ) -> ConversionSummary:
@@ -147,6 +151,7 @@ def convert_brats(
         missing_rates=missing_rates,
         subset_of=subset_of,
         label_convention=label_convention,
+        plain_labels=plain_labels,
         num_processes=num_processes,
     )
     return convert(request, progress=progress)
@@ -203,6 +208,7 @@ def convert(request: ConversionRequest, *, progress: bool = False) -> Conversion
             RESECTION_CAVITY in summary.labels,
             summary.missing,
             channels,
+            request.plain_labels,
         )
         if chosen is not None:  # fails here rather than after the dataset is in place
             (nnunet_folder(PREPROCESSED) / folder_name).mkdir(parents=True, exist_ok=True)

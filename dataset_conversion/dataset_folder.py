@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from nnunetv2_mgml.dataset_conversion.labels import dataset_labels
+from nnunetv2_mgml.dataset_conversion.labels import dataset_labels, plain_labels
 from nnunetv2_mgml.io.files import only_writer, replacing_folder, write_json
 from nnunetv2_mgml.modalities import BRATS_CHANNELS
 from nnunetv2_mgml.plans.cohort import MISSING_FILE
@@ -92,6 +93,7 @@ def write_description(
     with_cavity: bool,
     missing: Mapping[str, Sequence[str]],
     channels: Sequence[str] = BRATS_CHANNELS,
+    plain: bool = False,
 ) -> None:
     """Write ``dataset.json`` and, if a case lacks a sequence, ``missing_modalities.json``.
 
@@ -103,13 +105,13 @@ def write_description(
         with_cavity: whether there are resection cavities.
         missing: case -> absent modalities.
         channels: canonical modality names in channel order.
+        plain: labels that exclude one another instead of regions.
     """
     labels, order = dataset_labels(with_cavity)
-    content = {
+    content: dict[str, Any] = {
         # Dataset137_BraTS21 spells them T1, T1ce, T2, Flair.
         "channel_names": {str(i): channel.capitalize() for i, channel in enumerate(channels)},
-        "labels": labels,
-        "regions_class_order": order,
+        **({"labels": plain_labels(with_cavity)} if plain else {"labels": labels, "regions_class_order": order}),
         "numTraining": num_training,
         "file_ending": FILE_ENDING,
         "name": name,

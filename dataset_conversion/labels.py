@@ -217,3 +217,12 @@ def dataset_labels(with_cavity: bool) -> tuple[dict[str, int | list[int]], list[
     count = len(REGIONS) if with_cavity else len(REGIONS) - 1
     regions = {name: list(labels) for name, labels in list(REGIONS.items())[:count]}
     return {"background": 0, **regions}, list(REGIONS_CLASS_ORDER[:count])
+
+
+def plain_labels(with_cavity: bool) -> dict[str, int]:
+    """Return ``labels`` for nnU-Net's ``dataset.json`` that exclude one another, instead of regions.
+
+    Args:
+        with_cavity: see `dataset_labels`.
+    """
+    return {label.name: label.nnunet for label in LABELS if with_cavity or label.nnunet != RESECTION_CAVITY}

@@ -124,6 +124,20 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
 
 
+def refuse_names_beside_folder(
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    """Raise a ValueError where ``-m`` names the model and ``-c``, ``-tr`` or ``-p`` another one.
+
+    Args:
+        args: what a command was given.
+        add_arguments: adds the command's arguments, at least these four, to a parser.
+    """
+    given = changed_options(args, add_arguments, ("-c", "-tr", "-p")) if args.m is not None else []
+    if given:
+        raise ValueError(f"-m names a model already, and {', '.join(given)} would name another. Give one or the other.")
+
+
 def chosen_model_folder(args: argparse.Namespace) -> Path:
     """Return the model folder that the arguments of `add_model_choice` name.
 
@@ -133,6 +147,7 @@ def chosen_model_folder(args: argparse.Namespace) -> Path:
     """
     if (args.m is None) == (args.d is None):
         raise ValueError(TWO_MODELS)
+    refuse_names_beside_folder(args, add_model_choice)
     if args.m is not None:
         return Path(args.m)
     return dataset_folder(args.d, RESULTS) / f"{args.tr}__{args.p}__{args.c}"

@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="meaning of the label values; auto: told by the file names",
     )
+    brats.add_argument(
+        "--plain_labels",
+        "--plain-labels",
+        action="store_true",
+        help="learn labels that exclude one another (edema, necrosis, enhancing tumour) instead of the regions WT, TC "
+        "and ET, for losses that know no regions (mgml plan --preset reference-losses)",
+    )
     _add_split_arguments(brats)
     brats.add_argument(
         "--missing_rate",

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.commands import TRAINER
-from nnunetv2_mgml.commands.arguments import add_trust, changed_options, parse_predictions
+from nnunetv2_mgml.commands.arguments import (
+    add_trust,
+    changed_options,
+    parse_predictions,
+    refuse_names_beside_folder,
+)
 from nnunetv2_mgml.plans.folders import RESULTS, dataset_folder
 from nnunetv2_mgml.presentation.tables import summary_text
 from nnunetv2_mgml.scoring.metrics import all_metrics, default_metrics
@@ -117,7 +122,10 @@ def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a predicted region of fewer than N voxels counts as empty (RFNet and others: ET=500)",
     )
-    scoring.add_argument("--name", help="what the method is called in tables; the folder's name by default")
+    scoring.add_argument(
+        "--name",
+        help="what the method is called in tables; by default the trainer of a model, the folder of predictions",
+    )
     scoring.add_argument(
         "-np",
         type=int,
@@ -249,6 +257,7 @@ def _refuse_model_options(args: argparse.Namespace) -> None:
 
 
 def _model_folder(args: argparse.Namespace) -> Path:
+    refuse_names_beside_folder(args, add_arguments)
     if args.m is not None:
         return Path(args.m)
     absent = [option for option, value in (("-d", args.d), ("-c", args.c)) if value is None]

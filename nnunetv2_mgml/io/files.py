@@ -246,6 +246,14 @@ else:
         return True
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let ``target`` be a link to a file, or a copy of it where no links can be made (Windows, exFAT)."""
+    try:
+        os.symlink(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)

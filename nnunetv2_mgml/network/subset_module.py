@@ -65,14 +65,19 @@ class SubsetModule(nn.Module):
         """Return the view of an input ``(B, M + P, *spatial)``: the given one, what was set, or what it shows itself.
 
         Raises:
-            ValueError: the input has fewer channels than there are modalities.
+            ValueError: the input has fewer channels than there are modalities, or a view of another shape.
         """
         if x.shape[1] < self.num_modalities:  # a shape: no compiled graph breaks at it
             raise PlainError(self._too_few_channels(x.shape[1]))
-        if isinstance(view, torch.Tensor):
-            return View(view)
         if view is not None:
-            return view
+            given = View(view) if isinstance(view, torch.Tensor) else view
+            if given.visible.shape != (x.shape[0], self.num_modalities):
+                raise PlainError(
+                    f"What is visible must be a bool tensor (batch, modalities), here ({x.shape[0]}, "
+                    f"{self.num_modalities}); got {tuple(given.visible.shape)}. One row for all samples: expand it, or "
+                    f"set_visible."
+                )
+            return given
         if self._visible is None:
             return View(in_band_mask(x, self.num_modalities))
         return View(self._visible.to(x.device).expand(x.shape[0], -1))

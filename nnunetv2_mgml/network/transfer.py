@@ -387,7 +387,8 @@ class _DesignLayout:
         self.modalities = fusion.spec.num_modalities
         self.more, self.classes = more, classes
         self.order_matters = fusion.order_matters
-        self.lists = self._lists()
+        self.lists = _lists(self.shapes, self.more, self.modalities)
+        self.lists_of_classes = _lists(self.shapes, self.classes or {}, fusion.spec.num_classes)
 
     @classmethod
     def of(cls, fusion: FusionDesign) -> _DesignLayout:
@@ -397,27 +398,12 @@ class _DesignLayout:
         classes = _shapes(fusion, dataclasses.replace(spec, num_classes=spec.num_classes + 1))
         return cls(fusion, more or {}, classes)
 
-    def _lists(self) -> dict[str, Callable[[int], str]]:
-        """Return, for keys of modules there is one of per modality, how the key of modality ``j`` reads."""
-        found: dict[str, Callable[[int], str]] = {}
-        for key in self.more:
-            parts = key.split(".")
-            for place, part in enumerate(parts):
-                if key in self.shapes or part != str(self.modalities):
-                    continue
-
-                def named(j: int, parts: list[str] = parts, place: int = place) -> str:
-                    return ".".join([*parts[:place], str(j), *parts[place + 1 :]])
-
-                own = [named(j) for j in range(self.modalities)]
-                if all(name in self.shapes for name in own):
-                    found.update(dict.fromkeys(own, named))
-                    break
-        return found
-
     def of_classes(self, key: str) -> bool:
-        """Whether a tensor has to do with the classes; all have where the design could not be asked."""
-        return self.classes is None or self.classes.get(key) != self.shapes[key]
+        """Whether a tensor has to do with the classes, by its shape or as one of a list with an entry per class.
+
+        All have where the design could not be asked.
+        """
+        return self.classes is None or self.classes.get(key) != self.shapes[key] or key in self.lists_of_classes
 
     def take(
         self,
@@ -441,6 +427,31 @@ class _DesignLayout:
         if len(axes) > 1 or found.ndim != own.ndim:
             return None
         return _blocks(own, found, axes[0], wide[axes[0]] - own.shape[axes[0]], pairs, offered)
+
+
+def _lists(own: Mapping[str, Any], more: Mapping[str, Any], count: int) -> dict[str, Callable[[int], str]]:
+    """Return, for keys of modules there is one of per modality (or class), how the key of the ``j``-th reads.
+
+    Args:
+        own: shapes of a design's tensors.
+        more: those of one with one modality, or class, more.
+        count: modalities, or classes.
+    """
+    found: dict[str, Callable[[int], str]] = {}
+    for key in more:
+        parts = key.split(".")
+        for place, part in enumerate(parts):
+            if key in own or part != str(count):
+                continue
+
+            def named(j: int, parts: list[str] = parts, place: int = place) -> str:
+                return ".".join([*parts[:place], str(j), *parts[place + 1 :]])
+
+            names = [named(j) for j in range(count)]
+            if all(name in own for name in names):
+                found.update(dict.fromkeys(names, named))
+                break
+    return found
 
 
 def _blocks(

@@ -76,9 +76,10 @@ class ModalityBalance:
         """Take over a checkpoint's weights.
 
         Raises:
-            ValueError: the checkpoint is of other modalities.
+            ValueError: the checkpoint is of another number of modalities. (Their order is compared before; a name may
+                have changed.)
         """
-        if tuple(state["channels"]) != self.channels:
+        if len(state["channels"]) != len(self.channels):
             raise ValueError(
                 f"The checkpoint balances the modalities {', '.join(state['channels'])}, this training "
                 f"has {', '.join(self.channels)}. Use the plans and the dataset it was trained with."

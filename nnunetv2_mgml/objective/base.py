@@ -120,6 +120,8 @@ class Term(nn.Module):
     """Other than `OURS`: it takes the place of the term of this name where the option ``reading`` has this value."""
     option_group: ClassVar[type[OptionGroup] | None] = None
     """Its options, declared beside it; several terms may share them."""
+    state_options: ClassVar[tuple[str, ...]] = ()
+    """Options by which the term's state in a checkpoint means what it means: training goes on with the same alone."""
     order: ClassVar[int] = 100
     """Terms are computed and shown in this order; only one that weighs the modalities for others must be early."""
 

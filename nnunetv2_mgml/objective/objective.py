@@ -171,13 +171,17 @@ class Objective(nn.Module):
             options: those the checkpoint was trained with.
 
         Raises:
-            ValueError: it was trained with terms that keep another state; the message names the options that differ.
+            ValueError: it was trained with terms that keep another state, or one of another meaning; the message names
+                the options that differ.
         """
         stored, own = (
             {name for name, value in some.items() if value is not None} for some in (state, self.training_state())
         )
         if stored != own:
             raise ValueError(self._mismatch(options, stored ^ own))
+        decisive = {name for term in self.each() if term.training_state() for name in term.state_options}
+        if any(options.value(name) != self.spec.options.value(name) for name in decisive):
+            raise ValueError(self._mismatch(options, stored))
         for term in self.each():
             term.load_training_state(state)
 

@@ -48,3 +48,18 @@ class ReadingOptions(OptionGroup):
         for name in _OF_THE_CODE if self.reading != "reference" else ():
             if options.value(name) == "published":
                 raise ValueError(f"{name}=published needs reading=reference; got reading={self.reading}.")
+
+
+def note_on_regions(options: Options, regions: bool) -> str:
+    """Return what a user who learns regions should know of the published losses; empty where there is nothing.
+
+    Args:
+        options: of the training.
+        regions: whether the labels are regions.
+    """
+    if not regions or options.objective[ReadingOptions].criterion != "published":
+        return ""
+    return (
+        "criterion=published is of labels; the fused prediction of regions keeps nnU-Net's loss, so this is not the "
+        "published total. For that convert with mgml convert brats --plain_labels"
+    )

@@ -20,6 +20,12 @@ from nnunetv2_mgml.modalities import Subset, channel_index, channel_names
 MISSING_FILE = "missing_modalities.json"
 SITES_FILE = "case_sites.json"
 """Case -> site, hospital or scanner, where the source named it; `mgml check` looks at it."""
+PATIENTS_FILE = "case_patients.json"
+"""Case -> number of its patient, where the source named them; a split keeps the cases of a patient together."""
+FINGERPRINT = "dataset_fingerprint.json"
+"""nnU-Net's, in the folder of a preprocessed data set."""
+LEFT_OUT = "mgml_left_out"
+"""Key of a fingerprint of ours: case -> modalities that were missing."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,20 @@ def incomplete_cases(folder: Path) -> dict[str, tuple[str, ...]]:
         for case in cases
         if len(case.files) < len(channels)
     }
+
+
+def read_groups(folder: Path, name: str) -> dict[str, str]:
+    """Return what `SITES_FILE` or `PATIENTS_FILE` of a raw data set says; nothing where there is none.
+
+    Raises:
+        ValueError: it is no JSON, or maps nothing.
+    """
+    path = folder / name
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        what = "sites" if name == SITES_FILE else "patients"
+        raise ValueError(f'{path} must map cases to {what}, {{"case_7": "Ulm"}} say.')
+    return {str(case): str(group) for case, group in content.items()}
 
 
 def read_missing(folder: Path, channels: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -41,7 +41,7 @@ def model_card(
     channels = channel_names(dict(dataset_json))
     labels = {label: value for label, value in dataset_json["labels"].items() if label not in ("background", "ignore")}
     options = plans.get("mgml", {}).get("config", {})
-    spacing = plans["configurations"][configuration].get("spacing")
+    spacing = _spacing(plans["configurations"], configuration)
     lines = [
         f"# {name}",
         "",
@@ -83,6 +83,15 @@ def model_card(
         *_expectation(report, channels),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _spacing(configurations: Mapping[str, Any], name: str | None) -> Any:
+    """Return the spacing of a configuration, its own or inherited; None where nothing says it."""
+    while name is not None:
+        if "spacing" in configurations[name]:
+            return configurations[name]["spacing"]
+        name = configurations[name].get("inherits_from")
+    return None
 
 
 def _stated(what: str, value: Any) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.io.targets import PREVIEW, is_current
 from nnunetv2_mgml.presentation.figures.preview import preview_sheet
-from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
+from nnunetv2_mgml.presentation.figures.slices import knows_sides, read_axial, telling_slice
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.report.sheets import names_of_values
 from nnunetv2_mgml.scoring.regions import label_set, short_name
@@ -70,10 +70,12 @@ def _draw(case: str, entry: Mapping[str, Any], folder: Path, dataset_json: Mappi
         raise ValueError("its report names no image files.")
     regions = label_set(dict(dataset_json)).regions
     names = names_of_values(regions)
+    oriented = knows_sides(f"{case}{dataset_json['file_ending']}")
     millilitres = float(np.prod(spacing)) / 1000
+    counts = {name: np.isin(segmentation, labels).sum() for name, labels in regions.items()}
     volumes = [
-        f"{short_name(name)} {np.isin(segmentation, labels).sum() * millilitres:.1f} ml"
-        for name, labels in regions.items()
+        f"{short_name(name)} {count * millilitres:.1f} ml" if oriented else f"{short_name(name)} {count} voxels"
+        for name, count in counts.items()
     ]
     missing = f", without {', '.join(entry['missing'])}" if entry["missing"] else ""
     lines = [
@@ -88,6 +90,7 @@ def _draw(case: str, entry: Mapping[str, Any], folder: Path, dataset_json: Mappi
         title=f"{case}: from {', '.join(entry['present'])}{missing} (slice {index + 1} of {len(segmentation)})",
         notes="\n".join(wrapped(line, width) for line in lines),
         pixel_aspect=spacing[1] / spacing[2],
+        oriented=oriented,
     )
     return save(figure, target, dpi=130)
 

@@ -56,7 +56,8 @@ def _differences_of_options(stored: dict[str, Any], plans: dict[str, Any]) -> li
 
 
 def _fusion_of(options: NetworkOptions) -> dict[str, Any]:
-    return find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
+    design = find_design(options.fusion)
+    return design.acting(design.take_options(options.fusion_options, options.fusion_revision))
 
 
 def changed_meaning(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -57,7 +57,7 @@ class TrainingLog:
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
+        with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -69,7 +69,7 @@ def read_log(path: str | os.PathLike[str]) -> list[Row]:
     Raises:
         FileNotFoundError: no such file.
     """
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return [
             {name: float(value) for name, value in row.items() if value not in ("", None)}
             for row in csv.DictReader(file)

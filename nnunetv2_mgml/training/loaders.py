@@ -10,8 +10,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.dataloading.loader import MGMLDataLoader
 from nnunetv2_mgml.dataloading.masking import build_sampler
+from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import subset_name
-from nnunetv2_mgml.plans.cohort import MISSING_FILE
+from nnunetv2_mgml.plans.cohort import FINGERPRINT, LEFT_OUT
 from nnunetv2_mgml.upstream.loaders import get_dataloaders
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def _note_spoiled_statistics(trainer: nnUNetTrainerMGML, folder: Path, counts: l
         for name, scheme, count in zip(trainer.channels, schemes, counts, strict=False)
         if count < total and scheme == "CTNormalization"
     ]
-    if spoiled and not (folder / MISSING_FILE).is_file():
+    fingerprint = folder / FINGERPRINT
+    known = fingerprint.is_file() and LEFT_OUT in read_json(fingerprint)
+    if spoiled and not known:
         trainer.print_to_log_file(
             f"WARNING: {', '.join(spoiled)} is absent in some cases and normalised by the fingerprint's statistics, in "
-            f"which placeholder volumes have been. Record them (mgml convert raw -d {folder.name}), then run "
-            f"nnUNetv2_plan_and_preprocess --clean."
+            f"which placeholder volumes may have been. Record them (mgml convert raw -d {folder.name}), if they are "
+            f"not, and run nnUNetv2_plan_and_preprocess --clean."
         )

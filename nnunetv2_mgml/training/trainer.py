@@ -92,8 +92,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         if device.type == "cpu":  # nnU-Net starts a thread for every CPU of the machine
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         planned = Options.from_plans(plans)
-        name, workers = type(self).__name__, get_allowed_n_proc_DA()
-        for note in run_notes(name, planned, self.config_overrides, workers, self.is_cascaded):
+        name, workers, regions = type(self).__name__, get_allowed_n_proc_DA(), self.label_manager.has_regions
+        for note in run_notes(name, planned, self.config_overrides, workers, self.is_cascaded, regions):
             self.print_to_log_file(note)
         self.options = self.resolve_options(plans)
         self.channels = channel_names(dataset_json)

@@ -1,9 +1,10 @@
 """nnU-Net's fingerprint and preprocessing of data sets in which modalities are missing.
 
-Bends: ``extract_fingerprint_dataset``, ``preprocess_dataset`` and ``verify_dataset_integrity`` in
-    ``nnunetv2.experiment_planning.plan_and_preprocess_api``, and, while the second runs on such a data set, the name
-    ``DefaultPreprocessor`` in ``nnunetv2.preprocessing.preprocessors.default_preprocessor``. Repeats
-    ``DatasetFingerprintExtractor.run`` and overrides ``DefaultPreprocessor.run_case`` and ``run``.
+Bends: ``extract_fingerprint_dataset``, ``plan_experiment_dataset``, ``preprocess_dataset`` and
+    ``verify_dataset_integrity`` in ``nnunetv2.experiment_planning.plan_and_preprocess_api``, and, while they run on
+    such a data set, the planner's ``determine_reader_writer`` and the name ``DefaultPreprocessor`` in
+    ``nnunetv2.preprocessing.preprocessors.default_preprocessor``. Repeats ``DatasetFingerprintExtractor.run`` and
+    overrides ``DefaultPreprocessor.run_case`` and ``run``.
 Why: they want a file for every channel, and take a placeholder for data: in the fingerprint, hence in CTNormalization.
     Both look for classes in nnU-Net's own folders only, so a class of ours cannot be named.
 Guarded by: tests/upstream/test_incomplete_data.py, tests/upstream/test_upstream_drift.py
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases, verify_labels
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
@@ -37,6 +39,8 @@ from nnunetv2_mgml.io.volumes import wrong_kind
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import (
+    FINGERPRINT,
+    LEFT_OUT,
     MISSING_FILE,
     RawCase,
     channel_of,
@@ -49,7 +53,6 @@ from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 _log = logging.getLogger(__name__)
 _STOCK = default_preprocessor.DefaultPreprocessor
-_FINGERPRINT = "dataset_fingerprint.json"
 
 
 # --- the three steps of nnU-Net ---------------------------------------------------------------------------------------
@@ -61,6 +64,7 @@ def install(api: ModuleType) -> None:
     """
     for name, wrapper in (
         ("extract_fingerprint_dataset", _fingerprint),
+        ("plan_experiment_dataset", _plan),
         ("preprocess_dataset", _preprocess),
         ("verify_dataset_integrity", _verify),
     ):
@@ -87,6 +91,19 @@ def _fingerprint(
         else:
             _log.warning("%s takes the fingerprint and must know missing files.", fingerprint_extractor_class.__name__)
     return stock(dataset_id, fingerprint_extractor_class, *args, **kwargs)
+
+
+def _plan(
+    stock: Callable[..., Any],
+    dataset_id: int,
+    experiment_planner_class: type = ExperimentPlanner,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not _missing(_raw_folder(dataset_id)):
+        return stock(dataset_id, experiment_planner_class, *args, **kwargs)
+    with _reader_of_a_file_there_is(experiment_planner_class):
+        return stock(dataset_id, experiment_planner_class, *args, **kwargs)
 
 
 def _preprocess(stock: Callable[..., None], dataset_id: int, *args: Any, **kwargs: Any) -> None:
@@ -154,6 +171,27 @@ def _announce(missing: Mapping[str, Sequence[str]]) -> None:
 
 
 @contextmanager
+def _reader_of_a_file_there_is(planner: type) -> Iterator[None]:
+    """Let a planner choose its reader by the first file that exists; it would take the first one that is listed."""
+    name = "determine_reader_writer"
+    own = planner.__dict__.get(name)
+
+    def determine(self: Any) -> type:
+        paths = (path for case in self.dataset.values() for path in case["images"] if os.path.isfile(path))
+        found: type = determine_reader_writer_from_dataset_json(self.dataset_json, next(paths))
+        return found
+
+    setattr(planner, name, determine)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(planner, name)
+        else:
+            setattr(planner, name, own)
+
+
+@contextmanager
 def _our_preprocessor() -> Iterator[None]:
     """Let nnU-Net find `IncompletePreprocessor` under the name that is in the plans, ``DefaultPreprocessor``."""
     default_preprocessor.DefaultPreprocessor = IncompletePreprocessor
@@ -188,13 +226,21 @@ class IncompleteFingerprintExtractor(DatasetFingerprintExtractor):  # type: igno
     def run(self, overwrite_existing: bool = False) -> dict[str, Any]:
         """Return the fingerprint, and write it where nnU-Net looks for it.
 
+        One that is there is taken again where it left other volumes out than are missing now: it would be of
+        placeholders, or of less than there is.
+
         Raises:
             ValueError: a modality of which no case with foreground is left.
         """
-        path = nnunet_folder(PREPROCESSED) / self.dataset_name / _FINGERPRINT
+        path = nnunet_folder(PREPROCESSED) / self.dataset_name / FINGERPRINT
+        left_out = {case: list(names) for case, names in incomplete_cases(Path(self.input_folder)).items()}
         if path.is_file() and not overwrite_existing:
             content: dict[str, Any] = read_json(path)
-            return content
+            if content.get(LEFT_OUT, {}) == left_out:
+                return content
+            _log.warning(
+                "nnunetv2_mgml: other modalities were missing when the fingerprint was taken; taking it again."
+            )
         cases = raw_cases(Path(self.input_folder))
         reader = determine_reader_writer_from_dataset_json(self.dataset_json, str(next(iter(cases[0].files.values()))))
         samples = int(self.num_foreground_voxels_for_intensitystats // len(cases))
@@ -213,6 +259,7 @@ class IncompleteFingerprintExtractor(DatasetFingerprintExtractor):  # type: igno
                 for c, name in enumerate(channel_names(self.dataset_json))
             },
             "median_relative_size_after_cropping": float(np.median([case.relative_size for case in found])),
+            **({LEFT_OUT: left_out} if left_out else {}),
         }
         write_json(path, fingerprint, indent=4)
         return fingerprint
@@ -239,7 +286,7 @@ def _statistics(name: str, intensities: list[NDArray[Any]]) -> dict[str, float]:
     """Return what nnU-Net keeps of the foreground intensities of a channel."""
     values = np.concatenate(intensities) if intensities else np.zeros(0)
     if not values.size:
-        raise ValueError(
+        raise PlainError(
             f"No training case has {name} together with any foreground, so nothing can be learned from it. Leave it "
             f"out of channel_names in dataset.json, or add cases."
         )
@@ -317,7 +364,7 @@ def _by_channel(image_files: Sequence[str], file_ending: str, count: int) -> dic
         return dict(enumerate(image_files))
     numbers = [channel_of(path, file_ending) for path in image_files]
     if None in numbers or len(set(numbers)) < len(numbers):
-        raise ValueError(f"Cannot tell the channels of {', '.join(image_files)}; name them CASE_XXXX{file_ending}.")
+        raise PlainError(f"Cannot tell the channels of {', '.join(image_files)}; name them CASE_XXXX{file_ending}.")
     return {number: path for number, path in sorted(zip(numbers, image_files, strict=True)) if number is not None}
 
 

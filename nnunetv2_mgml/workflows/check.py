@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunetv2_mgml.dataset_conversion.splits import parse_ratio, random_split
-from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.io.workers import run_jobs
 from nnunetv2_mgml.modalities import Subset, channel_names, subset_name
-from nnunetv2_mgml.plans.cohort import SITES_FILE, RawCase, raw_cases, read_dataset_json
+from nnunetv2_mgml.plans.cohort import PATIENTS_FILE, SITES_FILE, RawCase, raw_cases, read_dataset_json, read_groups
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_folder
 from nnunetv2_mgml.plans.splits import read_splits
 from nnunetv2_mgml.presentation.figures.cohort import cohort_page
@@ -79,6 +79,10 @@ class DatasetCheck:
     proposals: tuple[Proposal, ...]
     planned: bool = True
     """Whether nnU-Net has planned it on this machine, so that `mgml plan` has plans to start from."""
+    patients: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Case -> patient, where the source named them."""
+    in_folders: bool = True
+    """Whether its files lie in ``imagesTr`` and ``labelsTr``, where `mgml convert split` looks for them."""
 
     @property
     def dataset_id(self) -> str:
@@ -146,8 +150,10 @@ def check_dataset(request: CheckRequest) -> DatasetCheck:
         case.name: tuple(c in case.files and c not in check.placeholders for c in range(len(channels)))
         for case, check in zip(cases, checks, strict=True)
     }
-    sites = _sites(folder)
-    findings = _findings(checks, channels, label_set(description) if "labels" in description else None)
+    sites = read_groups(folder, SITES_FILE)
+    labels = label_set(description) if "labels" in description else None
+    findings = _findings(checks, channels, labels)
+    ignore_label = None if labels is None else labels.ignore_label
     result = DatasetCheck(
         folder.name,
         channels,
@@ -156,10 +162,12 @@ def check_dataset(request: CheckRequest) -> DatasetCheck:
         {case.name: case.subset(len(channels)) for case in test},
         checks,
         sites,
-        associations_of(checks, subsets, channels, sites),
+        associations_of(checks, subsets, channels, sites, ignore_label),
         findings,
         (),
         _is_planned(folder.name),
+        read_groups(folder, PATIENTS_FILE),
+        "dataset" not in description,
     )
     result = dataclasses.replace(result, proposals=tuple(_proposals(result)))
     if request.output is not None:
@@ -210,16 +218,6 @@ def _is_planned(dataset: str) -> bool:
     return root is not None and any((Path(root).expanduser() / dataset).glob("*Plans*.json"))
 
 
-def _sites(folder: Path) -> dict[str, str]:
-    path = folder / SITES_FILE
-    if not path.is_file():
-        return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} must map cases to sites, {{"case_7": "Ulm"}} say.')
-    return {str(case): str(site) for case, site in content.items()}
-
-
 # --- what is strange --------------------------------------------------------------------------------------------------
 def _findings(
     checks: Sequence[CaseCheck], channels: Sequence[str], labels: LabelSet | None
@@ -228,7 +226,7 @@ def _findings(
     if labels is not None:
         known = labels.known_labels | ({labels.ignore_label} if labels.ignore_label is not None else set())
         for check in checks:
-            strange = sorted(set(check.label_ml) - known)
+            strange = sorted(set(check.label_ml or ()) - known)
             if strange:
                 found[check.name].append(
                     f"the label map has the value {', '.join(map(str, strange))}, but dataset.json knows only "
@@ -312,7 +310,9 @@ def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
     if any(absent.values()):
         said = "; ".join(f"{part} has no case with {', '.join(names)}" for part, names in absent.items() if names)
         seed = _good_seed(check)
-        if seed is None:
+        if not check.in_folders:
+            yield Proposal(f"{said}: write a splits_final.json in which both parts have everything")
+        elif seed is None:
             yield Proposal(f"{said}: too few cases for a random split to have it in every part")
         else:
             yield Proposal(
@@ -326,7 +326,7 @@ def _good_seed(check: DatasetCheck, most: int = 100) -> int | None:
     wanted = [c for c, name in enumerate(check.channels) if check.count("training")[name]]
     for seed in range(most):
         try:
-            split = random_split(check.subsets, parse_ratio(_RATIO), seed)
+            split = random_split(check.subsets, parse_ratio(_RATIO), seed, check.patients)
         except ValueError:  # fewer patients than parts
             return None
         if all(any(check.subsets[case][c] for case in part) for part in (split.train, split.val) for c in wanted):

@@ -32,30 +32,38 @@ class Association:
 
 
 def associations_of(
-    checks: Sequence[CaseCheck], subsets: Mapping[str, Subset], channels: Sequence[str], sites: Mapping[str, str]
+    checks: Sequence[CaseCheck],
+    subsets: Mapping[str, Subset],
+    channels: Sequence[str],
+    sites: Mapping[str, str],
+    ignore_label: int | None = None,
 ) -> tuple[Association, ...]:
     """Return what missing modalities significantly go with: labels, the volume of the labels, sites.
 
     Args:
-        checks: of the training cases.
+        checks: of the training cases; those without a label map that can be read do not count.
         subsets: case -> modalities it has.
         channels: modality names in channel order.
         sites: case -> site, of those whose site is known.
+        ignore_label: a value that says that nobody looked there, which is no tissue.
     """
-    labelled = [check for check in checks if check.label_ml or check.channels]
-    labels = sorted({value for check in labelled for value in check.label_ml})
+    measured = {check.name: check.label_ml for check in checks if check.label_ml is not None}
+    labelled = {
+        case: {value: ml for value, ml in volumes.items() if value != ignore_label}
+        for case, volumes in measured.items()
+    }
+    labels = sorted({value for volumes in labelled.values() for value in volumes})
     found: list[Association] = []
     for c, name in enumerate(channels):
-        has = np.array([subsets[check.name][c] for check in labelled])
+        has = np.array([subsets[case][c] for case in labelled], dtype=bool)
         if has.all() or not has.any():
             continue
         for value in labels:
-            tumour = np.array([value in check.label_ml for check in labelled])
+            tumour = np.array([value in volumes for volumes in labelled.values()])
             if not tumour.all():
                 found.append(_by_label(name, has, tumour, value))
-        volumes = np.array([sum(check.label_ml.values()) for check in labelled])
-        found.append(_by_volume(name, has, volumes))
-        where = [sites.get(check.name) for check in labelled]
+        found.append(_by_volume(name, has, np.array([sum(volumes.values()) for volumes in labelled.values()])))
+        where = [sites.get(case) for case in labelled]
         if len(set(where) - {None}) > 1:
             found.append(_by_site(name, has, where))
     return tuple(a for a in _holm(found) if a.p < SIGNIFICANT)

@@ -55,8 +55,8 @@ class CaseCheck:
     """Channel index -> what was found; placeholders and unreadable files are not in it."""
     placeholders: tuple[int, ...] = ()
     """Channels whose volume has one value everywhere."""
-    label_ml: dict[int, float] = field(default_factory=dict)
-    """Label value above 0 -> volume in ml; empty where there is no label map."""
+    label_ml: dict[int, float] | None = None
+    """Label value above 0 -> volume in ml, the ignore label's too; None where there is no label map to be read."""
     findings: list[str] = field(default_factory=list)
     """What is wrong, or strange, in plain words."""
 

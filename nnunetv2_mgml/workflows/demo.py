@@ -256,7 +256,7 @@ class _Demo:
             "--name",
             "MGML demo",
         )
-        return (self.evaluation / "table.md").read_text().partition("\n\n**HD95")[0]
+        return (self.evaluation / "table.md").read_text(encoding="utf-8").partition("\n\n**HD95")[0]
 
     def draw(self) -> Path:
         """Step 7: one figure to look at."""
@@ -298,7 +298,7 @@ class _Demo:
         path = self.logs / f"{log}.txt"
         ends: list[float] = []
         with (
-            open(path, "w") as file,
+            open(path, "w", encoding="utf-8") as file,
             subprocess.Popen(
                 [_script(command), *arguments],
                 env=self.environment,
@@ -306,6 +306,8 @@ class _Demo:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                encoding="utf-8",
+                errors="replace",
             ) as process,
             tqdm(total=epochs, unit="epoch", disable=epochs is None) as bar,
         ):
@@ -320,7 +322,7 @@ class _Demo:
                 if epochs is not None and (match := re.search(r"Pseudo dice \[(.*)\]", line)):
                     bar.set_postfix_str("pseudo Dice " + " ".join(re.findall(r"0\.\d\d|nan", match.group(1))))
         if process.returncode != 0:
-            tail = "".join(path.read_text().splitlines(keepends=True)[-25:])
+            tail = "".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[-25:])
             raise ValueError(
                 f"'{command}' ended with exit code {process.returncode}. Its last lines, from {path}:\n{tail}"
             )

@@ -29,6 +29,8 @@ from nnunetv2_mgml.network.interface import bare, subset_network
 ABOUT = "export.json"
 LIBRARIES = ("openvino", "onnx", "onnxscript")
 _IMAGE, _VISIBLE, _LOGITS = "image", "visible", "logits"
+_TOLERANCE = 1e-2
+"""Of the largest logit: far above the rounding of 32 bits, far below what a wrong layer does."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +186,30 @@ def _difference(
     image: torch.Tensor,
     subset: Subset,
 ) -> float:
-    """Return the largest difference from PyTorch; raises a ValueError where an absent channel changes the answer."""
+    """Return the largest difference from PyTorch.
+
+    Raises:
+        ValueError: the exported network is another one: it gives no numbers, an absent channel changes its answer, or
+            it differs by more than rounding explains.
+    """
     visible = torch.tensor([subset])
     with torch.inference_mode():
         wanted = network(image, visible).numpy()
     answer = run(image, visible)
+    if not (np.isfinite(wanted).all() and np.isfinite(answer).all()):
+        whose = "This model" if not np.isfinite(wanted).all() else "The exported network"
+        raise ValueError(f"{whose} answers with values that are not finite. Is it trained?")
     spoiled = image.clone()
     spoiled[0, [channel for channel, seen in enumerate(subset) if not seen]] = torch.nan
     if not np.array_equal(run(spoiled, visible), answer):
         raise ValueError("The exported network is not exact: what an absent channel holds changes its answer.")
-    return float(np.abs(answer - wanted).max())
+    difference = float(np.abs(answer - wanted).max())
+    if difference > _TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+        raise ValueError(
+            f"The exported network is not exact: its logits differ from PyTorch's by up to {difference:.3g}. Predict "
+            f"with PyTorch, and please report it."
+        )
+    return difference
 
 
 @contextlib.contextmanager

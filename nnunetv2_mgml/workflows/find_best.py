@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mgml.io.files import read_json, scratch, write_json, write_text
+from nnunetv2_mgml.io.files import link_or_copy, read_json, scratch, write_json, write_text
 from nnunetv2_mgml.plans.model_files import previous_stage
 from nnunetv2_mgml.scoring.averages import dice_means
 from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
@@ -188,10 +188,8 @@ def _with_postprocessing(
             for path in sorted(predictions.glob(f"*{files.file_ending}")):
                 case = path.name[: -len(files.file_ending)]
                 if case in cases:
-                    os.symlink(path.resolve(), folder / "predicted" / f"{subset}{_SEPARATOR}{path.name}")
-                    os.symlink(
-                        (files.labels / path.name).resolve(), folder / "reference" / f"{subset}{_SEPARATOR}{path.name}"
-                    )
+                    for source, place in ((path, "predicted"), (files.labels / path.name, "reference")):
+                        link_or_copy(source, folder / place / f"{subset}{_SEPARATOR}{path.name}")
         with contextlib.redirect_stdout(io.StringIO()):  # what it says is said by the command
             _, arguments = determine_postprocessing(
                 str(folder / "predicted"),

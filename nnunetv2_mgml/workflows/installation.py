@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import site
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -64,10 +65,11 @@ def start_up_file() -> str | None:
 
 
 def export_line() -> str:
-    """Return the shell line that replaces the start-up line."""
+    """Return the shell line that replaces the start-up line; on Windows for PowerShell."""
     present = os.environ.get(EXT_VARIABLE, "")
     folders = [folder for folder in present.split(os.pathsep) if folder and folder != EXT_DIR]
-    return f'export {EXT_VARIABLE}="{os.pathsep.join([*folders, EXT_DIR])}"'
+    setting = f'{EXT_VARIABLE}="{os.pathsep.join([*folders, EXT_DIR])}"'
+    return f"$env:{setting}" if sys.platform == "win32" else f"export {setting}"
 
 
 def _installed_version(distribution: str) -> str | None:

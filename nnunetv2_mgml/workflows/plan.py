@@ -15,6 +15,7 @@ from nnunetv2_mgml import __version__
 from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import channel_index, channel_names
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.objective.reading import note_on_regions
 from nnunetv2_mgml.plans.cohort import MISSING_FILE, raw_cases
 from nnunetv2_mgml.plans.folders import RAW, dataset_folder
 from nnunetv2_mgml.plans.options import FUSION_REVISION, PLANS_KEY, NetworkOptions
@@ -124,6 +125,8 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
     plans = make_plans(source, changes, configurations, request.plans_name, channel_names(dataset_json))
     fitted: dict[str, dict[str, Any]] = {}
     memory: dict[str, float] = {}
+    if note := note_on_regions(Options.from_plans(plans), bool(dataset_json.get("regions_class_order"))):
+        _log.warning("%s", note)
     if request.gpu_memory is not None:
         plans, fitted, memory = _all_fitted(plans, configurations, dataset_json, request)
         changes.update({key: value for own in fitted.values() for key, value in own.items() if key not in NNUNET_KEYS})

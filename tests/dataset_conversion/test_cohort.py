@@ -204,15 +204,17 @@ def test_the_commands(nnunet_folders: Path, source: Path, tmp_path: Path, capsys
     assert "3 case(s) lack modalities: t1 in 1, ct in 2, flair in 2" in printed
     assert "nnUNetv2_plan_and_preprocess -d 45" in printed
     folders = nnunet_folders / "raw" / "Dataset045_src"
-    rows = ["case,ct,t1,flair,label,site"]
+    rows = ["case,ct,t1,flair,label,site,patient"]
     for case, site in zip("abcd", "xxyy", strict=True):
         cells = [next((str(p) for p in (source / case).glob(PATTERNS[n])), "") for n in PATTERNS]
         mask = source / case / "lesion.nii.gz"
-        rows.append(",".join([case, *cells, str(mask) if mask.exists() else "", site]))
+        rows.append(",".join([case, *cells, str(mask) if mask.exists() else "", site, f"Mr {site}"]))
     (tmp_path / "cohort.csv").write_text("\n".join(rows))
     assert main(["convert", "sheet", str(tmp_path / "cohort.csv"), "-d", "46", "-np", "1"]) == 0
     sheet = nnunet_folders / "raw" / "Dataset046_cohort"
-    assert [name for name in tree(sheet) if name != "case_sites.json"] == tree(folders)
+    assert [name for name in tree(sheet) if name not in ("case_sites.json", "case_patients.json")] == tree(folders)
+    kept = json.loads((sheet / "case_patients.json").read_text())
+    assert kept == {"a": "0", "b": "0", "c": "1", "d": "1"}, "numbers, no names"
     assert json.loads((sheet / "case_sites.json").read_text()) == {"a": "x", "b": "x", "c": "y", "d": "y"}
     assert main(["convert", "folders", str(source), "-d", "47", "--modalities", "t1"]) == 2
     assert "Bad --modalities 't1'" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from nnunetv2_mgml.dataset_conversion.labels import (
     allowed_values,
     dataset_labels,
     from_nnunet,
+    plain_labels,
     to_nnunet,
 )
 
@@ -73,6 +74,14 @@ def test_cavity_has_no_value_before_2023() -> None:
 def test_unknown_convention() -> None:
     with pytest.raises(ValueError, match="Allowed: brats2021, brats2023"):
         to_nnunet(np.zeros(1), "brats2015")
+
+
+@pytest.mark.parametrize("with_cavity", [False, True])
+def test_plain_labels_exclude_one_another(with_cavity: bool) -> None:
+    manager = LabelManager(plain_labels(with_cavity), None)
+    assert not manager.has_regions
+    assert manager.num_segmentation_heads == (5 if with_cavity else 4)
+    assert manager.all_labels == list(range(5 if with_cavity else 4))
 
 
 @pytest.mark.parametrize("with_cavity", [False, True])

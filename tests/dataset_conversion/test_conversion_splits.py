@@ -190,6 +190,26 @@ def test_names_with_brackets_are_linked_as_they_are(nnunet_folders: Path) -> Non
     assert links == sorted([f"{split.test[0]}.nii.gz", *(f"{split.test[0]}_{c:04d}.nii.gz" for c in range(3))])
 
 
+def test_a_later_split_keeps_patients_together_and_any_format(nnunet_folders: Path) -> None:
+    """By the numbers that a conversion from a sheet has written, where names tell nothing."""
+    cases = [f"x{i}" for i in range(8)]
+    raw = write_raw(nnunet_folders / "raw" / "Dataset045_Tiny", cases=cases)
+    (raw / "case_patients.json").write_text(json.dumps({case: str(i // 2) for i, case in enumerate(cases)}))
+    for seed in range(5):
+        split, _ = split_dataset(45, split="2:1:1", seed=seed, overwrite=True)
+        parts = [{cases.index(case) // 2 for case in part} for part in (split.train, split.val, split.test)]
+        assert [len(part) for part in parts] == [2, 1, 1]
+    for path in [*raw.glob("*Tr/*.nii.gz")]:
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".mha")))
+    description = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**description, "file_ending": ".mha"}))
+    split, _ = split_dataset(45, split="2:1:1", seed=0, overwrite=True)
+    assert {path.name for path in (raw / "labelsTs").iterdir()} >= {f"{case}.mha" for case in split.test}
+    (raw / "dataset.json").write_text(json.dumps({**description, "dataset": {}}))
+    with pytest.raises(ValueError, match="lists its files, so no test cases can be taken out"):
+        split_dataset(45, split="2:1:1", overwrite=True)
+
+
 def test_split_of_no_dataset(nnunet_folders: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no dataset 137 in nnUNet_raw .*datasets there: none"):
         split_dataset(137, split="7:1:2")

@@ -65,6 +65,15 @@ def test_absent_encoders_do_not_run_at_inference() -> None:
     assert calls == [1, 3]
 
 
+@pytest.mark.parametrize("fusion", ["region_aware", "imfuse", "sfusion"])
+def test_a_view_of_another_shape_is_refused(fusion: str) -> None:
+    """Some designs would answer for one sample only, others for any."""
+    net = network(config(fusion)).eval()
+    for shape in ((1, 4), (2, 3), (4,)):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"must be a bool tensor .*, here \(2, 4\); got "):
+            net(batch((16, 16, 16)), torch.ones(shape, dtype=torch.bool))
+
+
 def test_the_name_of_version_0_1_still_works() -> None:
     net, x = network().eval(), batch((16, 16, 16))
     with torch.no_grad():

@@ -200,6 +200,22 @@ def test_a_checkpoint_with_the_state_of_other_terms_is_refused() -> None:
     assert other.training_state() == {"meta_network": None, "meta_optimizer": None}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"meta_hidden": 32}, {"sharpness_max": 10.0}, {"meta_form": "published", "reading": "reference"}],
+    ids=["another shape", "another range", "another optimiser"],
+)
+def test_a_meta_network_that_means_something_else_is_refused(changes: dict[str, Any]) -> None:
+    state = objective_of(options_with()).training_state()
+    with pytest.raises(ValueError, match=rf"this trainer has .*{next(iter(changes))}={next(iter(changes.values()))}"):
+        objective_of(options_with(**changes)).load_training_state(state, options_with())
+    same = objective_of(options_with(meta_lr=0.5))
+    same.load_training_state(state, options_with())
+    assert torch.equal(
+        same.training_state()["meta_network"]["layers.0.weight"], state["meta_network"]["layers.0.weight"]
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Extra(OptionGroup):
     extra: int = option(1, "an option of nobody")

@@ -240,6 +240,21 @@ def test_feature_channels_are_drawn_per_source():
     assert len([axes for axes in figure.axes if axes.images]) == 6
 
 
+def test_feature_maps_have_the_shape_of_the_image_they_stand_beside():
+    """Strides may differ between the two axes that are drawn."""
+    images, truth = head()
+    height, width = truth.shape
+    maps = {"dwi": np.random.default_rng(0).normal(size=(2, height // 4, width // 2))}
+    figure = internals.feature_channels(maps, [0], {"dwi": images["dwi"]}, truth, pixel_aspect=2.0)
+    image, drawn = (axes.images[-1] for axes in figure.axes[:2])
+    assert [a.get_array().shape[:2] for a in (image, drawn)] == [(height, width), (height // 4, width // 2)]
+    shown = [
+        axes.get_aspect() * a.get_array().shape[0] / a.get_array().shape[1]
+        for axes, a in zip(figure.axes, (image, drawn), strict=False)
+    ]
+    assert shown == pytest.approx([2.0 * height / width] * 2)
+
+
 def test_figure_from_a_real_case(real_data: Path):
     folder = real_data / "brats2021" / "BraTS2021_00006"
     truth, spacing = slices.read_axial(folder / "BraTS2021_00006_seg.nii.gz")

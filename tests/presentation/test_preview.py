@@ -120,3 +120,29 @@ def test_flat_images_are_drawn_too(tmp_path: Path) -> None:
     report.write_text(json.dumps({"cases": {"a": entry}}))
     labels = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
     assert [path.name for path in write_previews(report, labels)[0]] == ["a.png"]
+
+
+def test_pictures_have_no_sides_and_no_millilitres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2_mgml.presentation import preview
+
+    said: list[dict[str, Any]] = []
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        said.append(more)
+        return preview_sheet(*arguments, **more)
+
+    monkeypatch.setattr(preview, "preview_sheet", noted)
+    labels = np.zeros((9, 9), np.uint8)
+    labels[2:4, 2:5] = 1
+    for ending in (".nii.gz", ".png"):
+        for name in ("a", "a_image"):
+            sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / f"{name}{ending}"))
+        files = {"t1": str(tmp_path / f"a_image{ending}")}
+        entry = {"status": "predicted", "present": ["t1"], "missing": [], "files": files}
+        report = tmp_path / "mgml_prediction.json"
+        report.write_text(json.dumps({"cases": {"a": entry}}))
+        assert write_previews(report, {"labels": {"background": 0, "lesion": 1}, "file_ending": ending})[0]
+    volume, picture = said
+    assert (volume["oriented"], picture["oriented"]) == (True, False)
+    assert "ml" in volume["notes"]
+    assert "lesion 6 voxels" in picture["notes"]

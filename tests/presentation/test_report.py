@@ -129,7 +129,11 @@ def test_names_from_outside_cannot_inject_html(tmp_path: Path):
 def test_nasty_case_name_stays_inside_the_viewer_data(tmp_path: Path):
     evaluation = write_evaluation(tmp_path, [NASTY])
     data = viewer_data(
-        evaluation, get_metric("dice"), [{"name": NASTY}], {1: NASTY, 2: "b"}, {1: "#000000", 2: "#ffffff"}
+        evaluation,
+        get_metric("dice"),
+        [{"name": NASTY, "sides": None}],
+        {1: NASTY, 2: "b"},
+        {1: "#000000", 2: "#ffffff"},
     )
     text = build_page(evaluation, "t", Pictures(), Viewer(data, NASTY))
     parsed = assert_self_contained(text)

@@ -35,6 +35,7 @@ def test_sprites_hold_the_very_labels_and_nearly_the_image():
     volumes = CaseVolumes("c", {"dwi": image}, reference, {"dwi": np.roll(reference, 2, 2)}, (1.0, 2.0, 0.5))
     case = sprites.viewer_case(volumes, [1, 2, 4])
     assert case["aspect"] == 4.0
+    assert case["sides"] == ("R", "L")
     assert case["factor"] == 1
     step = sprites.grey_step([1, 2, 4])
     ranks = np.round(tiles(case, case["reference"]) / step).astype(int)

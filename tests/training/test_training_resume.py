@@ -259,6 +259,21 @@ def test_a_revision_counts_where_it_changed_the_design(fusion: str, same: bool) 
     assert network_differences(before, now, "3d_fullres") == ([] if same else ["fusion_revision was 1, is now 2"])
 
 
+def test_the_wiring_of_m2ftrans_counts_where_it_acts() -> None:
+    def found(**options: Any) -> list[str]:
+        before, now = (
+            {
+                **plans(),
+                "mgml": {"config": {**TINY, "fusion": "m2ftrans", "fusion_options": options, "fusion_revision": r}},
+            }
+            for r in (1, 2)
+        )
+        return network_differences(before, now, "3d_fullres")
+
+    assert found() == []
+    assert found(channel_attention=True) == ["fusion_revision was 1, is now 2"]
+
+
 @pytest.mark.parametrize(("fusion", "follows"), [("mmformer", True), ("concat", False)])
 def test_a_patch_that_a_design_is_sized_by_makes_another_network(fusion: str, follows: bool) -> None:
     """Of the same architecture: position encodings have an entry per voxel of the bottleneck."""

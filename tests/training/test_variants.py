@@ -138,6 +138,13 @@ def test_notes_only_where_there_is_something_to_say() -> None:
     (note,) = run_notes("T", planned, {}, 4)
     assert note.startswith("seed=3: exact repetition needs nnUNet_n_proc_DA=0")
     assert run_notes("T", Options(), {"fusion": "mean"}, 4) == []
+    published = options_with(reading="reference", criterion="published")
+    assert run_notes("T", published, {}, 0) == []
+    (note,) = run_notes("T", published, {}, 0, regions=True)
+    assert "is of labels; the fused prediction of regions keeps nnU-Net's loss" in note
+    assert run_notes("T", options_with(teacher_augmentation=True), {}, 0) == []
+    (note,) = run_notes("T", options_with(teacher_augmentation=True), {"consistency_weight": 0.0}, 0)
+    assert note.startswith("teacher_augmentation: of the consistency term, which is off")
 
 
 @pytest.mark.parametrize("compiled", [False, True])

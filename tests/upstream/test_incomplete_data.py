@@ -13,6 +13,8 @@ import pytest
 from builders import plans
 from cohort_cases import CHANNELS, SHAPE, label, save, volume, write_raw
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -119,6 +121,59 @@ def test_nothing_that_is_absent_enters_the_fingerprint(nnunet_folders: Path) -> 
     assert spoiled["shapes_after_crop"][0] == list(SHAPE)
 
 
+def test_a_fingerprint_of_placeholders_is_taken_again(nnunet_folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """nnU-Net keeps what is there, unless it is told --clean."""
+
+    def run() -> dict[str, Any]:
+        extractor = incomplete_data.IncompleteFingerprintExtractor(45, 1)
+        extractor.num_foreground_voxels_for_intensitystats = 600
+        extractor.show_progress_bar = False
+        return extractor.run(overwrite_existing=False)
+
+    folder = write_raw(nnunet_folders / "raw" / DATASET)
+    save(np.full(SHAPE, -1000, np.float32), folder / "imagesTr" / "a_0000.nii.gz")
+    spoiled = fingerprint_of_stock()
+    assert incomplete_data.LEFT_OUT not in spoiled
+    assert run() == spoiled, "nothing is said to be missing"
+    (folder / MISSING_FILE).write_text(json.dumps({"a": ["ct"]}))
+    mended = run()
+    assert mended[incomplete_data.LEFT_OUT] == {"a": ["ct"]}
+    assert mended["foreground_intensity_properties_per_channel"]["0"]["percentile_00_5"] > 20
+    assert "taking it again" in caplog.text
+    caplog.clear()
+    assert run() == mended
+    assert caplog.text == ""
+
+
+def test_a_data_set_is_planned_whatever_its_first_case_lacks(
+    nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planner opens the first file that is listed to choose a reader."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # so many threads the planner takes
+    folder = write_raw(nnunet_folders / "raw" / DATASET, {"a": ["ct"]})
+    description = json.loads((folder / "dataset.json").read_text())
+    listed = {
+        case: {"images": [f"imagesTr/{case}_{c:04d}.nii.gz" for c in range(3)], "label": f"labelsTr/{case}.nii.gz"}
+        for case in "abc"
+    }
+    (folder / "dataset.json").write_text(json.dumps({**description, "dataset": listed}))
+    (nnunet_folders / "preprocessed" / DATASET).mkdir()
+    shutil.copy(folder / "dataset.json", nnunet_folders / "preprocessed" / DATASET)
+    fingerprint()
+    determine = ExperimentPlanner.determine_reader_writer
+    api: Any = SimpleNamespace(
+        plan_experiment_dataset=plan_experiment_dataset,
+        **{name: None for name in ("extract_fingerprint_dataset", "preprocess_dataset", "verify_dataset_integrity")},
+    )
+    incomplete_data.install(api)
+    with pytest.raises(RuntimeError, match="Unable to determine a reader"):
+        plan_experiment_dataset(45)
+    planned, _ = api.plan_experiment_dataset(45)
+    assert planned["experiment_planner_used"] == "ExperimentPlanner"
+    assert planned["image_reader_writer"] == "SimpleITKIO"
+    assert ExperimentPlanner.determine_reader_writer is determine
+
+
 def test_a_modality_nobody_has_is_named(nnunet_folders: Path) -> None:
     write_raw(nnunet_folders / "raw" / DATASET, {case: ["flair"] for case in "abc"})
     with pytest.raises(ValueError, match="No training case has flair together with any foreground"):
@@ -164,7 +219,12 @@ def test_complete_data_sets_are_left_to_stock_code(nnunet_folders: Path, caplog:
     def step(*arguments: Any, **_: Any) -> None:
         calls.append((default_preprocessor.DefaultPreprocessor, *arguments))
 
-    names = ("extract_fingerprint_dataset", "preprocess_dataset", "verify_dataset_integrity")
+    names = (
+        "extract_fingerprint_dataset",
+        "plan_experiment_dataset",
+        "preprocess_dataset",
+        "verify_dataset_integrity",
+    )
     api: Any = SimpleNamespace(**{name: lambda *a, **k: step(*a, **k) for name in names})
     incomplete_data.install(api)
     wrapped = api.preprocess_dataset
@@ -175,10 +235,12 @@ def test_complete_data_sets_are_left_to_stock_code(nnunet_folders: Path, caplog:
     preprocessed.mkdir()
     stock = default_preprocessor.DefaultPreprocessor
     api.extract_fingerprint_dataset(45, DatasetFingerprintExtractor, 2)
+    api.plan_experiment_dataset(45)
     api.preprocess_dataset(45, "nnUNetPlans", ["3d_fullres"])
     api.verify_dataset_integrity(str(folder))
     assert calls == [
         (stock, 45, DatasetFingerprintExtractor, 2),
+        (stock, 45, ExperimentPlanner),
         (stock, 45, "nnUNetPlans", ["3d_fullres"]),
         (stock, str(folder), 8),
     ]

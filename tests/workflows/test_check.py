@@ -195,6 +195,26 @@ def test_what_missingness_goes_with(nnunet_folders: Path) -> None:
     assert "site: A 100%, B 0%" in text
 
 
+def test_an_ignore_label_is_no_tissue_and_an_unread_label_map_no_absence(nnunet_folders: Path) -> None:
+    """The cases without T1 have an ignore label, then label maps that cannot be read, and the same lesion as all."""
+    cases = [f"c{i:02d}" for i in range(20)]
+    labels = {"background": 0, "lesion": 1, "ignore": 2}
+    raw = write_raw(nnunet_folders / "raw" / DATASET, {case: ["t1"] for case in cases[10:]}, cases, labels=labels)
+    for case in cases[10:]:
+        sparse = label(1)
+        sparse[:4] = 2
+        save(sparse, raw / "labelsTr" / f"{case}.nii.gz")
+    check = check_dataset(REQUEST)
+    assert check.associations == ()
+    assert check.cases[10].label_ml is not None
+    assert set(check.cases[10].label_ml) == {1, 2}
+    for case in cases[10:]:
+        (raw / "labelsTr" / f"{case}.nii.gz").write_bytes(b"")
+    check = check_dataset(REQUEST)
+    assert check.cases[10].label_ml is None
+    assert check.associations == ()
+
+
 def test_the_command_writes_json_and_a_page(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "45", "-o", str(tmp_path / "out"), "-np", "1"]) == 0
     assert "combinations" in capsys.readouterr().out.lower()

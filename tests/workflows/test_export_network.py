@@ -93,8 +93,23 @@ def test_an_export_that_is_not_exact_is_refused(
     monkeypatch.setattr("openvino.convert_model", lambda *_: None)
     monkeypatch.setattr("openvino.save_model", lambda *_, **__: None)
     assert main(["export-network", "-m", str(model), "-o", str(tmp_path / "out")]) == 2
-    assert "not exact" in capsys.readouterr().err
+    assert "what an absent channel holds" in capsys.readouterr().err
+    for answer, message in (
+        (torch.zeros, "not exact: its logits differ"),
+        (lambda s: torch.full(s, torch.nan), "finite"),
+    ):
+        monkeypatch.setattr(
+            workflow, "_runner", lambda file, a=answer: lambda image, visible: a((1, 3, *image.shape[2:])).numpy()
+        )
+        assert main(["export-network", "-m", str(model), "-o", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_named_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["export-network", "-o", str(tmp_path / "out")], ["evaluate", "-d", "137", "-f", "0"]):
+        assert main([*command, "-m", str(model), "-c" if command[0] == "evaluate" else "-tr", "2d"]) == 2
+        assert "-m names a model already, and -" in capsys.readouterr().err
 
 
 def test_what_is_refused(

@@ -190,7 +190,9 @@ def test_a_checkpoint_without_lists_is_copied_as_it_is(model: Path, nnunet_folde
 def test_a_second_stage_names_the_first(model: Path, nnunet_folders: Path, capsys: Any) -> None:
     name, _, configuration = MODEL.rpartition("__")
     plans = json.loads((model / "plans.json").read_text())
-    plans["configurations"][configuration]["previous_stage"] = "3d_lowres"
+    whole = plans["configurations"].pop(configuration)  # nnU-Net's second stage has nothing of its own
+    plans["configurations"]["whole"] = whole
+    plans["configurations"][configuration] = {"inherits_from": "whole", "previous_stage": "3d_lowres"}
     (model / "plans.json").write_text(json.dumps(plans))
     archive = nnunet_folders / "model.zip"
     assert main(["export-model", "-m", str(model), "-o", str(archive)]) == 0
@@ -203,6 +205,7 @@ def test_a_second_stage_names_the_first(model: Path, nnunet_folders: Path, capsy
     with zipfile.ZipFile(archive) as opened:
         card = opened.read(f"{DATASET}/{MODEL}/MODEL_CARD.md").decode()
     assert f"It needs the model of the first, `{first}`" in card
+    assert " x ".join(f"{value:g}" for value in whole["spacing"]) in card, "what it inherits"
     assert all(command in card for command in commands)
 
 

@@ -6,6 +6,7 @@ says that it hides them itself (``hides_absent``); the mask says which those are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -141,6 +142,11 @@ class FusionDesign(nn.Module):
                 defaults.update(cls.defaults_before[earlier])
         return {**defaults, **options}
 
+    @classmethod
+    def acting(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Return those of all options that make a difference to the network, given the others."""
+        return options
+
     def share(self, features: list[torch.Tensor]) -> Any:
         """Return what passes over the same features can use again whatever their mask, handed to `begin`; or None.
 
@@ -205,7 +211,7 @@ def _expected(default: Any, value: Any, choices: tuple[str, ...] | None = None) 
     if isinstance(default, int):
         return None if is_number and isinstance(value, int) and value >= 1 else "an integer of at least 1"
     if isinstance(default, float):
-        return None if is_number and value >= 0 else "a number of at least 0"
+        return None if is_number and 0 <= value < math.inf else "a finite number of at least 0"
     return None if isinstance(value, type(default)) else f"a {type(default).__name__}"
 
 

@@ -150,6 +150,11 @@ class M2FTransFusion(FusionDesign):
     weights_depend_on_modality = True
     hides_absent = True
 
+    @classmethod
+    def acting(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """See `FusionDesign.acting`: the wiring is of the channel attention."""
+        return options if options["channel_attention"] else {**options, "channel_wiring": None}
+
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
         options, bottleneck = self.options, spec.num_scales - 1

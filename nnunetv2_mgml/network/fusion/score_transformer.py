@@ -27,8 +27,9 @@ def running_code(count: int, width: int, device: torch.device | None = None) -> 
 
     Position ``p`` has the angle ``p / 10000^(2k / width)`` in columns ``2k`` and ``2k + 1``.
     """
-    positions = torch.arange(count, dtype=torch.float64, device=device)[:, None]
-    rates = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    wide = torch.float32 if device is not None and device.type == "mps" else torch.float64  # Apple's GPUs have no other
+    positions = torch.arange(count, dtype=wide, device=device)[:, None]
+    rates = 10000.0 ** (torch.arange(0, width, 2, dtype=wide, device=device) / width)
     angles = positions / rates
     return torch.stack((angles.sin(), angles.cos()), 2).flatten(1)[:, :width].float()
 

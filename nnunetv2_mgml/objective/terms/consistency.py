@@ -22,9 +22,12 @@ class ConsistencyOptions(OptionGroup):
         low=0,
     )
     teacher_augmentation: bool = option(
-        False, "the teacher sees its own, stronger intensity augmentation (a second encoder pass)"
+        False,
+        "the teacher sees its own, stronger intensity augmentation (a second encoder pass); of this term alone",
     )
-    teacher_dropout: bool = option(False, "random layers act in the teacher's pass too, as in the published code")
+    teacher_dropout: bool = option(
+        False, "random layers act in the teacher's pass too, as in the published code; as above"
+    )
 
 
 @register

@@ -244,6 +244,8 @@ class SoftLabel(Term):
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = self.options.meta_lr * (1 - progress.epoch / progress.num_epochs) ** 0.9
 
+    state_options = ("reading", "meta_form", "meta_hidden", "sharpness_min", "sharpness_max")
+
     def training_state(self) -> dict[str, Any]:
         """See `Term.training_state`."""
         if self.meta_network is None or self.optimizer is None:

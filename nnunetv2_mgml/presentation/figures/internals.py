@@ -168,12 +168,15 @@ def feature_channels(
             out.
         reference: label map outlined on the images, ``(y, x)``, same shape.
         title: heading.
-        pixel_aspect: height of a pixel divided by its width.
+        pixel_aspect: height of a pixel of the images divided by its width; a map is drawn in their shape. Without
+            images: of a map's pixel.
     """
     first = 0 if images is None else 1
     columns = len(channels) + first
     example = next(iter(features.values()))
-    ratio = example.shape[1] * pixel_aspect / example.shape[2]
+    height, width = example.shape[1:] if images is None else next(iter(images.values())).shape
+    ratio = height * pixel_aspect / width
+    aspect = ratio * example.shape[2] / example.shape[1]  # strides may differ between the axes
     figure = new_figure(1.3 * columns, (1.3 * ratio + 0.06) * len(features) + 0.6, "compressed")
     grid = figure.subplots(len(features), columns, squeeze=False)
     for row, (name, maps) in enumerate(features.items()):
@@ -182,10 +185,8 @@ def feature_channels(
         for column, channel in enumerate(channels, start=first):
             axes = grid[row, column]
             low, high = np.percentile(maps[channel], (1, 99))
-            show_image(
-                axes, np.zeros(maps[channel].shape, np.uint8), f"channel {channel}" if row == 0 else "", pixel_aspect
-            )
-            axes.imshow(maps[channel], cmap=HEAT, vmin=low, vmax=max(high, low + 1e-6), aspect=pixel_aspect)
+            show_image(axes, np.zeros(maps[channel].shape, np.uint8), f"channel {channel}" if row == 0 else "", aspect)
+            axes.imshow(maps[channel], cmap=HEAT, vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
         grid[row, 0].set_ylabel(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)

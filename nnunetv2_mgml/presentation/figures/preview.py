@@ -24,6 +24,7 @@ def preview_sheet(
     notes: str = "",
     pixel_aspect: float = 1.0,
     whole_image: bool = False,
+    oriented: bool = True,
 ) -> Figure:
     """Draw one slice: every sequence, and below it the same with the segmentation.
 
@@ -35,6 +36,7 @@ def preview_sheet(
         notes: further lines below the images, for example the expected quality.
         pixel_aspect: height of a pixel divided by its width.
         whole_image: do not crop to what is not zero.
+        oriented: say that it is in radiological convention.
     """
     colours = label_colours(list(labels))
     box = content_box(segmentation, *([] if whole_image else images.values()))
@@ -55,7 +57,7 @@ def preview_sheet(
         handles=[Patch(color=colours[value], label=name) for value, name in labels.items() if value in colours],
         loc="outside lower center",
         ncols=min(5, max(1, len(labels))),
-        title="\n".join(part for part in (notes, ORIENTATION_NOTE) if part),
+        title="\n".join(part for part in (notes, ORIENTATION_NOTE * oriented) if part),
         title_fontproperties={"size": 7.5},
     ).get_title().set_multialignment("center")
     return figure

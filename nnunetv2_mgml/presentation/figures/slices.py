@@ -7,6 +7,7 @@ convention: the nose points up and the patient's left is on the viewer's right.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy.typing as npt
 import SimpleITK as sitk
 
 from nnunetv2_mgml.io.volumes import read_image
+
+_WITHOUT_DIRECTION = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 def read_axial(path: str | Path) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
@@ -35,6 +38,11 @@ def read_axial(path: str | Path) -> tuple[npt.NDArray[Any], tuple[float, float, 
         return sitk.GetArrayFromImage(image)[None], (1.0, *reversed(image.GetSpacing()))
     image = sitk.DICOMOrient(image, "LPS")
     return sitk.GetArrayFromImage(image), tuple(reversed(image.GetSpacing()))
+
+
+def knows_sides(path: str | Path) -> bool:
+    """Return whether a file's format says where the patient's left is; pictures and TIFF do not."""
+    return not os.fspath(path).lower().endswith(_WITHOUT_DIRECTION)
 
 
 def telling_slice(labels: npt.NDArray[Any]) -> int:

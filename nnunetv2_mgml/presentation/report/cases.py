@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunetv2_mgml.presentation.figures.slices import read_axial
+from nnunetv2_mgml.presentation.figures.slices import knows_sides, read_axial
 from nnunetv2_mgml.presentation.report.content import case_scores
 from nnunetv2_mgml.scoring.metrics import Metric
 from nnunetv2_mgml.scoring.results import Evaluation
@@ -30,6 +30,8 @@ class CaseVolumes:
     """Subset name -> integer label map; a subset whose modalities this case lacks may have none."""
     spacing: tuple[float, ...]
     """mm, ``(z, y, x)``."""
+    sides: tuple[str, str] | None = ("R", "L")
+    """Letters for the viewer's left and right; None where the files do not say which is which."""
 
 
 def spread_cases(evaluation: Evaluation, metric: Metric, count: int) -> list[str]:
@@ -113,7 +115,12 @@ def load_case(
     if ignore_label is not None:
         reference[reference == ignore_label] = 0
     return CaseVolumes(
-        case, images, reference, {name: _labels(volume) for name, volume in predictions.items()}, spacing
+        case,
+        images,
+        reference,
+        {name: _labels(volume) for name, volume in predictions.items()},
+        spacing,
+        ("R", "L") if knows_sides(f"{case}{ending}") else None,
     )
 
 

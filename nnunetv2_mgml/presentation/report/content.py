@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -135,7 +136,8 @@ def _described(value: Any) -> str:
     if not isinstance(value, dict):
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     if len(value) > 1 and all(isinstance(v, str) and os.path.isabs(v) for v in value.values()):
-        return f"{len(value)} in {os.path.commonpath(value.values())}"
+        with contextlib.suppress(ValueError):  # on two drives of Windows, which share nothing
+            return f"{len(value)} in {os.path.commonpath(value.values())}"
     return "; ".join(
         f"{key.replace('_', ' ')}: {_described(entry)}"
         for key, entry in value.items()

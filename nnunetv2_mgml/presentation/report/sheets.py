@@ -76,12 +76,14 @@ def case_sheet(evaluation: Evaluation, metric: Metric, volumes: CaseVolumes, col
         label_names(evaluation),
         colours,
         present=present,
-        sides=("R", "L"),
+        sides=volumes.sides,
         pixel_aspect=volumes.spacing[1] / volumes.spacing[2],
     )
+    seen = "Axial slice" if volumes.sides else "Slice"
+    how = ", in radiological convention (the patient's left is on the right)" if volumes.sides else ""
     caption = (
-        f"Axial slice {z + 1} of {len(volumes.reference)}, the one that shows most of the tumour, in "
-        f"radiological convention (the patient's left is on the right). Numbers: {metric.title} ({metric.unit}) "
+        f"{seen} {z + 1} of {len(volumes.reference)}, the one that shows most of the tumour{how}. Numbers: "
+        f"{metric.title} ({metric.unit}) "
         f"of the whole volume for {', '.join(next(iter(scores.values())))}."
     )
     return picture(volumes.name, caption, figure, "png", _DPI)

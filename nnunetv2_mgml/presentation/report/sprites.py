@@ -87,6 +87,7 @@ def viewer_case(volumes: CaseVolumes, labels: Sequence[int]) -> dict[str, Any]:
         "columns": layout.columns,
         "aspect": float(volumes.spacing[1] / volumes.spacing[2]),
         "factor": factor,
+        "sides": volumes.sides,
         "images": {name: image(volume) for name, volume in volumes.images.items()},
         "reference": mask(volumes.reference),
         "predictions": {subset: mask(volume) for subset, volume in volumes.predictions.items()},

@@ -123,13 +123,16 @@
     context.restore();
   }
 
-  function drawSides(context) {
+  function drawSides(context, sides) {
+    if (!sides) {
+      return; // the files do not say which side is which
+    }
     context.fillStyle = "white";
     context.font = "bold " + Math.round(context.canvas.width / 22) + "px sans-serif";
     context.textBaseline = "top";
-    context.fillText("R", 6, 6);
+    context.fillText(sides[0], 6, 6);
     context.textAlign = "right";
-    context.fillText("L", context.canvas.width - 6, 6);
+    context.fillText(sides[1], context.canvas.width - 6, 6);
     context.textAlign = "left";
   }
 
@@ -148,18 +151,18 @@
     }
     const truth = cut(reference, current);
     const predicted = prediction ? cut(prediction, current) : new Uint8Array(truth.length);
-    drawSides(drawImage(element("image"), image, current));
+    drawSides(drawImage(element("image"), image, current), current.sides);
     const left = drawImage(element("reference"), image, current);
     drawLabels(left, truth, current);
     drawOutline(left, truth, current, own, 1.4);
-    drawSides(left);
+    drawSides(left, current.sides);
     const right = drawImage(element("prediction"), image, current);
     drawLabels(right, predicted, current);
     drawOutline(right, predicted, current, own, 1.4);
     if (element("outline").checked) {
       drawOutline(right, truth, current, () => "white", 1.3);
     }
-    drawSides(right);
+    drawSides(right, current.sides);
     describe(current, subset, Boolean(uri), Boolean(answer));
   }
 
