@@ -116,10 +116,10 @@ class Objective(nn.Module):
             doubles = sorted(({*value.parts} & {*parts}) | ({*value.noted} & {*noted}))
             if doubles:
                 raise ValueError(f"Loss term '{term.name}' logs {', '.join(doubles)}, which another term logs too.")
-            noted |= {name: scalar.detach() for name, scalar in value.noted.items()}
-            columns |= {name: scalar.detach() for name, scalar in value.noted.items()}
-            parts |= {name: scalar.detach() for name, scalar in value.parts.items()}
-            columns |= {f"train_{name}": scalar.detach() for name, scalar in value.parts.items()}
+            noted.update({name: scalar.detach() for name, scalar in value.noted.items()})
+            columns.update({name: scalar.detach() for name, scalar in value.noted.items()})
+            parts.update({name: scalar.detach() for name, scalar in value.parts.items()})
+            columns.update({f"train_{name}": scalar.detach() for name, scalar in value.parts.items()})
         if total is None:
             raise ValueError("No loss term is on.")
         return ObjectiveValue(total, parts, noted, columns)

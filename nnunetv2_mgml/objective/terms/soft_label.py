@@ -235,7 +235,7 @@ class SoftLabel(Term):
         """Return the batch means of what the MetaNetwork said, for the log."""
         if self.meta_network is None or parameters is None:
             return {}
-        return {name: value.mean() for name, value in parameters._asdict().items()}
+        return {name: value.mean() for name, value in zip(MetaParameters._fields, parameters, strict=True)}
 
     def begin_epoch(self, progress: Progress) -> None:
         """Put the MetaNetwork's learning rate on the same poly schedule as the network's; the published is constant."""
