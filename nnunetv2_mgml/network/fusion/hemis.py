@@ -80,6 +80,7 @@ class HemisFusion(FusionDesign):
     summary = "mean and variance over the available modalities at every scale (HeMIS, MICCAI 2016)"
     publication = "HeMIS, MICCAI 2016"
     trainer = "HeMIS"
+    published_options: ClassVar[dict[str, Any]] = {"mask_sampling": "uniform_count"}
     published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         "a 1x1 convolution maps the 2C moments to C; the original's decoder reads 2C channels",

@@ -119,12 +119,17 @@ class M2FTransFusion(FusionDesign):
     publication = "M2FTrans, JBHI 2024"
     trainer = "M2FTrans"
     published_options: ClassVar[dict[str, Any]] = {
-        "fusion_options": {"channel_attention": True, "pyramid_heads": True, "reweighting": "published"},
+        "fusion_options": {
+            "mlp_ratio": 32,
+            "channel_attention": True,
+            "pyramid_heads": True,
+            "reweighting": "published",
+        },
         "modality_decoder_weight": 4.0,
         "auxiliary_weight": 5.0,
     }
     differences: ClassVar[tuple[str, ...]] = (
-        "MLP 4 times the width instead of 32, positions learned per axis and interpolated on other grids",
+        "positions learned per axis and interpolated on other grids",
         "no dropout on attention weights and projections and in the channel attention",
         "convolutions pad with zeros, not by mirroring; the decoder upsamples by transposed convolutions",
         (

@@ -78,7 +78,7 @@ class MmFormerFusion(FusionDesign):
     publication = "mmFormer, MICCAI 2022"
     trainer = "mmFormer"
     published_options: ClassVar[dict[str, Any]] = {
-        "fusion_options": {"pyramid_heads": True},
+        "fusion_options": {"mlp_ratio": 8, "pyramid_heads": True},
         "modality_decoder_weight": 4.0,
         "auxiliary_weight": 4.0,
     }
@@ -88,7 +88,7 @@ class MmFormerFusion(FusionDesign):
             "which no voxel holds its own modalities"
         ),
         "absent modalities are hidden from the attention; there they take part as zero vectors",
-        "width of the plan's bottleneck instead of 512, MLP 4 times as wide instead of 8, positions learned per axis",
+        "width of the plan's bottleneck instead of 512, positions learned per axis",
         (
             "no dropout on attention weights and projections, no 1x1 convolution between transformer and skip fusion, "
             "which begins with one"

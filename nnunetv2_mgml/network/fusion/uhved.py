@@ -109,7 +109,10 @@ class UHvedFusion(FusionDesign):
     summary = "product of one Gaussian per modality, sampled in training, with a KL term (U-HVED, MICCAI 2019)"
     publication = "U-HVED, MICCAI 2019"
     trainer = "UHVED"
-    published_options: ClassVar[dict[str, Any]] = {"fusion_options": {"reconstruction_weight": 0.1}}
+    published_options: ClassVar[dict[str, Any]] = {
+        "fusion_options": {"reconstruction_weight": 0.1},
+        "mask_sampling": "uniform_count",
+    }
     published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         (
