@@ -133,7 +133,7 @@ def nnunet_calls(monkeypatch) -> list:
     preprocess = types.ModuleType("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints")
     preprocess.plan_and_preprocess_entry = lambda: calls.append(("preprocess", None, list(sys.argv)))
     api = types.ModuleType("nnunetv2.experiment_planning.plan_and_preprocess_api")
-    for step in ("extract_fingerprint_dataset", "preprocess_dataset", "verify_dataset_integrity"):
+    for step in ("extract_fingerprint_dataset", "plan_experiment_dataset", "preprocess_dataset", "verify_dataset_integrity"):
         setattr(api, step, lambda: None)
     for module in (training, predict, preprocess, api):
         monkeypatch.setitem(sys.modules, module.__name__, module)
