@@ -126,6 +126,7 @@ def test_a_default_of_zero_is_shown():
 def nnunet_calls(monkeypatch) -> list:
     """What ``train`` and ``predict`` would have started: ``(function, argument, sys.argv)``."""
     calls: list = []
+    importlib.import_module("nnunetv2_mgml.upstream.pretrained_weights")  # keeps a function of the real module
     training = types.ModuleType("nnunetv2.run.run_training")
     training.run_training_entry = lambda: calls.append(("train", None, list(sys.argv)))
     predict = types.ModuleType("nnunetv2_mgml.commands.predict")
@@ -133,7 +134,12 @@ def nnunet_calls(monkeypatch) -> list:
     preprocess = types.ModuleType("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints")
     preprocess.plan_and_preprocess_entry = lambda: calls.append(("preprocess", None, list(sys.argv)))
     api = types.ModuleType("nnunetv2.experiment_planning.plan_and_preprocess_api")
-    for step in ("extract_fingerprint_dataset", "plan_experiment_dataset", "preprocess_dataset", "verify_dataset_integrity"):
+    for step in (
+        "extract_fingerprint_dataset",
+        "plan_experiment_dataset",
+        "preprocess_dataset",
+        "verify_dataset_integrity",
+    ):
         setattr(api, step, lambda: None)
     for module in (training, predict, preprocess, api):
         monkeypatch.setitem(sys.modules, module.__name__, module)
