@@ -13,8 +13,8 @@ and in no other process. It does four things:
 1. ``ext/`` is appended to ``nnUNet_extTrainer``, nnU-Net's own search path for trainers. Child processes inherit it.
 2. `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` are handed to `PREDICT_HANDLER` when
    ``--missing_modalities`` or a request for help is among their arguments. Without either, stock code runs.
-3. In the commands that take a fingerprint, plan or preprocess, `incomplete_data.install` stands in front of nnU-Net's steps.
-   It leaves every data set to stock code in which no case lacks a modality.
+3. In the commands that take a fingerprint, plan or preprocess, `incomplete_data.install` stands in front of nnU-Net's
+   steps. It leaves every data set to stock code in which no case lacks a modality.
 4. A mistake that our code has found (`plain_errors.PlainError`) is printed in one line, without traceback.
 """
 

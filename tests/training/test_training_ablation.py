@@ -38,14 +38,15 @@ def test_a_result_names_the_code_it_started_with(
     ablation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run takes long enough for someone to commit meanwhile."""
-    state = {"rev-parse": "before", "status": ""}
+    state = {"commit": "before", "code_changed": False}
 
     def call(work: Path, log: Path, command: Any, **_: str) -> None:
         if "nnUNetv2_train" in command:
-            state.update({"rev-parse": "after", "status": " M changed.py"})
+            state.update({"commit": "after", "code_changed": True})
 
     monkeypatch.setattr(ablation.run, "call", call)
-    monkeypatch.setattr(ablation.run, "git", lambda command, *_: state[command])
+    for name in state:
+        monkeypatch.setattr(ablation.run, name, lambda name=name: state[name])
     later = {"evaluate": None, "scores": {"mean": 0.5}, "validation_scores": None, "last_epoch": {}}
     for name, result in later.items():
         monkeypatch.setattr(ablation.run, name, lambda *_, result=result: result)
