@@ -69,7 +69,7 @@ def main() -> int:
     if not args.again:
         parts = sorted(args.output.glob("part_*.json"))  # also of a call that was stopped
         for part in () if args.parts_only else parts:
-            keep(part, label, only_newer=True)
+            keep(part, label, left_by=args.device)
         here = [content for part in parts for content in contents(part)] if args.parts_only else []
         runs = [run for run in runs if not finished(run, label, args, here)]
     if args.device == "cpu":
@@ -200,13 +200,21 @@ def done(parts: Sequence[Path]) -> list[Run]:
     return [Run(c["variant"], c["seed"], c["nominal_steps"]) for c in found]
 
 
-def keep(part: Path, label: str, only_newer: bool = False) -> None:
-    """Write a result file for every finished run of a part; ``only_newer``: unless there is one that is newer."""
+def keep(part: Path, label: str, left_by: str | None = None) -> None:
+    """Write a result file for every finished run of a part.
+
+    Args:
+        part: what a process has written.
+        label: below results/cubes.
+        left_by: the torch device of a call that was stopped; results of another kind of device, or older than what is
+            kept already, are left out.
+    """
     for content in contents(part):
         run = Run(content["variant"], content["seed"], content["nominal_steps"])
         file = RESULTS / label / run.file_name(bool(content["equal_time"]))
-        newer = only_newer and file.is_file() and file.stat().st_mtime >= part.stat().st_mtime
-        if content["finished"] and not newer:
+        kept = file.is_file() and file.stat().st_mtime >= part.stat().st_mtime
+        other = (left_by == "cpu") != content["device"].startswith("CPU")
+        if content["finished"] and not (left_by and (kept or other)):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, content, indent=None)
 

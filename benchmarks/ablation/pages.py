@@ -344,7 +344,9 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
 def _cubes() -> str:
     labels = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
     found = {label: cubes_table.tables(cubes_table.read(label), "test") for label in labels}
-    heads = {label: _CUBES_ON.get(label, f"### {label}").format(gains=_gains(label)) for label in labels}
+    heads = {
+        label: _CUBES_ON.get(label, f"### {label}").format(gains=_gains(label), left=_left(label)) for label in labels
+    }
     parts = [f"{heads[label]}\n{tables}" for label, tables in found.items()]
     return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"])])
 
@@ -362,6 +364,13 @@ def _gains(label: str) -> str:
     curves = [r["curve"] for r in cubes_table.read(label) if r["variant"] == cubes_table.BASELINE]
     gains = [curve[-1]["mean"] - _at(curve, 2 / 3 * curve[-1]["step"]) for curve in curves if curve]
     return " and ".join(f"{gain:.1f}" for gain in gains)
+
+
+def _left(label: str) -> str:
+    """Return how many subsets have no specialist yet, as the end of a sentence."""
+    alone = cubes_specialists.specialists(cubes_table.read(label), cubes_goals.SPECIALISTS)
+    left = 2 ** len(cubes_specialists.CHANNELS) - 1 - len(alone)
+    return f"; {left} subsets have not been trained yet" if left else ""
 
 
 def _at(curve: Sequence[dict[str, Any]], step: float) -> float:
@@ -392,8 +401,8 @@ those two results were not kept). With twice the learning rate it ended at 67.5 
 `mgml plan --preset early-fusion`.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
-most where least is there; seven subsets have not been trained yet (two of the eight were on an AMD EPYC, the rest on
-the Xeon; both compute in bfloat16). At a budget at which nobody has converged, a
+most where least is there{left}. Nine of the fifteen were trained on an AMD EPYC, the other six and the models for all
+subsets on the Xeon; both compute in bfloat16. At a budget at which nobody has converged, a
 subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
 
 ![Dice against training time, and of one model beside one for each subset](images/cubes.png)

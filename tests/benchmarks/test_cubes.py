@@ -418,7 +418,7 @@ def test_a_stopped_call_loses_no_finished_run(
     names = [f"baseline:{SMALL}", f"mgml:{SMALL}"]
     runs = [cubes.cubes_variants.Run(name, 0, 4) for name in names]
     left = parts / cubes.cubes.part_name("eager", runs[:1], False)
-    left.write_text(json.dumps([result_of(runs[0])]))
+    left.write_text(json.dumps([result_of(runs[0]), result_of(runs[1], device="NVIDIA")]))
     started: list[str] = []
 
     class Process:
