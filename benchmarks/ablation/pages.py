@@ -401,7 +401,7 @@ those two results were not kept). With twice the learning rate it ended at 67.5 
 `mgml plan --preset early-fusion`.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
-most where least is there{left}. Seven of them were trained on an AMD EPYC, the other six and the models for all
+most where least is there{left}. Nine of them were trained on an AMD EPYC, the other six and the models for all
 subsets on the Xeon; both compute in bfloat16. At a budget at which nobody has converged, a
 subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
 
