@@ -81,13 +81,25 @@ class AttentionHeads(nn.Module):
 
 
 class SelfAttention(AttentionHeads):
-    """Multi-head self-attention with key padding."""
+    """Multi-head self-attention with key padding.
+
+    Args:
+        width: token width ``d``.
+        heads: a divisor of it.
+        bias: see `AttentionHeads`.
+        dropout: chance of an attention weight to be dropped, where a `StudentDropout` acts.
+    """
+
+    def __init__(self, width: int, heads: int, bias: bool = False, dropout: float = 0.0) -> None:
+        super().__init__(width, heads, bias)
+        self.dropout = dropout
 
     def forward(self, tokens: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Args: tokens ``(B, N, d)``; keep ``(B, N)`` bool, False = nobody attends to this token, None = all kept."""
         query, key, value = self.split(tokens)
         allowed = None if keep is None else keep[:, None, None]
-        return self.join(F.scaled_dot_product_attention(query, key, value, attn_mask=allowed))
+        rate = self.dropout if random_layers_act(self.training) else 0.0
+        return self.join(F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=rate))
 
 
 class TransformerLayer(nn.Module):

@@ -124,7 +124,7 @@ class FusionDesign(nn.Module):
 
         Raises:
             ValueError: an option this design does not have, or a value of another kind than its default; integers must
-                be at least 1 and other numbers at least 0, ``dropout`` below 1.
+                be at least 1 and other numbers at least 0, rates of dropout below 1.
         """
         unknown = sorted(set(options) - set(cls.default_options))
         if unknown:
@@ -132,7 +132,7 @@ class FusionDesign(nn.Module):
             raise ValueError(f"Fusion design '{cls.name}' has no option {', '.join(unknown)}. Allowed: {allowed}.")
         for name, value in options.items():
             expected = _expected(cls.default_options[name], value, cls.option_choices.get(name))
-            if name == "dropout" and not expected and not value < 1:
+            if name.endswith("dropout") and not expected and not value < 1:
                 expected = "a number in [0, 1)"
             if expected:
                 raise ValueError(f"Option {name} of fusion design '{cls.name}' is {value!r}; it must be {expected}.")

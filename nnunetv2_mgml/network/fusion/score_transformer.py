@@ -63,11 +63,14 @@ class PostNormLayer(nn.Module):
         mlp_ratio: hidden width of the MLP as a multiple of ``d``.
         dropout: rate of `StudentDropout`.
         last: leave out the bias of the last norm.
+        attention_dropout: of `SelfAttention`.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float, last: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: int, dropout: float, last: bool, attention_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, heads, bias=True)
+        self.attention = SelfAttention(width, heads, bias=True, dropout=attention_dropout)
         self.attention_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, mlp_ratio * width), nn.ReLU(), StudentDropout(dropout), nn.Linear(mlp_ratio * width, width)
@@ -90,10 +93,11 @@ class CellScores(nn.Module):
         width, depth = spec.channels[scale], options["depth"]
         self.cell = tuple(-(-n // options["grid"]) for n in spec.feature_size(scale))
         self.dropout = StudentDropout(options["dropout"])
-        heads = heads_for(width, options["heads"])
+        wanted = options["heads"]
+        heads = wanted if options["narrow_heads"] and width % wanted == 0 else heads_for(width, wanted)
+        rates = options["dropout"], options["attention_dropout"]
         self.layers = nn.ModuleList(
-            PostNormLayer(width, heads, options["mlp_ratio"], options["dropout"], last=i == depth - 1)
-            for i in range(depth)
+            PostNormLayer(width, heads, options["mlp_ratio"], rates[0], i == depth - 1, rates[1]) for i in range(depth)
         )
         self.spread = nn.Linear(width, math.prod(self.cell) * width, bias=False)
 

@@ -73,15 +73,14 @@ class SelfAttentionFusion(FusionDesign):
     summary = "transformer over the available modalities weighs them per voxel and channel (SFusion, MICCAI 2023)"
     publication = "SFusion, MICCAI 2023"
     trainer = "SFusion"
+    published_options: ClassVar[dict[str, Any]] = {"fusion_options": {"attention_dropout": 0.1, "narrow_heads": True}}
     published_alone: ClassVar[dict[str, Any]] = {"modality_decoder_weight": 0.0}
     differences: ClassVar[tuple[str, ...]] = (
         (
             "the token grid follows the plan's patch, at most 8 cells per axis; the published grid is 8 at every "
             "scale and has to divide the features"
         ),
-        "no dropout on attention weights",
         "the bias of the last norm, which cancels in the softmax, is left out",
-        "fewer than 4 heads where the width gives none of a multiple of 8 channels",
     )
     default_options: ClassVar[dict[str, Any]] = {
         "form": "published",
@@ -90,6 +89,8 @@ class SelfAttentionFusion(FusionDesign):
         "heads": 4,
         "mlp_ratio": 4,
         "dropout": 0.1,
+        "attention_dropout": 0.0,
+        "narrow_heads": False,
     }
     defaults_before: ClassVar[dict[int, dict[str, Any]]] = {1: {"form": "interpolated", "heads": 8}}
     option_choices: ClassVar[dict[str, tuple[str, ...]]] = {"form": ("published", "interpolated")}

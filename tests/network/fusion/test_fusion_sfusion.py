@@ -5,6 +5,9 @@ import torch
 from fusion_cases import LAYOUTS, OTHER_SIZE, make_design, make_pass, make_spec, run
 
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.fusion import build_fusion
+from nnunetv2_mgml.network.fusion.attention import SelfAttention
+from nnunetv2_mgml.network.silence import silence
 
 
 @pytest.mark.parametrize("name", ["sfusion", "sfusion+interpolated"])
@@ -108,3 +111,21 @@ def test_token_grid_of_the_interpolated_form(size: tuple[int, ...], grid: tuple[
     transformer = make_design("sfusion", spec).scales[0]
     assert transformer.pooled_size(size) == grid
     assert [axis.shape[2] for axis in transformer.positions.axes] == list(grid)
+
+
+def test_attention_weights_are_dropped_for_the_student_alone() -> None:
+    torch.manual_seed(0)
+    attention, tokens = SelfAttention(16, 2, dropout=0.5), torch.randn(2, 9, 16)
+    assert not torch.equal(attention(tokens), attention(tokens)), "another draw each time"
+    with silence():
+        assert torch.equal(attention(tokens), attention(tokens)), "the teacher's pass"
+    expected = SelfAttention(16, 2)
+    expected.load_state_dict(attention.state_dict())
+    assert torch.equal(attention.eval()(tokens), expected(tokens))
+
+
+@pytest.mark.parametrize(("narrow", "heads"), [(False, 2), (True, 4)])
+def test_heads_as_published_where_they_are_narrow(narrow: bool, heads: int) -> None:
+    spec = make_spec(channels=(16, 32), options={"narrow_heads": narrow, "depth": 1})
+    layer = build_fusion("sfusion", spec).scales[0].layers[0]
+    assert layer.attention.heads == heads
