@@ -58,10 +58,11 @@ def test_every_key_is_measured(scripts: SimpleNamespace, measured: Path) -> None
 def test_page_says_what_is_met(scripts: SimpleNamespace, measured: Path) -> None:
     result = json.loads((measured / "speed.json").read_text())
     assert (measured / "speed.md").read_text() == scripts.speed_page.page(result)
-    result["loader_ratio"]["value"], result["export_share"]["value"] = 1.02, 0.16
+    result["loader_ratio"] |= {"value": 1.02, "scatter": 0.0}  # not those of tiny runs, which differ
+    result["export_share"]["value"] = 0.16
     lines = scripts.speed_page.page(result).splitlines()
     assert any(
-        line.startswith("| a batch of our loader / of nnU-Net's | 1.02 |") and "| yes |" in line for line in lines
+        line.startswith("| a batch of our loader / of nnU-Net's | 1.02 | 0% |") and "| yes |" in line for line in lines
     )
     assert any(line.startswith("| share of a whole case") and "| **no** |" in line for line in lines)
 
