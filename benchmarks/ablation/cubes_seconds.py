@@ -5,7 +5,12 @@
 
 On an idle machine, once, before the trainings that are to have equal time: theirs run side by side, and one timed
 while others begin or end would get other steps than the next. Writes ``results/cubes_seconds.json``; times of another
-processor or of another precision are replaced, not kept beside the new ones.
+processor or of another precision are replaced, not kept beside the new ones. To add variants to a table of another
+processor, whose trainings are to stay comparable:
+
+    python benchmarks/ablation/cubes_seconds.py --variants meta_amf consistency --beside paper_terms
+
+times them and ``paper_terms`` here, and writes the table's seconds of ``paper_terms`` times the ratio found here.
 """
 
 from __future__ import annotations
@@ -35,13 +40,25 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(SETTINGS["variants"]), help="see cubes.json and cubes.py")
     parser.add_argument("--turns", type=int, default=15, help="the median counts")
     parser.add_argument("--steps", type=int, default=4, help="of each variant in a turn")
+    parser.add_argument("--beside", metavar="VARIANT", help="add to a table of another processor, by the ratio to this")
     parser.add_argument("--output", type=Path, default=STEP_SECONDS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = {"processor": processor(), "precision": precision_on(torch.device("cpu")), "threads": 1}
     before = read_json(args.output) if args.output.is_file() else {}
-    seconds = before["seconds"] if all(before.get(key) == about[key] for key in ("processor", "precision")) else {}
+    if args.beside:
+        if args.beside not in before.get("seconds", {}):
+            parser.error(f"{args.output} has no step of {args.beside}.")
+        args.variants = [args.beside, *(name for name in args.variants if name != args.beside)]
     measured = {name: {**told, **code(None)} for name, told in measure(args).items()}
+    if args.beside:
+        given = before["seconds"][args.beside]["median"]
+        here = measured.pop(args.beside)["median"]
+        for told in measured.values():
+            told |= {"median": told["median"] / here * given, "beside": args.beside, "timed_on": about}
+            told["quartiles"] = [value / here * given for value in told["quartiles"]]
+        about = {key: before[key] for key in about}
+    seconds = before["seconds"] if all(before.get(key) == about[key] for key in ("processor", "precision")) else {}
     write_json(args.output, {**about, "seconds": {**seconds, **measured}})
 
 

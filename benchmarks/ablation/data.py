@@ -102,7 +102,7 @@ def _prepare(work: Path, data: dict[str, Any]) -> None:
         )
         convert += ["--split", data["split"], "--seed", str(data["seed"])]
     else:
-        write_real(source, data["spacing_mm"])
+        write_real(source, data["spacing_mm"], data.get("folders", ("brats2021", "brats2023")))
     call(work, log, convert)
     call(
         work,
@@ -115,15 +115,17 @@ def _prepare(work: Path, data: dict[str, Any]) -> None:
     marker.write_text(json.dumps(data))
 
 
-def write_real(target: Path, spacing: Sequence[float]) -> None:
-    """Write resampled copies of the BraTS cases below ``MGML_REAL_DATA``, in the layout of BraTS 2021."""
+def write_real(target: Path, spacing: Sequence[float], folders: Sequence[str]) -> None:
+    """Write resampled copies of the BraTS cases in folders of ``MGML_REAL_DATA``, in the layout of BraTS 2021."""
     root = os.environ.get("MGML_REAL_DATA")
-    if not root or not Path(root).is_dir():
+    missing = [name for name in folders if not root or not (Path(root) / name).is_dir()]
+    if not root or missing:
         raise FileNotFoundError(
-            f"MGML_REAL_DATA must name the folder of real cases (brats2021/, brats2023/); it is {root or 'not set'}."
+            f"MGML_REAL_DATA must name the folder of real cases ({', '.join(folders)}); it is {root or 'not set'}"
+            + (f", without {', '.join(missing)}." if root else ".")
         )
     renamed = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair", "seg": "seg"}
-    for case in sorted(Path(root).glob("brats202[13]/*/")):
+    for case in sorted(case for name in folders for case in (Path(root) / name).glob("*/")):
         for file in sorted(case.glob("*.nii.gz")):
             part = file.name.removesuffix(".nii.gz").removeprefix(case.name)[1:]
             image = sitk.ReadImage(str(file))

@@ -84,9 +84,28 @@ def of_old_design(run: Run) -> bool:
 def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
     """Train and evaluate one run and write its result file."""
     started, described = time.time(), describe(run)  # before the run, since the code may change meanwhile
-    options = {**run.options, "cpu_bfloat16": described["precision"] == "bfloat16"}
-    data, log = run.dataset_settings, work / "logs" / f"{run.name}.txt"
+    log = work / "logs" / f"{run.name}.txt"
     log.unlink(missing_ok=True)
+    model = train(run, work, log)
+    trained = time.time()
+    evaluation = evaluate(run, work, log, model)
+    result = {
+        **described,
+        "hours": {"training": (trained - started) / 3600, "evaluation": (time.time() - trained) / 3600},
+        **scores(evaluation),
+        "validation": validation_scores(model, run.fold),
+        "meta": last_epoch(model, run.fold),
+    }
+    write_json(run.file, result, indent=None)
+    if not keep_model:
+        shutil.rmtree(model)
+    return result
+
+
+def train(run: Run, work: Path, log: Path) -> Path:
+    """Train a run by the commands a user would type; return the folder of the model."""
+    options = {**run.options, "cpu_bfloat16": computes_in_bfloat16()}
+    data = run.dataset_settings
     plans = f"nnUNetMGMLPlans_{run.name.replace('+', '.')}"
     model = work / "results" / folder_name(data) / f"{run.trainer}__{plans}__{CONFIGURATION}"
     shutil.rmtree(model, ignore_errors=True)
@@ -122,22 +141,15 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
             "cpu",
         ],
     )
-    trained = time.time()
-    evaluation = evaluate(run, work, log, model, options["cpu_bfloat16"])
-    result = {
-        **described,
-        "hours": {"training": (trained - started) / 3600, "evaluation": (time.time() - trained) / 3600},
-        **scores(evaluation),
-        "validation": validation_scores(model, run.fold),
-        "meta": last_epoch(model, run.fold),
-    }
-    write_json(run.file, result, indent=None)
-    if not keep_model:
-        shutil.rmtree(model)
-    return result
+    return model
 
 
-def evaluate(run: Run, work: Path, log: Path, model: Path, bfloat16: bool) -> Evaluation:
+def computes_in_bfloat16() -> bool:
+    """Return whether this processor has instructions for it."""
+    return precision_on(torch.device("cpu")) == "bfloat16"
+
+
+def evaluate(run: Run, work: Path, log: Path, model: Path) -> Evaluation:
     """Evaluate on the held-out cases (phantoms) or on the fold's validation cases (real), without mirroring."""
     data, output = run.dataset_settings, model / "evaluation"
     raw = work / "raw" / folder_name(data)
@@ -163,7 +175,7 @@ def evaluate(run: Run, work: Path, log: Path, model: Path, bfloat16: bool) -> Ev
             "-device",
             "cpu",
             "--disable_tta",
-            *(["--cpu_bfloat16"] if bfloat16 else []),
+            *(["--cpu_bfloat16"] if computes_in_bfloat16() else []),
             "--metrics",
             "dice",
             "-np",

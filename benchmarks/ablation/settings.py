@@ -17,6 +17,8 @@ from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 SETTINGS = FOLDER / "settings.json"
+STEP_SECONDS = RESULTS / "run_seconds.json"
+"""What `run_seconds.py` measured: data set -> variant -> seconds of a training step."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,21 @@ def read_settings(file: Path = SETTINGS) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def all_runs(settings: dict[str, Any], groups: Sequence[str] | None = None) -> list[Run]:
+def all_runs(settings: dict[str, Any], groups: Sequence[str] | None = None, equal_steps: bool = False) -> list[Run]:
     """Return the runs of some groups (default: all), seed by seed so that tables fill evenly.
 
+    Args:
+        settings: what `read_settings` returns.
+        groups: names; None: all.
+        equal_steps: give every run as many steps, also in groups whose runs are to take equal time.
+
     Raises:
-        ValueError: an unknown group, or two runs of one name.
+        ValueError: an unknown group, two runs of one name, or a step that was not timed.
     """
     unknown = set(groups or ()) - set(settings["groups"])
     if unknown:
         raise ValueError(f"Unknown group {', '.join(sorted(unknown))}. Allowed: {', '.join(settings['groups'])}.")
-    runs = [run for name in groups or settings["groups"] for run in _group_runs(settings, name)]
+    runs = [run for name in groups or settings["groups"] for run in _group_runs(settings, name, equal_steps)]
     names = [run.name for run in runs]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
@@ -110,7 +117,27 @@ def all_runs(settings: dict[str, Any], groups: Sequence[str] | None = None) -> l
     return runs
 
 
-def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
+def equal_time_groups(settings: dict[str, Any]) -> list[str]:
+    """Return the groups whose runs take as long as a variant of theirs (``equal_time``)."""
+    return [name for name, group in settings["groups"].items() if "equal_time" in group]
+
+
+def _steps_of(settings: dict[str, Any], group: dict[str, Any], variant: str) -> dict[str, int]:
+    """Return how many steps an epoch has so that a variant's training takes the time of the reference's."""
+    nominal = settings["training"][group["dataset"]]["num_iterations_per_epoch"]
+    table = json.loads(STEP_SECONDS.read_text())["seconds"] if STEP_SECONDS.is_file() else {}
+    seconds = table.get(group["dataset"], {})
+    missing = [name for name in (group["equal_time"], variant) if name not in seconds]
+    if missing:
+        raise ValueError(
+            f"{STEP_SECONDS} has no step of {', '.join(missing)} on {group['dataset']}; on the idle machine: "
+            "python benchmarks/ablation/run_seconds.py."
+        )
+    share = seconds[group["equal_time"]]["median"] / seconds[variant]["median"]
+    return {"num_iterations_per_epoch": round(nominal * share)}
+
+
+def _group_runs(settings: dict[str, Any], name: str, equal_steps: bool) -> Iterator[Run]:
     group = settings["groups"][name]
     dataset = group["dataset"]
     data = settings["datasets"][dataset]
@@ -125,6 +152,8 @@ def _group_runs(settings: dict[str, Any], name: str) -> Iterator[Run]:
                         **settings["design_options"].get(design, {}),
                         **changes,
                     }
+                    if "equal_time" in group and not equal_steps:
+                        options |= _steps_of(settings, group, variant)
                     yield Run(
                         name,
                         dataset,

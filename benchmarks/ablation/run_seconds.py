@@ -1,0 +1,77 @@
+"""Times a training step of every variant whose group of settings.json has ``equal_time``: `run.py` goes by it.
+
+    python benchmarks/ablation/run_seconds.py --work /tmp/ablation                     # all of them
+    python benchmarks/ablation/run_seconds.py --work /tmp/ablation --groups brains     # those of one group
+
+On an idle machine, once, by the very commands of a run: a short training each, whose epochs count but for the first.
+Everything that a step of the real training waits for is in it, loading and augmentation too. Writes
+``results/run_seconds.json``; times of another processor or of another precision are replaced, not kept beside these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from data import prepare
+from machine import code_changed, commit, processor
+from precision import precision_on
+from run import train
+from settings import STEP_SECONDS, Run, all_runs, equal_time_groups, read_settings
+
+from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("ablation_work"), help="folder for data and models")
+    parser.add_argument("--groups", nargs="+", help="groups of settings.json (default: all with equal_time)")
+    parser.add_argument("--epochs", type=int, default=5, help="the first does not count, the median of the others does")
+    parser.add_argument("--steps", type=int, default=10, help="steps of an epoch")
+    parser.add_argument("--output", type=Path, default=STEP_SECONDS)
+    args = parser.parse_args()
+    settings = read_settings()
+    about = {"processor": processor(), "precision": precision_on(torch.device("cpu")), "threads": 1}
+    before = read_json(args.output) if args.output.is_file() else {}
+    same = all(before.get(key) == value for key, value in about.items())
+    seconds: dict[str, dict[str, Any]] = before["seconds"] if same else {}
+    for run in to_time(settings, args.groups or equal_time_groups(settings)):
+        prepare(args.work.resolve(), settings["datasets"][run.dataset])
+        told = {**timed(run, args), "commit": commit(), "code_changed": code_changed()}
+        seconds.setdefault(run.dataset, {})[run.variant] = told
+        print(f"{run.dataset} {run.variant}: {1e3 * told['median']:.0f} ms", flush=True)
+        write_json(args.output, {**about, "seconds": seconds})
+
+
+def to_time(settings: dict[str, Any], groups: list[str]) -> list[Run]:
+    """Return one run per data set and variant of some groups, the variants whose time others get included."""
+    references = {settings["groups"][name]["dataset"]: settings["groups"][name]["equal_time"] for name in groups}
+    chosen = {(run.dataset, run.variant): run for run in reversed(all_runs(settings, groups, equal_steps=True))}
+    for run in reversed(all_runs(settings, ["main"])):
+        if references.get(run.dataset) == run.variant:
+            chosen.setdefault((run.dataset, run.variant), run)
+    return list(reversed(chosen.values()))
+
+
+def timed(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Train shortly; return seconds of a step: the median over epochs, and all of them."""
+    work = args.work.resolve()
+    short = {"num_epochs": args.epochs, "num_iterations_per_epoch": args.steps}
+    run = replace(run, group=f"seconds_{run.group}", options={**run.options, **short})
+    model = train(run, work, work / "logs" / f"{run.name}.txt")
+    epochs = [row["seconds"] / args.steps for row in read_log(model / f"fold_{run.fold}" / LOG_NAME)][1:]
+    shutil.rmtree(model)
+    return {"median": statistics.median(epochs), "epochs": epochs}
+
+
+if __name__ == "__main__":
+    main()
