@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cubes_specialists
@@ -31,19 +31,23 @@ class Measured(NamedTuple):
 _NOTHING = Measured("not measured", None)
 
 
-def table(results: Sequence[Result], brains: Difference | None) -> str:
+def table(results: Sequence[Result], brains: Mapping[str, Difference | None], half: Sequence[Result] = ()) -> str:
     """Return a Markdown table, a column for the default and one for the best variant.
 
     Args:
         results: of one budget of equal time, with scores of test patients.
-        brains: the default minus its baseline on whole brains.
+        brains: variant -> its difference to the baseline on whole brains at equal time.
+        half: runs of half that budget; without any of a variant, its curve tells when it was as good.
     """
     lines = [f"| goal | `{DEFAULT}` (the default) | met | `{BEST}` | met |", "|---" * 5 + "|"]
     for words, measure in _GOALS:
         known = {variant for variant in (DEFAULT, BEST) if _of(results, variant)}
         found = [measure(results, variant) if variant in known else _NOTHING for variant in (DEFAULT, BEST)]
+        if measure is _time:
+            found = [_half_time(results, half, v) or seen for v, seen in zip((DEFAULT, BEST), found, strict=True)]
         lines.append(_line(words, found))
-    lines.append(_line("ahead of the baseline on whole brains, interval above 0", [_on_brains(brains), _NOTHING]))
+    on_brains = [_on_brains(brains.get(variant)) for variant in (DEFAULT, BEST)]
+    lines.append(_line("ahead of the baseline on whole brains, interval above 0", on_brains))
     return "\n".join(lines) + "\n"
 
 
@@ -89,6 +93,17 @@ def _time(results: Sequence[Result], variant: str) -> Measured:
     return Measured(f"after {early:.2f} to {late:.2f} of it", met)
 
 
+def _half_time(results: Sequence[Result], half: Sequence[Result], variant: str) -> Measured | None:
+    """Return the Dice on validation patients of trainings of half the time beside the baseline's; None without any."""
+    whole = {r["seed"]: r for r in _of(results, cubes_table.BASELINE)}
+    pairs = [(whole[r["seed"]], r) for r in _of(half, variant) if r["seed"] in whole]
+    if not pairs:
+        return None
+    told = [f"{own['validation']['mean']:.1f} for {reference['validation']['mean']:.1f}" for reference, own in pairs]
+    met = all(own["validation"]["mean"] >= reference["validation"]["mean"] for reference, own in pairs)
+    return Measured(f"{', '.join(told)} in half of it", met)
+
+
 def _worst(results: Sequence[Result], variant: str) -> Measured:
     """Return the smallest difference to the baseline of any region and any number of modalities."""
     pairs = _pairs(results, variant)
@@ -122,7 +137,7 @@ def _inversions(results: Sequence[Result], variant: str) -> Measured:
 def _on_brains(change: Difference | None) -> Measured:
     if change is None:
         return _NOTHING
-    return Measured(f"{change.mean:+.2f} ({change.low:+.2f} to {change.high:+.2f}) at equal steps", None)
+    return Measured(f"{change.mean:+.2f} ({change.low:+.2f} to {change.high:+.2f})", change.low > 0)
 
 
 _GOALS: tuple[tuple[str, Callable[[Sequence[Result], str], Measured]], ...] = (

@@ -71,7 +71,7 @@ def budgets(results: Iterable[Result]) -> dict[str, list[Result]]:
             words = f"{steps} steps"
         words += f", {few} patients to train" if few else ""
         found.setdefault(words, []).extend(chosen)
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))  # the table with most first
 
 
 def patients(result: Result) -> int | None:
@@ -80,17 +80,39 @@ def patients(result: Result) -> int | None:
     return few
 
 
-def largest() -> tuple[str, list[Result]]:
-    """Return the largest budget of equal time on the cubes that has scores of test patients, in words, and its runs."""
-    results = [r for folder in sorted(RESULTS.iterdir()) for r in read(folder.name)]
-    scored = [r for r in results if "test" in r and r["equal_time"] and not patients(r)]
-    if not scored:
+def headline_budget() -> tuple[str, list[Result]]:
+    """Return the budget that headline and goals are of, in words, and its runs.
+
+    The largest of equal time on the cubes, all patients to train, that was scored on test patients; of those with
+    specialists, where there are any.
+    """
+    results = _scored()
+    if not results:
         return "", []
-    largest = max(scored, key=lambda r: seconds_per_step(r) * r["steps"])
-    [(budget, chosen)] = budgets(
-        r for r in scored if all(r[key] == largest[key] for key in ("device", "nominal_steps", "equal_time"))
-    ).items()
+    alone = [r for r in results if cubes_specialists.of_subset(r["variant"])]
+    largest = max(alone or results, key=_seconds)
+    [(budget, chosen)] = budgets(_like(results, largest)).items()
     return f"{budget}, {largest['device']}", chosen
+
+
+def with_budget_times(factor: float, chosen: Sequence[Result]) -> list[Result]:
+    """Return the runs whose budget of equal time is so many times that of some other runs, on the same device."""
+    if not chosen:
+        return []
+    return _like(_scored(), {**chosen[0], "nominal_steps": chosen[0]["nominal_steps"] * factor})
+
+
+def _scored() -> list[Result]:
+    results = [r for folder in sorted(RESULTS.iterdir()) for r in read(folder.name)] if RESULTS.is_dir() else []
+    return [r for r in results if "test" in r and r["equal_time"] and not patients(r)]
+
+
+def _like(results: Iterable[Result], one: Result) -> list[Result]:
+    return [r for r in results if all(r[key] == one[key] for key in ("device", "nominal_steps", "equal_time"))]
+
+
+def _seconds(result: Result) -> float:
+    return float(seconds_per_step(result) * result["steps"])
 
 
 def tables(results: Sequence[Result], on: str, baseline: str = BASELINE) -> str:
@@ -166,7 +188,7 @@ def summary(results: Sequence[Result], on: str) -> dict[str, Any]:
         "inversions": statistics.mean(inversions) if inversions else None,
         "steps": round(statistics.mean(r["steps"] for r in results)),
         "seconds_per_step": statistics.median(map(seconds_per_step, results)),
-        "seconds": statistics.median(seconds_per_step(r) * r["steps"] for r in results),
+        "seconds": statistics.median(map(_seconds, results)),
     }
 
 

@@ -1,38 +1,30 @@
-"""The text of docs/results.md."""
+"""The text of docs/results.md; what is at equal time stands in `equal_time_page.py`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import cubes_goals
-import cubes_specialists
-import cubes_table
+import equal_time_page
 import numpy as np
-from collect import Difference, Result, difference, select, statistics
+from collect import Result, difference, select
+from page_tables import CHANGE, REGIONS, change_cells, mark, mean_cells, table, variant_rows
 
-PAPER = {
-    "baseline": (83.90, 73.97, 57.07),
-    "consistency": (84.70, 75.79, 58.24),
-    "meta_amf": (85.35, 76.67, 59.82),
-    "fixed_soft_labels": (85.15, 76.28, 59.43),
-    "mgml_paper_terms": (86.31, 77.08, 60.38),
-}
-"""WT, TC, ET of the paper's Tables 1 and 2 (mmFormer, BraTS2020)."""
 PAPER_TEMPERATURE = {"2": 76.16, "4": 76.14, "6": 76.21, "8": 76.19, "10": 76.15}
 PAPER_LAMBDA3 = {"0.001": 76.14, "0.01": 76.21, "0.1": 76.19}
-REGIONS = ("WT", "TC", "ET")
 
 
 def page(settings: dict[str, Any], results: Sequence[Result]) -> str:
     """Return the page; sections without results say so."""
     sections = [
         _head(results),
-        _cubes(),
-        _goals(results),
+        equal_time_page.cubes(),
+        equal_time_page.brains(settings, results),
+        equal_time_page.goals(results),
         _phantoms(settings, results),
         _main(results),
+        equal_time_page.phantoms(settings, results),
         _subsets(results),
         _designs(settings, results),
         _headroom(results),
@@ -44,68 +36,18 @@ def page(settings: dict[str, Any], results: Sequence[Result]) -> str:
     return "\n".join(sections)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, or a line saying that there is nothing yet."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if not lines:
-        return "No finished runs yet.\n"
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) + "\n"
-
-
-def change_cells(change: Difference | None) -> list[str]:
-    """Return difference, interval and values per seed."""
-    if change is None:
-        return ["-", "-", "-"]
-    return [
-        f"{change.mean:+.2f}",
-        f"{change.low:+.2f} to {change.high:+.2f}",
-        " ".join(f"{value:+.2f}" for value in change.per_seed),
-    ]
-
-
-def mark(results: Sequence[Result]) -> str:
-    """Return the signs that belong behind figures of these results, after a space each; empty where there are none."""
-    return " †" * any(r.of_old_design for r in results) + " ‡" * any(r.in_float32 for r in results)
-
-
-def mean_cells(results: Sequence[Result]) -> list[str]:
-    """Return mean with spread, marked where a design was another one, the regions, and the number of seeds."""
-    values = statistics(results)
-    spread = f" ± {values['sd']:.2f}" if values["seeds"] > 2 else ""  # of two values it says next to nothing
-    return [
-        f"{values['mean']:.2f}{spread}{mark(results)}",
-        *(f"{values[region]:.2f}" for region in REGIONS),
-        str(values["seeds"]),
-    ]
-
-
 def _head(results: Sequence[Result]) -> str:
     return f"""# Does MGML help? What two cores can say
 
 Made by `python benchmarks/ablation/report.py` from result files in `benchmarks/ablation/results/` ({len(results)} of
-the plugin's own commands, the rest of the cubes); never edited by hand. Cubes of real patients come first, at equal
-training time; synthetic cases and eleven whole brains [after them](#synthetic-patients-at-equal-steps), at equal steps.
+the plugin's own commands, the rest of the cubes); never edited by hand. Real patients come first, cubes and whole
+brains, at equal training time; synthetic cases [after them](#synthetic-patients-at-equal-steps), at equal steps.
 **No training here has converged.** Every interval is a 95 % bootstrap over the held-out cases, for the networks that
 were trained: what another seed would change it does not say. For that look at the differences *per seed*, where there
 are several; ± is the standard deviation over three seeds or more.
 
-**{_headline()}
+**{equal_time_page.headline()}
 """
-
-
-def _headline() -> str:
-    """Return how far specialists are ahead of one model."""
-    gap = cubes_specialists.gap(cubes_table.largest()[1])
-    if gap is None:
-        return "No network was trained on one subset alone yet**, to hold the one model against."
-    subsets = gap["subsets"]
-    worst, best = max(subsets, key=subsets.get), min(subsets, key=subsets.get)
-    return (
-        f"One model instead of fifteen costs {gap['mean']:.1f} points of Dice**: the mean over {len(subsets)} of 15\n"
-        f"subsets for which a network was trained alone, as long as the one model (`{gap['model']}` below); most on\n"
-        f"{worst} ({subsets[worst]:.1f}), least on {best} ({subsets[best]:.1f}). Fifteen models take fifteen times its "
-        "training and its disk."
-    )
 
 
 def _phantoms(settings: dict[str, Any], results: Sequence[Result]) -> str:
@@ -123,11 +65,11 @@ def _phantoms(settings: dict[str, Any], results: Sequence[Result]) -> str:
     return f"""## Synthetic patients, at equal steps
 
 Every run is the plugin's own commands (`benchmarks/ablation/run.py`), settings are in
-`benchmarks/ablation/settings.json`. **These are small experiments, all but [eleven patients](#real-cases) on synthetic
-cases**: they
-show whether the implementation does what it should and which readings of the paper are harmful, not what MGML gains on
-BraTS. **All comparisons are at equal steps of short trainings**, which are far from converged: whatever makes a step do
-more work looks like a better method there. {_old_rows(settings, results)}
+`benchmarks/ablation/settings.json`. **These are small experiments, all but
+[eleven patients](#eleven-real-cases-at-equal-steps) on synthetic cases**: they show whether the implementation does
+what it should and which readings of the paper are harmful, not what MGML gains on BraTS. **All comparisons but
+[one table](#the-same-at-equal-time) are at equal steps of short trainings**, which are far from converged: whatever
+makes a step do more work looks like a better method there. {_old_rows(settings, results)}
 
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
@@ -168,30 +110,16 @@ def _open_hours(results: Sequence[Result]) -> str:
     )
 
 
-def _rows(
-    results: Sequence[Result], baseline: Sequence[Result], variants: Iterable[str], paper: bool = False
-) -> Iterable[list[str]]:
-    for variant in variants:
-        chosen = [r for r in results if r.run.variant == variant]
-        if chosen:
-            change = difference(baseline, chosen) if variant != "baseline" else None
-            cells = [f"`{variant}`", *mean_cells(chosen), *change_cells(change)]
-            yield [*cells, *([f"{np.mean(PAPER[variant]):.2f}" if variant in PAPER else "-"] if paper else [])]
-
-
-_CHANGE = ("difference", "95 % interval", "per seed")
-
-
 def _main(results: Sequence[Result]) -> str:
     chosen = select(results, "main")
     order = dict.fromkeys(r.run.variant for r in chosen)
-    rows = _rows(chosen, select(chosen, variant="baseline"), order, paper=True)
+    rows = variant_rows(chosen, select(chosen, variant="baseline"), order, paper=True)
     return (
         "### The ablation (fusion `region_aware`)\n\n*Paper*: mean of WT, TC and ET in Tables 1 and 2 of Zou et al. "
         "(mmFormer on BraTS2020), figures of the paper. `mgml_paper_terms`: the paper's method, Meta-AMF and L_CR;"
         " `complete_view`: the baseline with nnU-Net's loss on the prediction from all modalities; `mgml`, our "
         "default (`nnUNetTrainerMGML`), has all three.\n\n"
-        + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE, "paper"], rows)
+        + table(["variant", "mean", *REGIONS, "seeds", *CHANGE, "paper"], rows)
     )
 
 
@@ -230,7 +158,7 @@ def _designs(settings: dict[str, Any], results: Sequence[Result]) -> str:
                 ]
             )
     return f"### MGML on the other fusion designs\n\nDefault options, but {special} to spare time.\n\n" + table(
-        ["design", "baseline", "MGML", *_CHANGE[:2], "WT / TC / ET", "seeds"], rows
+        ["design", "baseline", "MGML", *CHANGE[:2], "WT / TC / ET", "seeds"], rows
     )
 
 
@@ -262,13 +190,13 @@ def _readings(settings: dict[str, Any], results: Sequence[Result]) -> str:
     baseline = select(results, "main", variant="baseline")
     rows = [
         [*row[:9], f"`{_set(settings, chosen, row[0])}`"]
-        for row in _rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))
+        for row in variant_rows(chosen, baseline, dict.fromkeys(r.run.variant for r in chosen))
     ]
     return (
         "### Readings of the losses and other choices that were tried\n\nEach against the baseline of the same "
         "seeds, without the complete view. One seed tells harmful from harmless, not good from better. `teaching` "
         "is not in the paper ([method.md](method.md)).\n\n"
-        + table(["run", "mean", *REGIONS, "seeds", *_CHANGE, "set"], rows)
+        + table(["run", "mean", *REGIONS, "seeds", *CHANGE, "set"], rows)
     )
 
 
@@ -331,111 +259,16 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
     data, training = settings["datasets"]["real"], settings["training"]["real"]
     chosen = select(results, "real")
     folds = len({r.run.fold for r in chosen})
-    rows = _rows(chosen, select(chosen, variant="baseline"), dict.fromkeys(r.run.variant for r in chosen))
+    rows = variant_rows(chosen, select(chosen, variant="baseline"), dict.fromkeys(r.run.variant for r in chosen))
     return (
-        f"### Real cases\n\nThe eleven BraTS cases of `MGML_REAL_DATA` at {data['spacing_mm'][0]:g} mm, {folds} of "
+        "### Eleven real cases, at equal steps\n\nThe BraTS cases of 2021 and 2023 of `MGML_REAL_DATA` at "
+        f"{data['spacing_mm'][0]:g} mm, {folds} of "
         f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
         f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
         f"{training['batch_size']}. Far too few cases and steps to judge the method; published models were "
-        f"trained on these cases too.\n\n" + table(["variant", "mean", *REGIONS, "seeds", *_CHANGE], rows)
+        f"trained on these cases too.\n\n" + table(["variant", "mean", *REGIONS, "seeds", *CHANGE], rows)
     )
 
-
-def _cubes() -> str:
-    labels = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
-    found = {label: cubes_table.tables(cubes_table.read(label), "test") for label in labels}
-    heads = {
-        label: _CUBES_ON.get(label, f"### {label}").format(gains=_gains(label), left=_left(label)) for label in labels
-    }
-    parts = [f"{heads[label]}\n{tables}" for label, tables in found.items()]
-    return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"])])
-
-
-def _goals(results: Sequence[Result]) -> str:
-    budget, chosen = cubes_table.largest()
-    brains = select(results, "real")
-    change = difference(*(select(brains, variant=name) for name in (cubes_table.BASELINE, cubes_goals.DEFAULT)))
-    table_of_goals = cubes_goals.table(chosen, change) if chosen else "No finished runs yet.\n"
-    return f"{_GOALS.format(budget=budget)}\n{table_of_goals}\n{_WHY}"
-
-
-def _gains(label: str) -> str:
-    """Return by how much each training of the baseline got better in its last third, on validation patients."""
-    curves = [r["curve"] for r in cubes_table.read(label) if r["variant"] == cubes_table.BASELINE]
-    gains = [curve[-1]["mean"] - _at(curve, 2 / 3 * curve[-1]["step"]) for curve in curves if curve]
-    return " and ".join(f"{gain:.1f}" for gain in gains)
-
-
-def _left(label: str) -> str:
-    """Return how many subsets have no specialist yet, as the end of a sentence."""
-    alone = cubes_specialists.specialists(cubes_table.read(label), cubes_goals.SPECIALISTS)
-    left = 2 ** len(cubes_specialists.CHANNELS) - 1 - len(alone)
-    return f"; {left} subsets have not been trained yet" if left else ""
-
-
-def _at(curve: Sequence[dict[str, Any]], step: float) -> float:
-    return float(np.interp(step, [point["step"] for point in curve], [point["mean"] for point in curve]))
-
-
-_CUBES = """## Real cubes at equal time
-
-Cubes of 32^3 voxels around the largest lesion of 288 patients of BraTS 2020, split once by a seed into 192 patients for
-training, 36 for validation and 60 for testing (`benchmarks/ablation/cubes_data.py`). Choices rest on validation
-patients. The whole table, with a specialist for each of the 15 subsets, on a cluster:
-`benchmarks/ablation/cubes.sbatch`, an array of jobs; the command that collects what they wrote stands in it.
-"""
-_CUBES_ON = {
-    "cpu": """### On one core of a CPU
-
-`python benchmarks/ablation/cubes_seconds.py` timed the steps in turns on the idle machine, an Intel Xeon with bfloat16
-instructions (`results/cubes_seconds.json`; column *s*: steps times that); then `cubes.py --variants ... --steps 4000
---equal_time baseline --test`, most with `--points 6`.
-Patches of 24^3, batch 2, 4 stages, Adam 0.002, weight decay 1e-4; encoders at a quarter, the stock network at half of
-nnU-Net's widths (1.17 and 1.40 million parameters), without gradient checkpointing, which would cost our networks about
-a tenth of their steps. None of these is converged: in the last third the baseline still gained {gains} points on
-validation patients. Differences are over the seeds that both have, so they need not be those of the means beside them.
-`conditional_dropout` is `nnUNetTrainerModalityDropout_conditional`, the stock network whose norms know what is visible:
-ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
-but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
-those two results were not kept). With twice the learning rate it ended at 67.5 there (on an EPYC). `early_fusion` is
-`mgml plan --preset early-fusion`.
-A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
-(`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
-most where least is there{left}. Nine of them were trained on an AMD EPYC, the other six and the models for all
-subsets on the Xeon; both compute in bfloat16. At a budget at which nobody has converged, a
-subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
-
-![Dice against training time, and of one model beside one for each subset](images/cubes.png)
-""",
-    "h200": """### On a shared GPU
-
-`python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
---steps 6000 --equal_time baseline --seconds 310 --test`. All runs shared one card, so the budget was cut to what
-fitted; **none of these trainings is converged**. A step of four narrow encoders takes four times as long there as one
-of the stock network, even as a CUDA graph. So the stock network does more steps in the same time and is far ahead, and
-the default, with the most work in a step, is behind its own baseline. **The stock network got two thirds of the time
-only** (column *s*): the script of then gave nobody more than three times the baseline's steps, so its lead is told too
-small. More in [gpu.md](gpu.md).
-""",
-}
-"""What stands before the tables of a label of results/cubes."""
-
-
-_GOALS = """### Beside what was to be shown
-
-Points of mean Dice on the test patients of the cubes, with 95 % intervals; the time of the baseline: on validation
-patients, between two points of the curve; {budget}. The goals are for trainings that have converged, which these have
-not, and of three seeds. Differences and inversions are over the seeds that both have. *Whole brains*: the table of
-[real cases](#real-cases), eleven patients and one seed, and at equal steps instead of equal time. *Open*: what was
-measured does not decide it.
-"""
-_WHY = """Why so many are missed: every curve still rises, so we take it that what decides is how many steps fit into
-the time (the cubes were not trained at equal steps to tell), and the default fits the fewest (columns *steps* and
-*ms/step*): four encoders instead of one, and a second view of every case. What the view brings with all modalities it
-loses with one of them. The stock network takes the most steps, so its dropout is the strongest rival. A specialist
-takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (two
-seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere.
-"""
 
 FULL_SIZE = """## At full size
 

@@ -127,7 +127,7 @@ def _steps_of(settings: dict[str, Any], group: dict[str, Any], variant: str) -> 
     nominal = settings["training"][group["dataset"]]["num_iterations_per_epoch"]
     table = json.loads(STEP_SECONDS.read_text())["seconds"] if STEP_SECONDS.is_file() else {}
     seconds = table.get(group["dataset"], {})
-    missing = [name for name in (group["equal_time"], variant) if name not in seconds]
+    missing = [name for name in dict.fromkeys((group["equal_time"], variant)) if name not in seconds]
     if missing:
         raise ValueError(
             f"{STEP_SECONDS} has no step of {', '.join(missing)} on {group['dataset']}; on the idle machine: "

@@ -25,7 +25,7 @@ from nnunetv2_mgml.phantom import Difficulty
 from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
-MODULES = ("settings", "data", "collect", "pages", "figure", "report", "run")
+MODULES = ("settings", "data", "collect", "pages", "equal_time_page", "figure", "report", "run", "run_seconds")
 SUBSETS = [subset_name(subset, BRATS_CHANNELS) for subset in all_subsets(4)]
 
 
@@ -50,6 +50,7 @@ def finish(ablation: SimpleNamespace, run: Any, dice: np.ndarray) -> None:
         "commit": "0" * 40,
         "code_changed": False,
         "versions": {"torch": "2"},
+        "cases": [f"case_{number}" for number in range(dice.shape[2])],
         "dice": {r: {s: list(map(float, dice[i, j])) for j, s in enumerate(subsets)} for i, r in enumerate(regions)},
     }
     run.file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,86 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
     assert [line.split(" | ")[0] for line in weights.splitlines()[2:]] == ["| 0", "| 0.1", "| 0.3", "| 1"]
     ablation.figure.draw(results, ablation.folder / "figure.png")
     assert (ablation.folder / "figure.png").stat().st_size > 10_000
+
+
+def test_runs_of_equal_time_get_their_steps_by_the_table(
+    ablation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `run_seconds.py` wrote; a step that was not timed is asked for."""
+    settings = ablation.settings.read_settings()
+    table = tmp_path / "seconds.json"
+    monkeypatch.setattr(ablation.settings, "STEP_SECONDS", table)
+    monkeypatch.setattr(ablation.run_seconds, "STEP_SECONDS", table)
+    groups = ablation.settings.equal_time_groups(settings)
+    assert groups == ["brains", "equal_time"]
+    with pytest.raises(ValueError, match=r"has no step of baseline on brains; .* run_seconds.py"):
+        ablation.settings.all_runs(settings, ["brains"])
+    seconds = {
+        "baseline": 0.2,
+        "mgml": 0.4,
+        "modality_dropout": 0.1,
+        "conditional_dropout": 0.16,
+        "mgml_paper_terms": 0.3,
+    }
+
+    def train(run: Any, work: Path, log: Path) -> Path:
+        assert (run.options["num_epochs"], run.options["num_iterations_per_epoch"]) == (3, 2)
+        model = work / run.name
+        (model / "fold_0").mkdir(parents=True)
+        rows = "\n".join(f"{epoch},{2 * seconds[run.variant] * (9 if epoch == 0 else 1)}" for epoch in range(3))
+        (model / "fold_0" / "mgml_training_log.csv").write_text(f"epoch,seconds\n{rows}\n")
+        return model
+
+    monkeypatch.setattr(ablation.run_seconds, "train", train)
+    monkeypatch.setattr(ablation.run_seconds, "prepare", lambda work, data: None)
+    command = ["run_seconds.py", "--work", str(tmp_path), "--epochs", "3", "--steps", "2", "--output", str(table)]
+    monkeypatch.setattr(sys, "argv", command)
+    ablation.run_seconds.main()
+    measured = json.loads(table.read_text())["seconds"]
+    assert {name: set(of) for name, of in measured.items()} == {
+        "brains": {"baseline", "mgml", "modality_dropout", "conditional_dropout"},
+        "phantom": set(seconds),  # the baseline too, though its runs are another group's
+    }
+    assert measured["brains"]["mgml"]["median"] == pytest.approx(0.4), "the first epoch does not count"
+    assert not list(tmp_path.glob("seconds_*")), "the models are not kept"
+    steps = {r.variant: r.options["num_iterations_per_epoch"] for r in ablation.settings.all_runs(settings, ["brains"])}
+    assert steps == {"baseline": 50, "mgml": 25, "modality_dropout": 100, "conditional_dropout": 62}
+    of_main = {r.options["num_iterations_per_epoch"] for r in ablation.settings.all_runs(settings, ["main"])}
+    assert of_main == {50}, "other groups are at equal steps"
+
+
+def test_a_row_of_whole_brains_has_all_folds(ablation: SimpleNamespace) -> None:
+    settings = ablation.settings.read_settings()
+    runs = ablation.settings.all_runs(settings, ["brains"])
+    for run in runs:
+        if run.variant != "modality_dropout" or run.fold:
+            dice = np.full((3, 15, 4), 0.5 + (0.05 if run.variant == "mgml" else 0))
+            dice[:, :, run.fold] += 0.1
+            dice[:, -1] -= 0.02  # all four score less than every subset of them
+            finish(ablation, run, dice)
+    page = ablation.equal_time_page.brains(settings, ablation.collect.finished(settings))
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")}
+    assert set(rows) == {"| `baseline`", "| `mgml`", "| `conditional_dropout`"}
+    assert "Not finished: `modality_dropout`." in page
+    assert rows["| `mgml`"][-3:] == ["+5.00", "+5.00 to +5.00", "+5.00"]
+    assert rows["| `baseline`"][-3:] == ["-", "-", "-"]
+    mean, *_, one, two, three, four, inversions, seeds, _, _ = rows["| `baseline`"][1:-3]
+    assert float(mean) == pytest.approx(52.5 - 2 / 15, abs=0.006)
+    assert [one, two, three, four] == ["52.5", "52.5", "52.5", "50.5"]
+    assert float(inversions) == pytest.approx(100 * 14 / 50, abs=0.06), "of 50 nested pairs the 14 below all four"
+    assert seeds == "1"
+
+
+def test_real_cases_are_asked_for_by_folder(
+    ablation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MGML_REAL_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"real cases \(brats2021\); it is not set"):
+        ablation.data.write_real(tmp_path / "out", (2, 2, 2), ["brats2021"])
+    monkeypatch.setenv("MGML_REAL_DATA", str(tmp_path))
+    (tmp_path / "brats2021").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"without brats2018_2mm\."):
+        ablation.data.write_real(tmp_path / "out", (2, 2, 2), ["brats2018_2mm", "brats2021"])
 
 
 def test_only_one_subset_is_seen(ablation: SimpleNamespace) -> None:

@@ -32,6 +32,7 @@ MODULES = (
     "cubes_training",
     "cubes_table",
     "cubes_goals",
+    "equal_time_page",
     "cubes_figure",
     "cubes_work",
     "cubes",
@@ -243,7 +244,7 @@ def test_trainings_of_few_patients_are_a_table_of_their_own(
         ("| `mgml`", "+1.00"),
         ("| `mgml:temperature=3`", "-1.00"),
     ]
-    assert len(cubes.cubes_table.largest()[1]) == 1, "the goals are of all patients"
+    assert len(cubes.cubes_table.headline_budget()[1]) == 1, "the goals are of all patients"
 
 
 def test_specialists_beside_one_model(cubes: SimpleNamespace) -> None:
@@ -278,6 +279,41 @@ def test_specialists_beside_one_model(cubes: SimpleNamespace) -> None:
     assert cubes.cubes_specialists.gap(results[2:]) is None
 
 
+def test_the_headline_is_of_the_budget_with_specialists(
+    cubes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A longer training of one model alone does not become the table that the page begins with; it stands beside."""
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 15, 8)) * 0.5
+    about = {"equal_time": "baseline", "training": {"patients": None, "only": None}, "curve": []}
+    results = [finished(cubes, "baseline", 0, values, **about)]
+    results += [
+        finished(cubes, "conditional_dropout", 0, values + better, nominal_steps=steps, steps=2 * steps, **about)
+        for steps, better in ((50, 0.0), (100, 0.02), (400, 0.06))
+    ]
+    (tmp_path / "cpu").mkdir()
+    monkeypatch.setattr(cubes.cubes_table, "RESULTS", tmp_path)
+
+    def headline() -> str:
+        for number, result in enumerate(results):
+            (tmp_path / "cpu" / f"{number}.json").write_text(json.dumps(result))
+        words: str = cubes.cubes_table.headline_budget()[0]
+        return words
+
+    assert headline().startswith("the time of 400 steps"), "the largest while there are no specialists"
+    assert "trained for shorter" not in cubes.equal_time_page.cubes()
+    t1 = (True, False, False, False)
+    of_t1 = values[:, [all_subsets(4).index(t1)]] + 0.05
+    alone = {"test": cubes.cubes_scores.summary(of_t1, [t1]), "dice": cubes.cubes_scores.cases_of(of_t1, [t1])}
+    results.append({**results[0], **alone, "variant": "modality_dropout:only=t1"})
+    assert headline().startswith("the time of 100 steps of baseline, ")
+    page = cubes.equal_time_page.cubes()
+    rows = [line.split(" | ") for line in page.split("trained for shorter")[1].splitlines() if line.startswith("| ")]
+    assert [(row[0], row[-2]) for row in rows[1:]] == [("| 0.5", "+5.00"), ("| 1", "+3.00"), ("| 4", "-1.00")]
+    order = [line for line in page.splitlines() if line.startswith("The time of ")]
+    assert order[0].startswith("The time of 100 steps"), "the table with most runs comes first"
+
+
 def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> None:
     """Paired by seed; a seed that never gets there, a region behind, a model that is missing are told."""
     rng = np.random.default_rng(0)
@@ -298,8 +334,8 @@ def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> Non
     of_t1 = np.mean(values[1:], 0)[:, [subsets.index(t1)]] + 0.043
     alone = {name: make(of_t1, [t1]) for name, make in zip(("test", "dice"), makers, strict=True)}
     results.append({**results[0], **alone, "variant": "modality_dropout:only=t1"})
-    change = SimpleNamespace(mean=1.0, low=-0.1, high=2.0)
-    lines = cubes.cubes_goals.table(results, change).splitlines()[2:]
+    changes = {"mgml": SimpleNamespace(mean=1.0, low=-0.1, high=2.0), "conditional_dropout": None}
+    lines = cubes.cubes_goals.table(results, changes).splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
     by_goal = {row[0]: row[1:] for row in rows}
     assert by_goal["at least 1.5 ahead of the baseline, interval above 0"] == [
@@ -314,18 +350,27 @@ def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> Non
         "yes",
     ]
     later = [{**r, "curve": curve(20, 30, 41)} if r["variant"] == "conditional_dropout" else r for r in results]
-    assert "after 0.50 to 0.75 of it | **no** |" in cubes.cubes_goals.table(later, None)
+    assert "after 0.50 to 0.75 of it | **no** |" in cubes.cubes_goals.table(later, {})
     between = [{**r, "curve": curve(20, 41) if r["seed"] == 1 else curve(20, 30, 41)} for r in ahead]
-    told = cubes.cubes_goals.table([*results[:6], *between], None)
+    told = cubes.cubes_goals.table([*results[:6], *between], {})
     assert "after 0.38 to 0.62 of it | open |" in told, "nobody looked at the half"
     assert by_goal["no region and no number of modalities behind the baseline"][:2] == ["-1.00 (ET)", "**no**"]
     assert by_goal["no region and no number of modalities behind the baseline"][3] == "yes"
     assert by_goal["at most 0.5 behind the specialists"][2:] == ["0.30 (0.30 to 0.30), 1 of 15", "yes"]
     assert by_goal["fewer inversions than the baseline"][3] == "**no**", "as many are not fewer"
     assert by_goal["ahead of the baseline on whole brains, interval above 0"] == [
-        "+1.00 (-0.10 to +2.00) at equal steps", "open", "not measured", "-",
+        "+1.00 (-0.10 to +2.00)", "**no**", "not measured", "-",
     ]  # fmt: skip
-    without = cubes.cubes_goals.table(ahead, None)
+    half = [
+        finished(cubes, "conditional_dropout", s, values[0], nominal_steps=50, validation={"mean": mean})
+        for s, mean in ((1, 41.0), (2, 40.0), (3, 10.0))
+    ]
+    known = [{**r, "validation": {"mean": 40.0}} if r["variant"] == "baseline" else r for r in results]
+    assert "41.0 for 40.0, 40.0 for 40.0 in half of it | yes |" in cubes.cubes_goals.table(known, {}, half)
+    half[0]["validation"]["mean"] = 39.9
+    told = cubes.cubes_goals.table(known, {}, half)
+    assert "| never | **no** | 39.9 for 40.0, 40.0 for 40.0 in half of it | **no** |" in told
+    without = cubes.cubes_goals.table(ahead, {})
     assert without.count("not measured | - ") == 14
     assert "yes" not in without
 
@@ -589,6 +634,15 @@ def test_equal_time_on_a_cpu_goes_by_the_table(
     content = json.loads(table.read_text())
     assert set(content["seconds"]) == set(names)
     assert all(entry["median"] > 0 for entry in content["seconds"].values())
+    elsewhere = {**content, "processor": "another", "seconds": {names[0]: {"median": 1e3, "quartiles": [1e3, 1e3]}}}
+    table.write_text(json.dumps(elsewhere))
+    done = [*command, "--output", str(table), "--variants", names[1], "--beside", names[0]]
+    subprocess.run(done, check=True, env={**os.environ, "MGML_REAL_DATA": str(folder)})
+    added = json.loads(table.read_text())
+    assert (added["processor"], added["seconds"][names[0]]) == ("another", elsewhere["seconds"][names[0]])
+    entry = added["seconds"][names[1]]
+    assert (entry["beside"], entry["timed_on"]["processor"]) == (names[0], content["processor"])
+    assert 1 < entry["median"] < 1e6, "so many times the step it was timed beside"
     content["seconds"] = {names[0]: {"median": 0.5}, names[1]: {"median": 0.2}}
     table.write_text(json.dumps(content))
     monkeypatch.setattr(cubes.cubes_work, "STEP_SECONDS", table)

@@ -1,0 +1,227 @@
+"""What the results page says at equal time: cubes, whole brains, and the goals beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cubes_goals
+import cubes_specialists
+import cubes_table
+import numpy as np
+from collect import Result, difference, select, statistics
+from page_tables import CHANGE, REGIONS, change_cells, mark, table
+from settings import STEP_SECONDS, Run
+
+from nnunetv2_mgml.io.files import read_json
+from nnunetv2_mgml.modalities import parse_subset
+from nnunetv2_mgml.scoring.derived import MARGIN, nested_pairs
+from nnunetv2_mgml.scoring.statistics import bootstrap_interval
+
+
+def headline() -> str:
+    """Return how far specialists are ahead of one model."""
+    gap = cubes_specialists.gap(cubes_table.headline_budget()[1])
+    if gap is None:
+        return "No network was trained on one subset alone yet**, to hold the one model against."
+    subsets = gap["subsets"]
+    worst, best = max(subsets, key=subsets.get), min(subsets, key=subsets.get)
+    return (
+        f"One model instead of fifteen costs {gap['mean']:.1f} points of Dice**: the mean over {len(subsets)} of 15\n"
+        f"subsets for which a network was trained alone, as long as the one model (`{gap['model']}` below); most on\n"
+        f"{worst} ({subsets[worst]:.1f}), least on {best} ({subsets[best]:.1f}). Fifteen models take fifteen times its "
+        "training and its disk."
+    )
+
+
+def cubes() -> str:
+    labels = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
+    found = {label: cubes_table.tables(cubes_table.read(label), "test") for label in labels}
+    heads = {
+        label: _CUBES_ON.get(label, f"### {label}").format(gains=_gains(label), left=_left(label)) for label in labels
+    }
+    parts = [f"{heads[label]}\n{tables}" for label, tables in found.items()]
+    return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"]), *_longer()])
+
+
+def _longer() -> list[str]:
+    """Return the section on one model trained for shorter and longer than each specialist; empty without any."""
+    chosen = cubes_table.headline_budget()[1]
+    alone = cubes_specialists.specialists(chosen, cubes_goals.SPECIALISTS)
+    rows = []
+    for factor in (0.5, 1, 2, 4, 8, 15):
+        runs = [r for r in cubes_table.with_budget_times(factor, chosen) if r["variant"] == cubes_goals.BEST]
+        if alone and runs:
+            told = cubes_table.summary(runs, cubes_goals.ON)
+            ahead = cubes_specialists.ahead(alone, runs, cubes_table.KEYS[cubes_goals.ON][1])
+            low, high = bootstrap_interval(ahead)
+            per_count = (f"{told['by_count'][n]:.1f}" for n in "1234")
+            cells = [f"{told['mean']:.2f}", *per_count, str(told["seeds"]), f"{ahead.mean():+.2f}"]
+            rows.append([f"{factor:g}", f"{told['seconds'] / 60:.0f}", *cells, f"{low:+.2f} to {high:+.2f}"])
+    if len(rows) < 2:
+        return []
+    head = ["times a specialist's training", "minutes", "mean", "1", "2", "3", "4", "seeds"]
+    return [
+        f"### One model trained for shorter and longer\n\n`{cubes_goals.BEST}` on one core of a CPU, beside the same "
+        f"{len(alone)} specialists: all of them together take {len(alone)} times the training of one.\n",
+        table([*head, "specialists ahead", "95 % interval"], rows),
+    ]
+
+
+def goals(results: Sequence[Result]) -> str:
+    budget, chosen = cubes_table.headline_budget()
+    brains = select(results, "brains")
+    changes = {
+        name: difference(select(brains, variant=cubes_table.BASELINE), select(brains, variant=name))
+        for name in (cubes_goals.DEFAULT, cubes_goals.BEST)
+    }
+    half = cubes_table.with_budget_times(0.5, chosen)
+    table_of_goals = cubes_goals.table(chosen, changes, half) if chosen else "No finished runs yet.\n"
+    return f"{_GOALS.format(budget=budget)}\n{table_of_goals}\n{_WHY}"
+
+
+def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
+    """Return the section on whole brains."""
+    chosen = select(results, "brains")
+    data, training = settings["datasets"]["brains"], settings["training"]["brains"]
+    patch = "x".join(map(str, training["patch_size"]))
+    cases = len({case for r in chosen for case in r.content["cases"]})
+    steps = training["num_epochs"] * training["num_iterations_per_epoch"]
+    return (
+        f"## Whole brains at equal time\n\nThe {cases or 'BraTS'} cases of 2018, 2021 and 2023 of `MGML_REAL_DATA` at "
+        f"{data['spacing_mm'][0]:g} mm, {data['folds']} cross-validation folds, whole volumes predicted without "
+        f"mirroring: `run_seconds.py`, then `run.py --groups brains`. Every training takes the time of {steps} steps "
+        f"of the baseline on one core, with batch {training['batch_size']} and patches of {patch}, and every network "
+        "has **its default width**: nnU-Net's for the stock network, of which one encoder per modality has a part. "
+        "None is converged; some of these patients are also among the cubes.\n\n"
+        + _table(settings, "brains", chosen, chosen)
+    )
+
+
+def phantoms(settings: dict[str, Any], results: Sequence[Result]) -> str:
+    """Return the section on synthetic patients at equal time."""
+    chosen, baseline = select(results, "equal_time"), select(results, "main", variant=cubes_table.BASELINE)
+    return (
+        "### The same at equal time\n\nEvery training takes as long as the baseline's of the table above, whose row "
+        "this is, by `results/run_seconds.json`: steps of the plugin's own trainings on an idle core, every network "
+        "at its default width.\n\n" + _table(settings, "equal_time", [*baseline, *chosen], baseline)
+    )
+
+
+def _table(settings: dict[str, Any], group: str, results: Sequence[Result], reference: Sequence[Result]) -> str:
+    """Return a row per variant, of those whose folds are all there; what is missing stands below."""
+    baseline = [r for r in reference if r.run.variant == cubes_table.BASELINE]
+    folds = settings["groups"][group].get("folds", [0])
+    rows, unfinished = [], []
+    for variant in dict.fromkeys([cubes_table.BASELINE, *settings["groups"][group]["variants"]]):
+        chosen = [r for r in results if r.run.variant == variant]
+        whole = [r for r in chosen if {o.run.fold for o in chosen if o.run.seed == r.run.seed} == set(folds)]
+        if not whole:
+            unfinished.append(f"`{variant}`")
+            continue
+        change = None if variant == cubes_table.BASELINE else difference(baseline, whole)
+        rows.append([f"`{variant}`", *_cells(whole), *_spent(whole[0].run), *change_cells(change)])
+    head = ["variant", "mean", *REGIONS, "1", "2", "3", "4", "inversions, %", "seeds", "steps", "ms/step", *CHANGE]
+    return table(head, rows) + (f"\nNot finished: {', '.join(unfinished)}.\n" if rows and unfinished else "")
+
+
+def _cells(results: Sequence[Result]) -> list[str]:
+    """Return means over subsets, regions, cases and seeds; by number of modalities; inversions; number of seeds."""
+    told, names = statistics(results), results[0].subsets
+    spread = f" ± {told['sd']:.2f}" if told["seeds"] > 2 else ""  # of two values it says next to nothing
+    dice = np.concatenate([r.dice for r in results], axis=2)  # every seed has as many cases
+    of_count = [[index for index, name in enumerate(names) if name.count("+") == n] for n in range(4)]
+    subsets = [parse_subset(name, cubes_specialists.CHANNELS) for name in names]
+    lower = [dice[:, few] - dice[:, more] > 100 * MARGIN + 1e-6 for few, more in nested_pairs(subsets)]
+    return [
+        f"{told['mean']:.2f}{spread}{mark(results)}",
+        *(f"{told[region]:.1f}" for region in REGIONS),
+        *(f"{dice[:, indices].mean():.1f}" for indices in of_count),
+        f"{100 * np.mean(lower):.1f}",
+        str(told["seeds"]),
+    ]
+
+
+def _spent(run: Run) -> list[str]:
+    """Return the steps of a run, and the measured milliseconds of one."""
+    seconds = read_json(STEP_SECONDS)["seconds"][run.dataset][run.variant]["median"]
+    return [str(run.options["num_epochs"] * run.options["num_iterations_per_epoch"]), f"{1e3 * seconds:.0f}"]
+
+
+def _gains(label: str) -> str:
+    """Return by how much each training of the baseline got better in its last third, on validation patients."""
+    curves = [r["curve"] for r in cubes_table.read(label) if r["variant"] == cubes_table.BASELINE]
+    gains = [curve[-1]["mean"] - _at(curve, 2 / 3 * curve[-1]["step"]) for curve in curves if curve]
+    return " and ".join(f"{gain:.1f}" for gain in gains)
+
+
+def _left(label: str) -> str:
+    """Return how many subsets have no specialist yet, as the end of a sentence."""
+    alone = cubes_specialists.specialists(cubes_table.read(label), cubes_goals.SPECIALISTS)
+    left = 2 ** len(cubes_specialists.CHANNELS) - 1 - len(alone)
+    return f"; {left} subsets have not been trained yet" if left else ""
+
+
+def _at(curve: Sequence[dict[str, Any]], step: float) -> float:
+    return float(np.interp(step, [point["step"] for point in curve], [point["mean"] for point in curve]))
+
+
+_CUBES = """## Real cubes at equal time
+
+Cubes of 32^3 voxels around the largest lesion of 288 patients of BraTS 2020, split once by a seed into 192 patients for
+training, 36 for validation and 60 for testing (`benchmarks/ablation/cubes_data.py`). Choices rest on validation
+patients. The whole table, with a specialist for each of the 15 subsets, on a cluster:
+`benchmarks/ablation/cubes.sbatch`, an array of jobs; the command that collects what they wrote stands in it.
+"""
+_CUBES_ON = {
+    "cpu": """### On one core of a CPU
+
+`python benchmarks/ablation/cubes_seconds.py` timed the steps in turns on the idle machine, an Intel Xeon with bfloat16
+instructions (`results/cubes_seconds.json`; column *s*: steps times that); then `cubes.py --variants ... --steps 4000
+--equal_time baseline --test`, most with `--points 6`.
+Patches of 24^3, batch 2, 4 stages, Adam 0.002, weight decay 1e-4; encoders at a quarter, the stock network at half of
+nnU-Net's widths (1.17 and 1.40 million parameters), without gradient checkpointing, which would cost our networks about
+a tenth of their steps. None of these is converged: in the last third the baseline still gained {gains} points on
+validation patients. Differences are over the seeds that both have, so they need not be those of the means beside them.
+`conditional_dropout` is `nnUNetTrainerModalityDropout_conditional`, the stock network whose norms know what is visible:
+ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
+but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
+those two results were not kept). With twice the learning rate it ended at 67.5 there (on an EPYC). `early_fusion` is
+`mgml plan --preset early-fusion`.
+A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
+(`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
+most where least is there{left}. Nine of them were trained on an AMD EPYC, the other six and the models for all
+subsets on the Xeon; both compute in bfloat16. At a budget at which nobody has converged, a
+subset that gets one step of fifteen is learned later; what remains of the gap with more steps is not known.
+
+![Dice against training time, and of one model beside one for each subset](images/cubes.png)
+""",
+    "h200": """### On a shared GPU
+
+`python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
+--steps 6000 --equal_time baseline --seconds 310 --test`. All runs shared one card, so the budget was cut to what
+fitted; **none of these trainings is converged**. A step of four narrow encoders takes four times as long there as one
+of the stock network, even as a CUDA graph. So the stock network does more steps in the same time and is far ahead, and
+the default, with the most work in a step, is behind its own baseline. **The stock network got two thirds of the time
+only** (column *s*): the script of then gave nobody more than three times the baseline's steps, so its lead is told too
+small. More in [gpu.md](gpu.md).
+""",
+}
+"""What stands before the tables of a label of results/cubes."""
+
+
+_GOALS = """### Beside what was to be shown
+
+Points of mean Dice on the test patients of the cubes, with 95 % intervals; {budget}. The
+goals are for trainings that have converged, which these have not, and of three seeds. Differences and inversions are
+over the seeds that both have. *Half of its time*: trainings of half as many steps beside the baseline, on validation
+patients; where there are none, between which two points of its curve a variant was as good. *Whole brains*: the
+[table above](#whole-brains-at-equal-time), one seed. *Open*: what was measured does not decide it.
+"""
+_WHY = """Why so many are missed: every curve still rises, so we take it that what decides is how many steps fit into
+the time (the cubes were not trained at equal steps to tell), and the default fits the fewest (columns *steps* and
+*ms/step*): four encoders instead of one, and a second view of every case. What the view brings with all modalities it
+loses with one of them. The stock network takes the most steps, so its dropout is the strongest rival. A specialist
+takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (two
+seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere.
+"""
