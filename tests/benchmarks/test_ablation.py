@@ -152,7 +152,7 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
     monkeypatch.setattr(ablation.run_seconds, "STEP_SECONDS", table)
     groups = ablation.settings.equal_time_groups(settings)
     assert groups == ["brains", "equal_time"]
-    with pytest.raises(ValueError, match=r"has no step of baseline on brains; .* run_seconds.py"):
+    with pytest.raises(ValueError, match=r"has no step of baseline on brains; .*run_seconds.py"):
         ablation.settings.all_runs(settings, ["brains"])
     seconds = {
         "baseline": 0.2,
