@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
+from conditional_weights import condition_weights
 from cubes_data import Cubes, cut, draw
 from cubes_variants import CHANNELS, Run
 from precision import precision_on
@@ -71,8 +72,10 @@ class Training:
         self.plan = make_plan((patch,) * 3, stages, widths=_WIDTHS[:stages])
         if settings["stock"]:
             self.learner: Learner = StockLearner(
-                self.plan, device, settings["stock_width_factor"], settings["conditional"]
+                self.plan, device, settings["stock_width_factor"], bool(settings["conditional"])
             )
+            if settings["conditional"] == "weights":
+                condition_weights(self.learner.network)
         else:
             narrow = {"width_factor": settings["width_factor"], "gradient_checkpointing": False}  # time counts here
             self.learner = Learner(self.plan, {**run.options, **narrow}, device)

@@ -41,7 +41,7 @@ def cubes() -> str:
         label: _CUBES_ON.get(label, f"### {label}").format(gains=_gains(label), left=_left(label)) for label in labels
     }
     parts = [f"{heads[label]}\n{tables}" for label, tables in found.items()]
-    return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"]), *_longer()])
+    return "\n".join([_CUBES, *(parts or ["No finished runs yet.\n"]), *_longer(), *_tried()])
 
 
 def _longer() -> list[str]:
@@ -78,6 +78,37 @@ def goals(results: Sequence[Result]) -> str:
     half = cubes_table.with_budget_times(0.5, chosen)
     table_of_goals = cubes_goals.table(chosen, changes, half) if chosen else "No finished runs yet.\n"
     return f"{_GOALS.format(budget=budget)}\n{table_of_goals}\n{_WHY}"
+
+
+def _tried() -> list[str]:
+    """Return the section on what was changed about a variant, by validation patients; empty without any."""
+    folders = sorted(cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
+    results = [r for folder in folders for r in cubes_table.read(folder.name)]
+    known = {_like(r, r["variant"]): r["validation"] for r in results}
+    rows = []
+    for r in results:
+        variant, _, changes = r["variant"].partition(":")
+        beside = known.get(_like(r, variant))
+        if changes and not r["training"]["only"] and beside is not None:
+            change = r["validation"]["mean"] - beside["mean"]
+            budget = f"{r['nominal_steps']} steps" + (f" of {r['equal_time']}" if r["equal_time"] else " each")
+            means = [f"{r['validation']['mean']:.2f}", f"{beside['mean']:.2f}", f"{change:+.2f}"]
+            counts = [f"{r['validation']['by_count'][n] - beside['by_count'][n]:+.1f}" for n in "14"]
+            rows.append([f"`{variant}`", f"`{changes}`", str(r["seed"]), budget, *means, *counts])
+    if not rows:
+        return []
+    head = ["variant", "changed", "seed", "time of", "mean", "without", "difference", "one modality", "all four"]
+    return [
+        "### What was tried\n\nOn validation patients, at equal time, one training each: enough to leave what loses. "
+        f"{_CHANGES}\n",
+        table(head, rows),
+    ]
+
+
+def _like(result: dict[str, Any], variant: str) -> tuple[Any, ...]:
+    """Return what a run of a variant is found by that differs from a result in nothing else."""
+    same = (result[key] for key in ("seed", "device", "nominal_steps", "equal_time"))
+    return (variant, *same, cubes_table.patients(result))
 
 
 def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
@@ -186,8 +217,7 @@ validation patients. Differences are over the seeds that both have, so they need
 `conditional_dropout` is `nnUNetTrainerModalityDropout_conditional`, the stock network whose norms know what is visible:
 ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
-those two results were not kept). With twice the learning rate it ended at 67.5 there (on an EPYC). `early_fusion` is
-`mgml plan --preset early-fusion`.
+those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion`.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
 most where least is there{left}. Nine of them were trained on an AMD EPYC, the other six and the models for all
@@ -210,6 +240,10 @@ small. More in [gpu.md](gpu.md).
 """What stands before the tables of a label of results/cubes."""
 
 
+_CHANGES = (
+    "`learning_rate`: twice that of all others. `complete_first=0.3`: a sample sees everything with a chance that "
+    "falls from 1 to 0 over the first 30 % of the steps, a random subset else."
+)
 _GOALS = """### Beside what was to be shown
 
 Points of mean Dice on the test patients of the cubes, with 95 % intervals; {budget}. The
