@@ -8,7 +8,7 @@ a prediction. The soft label is built as in training, from the MetaNetwork's sta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from nnunetv2_mgml.network.interface import bare
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.objective import Options, TermSpec
 from nnunetv2_mgml.objective.terms.soft_label import soft_label_of
-from nnunetv2_mgml.presentation.figures.slices import telling_slice
+from nnunetv2_mgml.presentation.figures.slices import knows_sides, telling_slice
 from nnunetv2_mgml.upstream.checkpoints import load_checkpoint
 
 _TRAINING_STATE = "mgml"
@@ -61,6 +61,8 @@ class Internals:
     """Scale of the features, 0 is full resolution."""
     pixel_aspect: float
     """Height of a pixel divided by its width."""
+    sides_known: bool = True
+    """Whether the case's files say where the patient's left is (see `figures.slices.knows_sides`)."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def compute_internals(
     reference = _reference_on_network_grid(predictor, item, label_file)
     patch_of = _patch_around(reference, tuple(predictor.configuration_manager.patch_size))
     x = torch.from_numpy(np.stack([patch_of(channel) for channel in item.data]))[None].to(predictor.device)
-    return _Patch(model, item, x, patch_of(reference)).internals(subsets, scale)
+    found = _Patch(model, item, x, patch_of(reference)).internals(subsets, scale)
+    return replace(found, sides_known=knows_sides(label_file))
 
 
 class _Patch:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from inference_cases import CHANNELS, image, write_image, write_model
 from loss_cases import meta_network_of, objective_of
@@ -26,6 +27,7 @@ from nnunetv2_mgml.objective.step import Step
 from nnunetv2_mgml.objective.terms import soft_label
 from nnunetv2_mgml.presentation.figures.slices import read_axial, telling_slice
 from nnunetv2_mgml.presentation.internals import LoadedModel, compute_internals, load_model, nearest
+from nnunetv2_mgml.presentation.report.inside import patch_caption
 
 PATCH = (16, 16, 16)
 RAS = np.diag([-1.0, -1.0, 1.0])
@@ -98,6 +100,18 @@ def test_shows_what_the_network_computes(model: Path, case: tuple[Case, Path], t
         np.testing.assert_allclose(everything[region], probabilities[head][z, ::-1, ::-1], atol=2e-3)
     flair = predictor.predict_case({"flair": case[0].files[3]}, return_probabilities=True)[1]
     np.testing.assert_allclose(inside.probabilities["flair"]["tumor_core"], flair[1][z, ::-1, ::-1], atol=2e-3)
+
+
+def test_captions_claim_a_convention_only_where_sides_are_known(model: Path, case: tuple[Case, Path], tmp_path: Path):
+    """TIFF says where nobody's left is."""
+    loaded = load_model(model, 0, "checkpoint_final.pth", "cpu")
+    nifti = compute_internals(loaded, *case, [])
+    image = tmp_path / "labels" / "a.tif"
+    sitk.WriteImage(sitk.ReadImage(str(case[1])), str(image))
+    tiff = compute_internals(loaded, case[0], image, [])
+    assert [inside.sides_known for inside in (nifti, tiff)] == [True, False]
+    assert "radiological" in patch_caption(nifti)
+    assert "radiological" not in patch_caption(tiff)
 
 
 def test_soft_label_is_the_one_of_training(model: Path, case: tuple[Case, Path]):

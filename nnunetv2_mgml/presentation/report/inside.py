@@ -20,10 +20,12 @@ from nnunetv2_mgml.scoring.results import Evaluation
 
 _CHANNELS_SHOWN = 8
 _DPI = 110
-_PATCH = (
-    "One patch of the network's size around the tumour, run once (no sliding window, no mirroring), in "
-    "radiological convention."
-)
+
+
+def patch_caption(internals: Internals) -> str:
+    """Return what all three figures show, as the end of their captions."""
+    convention = ", in radiological convention" if internals.sides_known else ""
+    return f"One patch of the network's size around the tumour, run once (no sliding window, no mirroring){convention}."
 
 
 def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, colours: dict[int, str]) -> list[Picture]:
@@ -51,7 +53,7 @@ def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, col
         picture(
             f"{case}: confidence",
             f"Probability of each region, and the network's certainty whatever it answers, by "
-            f"available modalities; dashed: ground truth. {_PATCH}",
+            f"available modalities; dashed: ground truth. {patch_caption(internals)}",
             confidence_maps(list(images.values())[-1], probabilities, masks, pixel_aspect=aspect),
             "png",
             _DPI,
@@ -65,7 +67,7 @@ def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, col
             f"{case}: features",
             f"Encoder features at scale {internals.scale} (0 is full resolution), before fusion: the "
             f"{len(chosen)} of {len(pooled)} channels in which tumour and surroundings differ most. "
-            f"Each map has a scale of its own. {_PATCH}",
+            f"Each map has a scale of its own. {patch_caption(internals)}",
             feature_channels(maps, chosen, images, internals.reference, pixel_aspect=aspect),
             "png",
             _DPI,
@@ -91,7 +93,7 @@ def _predictions(evaluation: Evaluation, case: str, internals: Internals, colour
         f"{case}: each modality alone, soft label, fused prediction",
         f"What the shared decoder predicts from each modality alone, "
         f"{soft if internals.soft_label is not None else 'no soft label (the model was trained without)'}, "
-        f"and the fused prediction. {_PATCH}",
+        f"and the fused prediction. {patch_caption(internals)}",
         figure,
         "png",
         _DPI,
