@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nnunetv2_mgml.dataset_conversion.dataset_folder import FILE_ENDING
 from nnunetv2_mgml.dataset_conversion.discovery import Case, edition, may_have_cavity
 from nnunetv2_mgml.dataset_conversion.labels import ENHANCING, RESECTION_CAVITY, to_nnunet
+from nnunetv2_mgml.io.case_files import ending_in_name
 from nnunetv2_mgml.io.forms import told_apart, two_places
 from nnunetv2_mgml.io.grid import image_difference
 from nnunetv2_mgml.io.volumes import read_image, whole_numbers, write_image
@@ -61,6 +62,8 @@ def convert_case(job: Job) -> CaseResult:
     # The processes are the parallelism; ITK's threads would only compete with them.
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     result = CaseResult(job.case.name)
+    if text := ending_in_name(job.case.name):
+        result.problems.append(text)
     volumes = _read_images(job, result)
     if not volumes:
         if not result.problems:

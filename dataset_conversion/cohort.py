@@ -22,7 +22,7 @@ from nnunetv2_mgml.dataset_conversion.splits import (
     notes_on_preprocessed,
     write_splits,
 )
-from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases
+from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases, ending_in_name
 from nnunetv2_mgml.io.files import replacing_folder, write_json
 from nnunetv2_mgml.io.forms import told_apart, two_places
 from nnunetv2_mgml.io.grid import image_difference
@@ -281,6 +281,8 @@ def _convert_images(job: _Job) -> _Result:
     """Check the images and the label map of one case and write its images; bad data is listed, never raised."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     result, case = _Result(), job.case
+    if text := ending_in_name(case.name):
+        result.problems.append(text)
     volumes: dict[str, sitk.Image] = {}
     empty: list[str] = []
     for modality, path in case.images.items():

@@ -178,7 +178,31 @@ def parse_subset(text: str, channels: Sequence[str]) -> Subset:
     """Parse ``"t1+flair"`` (or ``"all"``) into a subset. Raises ValueError as `subset_from_present` does."""
     if text.strip().lower() == "all":
         return (True,) * len(channels)
-    return subset_from_present([part for part in re.split(r"[+,]", text) if part.strip()], channels)
+    return subset_from_present(split_names(text, channels), channels)
+
+
+def split_names(text: str, channels: Sequence[str]) -> list[str]:
+    """Return the modality names of a text in which plus or comma stand between them; blanks around them are dropped.
+
+    A name that holds one of these itself (``T1+C``) is kept whole where the channel is called so, or where it is
+    another name of a channel and its parts are not all channels.
+    """
+    pieces = re.split(r"([+,])", text)
+    names, start = [], 0
+    while start < len(pieces):
+        ends = range(len(pieces), start, -2)
+        end = next(e for e in ends if e == start + 1 or _is_one_name(pieces[start:e], channels))
+        names.append("".join(pieces[start:end]).strip())
+        start = end + 1
+    return [name for name in names if name]
+
+
+def _is_one_name(pieces: Sequence[str], channels: Sequence[str]) -> bool:
+    name = "".join(pieces).strip().lower()
+    if name in (channel.strip().lower() for channel in channels):
+        return True
+    known = {canonical_name(channel) for channel in channels}
+    return canonical_name(name) in known and not all(canonical_name(part) in known for part in pieces[::2])
 
 
 def subset_name(subset: Sequence[bool], channels: Sequence[str]) -> str:

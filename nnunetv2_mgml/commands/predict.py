@@ -119,6 +119,7 @@ def _request_from(args: argparse.Namespace, is_ours: bool) -> PredictionRequest:
         folds=args.f,
         step_size=args.step_size,
         part=(getattr(args, "part_id", 0), getattr(args, "num_parts", 1)),
+        processes=(args.npp, args.nps),
         checks_input=is_ours,
     )
 

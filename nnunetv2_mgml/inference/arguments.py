@@ -38,6 +38,18 @@ def check_part(part_id: int, num_parts: int) -> None:
         raise ValueError(f"part_id must be 0 to {num_parts - 1} with num_parts {num_parts}, got {part_id}.")
 
 
+def check_processes(preprocessing: int, export: int, num_parts: int) -> None:
+    """Raise a ValueError unless nnU-Net's own prediction works with so many worker processes: both kinds, or none."""
+    if min(preprocessing, export) < 0 or (preprocessing == 0) != (export == 0):
+        raise ValueError(
+            f"-npp and -nps are both 1 or more, or both 0 for no worker processes, got {preprocessing} and {export}."
+        )
+    if preprocessing == 0 and num_parts > 1:
+        raise ValueError(
+            f"Without worker processes (-npp 0 -nps 0) nnU-Net would predict all {num_parts} parts. Use some."
+        )
+
+
 def check_folds(folds: Sequence[str | int]) -> None:
     """Raise a ValueError unless every fold is a number or ``all``."""
     wrong = [str(fold) for fold in folds if str(fold) != "all" and not str(fold).isdecimal()]

@@ -23,7 +23,14 @@ from nnunetv2_mgml.io.case_files import (
     find_brats,
 )
 from nnunetv2_mgml.io.case_sheet import SHEET_SUFFIXES, read_sheet
-from nnunetv2_mgml.modalities import BRATS_CHANNELS, Subset, canonical_name, channel_index, subset_from_missing
+from nnunetv2_mgml.modalities import (
+    BRATS_CHANNELS,
+    Subset,
+    canonical_name,
+    channel_index,
+    split_names,
+    subset_from_missing,
+)
 
 AUTO = "auto"
 """The word that means: go by the files that exist, case by case."""
@@ -74,7 +81,7 @@ def parse_missing(missing: str | Sequence[str] | None, channels: Sequence[str]) 
     if missing is None:
         return MissingModalities(False, (True,) * len(channels))
     texts = [missing] if isinstance(missing, str) else list(missing)
-    names = [name for text in texts for part in re.split(r"[,+]", text) for name in _names(part, channels)]
+    names = [name for text in texts for part in split_names(text, channels) for name in _names(part, channels)]
     if not names:
         raise ValueError(f"Name at least one missing modality of {', '.join(channels)}, or '{AUTO}'.")
     named = [name for name in names if name.lower() != AUTO]
@@ -267,13 +274,7 @@ def resolve(case: Case, missing: str | Sequence[str] | None, channels: Sequence[
     problems = [
         text for channel, text in case.problems if channel is None or channel >= len(channels) or wish.allowed[channel]
     ]
-    problems += [
-        f"{case.files[c]} has channel number {c:04d}, but the model has {len(channels)} channels "
-        f"({_numbered(range(len(channels)), channels)}). If {c:04d} is part of the case's name, the file of its "
-        f"{channels[0]} is to be named {case.name}_{c:04d}_0000 with the same ending"
-        for c in sorted(case.files)
-        if c >= len(channels)
-    ]
+    problems += beyond(case, channels)
     if problems:
         raise CaseError(f"Case {case.name}: {'; '.join(problems)}.")
     present = tuple(c in case.files and wish.allowed[c] for c in range(len(channels)))
@@ -318,6 +319,17 @@ def _case(name: str, paths: Sequence[str], file_ending: str) -> Case:
                 (channel, f"{path} has channel number {channel:04d}, but the model reads {file_ending} files only")
             )
     return Case(name, files, tuple(problems))
+
+
+def beyond(case: Case, channels: Sequence[str]) -> list[str]:
+    """Return what is wrong with files whose channel number the model does not have."""
+    return [
+        f"{case.files[c]} has channel number {c:04d}, but the model has {len(channels)} channels "
+        f"({_numbered(range(len(channels)), channels)}). If {c:04d} is part of the case's name, the file of its "
+        f"{channels[0]} is to be named {case.name}_{c:04d}_0000 with the same ending"
+        for c in sorted(case.files)
+        if c >= len(channels)
+    ]
 
 
 def _numbered(indices: Sequence[int] | range, channels: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from nnunetv2_mgml.inference.arguments import check_part
 from nnunetv2_mgml.inference.inputs import Case, cases_from_lists, check_source, find_cases
+from nnunetv2_mgml.io.case_files import ending_in_name
 from nnunetv2_mgml.io.names import some
 from nnunetv2_mgml.io.targets import is_same
 from nnunetv2_mgml.io.volumes import not_finished, not_finished_archive
@@ -69,6 +70,7 @@ def plan_cases(
             case = replace(case, name=f"{case.name} [{number}]")
         planned.append(PlannedCase(case, ofile, segmentation))
     _refuse_images(planned, file_ending)
+    _refuse_endings(planned)
     mine = planned[part_id::num_parts]
     kept = [] if overwrite else [p for p in mine if p.case.name not in again]
     done = [p for p in kept if _is_finished(p, file_ending, save_probabilities)]
@@ -188,6 +190,14 @@ def output_folder(target: str | Path | list[str] | None) -> str | None:
     if not target:
         return None
     return str(target) if isinstance(target, (str, Path)) else os.path.dirname(target[0]) or os.curdir
+
+
+def _refuse_endings(planned: Sequence[PlannedCase]) -> None:
+    """Raise a ValueError where an output's name, to which the ending is added, has one already."""
+    for each in planned:
+        text = "" if each.ofile is None else ending_in_name(os.path.basename(each.ofile))
+        if text:
+            raise ValueError(f"{each.ofile} cannot be written: {text}.")
 
 
 def _outputs(names: list[str], target: str | Path | list[str] | None) -> Sequence[str | None]:

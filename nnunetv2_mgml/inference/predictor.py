@@ -27,6 +27,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
+from nnunetv2_mgml.inference.arguments import check_processes
 from nnunetv2_mgml.inference.arrays import prepare_image, prepare_named
 from nnunetv2_mgml.inference.case_quality import export_and_sum_up
 from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require_openvino
@@ -228,6 +229,14 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 f"{previous} (-prev_stage_predictions)."
             )
         check_places(source, target, folder_with_segs_from_prev_stage)
+        if self.missing_modalities is None:
+            check_processes(num_processes_preprocessing, num_processes_segmentation_export, num_parts)
+            if num_processes_preprocessing == 0:
+                if isinstance(target, str):  # upstream makes it in the other call only
+                    os.makedirs(target, exist_ok=True)
+                return self.predict_from_files_sequential(
+                    source, target, save_probabilities, overwrite, folder_with_segs_from_prev_stage
+                )
         self.failures = {}
         self._check_input(source)
         if self.missing_modalities is not None:  # upstream writes into the folder before it looks for cases

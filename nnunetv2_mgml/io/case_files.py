@@ -23,6 +23,7 @@ from nnunetv2_mgml.modalities import (
 )
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+_TAKEN_OFF = (*NIFTI_SUFFIXES, ".img.gz", ".img", ".hdr")
 IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd", ".nhdr", ".tif", ".tiff", ".dcm")
 BRATS_CONTENT = {
     suffix: (naming, modality)
@@ -102,6 +103,15 @@ def walk_files(source: Path) -> Iterator[Path]:
         above[root] = (*parents, real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
         yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
+
+
+def ending_in_name(name: str) -> str:
+    """Return what is wrong with a case's name that ends like a file, empty where nothing is: ITK takes it off.
+
+    What is to be written as ``scan.nii.nii.gz`` it writes as ``scan.nii``.
+    """
+    ending = next((e for e in _TAKEN_OFF if name.lower().endswith(e)), "")
+    return f"its name ends with {ending}, as a file's does; leave that out of the name" if ending else ""
 
 
 def _raise(error: OSError) -> None:

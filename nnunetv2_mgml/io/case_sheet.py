@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases
+from nnunetv2_mgml.io.case_files import CaseFiles, FoundCases, ending_in_name
 from nnunetv2_mgml.modalities import canonical_name
 
 SHEET_SUFFIXES = (".csv", ".tsv")
@@ -71,6 +71,8 @@ def read_sheet(path: Path, modalities: Sequence[str] = (), known: Sequence[str] 
         texts = [f"{file} does not exist" for file in (*images.values(), case.label) if file and not _is_file(file)]
         if name.startswith(".") or "/" in name or "\\" in name:
             texts.append("its name would name another folder; leave slashes and the dot in front out")
+        if text := ending_in_name(name):
+            texts.append(text)
         if count[name] > 1:
             texts.append(f"is in {'two' if count[name] == 2 else count[name]} rows")
         if not images:
@@ -104,6 +106,7 @@ def _rows(path: Path) -> tuple[str, list[dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=header.count), strict=True)
     rows, last = [], 0
     try:
+        _refuse_doubles(path, reader.fieldnames or ())
         for row in reader:
             rows.append(row)
             last = reader.line_num
@@ -113,6 +116,17 @@ def _rows(path: Path) -> tuple[str, list[dict[str, str]]]:
             f"closed there, and would swallow the rows below it."
         ) from error
     return header, rows
+
+
+def _refuse_doubles(path: Path, header: Sequence[str]) -> None:
+    """Refuse two columns of one name, of which one would be lost; upper and lower case count as the same."""
+    names = [name.strip().lower() for name in header]
+    doubles = dict.fromkeys(name for name in names if name and names.count(name) > 1)
+    if doubles:
+        raise ValueError(
+            f"{path} has more than one column {', '.join(doubles)} (upper and lower case are the same); only one could "
+            f"be read. Rename or remove the others."
+        )
 
 
 def _refuse_line_breaks(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:

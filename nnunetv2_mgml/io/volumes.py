@@ -12,6 +12,7 @@ import gzip
 import logging
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def read_image(path: str | os.PathLike[str], dimensions: tuple[int, ...] = (2, 3
 
     Args:
         path: any file SimpleITK reads. It knows no spacing of a TIFF volume: that is taken from the file nnU-Net writes
-            beside it, ``CASE.json`` with ``spacing`` in mm, in array axis order (1 mm where there is none).
+            beside it, ``CASE.json`` (also of ``CASE_0000.tif``) with ``spacing`` in mm, in array axis order (1 mm where
+            there is none).
         dimensions: how many axes it may have.
 
     Returns:
@@ -382,8 +384,9 @@ def _not_finite(what: str | os.PathLike[str], bad: int) -> str:
 
 def _tiff_spacing(path: Path) -> list[float]:
     """Return the spacing in mm, (z, y, x); 1 mm where nnU-Net would assume it, too."""
-    file = path.with_suffix(".json")
-    if not file.is_file():
+    of_case = path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")  # nnU-Net's, one for all images of a case
+    file = next((f for f in (path.with_suffix(".json"), of_case) if f.is_file()), None)
+    if file is None:
         return [1.0, 1.0, 1.0]
     content = read_json(file)
     spacing = content.get("spacing") if isinstance(content, dict) else None

@@ -69,9 +69,9 @@ def open_output(
         restart_if_changed: ``overwrite`` where settings differ, resume where they do not.
 
     Raises:
-        ValueError: the folder holds an evaluation with other settings, or these subsets and more, or predictions of
-            unknown origin, or is an input or another's folder, or an input lies in what would be deleted; the message
-            names it.
+        ValueError: the folder holds an evaluation with other settings, or of subsets that are not among these, or
+            predictions of unknown origin, or is an input or another's folder, or an input lies in what would be
+            deleted; the message names it.
     """
     file = folder / _SETTINGS
     inputs = list(inputs)
@@ -98,7 +98,7 @@ def open_output(
             f"another -o, or --overwrite to {_again(different)}."
         )
     else:
-        _refuse_fewer_subsets(folder, subsets)
+        _refuse_other_subsets(folder, subsets)
     for name in _RESULTS:
         (folder / name).unlink(missing_ok=True)
     if (folder / PAGE).is_file() and is_page(folder / PAGE):
@@ -141,11 +141,11 @@ def _delete_earlier(folder: Path, stored: dict[str, Any], different: dict[str, s
             shutil.rmtree(part)
 
 
-def _refuse_fewer_subsets(folder: Path, subsets: Sequence[str]) -> None:
+def _refuse_other_subsets(folder: Path, subsets: Sequence[str]) -> None:
     summary = folder / "summary.json"
     before = read_json(summary).get("subsets", []) if summary.is_file() else []
     lost = [name for name in before if name not in subsets]
-    if lost and set(subsets) < set(before):
+    if lost:
         raise ValueError(
             f"{folder} holds the results of {len(before)} subsets; this run would replace them by those "
             f"of {len(subsets)}, without {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. Use "

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from nnunetv2_mgml.plans.splits import read_splits
 from nnunetv2_mgml.presentation.figures.cohort import cohort_page
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.scoring.regions import LabelSet, label_set
+from nnunetv2_mgml.scoring.sources import file_ending
 from nnunetv2_mgml.workflows.check_associations import Association, associations_of
 from nnunetv2_mgml.workflows.check_case import CaseCheck, check_case
 
@@ -81,6 +82,8 @@ class DatasetCheck:
     """Whether nnU-Net has planned it on this machine, so that `mgml plan` has plans to start from."""
     patients: dict[str, str] = dataclasses.field(default_factory=dict)
     """Case -> patient, where the source named them."""
+    num_training: int | None = None
+    """What dataset.json says how many training cases there are; None where it does not."""
     in_folders: bool = True
     """Whether its files lie in ``imagesTr`` and ``labelsTr``, where `mgml convert split` looks for them."""
 
@@ -152,7 +155,7 @@ def check_dataset(request: CheckRequest) -> DatasetCheck:
     }
     sites = read_groups(folder, SITES_FILE)
     labels = label_set(description) if "labels" in description else None
-    findings = _findings(checks, channels, labels)
+    findings = _findings(checks, channels, labels) | _labels_alone(folder, description, subsets)
     ignore_label = None if labels is None else labels.ignore_label
     result = DatasetCheck(
         folder.name,
@@ -167,6 +170,7 @@ def check_dataset(request: CheckRequest) -> DatasetCheck:
         (),
         _is_planned(folder.name),
         read_groups(folder, PATIENTS_FILE),
+        description.get("numTraining"),
         "dataset" not in description,
     )
     result = dataclasses.replace(result, proposals=tuple(_proposals(result)))
@@ -259,6 +263,16 @@ def _findings(
     return {name: tuple(texts) for name, texts in found.items() if texts}
 
 
+def _labels_alone(folder: Path, description: Mapping[str, Any], cases: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return a finding for every label map of ``labelsTr`` whose case has no image in ``imagesTr``."""
+    if "dataset" in description:  # files are listed one by one, wherever they lie
+        return {}
+    ending = file_ending(dict(description))
+    names = sorted(file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}"))
+    lonely = (name for name in names if name not in cases and not name.startswith("."))
+    return {name: ("has a label map in labelsTr, but no image in imagesTr: nobody trains on it",) for name in lonely}
+
+
 def outlying(values: Sequence[float]) -> NDArray[np.float64]:
     """Return how far each value is from the median, in robust standard deviations; zeros for fewer than eight values.
 
@@ -277,6 +291,11 @@ def outlying(values: Sequence[float]) -> NDArray[np.float64]:
 # --- what to do -------------------------------------------------------------------------------------------------------
 def _proposals(check: DatasetCheck) -> Iterable[Proposal]:
     dataset = check.dataset_id
+    if check.num_training is not None and check.num_training != len(check.subsets):
+        yield Proposal(
+            f"dataset.json says numTraining {check.num_training}, but there are {len(check.subsets)} training cases, "
+            f"so nnU-Net refuses the data set: add what is missing, or correct the number"
+        )
     if check.placeholders:
         yield Proposal(
             f"{len(check.placeholders)} case(s) have placeholder volumes that are not recorded: nnU-Net's fingerprint "

@@ -101,6 +101,8 @@ def check_case(job: tuple[RawCase, tuple[str, ...]]) -> CaseCheck:
     result.findings += _copies(volumes, inside, channels) + _uncovered(result.channels, channels)
     if case.label.exists():
         _look_at_label(case.label, reference, voxel_ml, result)
+    else:
+        result.findings.append(f"no label map: {case.label} does not exist, and nnU-Net needs one of every case")
     return result
 
 

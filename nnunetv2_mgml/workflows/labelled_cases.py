@@ -17,7 +17,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_mgml.dataloading.availability import case_availability
 from nnunetv2_mgml.inference.inputs import Case, find_cases
 from nnunetv2_mgml.inference.subsets.label_maps import FoldCases
-from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.plans.cohort import listed_cases, read_missing
 from nnunetv2_mgml.plans.folders import PREPROCESSED, RAW, dataset_name, nnunet_folder
@@ -129,10 +128,15 @@ def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str
     dataset = dataset_name(dataset, (RAW, PREPROCESSED))
     dataset_json = load_dataset_json(model_folder / "dataset.json")
     file = nnunet_folder(PREPROCESSED) / dataset / SPLITS_FILE
-    splits = read_json(file)
+    splits = read_splits(file.parent)
+    if splits is None:
+        raise FileNotFoundError(f"{file} does not exist: the folds are those of nnUNetv2_train, which writes it.")
     for fold in folds:
         if int(fold) >= len(splits):
             raise ValueError(f"{file} has folds 0 to {len(splits) - 1}, not {fold}.")
+        if not splits[int(fold)]["val"]:
+            raise ValueError(f"Fold {fold} of {file} has no validation cases. Evaluate a folder with -i and -l.")
+    _refuse_shared_cases(file, splits, folds)
     names = {fold: sorted(splits[int(fold)]["val"]) for fold in folds}
     raw = nnunet_folder(RAW) / dataset if os.environ.get(RAW) else None
     if raw is None or not (raw / "dataset.json").is_file():
@@ -148,6 +152,21 @@ def validation_cases(model_folder: Path, dataset: str, folds: Sequence[int | str
         work.append(FoldCases((fold,), tuple(known[name][0] for name in wanted)))
     source = Source("validation", dataset, tuple(map(str, folds)), *_raw_folders(raw))
     return LabelledCases(tuple(work), {name: reference for name, (_, reference) in known.items()}, source)
+
+
+def _refuse_shared_cases(file: Path, splits: Sequence[Mapping[str, Any]], folds: Sequence[int | str]) -> None:
+    """Raise a ValueError where a case would be predicted by two folds, each under its own name."""
+    folds_of: dict[str, list[str]] = {}
+    for fold in folds:
+        for case in splits[int(fold)]["val"]:
+            folds_of.setdefault(case, []).append(str(fold))
+    shared = {case: found for case, found in folds_of.items() if len(found) > 1}
+    if shared:
+        case, found = next(iter(sorted(shared.items())))
+        raise ValueError(
+            f"{len(shared)} validation cases belong to more than one of folds {', '.join(map(str, folds))} of {file}, "
+            f"such as {case} (folds {' and '.join(found)}). Evaluate these folds one by one, each with its own -o."
+        )
 
 
 def warn_of_other_training_cases(

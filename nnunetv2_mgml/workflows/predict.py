@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from nnunetv2_mgml.inference import uncertainty
-from nnunetv2_mgml.inference.arguments import check_device, check_folds, check_part, check_step_size
+from nnunetv2_mgml.inference.arguments import (
+    check_device,
+    check_folds,
+    check_part,
+    check_processes,
+    check_step_size,
+)
 from nnunetv2_mgml.inference.compiled import BACKENDS
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.io.cpus import usable_cpus
@@ -41,6 +47,8 @@ class PredictionRequest:
     step_size: float = 0.5
     part: tuple[int, int] = (0, 1)
     """``(part_id, num_parts)``, which nnU-Net forgets where it runs without worker processes."""
+    processes: tuple[int, int] | None = None
+    """``-npp`` and ``-nps``; None: not known."""
     checks_input: bool = False
     """Refuse an input in which nnU-Net's own prediction finds no case, where that is what was asked for."""
 
@@ -60,7 +68,8 @@ def check_request(request: PredictionRequest) -> None:
     """Raise where a request cannot be, before any model is loaded.
 
     Raises:
-        ValueError: a flag without ``--missing_modalities``, a fold, a step size or a part that cannot be.
+        ValueError: a flag without ``--missing_modalities``, a fold, a step size, a part or a number of processes that
+            cannot be.
     """
     asked = {
         "preview": request.preview,
@@ -73,6 +82,8 @@ def check_request(request: PredictionRequest) -> None:
     check_folds(request.folds)
     check_step_size(request.step_size)
     check_part(*request.part)
+    if not request.uses_our_flags and request.processes is not None:
+        check_processes(*request.processes, request.part[1])
 
 
 def build_predictor(request: PredictionRequest, *args: Any, **kwargs: Any) -> MGMLPredictor:

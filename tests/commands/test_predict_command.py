@@ -315,6 +315,18 @@ def test_a_model_folder(command, tmp_path: Path, results: Path, monkeypatch: pyt
     assert set(segmentations(tmp_path / "out")) == {"p.nii.gz"}
 
 
+@pytest.mark.parametrize(("processes", "code"), [((0, 0), 0), ((1, 0), 2), ((0, 1), 2)])
+def test_a_model_folder_without_worker_processes(
+    command, tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str], processes: tuple[int, int], code: int
+) -> None:
+    """nnU-Net's own command for folders fails with 0 after it has loaded the model."""
+    write_case(tmp_path / "in", "p")
+    counts = ["-npp", processes[0], "-nps", processes[1]]
+    assert command("-m", results / MODEL, *counts, entry="predict_entry_point_modelfolder") == code
+    assert ("both 0 for no worker processes" in capsys.readouterr().err) == (code == 2)
+    assert set(segmentations(tmp_path / "out")) == (set() if code else {"p.nii.gz"})
+
+
 def test_without_our_flags_a_stock_model_gives_the_files_of_stock_nnunet(
     command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,14 @@ def test_bad_cases_are_named_and_nothing_is_written(nnunet_folders: Path, source
     assert summary.num_training == 1
 
 
+def test_a_case_that_is_called_like_a_file_is_named(nnunet_folders: Path, source: Path) -> None:
+    """Before anything is written: ITK would write it under another name, and the disk would be blamed."""
+    (source / "b").rename(source / "b.nii.gz")
+    with pytest.raises(ValueError, match=r"b\.nii\.gz: its name ends with \.nii\.gz, as a file's does"):
+        convert(source)
+    assert tree(nnunet_folders / "raw") == []
+
+
 def test_refusals(nnunet_folders: Path, source: Path) -> None:
     with pytest.raises(ValueError, match=r"No case of .* has a label map, so nothing can be trained"):
         convert_cohort(CohortRequest(find_by_patterns(source, PATTERNS), 45, "Cohort", num_processes=1))

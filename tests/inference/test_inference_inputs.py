@@ -12,6 +12,7 @@ from inference_cases import write_image
 
 from nnunetv2_mgml.inference.inputs import Case, CaseError, cases_from_lists, find_cases, parse_missing, resolve
 from nnunetv2_mgml.inference.planning import check_places, plan_cases, refuse_incomplete
+from nnunetv2_mgml.modalities import canonical_name, parse_subset
 from nnunetv2_mgml.upstream.plain_errors import PlainError
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -94,6 +95,20 @@ def test_names_take_aliases_commas_and_any_case() -> None:
     wish = parse_missing(["AUTO", "t1c"], CHANNELS)
     assert (wish.auto, wish.allowed) == (True, (True, False, True, True))
     assert parse_missing(["auto"], CHANNELS).allowed == (True,) * 4
+
+
+def test_a_name_with_a_plus_is_one_name() -> None:
+    """Contrast-enhanced T1 is often called T1+C; as the channel is, or by that other name of it."""
+    for channels in (("T1", "T1+C", "T2", "FLAIR"), CHANNELS):
+        enhanced = canonical_name("T1+C")
+        where = [canonical_name(c) for c in channels].index(enhanced)
+        assert parse_missing(["t1+c"], channels).allowed == tuple(c != where for c in range(4))
+        assert parse_subset("T1+C+flair", channels) == tuple(canonical_name(c) in (enhanced, "flair") for c in channels)
+    odd = ("t1", "c", "a,b")
+    assert parse_missing("t1+c", odd).allowed == (False, False, True)
+    assert parse_subset("a,b + c", odd) == (False, True, True)
+    with pytest.raises(ValueError, match="Unknown modality 'd'"):
+        parse_missing("t1+d", odd)
 
 
 def test_a_name_with_a_blank_is_one_name() -> None:

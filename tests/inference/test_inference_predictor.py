@@ -289,6 +289,28 @@ def test_a_refused_call_writes_nothing(tmp_path: Path, model: Path, missing: Any
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_is_named_without_ending(tmp_path: Path, auto: MGMLPredictor) -> None:
+    """To which the data set's is added; ITK would take one of the two off again."""
+    files = [[str(file) for file in write_case(tmp_path / "in", "a").values()]]
+    for call in (auto.predict_from_files, auto.predict_from_files_sequential):
+        with pytest.raises(ValueError, match=r"out/a\.nii\.gz cannot be written: its name ends with \.nii\.gz"):
+            call(files, [str(tmp_path / "out" / "a.nii.gz")])
+
+
+def test_stock_prediction_without_worker_processes(tmp_path: Path, model: Path) -> None:
+    """``num_processes_*`` may be 0 there too; one of them alone nobody can work with."""
+    write_case(tmp_path / "in", "a")
+    stock = predictor(model, None)
+    places = (str(tmp_path / "in"), str(tmp_path / "out"), False, True)
+    with pytest.raises(ValueError, match="both 0 for no worker processes, got 1 and 0"):
+        stock.predict_from_files(*places, 1, 0)
+    with pytest.raises(ValueError, match="would predict all 2 parts"):
+        stock.predict_from_files(*places, 0, 0, None, 2, 0)
+    assert not (tmp_path / "out").exists()
+    stock.predict_from_files(*places, 0, 0)
+    assert set(segmentations(tmp_path / "out")) == {"a.nii.gz"}
+
+
 def test_the_sequential_call_can_be_given_a_part(tmp_path: Path, model: Path) -> None:
     for name in "ab":
         write_case(tmp_path / "in", name, [0])

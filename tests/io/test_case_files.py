@@ -197,6 +197,21 @@ def test_sheet_as_a_spreadsheet_program_saves_it(tmp_path: Path) -> None:
     assert second.images["FLAIR"] == tmp_path / "b" / "x, y.mha"
 
 
+def test_columns_of_one_name_and_file_names_for_cases(tmp_path: Path) -> None:
+    """One of the columns would be lost, and ITK takes the ending off a name."""
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    for header, name in (("case,T1,flair,t1 ", "t1"), ("case,t1,label,label", "label"), ("case,t1,Case,flair", "case")):
+        (tmp_path / "s.csv").write_text(f"{header}\nx,a.nii.gz,b.nii.gz,a.nii.gz\n")
+        with pytest.raises(ValueError, match=f"more than one column {name} "):
+            read_sheet(tmp_path / "s.csv")
+    names = ("x.nii.gz", "y.NII", "z.hdr", "v.img", "w.nii.z")
+    (tmp_path / "s.csv").write_text("\n".join(["case,t1,,", *(f"{name},a.nii.gz,," for name in names)]))
+    found = read_sheet(tmp_path / "s.csv")
+    assert [case.name for case in found.cases] == ["w.nii.z"]
+    assert set(found.problems) == set(names[:-1])
+    assert found.problems["x.nii.gz"] == ["its name ends with .nii.gz, as a file's does; leave that out of the name"]
+
+
 def test_rows_that_cannot_be_right(tmp_path: Path) -> None:
     """Of two rows for one case neither is taken, whichever of them has its files."""
     touch(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz")

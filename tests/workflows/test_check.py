@@ -8,6 +8,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
+import tifffile
 from cohort_cases import CHANNELS, SHAPE, label, save, volume, write_raw
 
 from nnunetv2_mgml.commands.check import describe
@@ -193,6 +195,37 @@ def test_what_missingness_goes_with(nnunet_folders: Path) -> None:
     text = "\n".join(describe(check))
     assert "label 2 is in 100% of the cases with t1 and in 0% of those without (p < 0.001)" in text
     assert "site: A 100%, B 0%" in text
+
+
+def test_cases_without_label_map_and_label_maps_without_case(raw: Path) -> None:
+    """nnU-Net stops at the first of them."""
+    (raw / "labelsTr" / "d.nii.gz").unlink()
+    (raw / "labelsTr" / "e.nii.gz").rename(raw / "labelsTr" / "zz.nii.gz")
+    found = findings_of(raw)
+    assert set(found) == {"d", "e", "zz"}
+    assert "no label map" in found["d"][0]
+    assert "no image in imagesTr" in found["zz"][0]
+    (raw / "imagesTr" / "f_0000.nii.gz").unlink()
+    (raw / "imagesTr" / "f_0001.nii.gz").unlink()
+    (raw / "imagesTr" / "f_0002.nii.gz").unlink()
+    assert any("numTraining 10, but there are 9" in p.why for p in check_dataset(REQUEST).proposals)
+
+
+def test_spacing_of_tiff_is_in_the_file_of_the_case(nnunet_folders: Path) -> None:
+    """Of its images as well as of its label map, as nnU-Net reads them."""
+    folder = nnunet_folders / "raw" / DATASET
+    raw = write_raw(folder, cases=("a", "b"), file_ending=".tif")
+    for file in [*raw.glob("*Tr/*.nii.gz")]:
+        tifffile.imwrite(
+            file.with_name(file.name.replace(".nii.gz", ".tif")), sitk.GetArrayFromImage(sitk.ReadImage(file))
+        )
+        file.unlink()
+    for case in ("a", "b"):
+        for part in ("imagesTr", "labelsTr"):
+            (raw / part / f"{case}.json").write_text('{"spacing": [3, 0.5, 0.5]}')
+    check = check_dataset(REQUEST)
+    assert check.findings == {}
+    assert check.cases[0].label_ml == {1: pytest.approx(64 * 0.75 / 1000)}
 
 
 def test_an_ignore_label_is_no_tissue_and_an_unread_label_map_no_absence(nnunet_folders: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from inference_cases import CHANNELS, SHAPE, image, load, predictor, write_case, write_image, write_model
 
 from nnunetv2_mgml.commands import main as cli
-from nnunetv2_mgml.inference.inputs import Case
+from nnunetv2_mgml.inference.inputs import Case, CaseError
 from nnunetv2_mgml.inference.preprocessing import Item
 from nnunetv2_mgml.inference.subsets.groups import prepare_subset_groups
 from nnunetv2_mgml.inference.subsets.label_maps import SubsetLabelMaps
@@ -183,6 +183,13 @@ def test_subsets_with_one_mask_share_their_preprocessing(model, images):
     assert len(shared.groups) == 1
 
 
+def test_a_channel_the_model_does_not_have_is_an_error(model, images):
+    """As in prediction: the number may be part of the case's name."""
+    files = {c: str(images / f"a_{c:04d}.nii.gz") for c in range(4)} | {7: str(images / "a_0000.nii.gz")}
+    with pytest.raises(CaseError, match="has channel number 0007, but the model has 4 channels"):
+        prepare_subset_groups(Case("a", files), SUBSETS, subset_predictor(model).model, shared=False)
+
+
 def test_shared_preprocessing_does_not_depend_on_the_subsets_left_to_do(model, images):
     case = Case("b", {c: str(images / f"b_{c:04d}.nii.gz") for c in range(4)})
     subset = (True, False, False, False)
@@ -240,6 +247,7 @@ def test_a_case_whose_images_changed_is_predicted_again(model, images, labels, t
     assert evaluate(model, images, labels, out, "--subsets", *names) == 0
     before = {(name, case): load(out / "predictions" / name / f"{case}.nii.gz") for name in names for case in "ab"}
     write_image(images / "a_0003.nii.gz", image(3, seed=9))
+    (out / "summary.json").unlink()  # as if that run had been killed: finished results are not left out
     assert evaluate(model, images, labels, out, "--subsets", "t1", "t2+flair", "t2") == 0
     assert not (out / "predictions" / "flair" / "a.nii.gz").exists()  # not asked for now, and outdated
     for (name, case), old in before.items():

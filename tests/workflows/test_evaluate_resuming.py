@@ -87,11 +87,11 @@ class TestResuming:
         write_study(tmp_path, subsets=("t1", "flair", "t2"))
         evaluate(tmp_path, ("t1", "flair"))
         scored.clear()
-        assert len(evaluate(tmp_path, ("t1", "t2")).subset_names) == 2
+        assert len(evaluate(tmp_path, ("t1", "flair", "t2")).subset_names) == 3
         assert scored == [(f"case_{i}", ["t2"]) for i in range(3)]
         scored.clear()
         write_labels(tmp_path / "predictions" / "t1" / "case_2.nii.gz", random_labels(2))
-        changed = evaluate(tmp_path, ("t1", "t2"))
+        changed = evaluate(tmp_path, ("t1", "flair", "t2"))
         assert scored == [("case_2", ["t1"])]
         assert changed.values("dice", "whole tumor").loc["case_2", "t1"] == 1
 
@@ -294,6 +294,15 @@ class TestResuming:
         with pytest.raises(ValueError, match=r"results of 2 subsets.*without flair"):
             evaluate(tmp_path, ("t1",))
         assert (tmp_path / "out" / "results.csv").is_file()
+
+    def test_other_subsets_do_not_replace_the_results(self, tmp_path):
+        """Neither those of which none was there, nor a new one in the place of an old one."""
+        write_study(tmp_path, subsets=("t1", "flair", "t2"))
+        evaluate(tmp_path, ("t1", "flair"))
+        for others in (("t2",), ("t1", "t2")):
+            with pytest.raises(ValueError, match=r"results of 2 subsets.*without .*flair"):
+                evaluate(tmp_path, others)
+        assert set(evaluate(tmp_path, ("t1", "flair", "t2")).subset_names) == {"t1", "flair", "t2"}
 
     def test_a_foreign_or_unreadable_case_file_is_listed(self, tmp_path, monkeypatch):
         write_study(tmp_path)

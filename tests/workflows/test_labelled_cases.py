@@ -97,6 +97,30 @@ def test_validation_cases_come_from_the_raw_data(model: Path, nnunet_folders: Pa
     assert found.source.images is None, "files listed one by one have no folder"
 
 
+def test_folds_that_share_validation_cases_are_evaluated_one_by_one(model: Path, nnunet_folders: Path) -> None:
+    """Else one fold's model would predict them, and the other get the credit."""
+    file = nnunet_folders / "preprocessed" / DATASET / "splits_final.json"
+    file.write_text(json.dumps([{"train": ["b"], "val": ["a"]}, {"train": ["c"], "val": ["a", "b"]}]))
+    with pytest.raises(ValueError, match=r"1 validation cases belong to .* such as a \(folds 0 and 1\)"):
+        validation_cases(model, "900", (0, 1))
+    with pytest.raises(ValueError, match="folds 0 and 0"):
+        validation_cases(model, "900", (0, 0))
+
+
+@pytest.mark.parametrize("content", ['{"train": [], "val": []}', '[["a"], ["b"]]', '[{"train": ["a"]}]'])
+def test_a_damaged_split_is_named(model: Path, nnunet_folders: Path, content: str) -> None:
+    file = nnunet_folders / "preprocessed" / DATASET / "splits_final.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"splits_final\.json must hold a list of folds"):
+        validation_cases(model, "900", (0,))
+    file.write_text('[{"train": ["a"], "val": []}]')
+    with pytest.raises(ValueError, match=r"Fold 0 of .* has no validation cases"):
+        validation_cases(model, "900", (0,))
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"splits_final\.json does not exist"):
+        validation_cases(model, "900", (0,))
+
+
 def test_a_listed_file_that_does_not_exist_is_a_missing_modality(model: Path, nnunet_folders: Path) -> None:
     """As in training (`plans.cohort.raw_cases`)."""
     raw = nnunet_folders / "raw" / DATASET

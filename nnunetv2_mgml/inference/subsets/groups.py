@@ -21,7 +21,7 @@ from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError
+from nnunetv2_mgml.inference.inputs import Case, CaseError, EmptyCaseError, beyond
 from nnunetv2_mgml.inference.preprocessing import Model, preprocess_volumes, read_previous_stage, varying
 from nnunetv2_mgml.inference.reading import read_case
 from nnunetv2_mgml.modalities import Subset
@@ -81,10 +81,10 @@ def prepare_subset_groups(
     Raises:
         CaseError: a file that is wrong, or no file at all.
     """
-    problems = [text for _, text in case.problems]
+    channels = model.channels
+    problems = [text for _, text in case.problems] + beyond(case, channels)
     if problems:
         raise CaseError(f"Case {case.name}: {'; '.join(problems)}.")
-    channels = model.channels
     wanted = [c for c in range(len(channels)) if c in case.files and (shared or any(s[c] for s in subsets))]
     if not case.files:
         raise CaseError(f"Case {case.name}: no file for any of {', '.join(channels)}.")
