@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
-from conditional_weights import condition_weights
 from cubes_data import Cubes, cut, draw
 from cubes_variants import CHANNELS, Run
 from precision import precision_on
@@ -24,8 +22,6 @@ from nnunetv2_mgml.plans.options import SamplingOptions
 
 _WIDTHS = (32, 64, 128, 256, 320, 320)
 _POLY = 0.9
-_COINS = 1
-"""Beside the seed, of what decides whether a sample sees a random subset or everything (``complete_first``)."""
 _WARM_UP_STEPS = 6
 """Steps before a graph is captured: lazy set-up and cuDNN's choice of algorithms happen in them."""
 
@@ -72,10 +68,8 @@ class Training:
         self.plan = make_plan((patch,) * 3, stages, widths=_WIDTHS[:stages])
         if settings["stock"]:
             self.learner: Learner = StockLearner(
-                self.plan, device, settings["stock_width_factor"], bool(settings["conditional"])
+                self.plan, device, settings["stock_width_factor"], settings["conditional"]
             )
-            if settings["conditional"] == "weights":
-                condition_weights(self.learner.network)
         else:
             narrow = {"width_factor": settings["width_factor"], "gradient_checkpointing": False}  # time counts here
             self.learner = Learner(self.plan, {**run.options, **narrow}, device)
@@ -92,8 +86,6 @@ class Training:
             visible = torch.tensor(run.subsets[0]).expand_as(draws.visible).contiguous()
             draws = draws._replace(visible=visible)
         self.draws = type(draws)(*(values.to(device) for values in draws))
-        coins = np.random.default_rng([run.seed, _COINS]).random((capacity, settings["batch"]), np.float32)
-        self.coins = torch.from_numpy(coins).to(device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.total = torch.tensor([float(run.steps)], device=device)
         self.losses = torch.zeros(capacity, device=device)
@@ -172,12 +164,8 @@ class Training:
     def _step(self) -> None:
         draws = self.draws.at(self.counter)
         images, regions = cut(self.cubes, draws, self.settings["patch"])
+        batch = Batch(images, at_scales(regions, self.plan), draws.visible, torch.ones_like(draws.visible))
         share = (self.counter / self.total).clamp(max=1).squeeze(0)
-        visible = draws.visible
-        if self.settings["complete_first"]:  # a chance that falls from 1 to 0 over this share of the training
-            random_subset = self.coins.index_select(0, self.counter)[0] < share / self.settings["complete_first"]
-            visible = visible | ~random_subset[:, None]
-        batch = Batch(images, at_scales(regions, self.plan), visible, torch.ones_like(visible))
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"].copy_(rate * (1 - share) ** _POLY)
             optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ CHANNELS = ("t1", "t1ce", "t2", "flair")
 STEP_SECONDS = Path(__file__).parent / "results" / "cubes_seconds.json"
 """What `cubes_seconds.py` measured."""
 SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
-_FREE = ("only", "patients", "learning_rate", "weight_decay", "complete_first")
+_FREE = ("only", "patients", "learning_rate", "weight_decay")
 """Settings that do not change what a step costs."""
 
 

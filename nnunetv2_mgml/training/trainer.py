@@ -48,7 +48,9 @@ from nnunetv2_mgml.training.run_notes import run_notes
 from nnunetv2_mgml.training.validation import drop_report_of_other_weights, validate_subsets
 from nnunetv2_mgml.training.warm_start import Start, read_donor
 from nnunetv2_mgml.upstream import training_step
+from nnunetv2_mgml.upstream.best_checkpoint import best_average, keep_average_finite
 from nnunetv2_mgml.upstream.checkpoints import loading
+from nnunetv2_mgml.upstream.cpu_layers import make_fast
 from nnunetv2_mgml.upstream.distributed import place
 from nnunetv2_mgml.upstream.optimizer_state import without_optimizer_state
 from nnunetv2_mgml.upstream.plain_errors import PlainError
@@ -158,6 +160,8 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         check_regions(self.dataset_json)
         seed_epoch(self.options.training.seed, self.current_epoch, self.local_rank)
         super().initialize()
+        if self.device.type == "cpu" and self.options.training.cpu_bfloat16:  # also of a stock network
+            make_fast(bare(self.network).modules())
         self.learner = self.learner_class(self)
         for line in self.learner.describe():
             self.print_to_log_file(line)
@@ -276,6 +280,11 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
             result: dict[str, Any] = super().validation_step(shown)
         return result
 
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """nnU-Net's; an epoch whose patches hold nothing, of which nothing is predicted, does not spoil its average."""
+        super().on_validation_epoch_end(val_outputs)
+        keep_average_finite(self.logger, self.current_epoch)
+
     def on_epoch_end(self) -> None:
         """Write the epoch's row and figure around nnU-Net's bookkeeping (which saves checkpoints, counts the epoch up).
 
@@ -328,6 +337,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "checkpoint"
         with loading(name, flag=False), nullcontext() if same else without_optimizer_state(self):
             super().load_checkpoint(filename_or_checkpoint)
+        self._best_ema: float | None = best_average(self.logger, self._best_ema)
         self.my_init_kwargs = own  # the next checkpoint is of these plans; nnU-Net has put the stored ones there
         self.stored_cases = stored.training_cases
         for group in self.optimizer.param_groups:  # it came with the state, as it was then

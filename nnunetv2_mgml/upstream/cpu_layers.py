@@ -9,7 +9,8 @@ per group is the same and takes half the time or less, forward and backward, but
 side: there it is a batch norm again, of pieces. A prediction's norm behind a convolution writes over what that made:
 fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a processor with instructions for it)
 goes the same way, with the roundings that PyTorch's layers have. Elsewhere (other devices and dtypes, training under
-autocast, tracing, function transforms, shapes without data) the layers are PyTorch's.
+autocast, tracing, function transforms, shapes without data) the layers are PyTorch's, but for bfloat16 convolutions of
+two slices that learn, which are computed in float32: PyTorch's gradient of their weights is not one.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
     networks, and asks PyTorch whether operations are counted or transformed and oneDNN has bfloat16.
@@ -50,6 +51,9 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z', y', x')``."""
+        if _gradient_is_wrong(self, input):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(input.float()).to(torch.bfloat16)
         if not (_suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and _onednn()):
             return super().forward(input)
         stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
@@ -57,6 +61,22 @@ class Conv3d(nn.Conv3d):
             learning: torch.Tensor = _Convolution.apply(input.contiguous(), self.weight, self.bias, stride, padding)
             return learning
         return _predicted(self, input, stride, padding)
+
+
+def _gradient_is_wrong(conv: nn.Conv3d, x: torch.Tensor) -> bool:
+    """Return whether the gradient of the weights would be read from memory that nobody has written.
+
+    PyTorch 2.14 does so in bfloat16 where kernels of more than one tap run over two slices.
+    """
+    return (
+        x.ndim == 5
+        and x.shape[2] == 2
+        and conv.kernel_size[0] > 1
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):

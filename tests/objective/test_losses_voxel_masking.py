@@ -28,6 +28,23 @@ def test_mean_chance_is_what_w_f_and_ratio_ask_for(
     assert chance.mean((1, 2, 3)).tolist() == pytest.approx([min(2 * ratio * (1 - w_f), 0.95), ratio], abs=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(w_f=st.floats(0, 1), share=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+def test_mean_chance_is_that_of_the_voxels_that_are_taught(w_f: float, share: float, seed: int) -> None:
+    """Sparse annotation often lies where the doubt is: ignored voxels must not stand for it."""
+    label = randn(2, 3, 400, seed=seed, scale=3.0).softmax(1)
+    doubt = 1 - label.amax(1)
+    valid = doubt >= doubt.quantile(1 - share, 1, keepdim=True)
+    chance = drop_chance(label, torch.full((2,), w_f), 0.2, "confidence", valid)[:, 0]
+    for sample in range(2):
+        assert chance[sample][valid[sample]].mean().item() == pytest.approx(0.4 * (1 - w_f), abs=1e-5)
+    everywhere = torch.ones_like(valid)
+    everything = drop_chance(label, torch.full((2,), w_f), 0.2, "confidence", everywhere)
+    torch.testing.assert_close(everything, drop_chance(label, torch.full((2,), w_f), 0.2, "confidence"))
+    nothing = drop_chance(label, torch.full((2,), w_f), 0.2, "confidence", ~everywhere)
+    assert nothing.isfinite().all()
+
+
 def test_chance_is_proportional_to_doubt() -> None:
     label = randn(1, 4, 8, 8, scale=0.5).softmax(1)
     chance = drop_chance(label, torch.tensor([0.5]), 0.2, "confidence")

@@ -467,3 +467,27 @@ def test_norms_stay_pytorchs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [type(other) for other in others]
     make_fast(others)
     assert [type(other) for other in others] == kinds
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16")
+@pytest.mark.parametrize("slices", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2)])
+def test_gradients_in_bfloat16_are_those_of_float32(slices: int, stride: tuple[int, ...]) -> None:
+    """PyTorch's gradient of the weights is not one where there are two slices: memory nobody has written."""
+    torch.manual_seed(slices)
+    conv = nn.Conv3d(8, 16, 3, stride, 1)
+    make_fast([conv])
+    x = torch.randn(2, 8, slices, 4, 4, requires_grad=True)
+    exact = conv(x)
+    weights = torch.randn_like(exact)
+    expected = torch.autograd.grad((exact * weights).sum(), [*conv.parameters(), x])
+    for _ in range(3):
+        freed = [torch.full((conv.weight.numel(),), 1e30) for _ in range(8)]
+        del freed
+        with torch.autocast("cpu", torch.bfloat16):
+            found = conv(x)
+            assert found.dtype == torch.bfloat16
+        for one, two in zip(
+            expected, torch.autograd.grad((found * weights).sum(), [*conv.parameters(), x]), strict=True
+        ):
+            assert torch.linalg.vector_norm(one - two) < 0.02 * torch.linalg.vector_norm(one)

@@ -111,7 +111,7 @@ def paper_soft_label_loss(
     """
     with no_autocast(logits):
         log_fused = raw_fusion(logits, available, parameters).log_softmax(1)
-        keep = keep_map(log_fused.detach().exp(), parameters.w_f, ratio, mode)
+        keep = keep_map(log_fused.detach().exp(), parameters.w_f, ratio, mode, valid=valid)
         keep = keep if valid is None else keep & valid[:, None]
         students = (at_least_float32(logits).softmax(2) * keep[:, None]).flatten(3)
         per_class = (students * log_fused.flatten(2)[:, None]).sum(-1)

@@ -198,7 +198,13 @@ class SoftLabel(Term):
             present = self.present(step)
             fused = self.fuse(step)
             log_soft = fused.scores.log_softmax(1)[:, None]
-            keep = keep_map(log_soft[:, 0].detach().exp(), fused.w_f, self.options.mask_ratio, self.options.mask_mode)
+            keep = keep_map(
+                log_soft[:, 0].detach().exp(),
+                fused.w_f,
+                self.options.mask_ratio,
+                self.options.mask_mode,
+                valid=step.valid,
+            )
             trains_meta = self.meta_network is not None and self.options.meta_objective == "soft_label"
             loss = soft_label_loss(
                 step.log_probabilities,
