@@ -25,10 +25,10 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nnunetv2_mgml.inference.arguments import check_processes
-from nnunetv2_mgml.inference.arrays import prepare_image, prepare_named
+from nnunetv2_mgml.inference.arrays import on_host, prepare_image, prepare_named
 from nnunetv2_mgml.inference.case_quality import export_and_sum_up
 from nnunetv2_mgml.inference.compiled import BACKENDS, CompiledNetworks, require_openvino
 from nnunetv2_mgml.inference.earlier import Earlier
@@ -411,7 +411,10 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         truncated_ofname: str | list[str] | None,
         num_processes: int = 3,
     ) -> Iterator[Item | FailedItem]:
-        """As upstream. An image is ``(M, z, y, x)``, or a tuple of ``M`` volumes with None for a missing one."""
+        """As upstream. An image is ``(M, z, y, x)``, or a tuple of ``M`` volumes with None for a missing one.
+
+        Tensors are taken as arrays. With output files properties need more than the spacing (`geometry`).
+        """
         arguments = (
             image_or_list_of_images,
             segs_from_prev_stage_or_list_of_segs_from_prev_stage,
@@ -429,7 +432,14 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                     name,
                     ofile,
                     functools.partial(
-                        prepare_image, name, image, properties, previous, self.missing_modalities, self.model, ofile
+                        prepare_image,
+                        name,
+                        on_host(image),
+                        properties,
+                        on_host(previous),
+                        self.missing_modalities,
+                        self.model,
+                        ofile,
                     ),
                 )
             )
@@ -446,8 +456,11 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
     ) -> Any:
         """As upstream. The image is ``(M, z, y, x)``, or a tuple of ``M`` volumes with None for a missing one.
 
+        Tensors are taken as arrays. With an output file properties need more than the spacing (`geometry`).
+
         Raises:
-            CaseError: the image cannot be predicted.
+            ValueError: no spacing.
+            CaseError: the image cannot be predicted, or not be written.
         """
         name = os.path.basename(output_file_truncated) if output_file_truncated else "image"
         item = prepare_image(
@@ -464,17 +477,17 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
 
     def predict_case(
         self,
-        images: Mapping[str, NDArray[Any] | str | Path | None],
+        images: Mapping[str, ArrayLike | str | Path | None],
         *,
         spacing: Sequence[float] | None = None,
         properties: dict[str, Any] | None = None,
-        previous_stage: NDArray[Any] | str | Path | None = None,
+        previous_stage: ArrayLike | str | Path | None = None,
         return_probabilities: bool = False,
     ) -> Any:
         """Predict one case given by modality names; names left out (or None) are missing.
 
         Args:
-            images: name -> path, or ``(z, y, x)`` array as the model's reader returns it.
+            images: name -> path, or ``(z, y, x)`` array as the model's reader returns it, or a tensor of any device.
             spacing: for arrays, in mm and in the order of the array axes.
             properties: for arrays, all image properties instead of ``spacing``.
             previous_stage: a cascade's previous-stage labels, path or ``(z, y, x)`` array.
@@ -488,7 +501,7 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 model that does not support missing modalities.
         """
         if properties is None and spacing is not None:
-            properties = {"spacing": [float(s) for s in spacing]}
+            properties = {"spacing": spacing}
         check_supported(self.network, self.trainer_name)
         item = prepare_named("given", images, properties, previous_stage, self.missing_modalities or [AUTO], self.model)
         function, arguments = self._export_call(item, self._logits(item), return_probabilities)
