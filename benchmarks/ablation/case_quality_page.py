@@ -31,7 +31,8 @@ With each validation case left out in turn the same fit gives
 
 Training's final validation and `mgml evaluate --write_subset_report` fit it; nothing has to be asked for, and it
 travels with the model. A region that is predicted empty gets the mean Dice of validation cases in which it was,
-without an interval.
+without an interval. With a `--remove_small` rule a smaller region counts as empty, in the fit and in the estimate as
+in the scores; its voxels are those of the label map, on the image's grid.
 
 ## On held-out patients
 

@@ -11,7 +11,7 @@ nnU-Net.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from nnunetv2_mgml.modalities import subset_name
 
 KEY = "case_quality"
 """In ``subset_report.json``; reports written before 0.2 have none."""
+SMALLEST = "min_region_voxels"
+"""Of a region's entry: a mask of fewer voxels counted as empty where this was fitted. None or absent: no rule."""
 SUMMARY_ENDING = ".probabilities.json"
 """Of the file that an evaluation keeps beside each label map: what `sum_up` found."""
 SIGNS = ("expected_precision", "expected_sensitivity")
@@ -32,7 +34,11 @@ _ODDS_WITHIN = 1e-3
 """Probabilities closer to 0 or 1 than this count as this close: log-odds end somewhere."""
 
 Summary = dict[str, dict[str, float | None]]
-"""Region -> ``voxels`` of its mask on the network's grid, `SIGNS` and ``expected_dice`` (None where it is empty)."""
+"""Region -> ``voxels`` of its mask, `SIGNS` and ``expected_dice`` (None where it is empty).
+
+Expectations are those on the network's grid. What is kept and used has the voxels of the label map, on the image's grid
+(`on_image`), as the scores have; files written before counted them on the network's.
+"""
 
 
 def sum_up(logits: NDArray[Any], label_manager: Any) -> Summary:
@@ -43,7 +49,7 @@ def sum_up(logits: NDArray[Any], label_manager: Any) -> Summary:
         label_manager: nnU-Net's, of the model.
 
     Returns:
-        Per region of ``dataset.json``, in its order; see `Summary`.
+        Per region of ``dataset.json``, in its order; see `Summary`. Voxels are those of the preprocessed grid.
     """
     regions = _regions(label_manager)
     heads = (
@@ -76,6 +82,33 @@ def summary(voxels: float, inside: float, everywhere: float) -> dict[str, float 
     }
 
 
+def on_image(found: Summary, segmentation: NDArray[Any], label_manager: Any) -> Summary:
+    """Return a summary with the voxels that the label map has on the image's grid.
+
+    Args:
+        found: of `sum_up`.
+        segmentation: ``(z, y, x)`` integers, as written.
+        label_manager: nnU-Net's, of the model.
+    """
+    counts = np.bincount(segmentation.ravel())
+    told = {}
+    for region, members in _regions(label_manager).items():
+        voxels = int(counts[[label for label in members if label < len(counts)]].sum())
+        told[region] = {**found[region], "voxels": voxels} if voxels else summary(0, 0, 0)
+    return told
+
+
+def counts_as_empty(entry: Mapping[str, float | None], smallest: float = 1) -> bool:
+    """Return whether a region of a prediction counts as empty: it has fewer than ``smallest`` voxels, or none.
+
+    Args:
+        entry: of the region in `Summary`; without ``voxels``, that it has no `SIGNS` says so.
+        smallest: the rule the scores were made with (``--remove_small``), in voxels of the image.
+    """
+    voxels = entry.get("voxels")
+    return signs_of(entry)[0] != signs_of(entry)[0] if voxels is None else voxels < max(1, smallest)
+
+
 def signs_of(entry: Mapping[str, float | None]) -> tuple[float, ...]:
     """Return the log-odds of `SIGNS` of a region's entry in `Summary`; NaN where its mask is empty."""
     found = []
@@ -98,14 +131,14 @@ def estimate(fitted: Mapping[str, Any], subset: str, entry: Mapping[str, float |
         ``estimate``, ``low`` and ``high`` (Dice as fractions; the interval holds 90 % of validation cases, each left
         out in turn) and ``doubtful``; None where validation cases say nothing.
     """
-    signs = signs_of(entry)
-    if signs[0] != signs[0]:
+    if counts_as_empty(entry, fitted.get(SMALLEST) or 1):
         value = fitted["empty"]
         if value is None:
             return None
         return {"estimate": value, "low": None, "high": None, "doubtful": value < fitted["doubtful_below"]}
     known = fitted["subsets"].get(subset)
-    if known is None:
+    signs = signs_of(entry)
+    if known is None or signs[0] != signs[0]:  # no signs: what is there on the image's grid only
         return None
     moved = known["dice"]
     for sign, usual, weight, (low, high) in zip(signs, known["signs"], fitted["weights"], fitted["range"], strict=True):
@@ -131,7 +164,10 @@ def stored_fit(model_folder: Path | str) -> dict[str, Any]:
         return {}
     path, content = stored
     try:
-        regions = {str(name): _checked(entry) for name, entry in content[KEY]["regions"].items()}
+        rules = content.get(SMALLEST) or {}  # of the whole report; the first fits had none of their own
+        regions = {
+            str(name): _checked({SMALLEST: rules.get(name), **entry}) for name, entry in content[KEY]["regions"].items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, TypeError(f"'{KEY}' is not what 'mgml evaluate' writes")) from error
     return {name: entry for name, entry in regions.items() if entry["used"]}
@@ -154,8 +190,9 @@ def _checked(entry: Any) -> dict[str, Any]:
     number(entry["doubtful_below"])
     for known in entry["subsets"].values():
         number(known["dice"]), number(known["low"]), number(known["high"])
-    if entry["empty"] is not None:
-        number(entry["empty"])
+    for name in ("empty", SMALLEST):
+        if entry[name] is not None:
+            number(entry[name])
     return dict(entry)
 
 
@@ -201,7 +238,7 @@ def _regions(label_manager: Any) -> dict[str, tuple[int, ...]]:
 
 
 def export_and_sum_up(keep: bool, logits: NDArray[Any], *arguments: Any) -> Summary:
-    """Run `upstream.export.export_case` and return `sum_up`; runs in workers.
+    """Run `upstream.export.export_case` and return `sum_up` of the label map it wrote; runs in workers.
 
     Args:
         keep: also write the summary beside the label map, and before it, so that none is without.
@@ -211,9 +248,14 @@ def export_and_sum_up(keep: bool, logits: NDArray[Any], *arguments: Any) -> Summ
     from nnunetv2_mgml.upstream.export import export_case  # nnU-Net is slow to import
 
     _, _, plans_manager, dataset_json, ofile, _ = arguments
-    found = sum_up(logits, plans_manager.get_label_manager(dataset_json))
-    if keep:
-        Path(ofile).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(f"{ofile}{SUMMARY_ENDING}"), found)
-    export_case(logits, *arguments)
+    write: Callable[..., None] = export_case
+    label_manager = plans_manager.get_label_manager(dataset_json)
+    found = sum_up(logits, label_manager)
+
+    def look(segmentation: NDArray[Any]) -> None:
+        found.update(on_image(found, segmentation, label_manager))
+        if keep:
+            write_json(Path(f"{ofile}{SUMMARY_ENDING}"), found)
+
+    write(logits, *arguments, look=look)
     return found

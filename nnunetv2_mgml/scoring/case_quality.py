@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunetv2_mgml.inference.case_quality import SIGNS, SUMMARY_ENDING, signs_of
+from nnunetv2_mgml.inference.case_quality import SIGNS, SMALLEST, SUMMARY_ENDING, counts_as_empty, signs_of
 from nnunetv2_mgml.inference.subset_quality import RELIABILITY_BOUND
 from nnunetv2_mgml.io.files import read_json
 from nnunetv2_mgml.scoring.results import Evaluation
@@ -59,11 +59,13 @@ def fit_case_quality(evaluation: Evaluation, predictions: Path) -> dict[str, Any
         predicted = np.zeros(signs.shape[:2], bool)
         for (case, subset), entries in found.items():
             place = cases.index(case), subsets.index(subset)
-            if entries[region]["voxels"] >= smallest.get(region, 1):
+            empty = counts_as_empty(entries[region], smallest.get(region, 1))
+            if not empty:
                 signs[place] = signs_of(entries[region])
-            predicted[place] = True
+            # a mask that is there on the image's grid only has no signs, and is not empty either
+            predicted[place] = empty or np.isfinite(signs[place]).all()
         dice = np.where(predicted, table.to_numpy(np.float64), np.nan)
-        regions[region] = fit_region(dice, signs, subsets)
+        regions[region] = {**fit_region(dice, signs, subsets), SMALLEST: smallest.get(region)}
     return {"interval": LEVEL, "false_alarms": FALSE_ALARMS, "cases": len(cases), "regions": regions}
 
 
@@ -72,7 +74,7 @@ def fit_region(dice: Values, signs: Values, subsets: Sequence[str]) -> dict[str,
 
     Args:
         dice: ``(N, S)``, fractions, NaN where there is none.
-        signs: ``(N, S, 2)``, see `signs_of`; NaN where the predicted mask is empty.
+        signs: ``(N, S, 2)``, see `signs_of`; NaN where the predicted mask is empty, or counts as empty.
         subsets: ``S`` names.
 
     Returns:

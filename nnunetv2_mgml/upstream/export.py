@@ -9,7 +9,7 @@ Guarded by: tests/upstream/test_export.py, tests/upstream/test_inference_drift.p
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def export_case(
     dataset_json: dict[str, Any],
     ofile: str,
     save_probabilities: bool,
+    look: Callable[[NDArray[Any]], None] | None = None,
 ) -> None:
     """Run nnU-Net's own export in a scratch folder beside the output, then move what it wrote into place.
 
@@ -45,6 +46,8 @@ def export_case(
         dataset_json: the model's dataset.json.
         ofile: output file without ending.
         save_probabilities: also write ``.npz`` and ``.pkl``.
+        look: is called with the label map ``(z, y, x)`` on the image's grid once it is written whole, before anything
+            is put in place.
 
     Raises:
         VolumeError: the output's name is not UTF-8.
@@ -62,7 +65,7 @@ def export_case(
                 logits,
                 properties,
                 configuration_manager,
-                _CheckedPlans(plans_manager),
+                _CheckedPlans(plans_manager, look),
                 dataset_json,
                 os.path.join(temporary, name),
                 save_probabilities,
@@ -87,20 +90,22 @@ def _remove_outdated(folder: str, name: str, ending: str, written: Collection[st
 class _CheckedPlans:
     """nnU-Net's plans, whose writer checks what it has written."""
 
-    def __init__(self, plans: PlansManager) -> None:
+    def __init__(self, plans: PlansManager, look: Callable[[NDArray[Any]], None] | None = None) -> None:
         self._plans = plans
+        self._look = look
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plans, name)
 
     def image_reader_writer_class(self) -> _CheckedWriter:
         """Return a writer, as ``image_reader_writer_class()`` of the plans does."""
-        return _CheckedWriter(self._plans.image_reader_writer_class())
+        return _CheckedWriter(self._plans.image_reader_writer_class(), self._look)
 
 
 class _CheckedWriter:
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, look: Callable[[NDArray[Any]], None] | None = None) -> None:
         self._writer = writer
+        self._look = look
 
     def write_seg(self, seg: NDArray[Any], output_fname: str, properties: dict[str, Any]) -> None:
         """Write a label map ``(z, y, x)`` and read it back."""
@@ -111,3 +116,5 @@ class _CheckedWriter:
         except Exception as error:  # every reader library has its own exceptions
             raise not_written(os.path.basename(output_fname)) from error
         check_written(os.path.basename(output_fname), seg, np.reshape(found, np.shape(seg)))
+        if self._look is not None:
+            self._look(seg)

@@ -10,7 +10,7 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
-from inference_cases import predictor, report, write_case, write_model
+from inference_cases import image, predictor, report, write_case, write_image, write_model
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.inference import case_quality as module
@@ -124,6 +124,52 @@ def test_a_damaged_fit_is_named(model: Path, change: dict[str, Any] | None) -> N
     store(model, [] if change is None else {"whole_tumor": {**FITTED, **change}})
     with pytest.raises(ValueError, match=r"subset_report.json is damaged.*'case_quality'"):
         stored_fit(model)
+
+
+def test_the_rule_of_the_fit_is_that_of_its_report_where_it_has_none_of_its_own(model: Path) -> None:
+    content = json.loads((model / REPORT_NAME).read_text())
+    assert stored_fit(model)["whole_tumor"]["min_region_voxels"] is None
+    content["min_region_voxels"] = {"whole_tumor": 70, "tumor_core": 9}
+    (model / REPORT_NAME).write_text(json.dumps(content))
+    assert stored_fit(model)["whole_tumor"]["min_region_voxels"] == 70
+    content["case_quality"]["regions"]["whole_tumor"]["min_region_voxels"] = 80
+    (model / REPORT_NAME).write_text(json.dumps(content))
+    assert stored_fit(model)["whole_tumor"]["min_region_voxels"] == 80
+    content["case_quality"]["regions"]["whole_tumor"]["min_region_voxels"] = "many"
+    (model / REPORT_NAME).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"subset_report.json is damaged.*'case_quality'"):
+        stored_fit(model)
+
+
+@pytest.mark.parametrize("labels_json", [builders.BRATS_JSON, LABELS_JSON])
+def test_voxels_are_those_of_the_label_map(labels_json: dict[str, Any]) -> None:
+    entry = {"voxels": 5, "expected_precision": 0.5, "expected_sensitivity": 0.25, "expected_dice": 1 / 3}
+    manager = managers(labels_json)
+    first, *others = found = sum_up(np.ones((3, 2, 3, 4), np.float32), manager)
+    label_map = np.array([[[0, 2, 2, 0]]], np.uint8)
+    told = module.on_image(dict.fromkeys(found, entry), label_map, manager)
+    assert told[first] == {**entry, "voxels": 2}
+    assert {told[region]["voxels"] for region in others} == ({0, 2} if labels_json is builders.BRATS_JSON else {0})
+    assert told[others[-1]]["expected_precision"] is None
+
+
+def test_a_prediction_from_images_of_another_spacing_counts_their_voxels(model: Path, tmp_path: Path) -> None:
+    """The network's voxels are 1 mm wide, so it sees eight for each of the image's."""
+    (tmp_path / "in").mkdir()
+    for channel in (0, 3):
+        write_image(tmp_path / "in" / f"a_{channel:04d}.nii.gz", image(channel), spacing=2.0)
+    auto = predictor(model)
+    voxels = int(
+        np.isin(
+            auto.predict_case({"t1": tmp_path / "in/a_0000.nii.gz", "flair": tmp_path / "in/a_0003.nii.gz"}), (1, 2, 3)
+        ).sum()
+    )
+    for smallest, whole in ((voxels, True), (voxels + 1, False)):
+        store(model, {"whole_tumor": {**FITTED, "empty": 0.125, "min_region_voxels": smallest}})
+        auto.predict_from_files_sequential(str(tmp_path / "in"), str(tmp_path / "out"))
+        told = report(tmp_path / "out")["cases"]["a"]["estimated_dice"]["whole_tumor"]
+        assert (told["low"] is not None) == whole
+        assert (told["estimate"] != 0.125) == whole
 
 
 def test_reports_of_before_have_none(model: Path) -> None:

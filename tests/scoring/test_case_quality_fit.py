@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from evaluation_cases import NAMES, REGIONS, synthetic_evaluation
 
-from nnunetv2_mgml.inference.case_quality import SIGNS, SUMMARY_ENDING, estimate
+from nnunetv2_mgml.inference.case_quality import SIGNS, SUMMARY_ENDING, estimate, summary
 from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.scoring.case_quality import FALSE_ALARMS, fit_case_quality, fit_region, rank_correlation
 
@@ -80,6 +80,37 @@ def test_subsets_and_empty_predictions_of_which_little_is_known() -> None:
     assert estimate(fit_region(dice, signs, SUBSETS), "t1", nothing) is None
 
 
+def test_a_prediction_below_the_rule_of_the_fit_counts_as_empty(tmp_path: Path) -> None:
+    """Cases of 40 voxels were scored as empty; so is the estimate of a new one, however sure it is."""
+    evaluation = synthetic_evaluation(cases=20, metrics=["dice"])
+    table = evaluation.table.copy()
+    region, large = "enhancing tumor", table["case"] >= "case_10"
+    rng = np.random.default_rng(0)
+    for (case, subset), rows in table[table["region"] == region].groupby(["case", "subset"]):
+        sure = rng.uniform(0.7, 0.95)
+        told = summary(1000, 1000 * sure, 1000) if case >= "case_10" else summary(40, 38, 39)
+        write_json(tmp_path / str(subset) / f"{case}{SUMMARY_ENDING}", dict.fromkeys(REGIONS, told))
+        table.loc[rows.index, "value"] = sure - 0.05
+    table.loc[(table["region"] == region) & ~large, "value"] = 0.0
+    info = dataclasses.replace(evaluation.info, min_region_voxels={region: 500})
+    fitted = fit_case_quality(dataclasses.replace(evaluation, table=table, info=info), tmp_path)
+    assert fitted is not None
+    one = fitted["regions"][region]
+    assert one["used"]
+    assert one["min_region_voxels"] == 500
+    assert estimate(one, "t1", summary(40, 38, 39)) == {"estimate": 0.0, "low": None, "high": None, "doubtful": True}
+    assert estimate(one, "t1", summary(499, 400, 450)) == estimate(one, "t1", summary(0, 0, 0))
+    found = estimate(one, "t1", summary(500, 400, 450))
+    assert found is not None
+    assert found["estimate"] > 0.6
+
+
+def test_a_mask_that_is_there_on_the_image_grid_only_is_neither_empty_nor_used() -> None:
+    dice, signs = draws(12, 0)
+    fitted = fit_region(dice, signs, SUBSETS)
+    assert estimate({**fitted, "empty": 0.25}, "t1", {"voxels": 3, **dict.fromkeys(SIGNS)}) is None
+
+
 def test_rank_correlation() -> None:
     one, two = np.array([1.0, 2, 2, 4]), np.array([10.0, 20, 20, 15])
     assert rank_correlation(one, two) == pytest.approx(1 / 3)
@@ -109,5 +140,5 @@ def test_the_fit_reads_what_lies_beside_label_maps(tmp_path: Path) -> None:
     info = dataclasses.replace(evaluation.info, min_region_voxels={"enhancing tumor": 10})
     rule = fit_case_quality(dataclasses.replace(evaluation, info=info), tmp_path)
     assert rule is not None
-    assert rule["regions"]["enhancing tumor"] == {"used": False}, "all of them count as empty"
+    assert rule["regions"]["enhancing tumor"] == {"used": False, "min_region_voxels": 10}, "all are empty"
     assert rule["regions"]["tumor core"] == fitted["regions"]["tumor core"]

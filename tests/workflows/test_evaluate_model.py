@@ -405,6 +405,22 @@ def test_validation_cases_of_folds(nnunet_folders, images, labels, capsys):
     assert "fold 2" in capsys.readouterr().err
 
 
+def test_kept_summaries_count_the_voxels_of_the_label_maps(model, tmp_path):
+    """The images' voxels are twice as wide as the network's."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for channel in range(4):
+        write_image(tmp_path / "images" / f"a_{channel:04d}.nii.gz", image(channel), spacing=2.0)
+    write_image(tmp_path / "labels" / "a.nii.gz", np.ones(SHAPE, np.uint8), spacing=2.0)
+    assert evaluate(model, tmp_path / "images", tmp_path / "labels", tmp_path / "out", "--subsets", "t1", "all") == 0
+    for subset in ("t1", "t1+t1ce+t2+flair"):
+        folder = tmp_path / "out" / "predictions" / subset
+        kept = json.loads((folder / "a.probabilities.json").read_text())
+        written = load(folder / "a.nii.gz")
+        for region, labels in (("whole_tumor", (1, 2, 3)), ("tumor_core", (2, 3)), ("enhancing_tumor", (3,))):
+            assert kept[region]["voxels"] == np.isin(written, labels).sum()
+
+
 def test_a_cascade_predicts_its_first_stage_from_the_same_subset(images, tmp_path, capsys):
     model = write_model(tmp_path / "nnUNetTrainerMGML__nnUNetPlans__3d_fullres", cascade=True)
     (tmp_path / "labels").mkdir()
