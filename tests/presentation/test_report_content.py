@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_cases import DATASET, score, write_evaluation
 from report_page import assert_self_contained
 
-from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.modalities import all_subsets, subset_name
 from nnunetv2_mgml.presentation.report import content
 from nnunetv2_mgml.presentation.report.cases import spread_cases
+from nnunetv2_mgml.presentation.report.charts import score_figures
 from nnunetv2_mgml.presentation.report.page import Pictures, build_page
 from nnunetv2_mgml.presentation.report.sheets import label_names, telling_subsets
 from nnunetv2_mgml.scoring.metrics import get_metric
+from nnunetv2_mgml.scoring.results import COLUMNS, Evaluation
 
 CASES = ["case_a", "case_b", "case_c"]
+ALL_SUBSETS = [subset_name(subset, ("dwi", "adc", "flair")) for subset in all_subsets(3)]
 
 
 def test_numbers_of_the_page_are_those_of_the_evaluation(tmp_path: Path):
@@ -57,6 +62,64 @@ def test_missing_values_and_subsets_are_left_out(tmp_path: Path):
         "mean Dice over 2 subsets",
     ]
     assert_self_contained(build_page(evaluation, "partial", Pictures()))
+
+
+def uneven(tmp_path: Path, hard: int) -> Evaluation:
+    """Dice depends on the case alone; the last ``hard`` of four cases are bad ones and lack FLAIR."""
+    evaluation = write_evaluation(tmp_path, ["a", "b", "c", "d"])
+    table = evaluation.table[evaluation.table["metric"] == "dice"].copy()
+    bad = table["case"].isin(["a", "b", "c", "d"][4 - hard :])
+    table["value"] = np.where(bad, 0.3, 0.9)
+    return dataclasses.replace(evaluation, table=table[~bad | ~table["subset"].str.contains("flair")])
+
+
+def test_what_a_modality_is_worth_is_told_over_the_same_cases(tmp_path: Path):
+    evaluation = uneven(tmp_path, 2)
+    metric = content.headline_metric(evaluation)
+    told = "Over the cases with a score from every subset, of 4 in all: lesion 2, core 2."
+    for values in content.worth_by_region(evaluation, metric).values():
+        for worth in values.values():
+            assert worth == pytest.approx((30, 90, 0)), "no modality is worth more than another"
+    table = content.worth_table(evaluation, metric)
+    assert table is not None
+    assert table.caption.endswith(told)
+    findings = content.findings(evaluation, metric)
+    assert findings[-1].detail.endswith(told)
+    assert findings[0].detail == (
+        "lesion 90.00, core 90.00; over 2 to 4 cases (every mean over those with a score there, of 4 in all)"
+    )
+    heatmap, by_number, shapley = score_figures(evaluation, metric)
+    assert "over 2 to 4 cases" in heatmap.caption
+    assert by_number.caption.endswith(told)
+    assert shapley.caption.endswith(told)
+    for line in by_number.figure.axes[0].lines:
+        np.testing.assert_allclose(line.get_ydata(), 90)
+
+
+def test_nothing_is_said_of_cases_that_are_all_there(tmp_path: Path):
+    evaluation = write_evaluation(tmp_path, CASES)
+    metric = content.headline_metric(evaluation)
+    assert all("cases with a score" not in f.detail for f in content.findings(evaluation, metric))
+    charts = score_figures(evaluation, metric)
+    assert charts[0].caption.startswith("Mean Dice (%) over 3 cases, by region")
+    assert not any("every subset, of" in chart.caption for chart in charts)
+
+
+def test_without_a_case_that_has_every_subset_subsets_are_not_compared(tmp_path: Path):
+    evaluation = uneven(tmp_path, 4)
+    rows = [("e", s, r, "dice", 0.5) for s in ALL_SUBSETS if "flair" in s for r in evaluation.regions]
+    evaluation = dataclasses.replace(
+        evaluation, table=pd.concat([evaluation.table, pd.DataFrame(rows, columns=list(COLUMNS))])
+    )
+    metric = content.headline_metric(evaluation)
+    assert content.has_all_subsets(evaluation)
+    assert content.worth_table(evaluation, metric) is None
+    assert [chart.name for chart in score_figures(evaluation, metric)] == ["heatmap"]
+    assert_self_contained(build_page(evaluation, "uneven", Pictures()))
+    whole = pd.DataFrame([("f", s, "lesion", "dice", 0.5) for s in ALL_SUBSETS], columns=list(COLUMNS))
+    evaluation = dataclasses.replace(evaluation, table=pd.concat([evaluation.table, whole]))
+    assert list(content.worth_by_region(evaluation, metric)) == ["lesion"]
+    assert len(score_figures(evaluation, metric)) == 3
 
 
 def test_four_brats_modalities_follow_the_papers_row_order(tmp_path: Path):

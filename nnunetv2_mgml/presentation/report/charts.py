@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from nnunetv2_mgml.modalities import channel_index, table_rows
@@ -15,7 +16,14 @@ from nnunetv2_mgml.presentation.figures.shapley import shapley_bars
 from nnunetv2_mgml.presentation.figures.style import figure_bytes
 from nnunetv2_mgml.presentation.figures.subsets import score_by_count, subset_heatmap
 from nnunetv2_mgml.presentation.figures.training import training_curves
-from nnunetv2_mgml.presentation.report.content import mean_scores, worth_by_region
+from nnunetv2_mgml.presentation.report.content import (
+    cases_text,
+    mean_scores,
+    paired_cases,
+    paired_note,
+    paired_values,
+    worth_by_region,
+)
 from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import Metric
 from nnunetv2_mgml.scoring.regions import short_name
@@ -54,7 +62,11 @@ class Chart(NamedTuple):
 
 
 def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
-    """Draw heatmap, score by number of modalities and, where all subsets were evaluated, Shapley values."""
+    """Draw heatmap, score by number of modalities and, where all subsets were evaluated, Shapley values.
+
+    The heatmap has every mean there is. The other two compare subsets, so they are over the cases that have a score
+    from every subset, and left out where there is none.
+    """
     scores = mean_scores(evaluation, metric)
     regions = [short_name(region) for region in evaluation.region_names]
     order = table_rows(evaluation.channels)
@@ -65,26 +77,38 @@ def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
         Chart(
             "heatmap",
             "Every subset of modalities",
-            f"Mean {label} over {len(evaluation.cases)} cases, by region and available modalities (● present).",
+            f"Mean {label} over {cases_text(evaluation, metric)}, by region and available modalities (● present).",
             subset_heatmap(scores, rows, [display_name(name) for name in order], regions, label, value_format="{:.1f}"),
         ),
-        Chart(
-            "number_of_modalities",
-            "How many modalities are enough",
-            f"Mean {label} against the number of available modalities; each faint point is one subset.",
-            score_by_count(scores, evaluation.subsets, regions, label),
-        ),
     ]
+    paired = {r: paired_values(evaluation, metric, r).mean() for r, n in paired_cases(evaluation, metric).items() if n}
+    note = paired_note(evaluation, metric)
+    if paired:
+        charts.append(
+            Chart(
+                "number_of_modalities",
+                "How many modalities are enough",
+                _sentences(
+                    f"Mean {label} against the number of available modalities; each faint point is one subset.", note
+                ),
+                score_by_count(
+                    np.array(list(paired.values())).T, evaluation.subsets, [short_name(r) for r in paired], label
+                ),
+            )
+        )
     worth = worth_by_region(evaluation, metric)
     if worth:
         charts.append(
             Chart(
                 "shapley",
                 "Which sequence is worth acquiring",
-                f"Shapley value of each modality: its gain in mean {metric.title}, averaged over all orders in which "
-                f"the modalities could be acquired, computed exactly from all {len(rows)} subsets. No modality at all "
-                f"counts as 0, so the bars of a region add up to its score with all modalities. The tables also say "
-                f"how good each modality is alone and what is lost when only it is missing.",
+                _sentences(
+                    f"Shapley value of each modality: its gain in mean {metric.title}, averaged over all orders in "
+                    f"which the modalities could be acquired, computed exactly from all {len(rows)} subsets. No "
+                    f"modality at all counts as 0, so the bars of a region add up to its score with all modalities. "
+                    f"The tables also say how good each modality is alone and what is lost when only it is missing.",
+                    note,
+                ),
                 shapley_bars(
                     worth,
                     [display_name(name) for name in evaluation.channels],
@@ -94,6 +118,10 @@ def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
             )
         )
     return charts
+
+
+def _sentences(*parts: str) -> str:
+    return " ".join(filter(None, parts))
 
 
 def score_charts(evaluation: Evaluation, metric: Metric) -> list[Picture]:

@@ -82,15 +82,56 @@ def has_all_subsets(evaluation: Evaluation) -> bool:
     return len(evaluation.subsets) == int(2 ** len(evaluation.channels)) - 1
 
 
+def paired_values(evaluation: Evaluation, metric: Metric, region: str) -> pd.DataFrame:
+    """Return the values of the cases (rows) that have one from every subset (columns), in display units.
+
+    What is compared between subsets rests on these: where incomplete cases are evaluated on the subsets they have, or a
+    score has no value in some case, the subsets' means are over other cases each.
+    """
+    return evaluation.values(metric.name, region).dropna() * metric.display_factor
+
+
+def paired_cases(evaluation: Evaluation, metric: Metric) -> dict[str, int]:
+    """Return region -> number of cases in `paired_values`."""
+    return {region: len(paired_values(evaluation, metric, region)) for region in evaluation.region_names}
+
+
+def paired_note(evaluation: Evaluation, metric: Metric) -> str:
+    """Return a sentence about `paired_cases`; empty where these are all cases of the evaluation."""
+    counts, total = paired_cases(evaluation, metric), len(evaluation.cases)
+    if all(count == total for count in counts.values()):
+        return ""
+    told = ", ".join(f"{short_name(region)} {count}" for region, count in counts.items())
+    return f"Over the cases with a score from every subset, of {total} in all: {told}."
+
+
+def cases_text(evaluation: Evaluation, metric: Metric) -> str:
+    """Return how many cases the means of `mean_scores` are over, such as ``12 cases``, or ``5 to 12 cases``."""
+    counts = [
+        int(evaluation.summary(metric.name, region)[name]["n"])
+        for region in evaluation.region_names
+        for name in evaluation.subset_names
+    ]
+    low, high = min(counts), max(counts)
+    if low == high == len(evaluation.cases):
+        return f"{high} cases"
+    many = str(high) if low == high else f"{low} to {high}"
+    return f"{many} cases (every mean over those with a score there, of {len(evaluation.cases)} in all)"
+
+
 def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[str, ModalityWorth]]:
-    """Return region (short name) -> modality (display name) -> worth in display units; empty without all subsets."""
+    """Return region (short name) -> modality (display name) -> worth in display units, over `paired_values`.
+
+    Empty without all subsets; a region without such cases is left out.
+    """
     if not has_all_subsets(evaluation):
         return {}
-    scores = mean_scores(evaluation, metric)
     names = [display_name(channel) for channel in evaluation.channels]
+    values = {region: paired_values(evaluation, metric, region) for region in evaluation.region_names}
     return {
-        short_name(region): modality_worth(dict(zip(evaluation.subsets, scores[:, column], strict=True)), names)
-        for column, region in enumerate(evaluation.region_names)
+        short_name(region): modality_worth(dict(zip(evaluation.subsets, scores.mean(), strict=True)), names)
+        for region, scores in values.items()
+        if len(scores)
     }
 
 
@@ -150,6 +191,8 @@ def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
     scores = mean_scores(evaluation, metric)
     names = [short_name(region) for region in evaluation.region_names]
     counts = np.array([sum(subset) for subset in evaluation.subsets])
+    counted = cases_text(evaluation, metric)
+    differing = "" if counted == f"{len(evaluation.cases)} cases" else f"; over {counted}"
     result = []
     for title, rows in (
         ("with all modalities", counts == len(evaluation.channels)),
@@ -159,6 +202,7 @@ def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
         if rows.any() and np.isfinite(scores[rows]).any():
             per_region = [_mean(scores[rows, column]) for column in range(len(names))]
             detail = ", ".join(f"{name} {_number(value)}" for name, value in zip(names, per_region, strict=True))
+            detail += differing
             value = f"{_number(_mean(np.array(per_region)))} {metric.unit}"
             result.append(Finding(value, f"mean {metric.title} {title}", detail))
     worth = worth_by_region(evaluation, metric)
@@ -170,12 +214,13 @@ def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
             name: _mean(np.array([values[name].shapley for values in worth.values()]))
             for name in next(iter(worth.values()))
         }
+        note = paired_note(evaluation, metric)
         top = max(overall, key=lambda name: _low_if_nan(overall[name]))
         result.append(
             Finding(
                 top,
                 "most valuable modality (Shapley value)",
-                ", ".join(f"{region}: {name}" for region, name in best.items()),
+                ". ".join(filter(None, (", ".join(f"{r}: {name}" for r, name in best.items()), note))),
             )
         )
     return result
@@ -247,6 +292,7 @@ def worth_table(evaluation: Evaluation, metric: Metric) -> Table | None:
     worth = worth_by_region(evaluation, metric)
     if not worth:
         return None
+    note = paired_note(evaluation, metric)
     rows = [
         [Cell(region, region), Cell(name, name), _cell(value.shapley), _cell(value.alone), _cell(value.if_dropped)]
         for region, values in worth.items()
@@ -254,7 +300,7 @@ def worth_table(evaluation: Evaluation, metric: Metric) -> Table | None:
     ]
     return Table(
         "worth",
-        f"What each modality is worth in {metric.title} ({metric.unit})",
+        ". ".join(filter(None, (f"What each modality is worth in {metric.title} ({metric.unit})", note))),
         ["region", "modality", "Shapley value", "alone", "lost if only it is missing"],
         rows,
         [],
