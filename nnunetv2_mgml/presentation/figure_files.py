@@ -20,7 +20,6 @@ from nnunetv2_mgml.presentation.report.content import headline_metric, subset_ti
 from nnunetv2_mgml.presentation.report.sheets import label_names, short_title, telling_subsets
 from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import get_metric
-from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
 from nnunetv2_mgml.scoring.sources import EvaluationFiles
 
@@ -73,7 +72,7 @@ def write_difference_figures(table: pd.DataFrame, evaluations: Sequence[Evaluati
         figure = difference_intervals(
             values,
             titles,
-            [short_name(region) for region in first.region_names],
+            list(first.region_titles.values()),
             first.name,
             f"{metric.title} ({metric.unit})",
         )

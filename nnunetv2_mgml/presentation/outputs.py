@@ -9,6 +9,7 @@ import pandas as pd
 
 from nnunetv2_mgml.io.files import write_json, write_text
 from nnunetv2_mgml.presentation.tables import comparison_markdown, write_tables
+from nnunetv2_mgml.scoring.derived import ALL, name_of_all
 from nnunetv2_mgml.scoring.info import provenance
 from nnunetv2_mgml.scoring.results import Evaluation, save_evaluation
 from nnunetv2_mgml.scoring.sources import find_files
@@ -51,6 +52,8 @@ def write_comparison(
         write_difference_figures,
     )
 
+    together = name_of_all(evaluations[0].regions, "all")
+    inversions = compare_inversions(evaluations, seed).to_dict(orient="records")
     write_text(output / "comparison.csv", table.to_csv(index=False, na_rep="nan", lineterminator="\n"))
     write_json(
         output / "comparison.json",
@@ -63,7 +66,9 @@ def write_comparison(
             "test": "Wilcoxon signed-rank, two-sided, zeros after Pratt; Holm within a metric, AVG rows apart",
             **provenance(),
             "rows": table.to_dict(orient="records"),
-            "inversions": compare_inversions(evaluations, seed).to_dict(orient="records"),
+            "inversions": [
+                {**row, "region": together if row["region"] is ALL else row["region"]} for row in inversions
+            ],
         },
     )
     write_text(output / "comparison.md", comparison_markdown(table, evaluations, seed))

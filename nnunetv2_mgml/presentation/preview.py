@@ -17,7 +17,7 @@ from nnunetv2_mgml.presentation.figures.preview import preview_sheet
 from nnunetv2_mgml.presentation.figures.slices import knows_sides, read_axial, telling_slice
 from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.report.sheets import names_of_values
-from nnunetv2_mgml.scoring.regions import label_set, short_name
+from nnunetv2_mgml.scoring.regions import label_set, short_names
 
 FOLDER = PREVIEW
 _log = logging.getLogger(__name__)
@@ -69,12 +69,12 @@ def _draw(case: str, entry: Mapping[str, Any], folder: Path, dataset_json: Mappi
     if not images:
         raise ValueError("its report names no image files.")
     regions = label_set(dict(dataset_json)).regions
-    names = names_of_values(regions)
+    names, titles = names_of_values(regions), short_names(regions)
     oriented = knows_sides(f"{case}{dataset_json['file_ending']}")
     millilitres = float(np.prod(spacing)) / 1000
     counts = {name: np.isin(segmentation, labels).sum() for name, labels in regions.items()}
     volumes = [
-        f"{short_name(name)} {count * millilitres:.1f} ml" if oriented else f"{short_name(name)} {count} voxels"
+        f"{titles[name]} {count * millilitres:.1f} ml" if oriented else f"{titles[name]} {count} voxels"
         for name, count in counts.items()
     ]
     missing = f", without {', '.join(entry['missing'])}" if entry["missing"] else ""
@@ -112,27 +112,30 @@ def quality_lines(entry: Mapping[str, Any]) -> list[str]:
     if not expected:
         return ["Quality: not known (the model folder holds no subset_report.json)."]
     parts = []
+    estimated = entry.get("estimated_dice") or {}
+    titles = short_names({**expected, **estimated, **dict.fromkeys(entry.get("unreliable_regions") or [])})
     volumes = entry.get("expected_volume_error_ml") or {}
     for region, values in expected.items():
         if values["mean"] is None:
-            parts.append(f"{short_name(region)} unknown")
+            parts.append(f"{titles[region]} unknown")
             continue
         error = volumes.get(region, {}).get("mean")
         spread = "" if values["sd"] is None else f" ± {values['sd']:.2f}"
         parts.append(
-            f"{short_name(region)} {values['mean']:.2f}{spread}" + ("" if error is None else f" (± {error:.1f} ml)")
+            f"{titles[region]} {values['mean']:.2f}{spread}" + ("" if error is None else f" (± {error:.1f} ml)")
         )
     lines = [f"Dice of validation cases with these sequences: {', '.join(parts)}."]
-    estimated = entry.get("estimated_dice") or {}
     if estimated:
         doubtful = entry.get("doubtful_regions") or []
         told = [
-            f"{short_name(region)} {value['estimate']:.2f}"
+            f"{titles[region]} {value['estimate']:.2f}"
             + ("" if value["low"] is None else f" ({value['low']:.2f} to {value['high']:.2f})")
             + (" doubtful" if region in doubtful else "")
             for region, value in estimated.items()
         ]
         lines.append(f"Estimated for this case: {', '.join(told)}.")
     if entry.get("unreliable_regions"):
-        lines.append(f"Unreliable from these sequences: {', '.join(map(short_name, entry['unreliable_regions']))}.")
+        lines.append(
+            f"Unreliable from these sequences: {', '.join(map(titles.__getitem__, entry['unreliable_regions']))}."
+        )
     return lines

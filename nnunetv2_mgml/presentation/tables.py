@@ -16,10 +16,9 @@ import pandas as pd
 
 from nnunetv2_mgml.io.files import write_text
 from nnunetv2_mgml.modalities import channel_index, parse_subset, table_rows
-from nnunetv2_mgml.scoring.derived import ALL, Inversions, has_volume_bias, inversions, volume_bias
+from nnunetv2_mgml.scoring.derived import ALL, Inversions, has_volume_bias, inversions, name_of_all, volume_bias
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
-from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets, spread
 from nnunetv2_mgml.scoring.statistics import BOOTSTRAP_DRAWS, CONFIDENCE, compare_inversions
 
@@ -75,15 +74,13 @@ def table_grid(evaluations: Sequence[Evaluation], metric_name: str) -> Grid:
         for row in rows
     ]
     body: list[list[Cell]] = []
-    for region in first.region_names:
+    for region, title in first.region_titles.items():
         for evaluation in evaluations:
             summary = evaluation.summary(metric_name, region)
-            body.append(
-                [short_name(region), evaluation.name, *(_cell(summary[column], metric) for column in (*names, AVERAGE))]
-            )
+            body.append([title, evaluation.name, *(_cell(summary[column], metric) for column in (*names, AVERAGE))])
             counts = [int(summary[column]["n"]) for column in (*names, AVERAGE)]
             if any(count != len(evaluation.cases) for count in counts):
-                body.append([short_name(region), f"{evaluation.name} (n)", *map(str, counts)])
+                body.append([title, f"{evaluation.name} (n)", *map(str, counts)])
     grid = Grid(_caption(evaluations, metric), head, body)
     return grid if len(names) <= _MAX_COLUMNS else grid.turned()
 
@@ -101,7 +98,7 @@ def overview_grid(evaluations: Sequence[Evaluation]) -> Grid | None:
         notes.append(INVERSIONS_NOTE)
         for evaluation in filter(_has_inversions, evaluations):
             shares = inversions(evaluation)
-            cells = [_percent(shares[name]) for name in (*regions, ALL)]
+            cells = [*(_percent(shares[region]) for region in regions), _percent(shares[ALL])]
             rows.append(["inversions (%)", evaluation.name, *cells])
     if any(has_volume_bias(e) for e in evaluations):
         notes.append("Volume bias: prediction minus reference, mean over subsets and cases, ± over cases.")
@@ -110,7 +107,8 @@ def overview_grid(evaluations: Sequence[Evaluation]) -> Grid | None:
             rows.append(["volume bias (ml)", evaluation.name, *(_mean_and_spread(s, 1.0) for s in spreads), ""])
     if not rows:
         return None
-    return Grid(" ".join(notes), [["", "", *map(short_name, regions), "all regions"]], rows)
+    titles = list(evaluations[0].region_titles.values())
+    return Grid(" ".join(notes), [["", "", *titles, name_of_all(titles)]], rows)
 
 
 def _has_inversions(evaluation: Evaluation) -> bool:
@@ -139,7 +137,7 @@ def _caption(evaluations: Sequence[Evaluation], metric: Metric) -> str:
     shown = len(evaluations[0].subsets)
     average = "all" if shown == total else f"the {shown} of {total} evaluated"
     removed = "; ".join(
-        f"{short_name(region)} predicted with fewer than {size} voxels counts as empty"
+        f"{evaluations[0].region_titles[region]} predicted with fewer than {size} voxels counts as empty"
         for region, size in evaluations[0].info.min_region_voxels.items()
     )
     return (
@@ -228,20 +226,22 @@ def summary_text(evaluation: Evaluation) -> str:
     rows = [*evaluation.subset_names, AVERAGE]
     width = max(map(len, rows))
     summaries = {region: evaluation.summary(metric.name, region) for region in evaluation.region_names}
+    titles = evaluation.region_titles
+    cut = 10 if len({title[:10] for title in titles.values()}) == len(titles) else max(map(len, titles.values()))
     lines = [
         f"{metric.title} ({metric.unit}), mean over {len(evaluation.cases)} cases, policy {evaluation.policy}",
-        " " * width + "".join(f"{short_name(region)[:10]:>12}" for region in summaries),
+        " " * width + "".join(f"{title[:cut]:>{cut + 2}}" for title in titles.values()),
     ]
     counted = any(s[row]["n"] != len(evaluation.cases) for s in summaries.values() for row in rows)
     for row in rows:
         cells = [f"{s[row]['mean'] * metric.display_factor:.2f}" for s in summaries.values()]
         counts = [f" ({s[row]['n']:.0f})" if counted else "" for s in summaries.values()]
-        lines.append(f"{row:<{width}}" + "".join(f"{c + n:>12}" for c, n in zip(cells, counts, strict=True)))
+        lines.append(f"{row:<{width}}" + "".join(f"{c + n:>{cut + 2}}" for c, n in zip(cells, counts, strict=True)))
     if counted:
         lines.append("In brackets: cases with a value.")
     if _has_inversions(evaluation):
         shares = inversions(evaluation)
-        found = ", ".join(f"{short_name(r)} {_percent(shares[r])}" for r in evaluation.region_names)
+        found = ", ".join(f"{title} {_percent(shares[region])}" for region, title in titles.items())
         lines.append(f"inversions: {_percent(shares[ALL])} % ({found}): a larger subset more than 1 Dice point lower")
     return "\n".join(lines)
 
@@ -269,24 +269,36 @@ def comparison_markdown(table: pd.DataFrame, evaluations: Sequence[Evaluation], 
             f"| {' | '.join(map(str, head))} |",
             "|---" * len(head) + "|",
         ]
-        parts += [_line(row, metric.display_factor) for row in rows.to_dict(orient="records")]
+        titles = evaluations[0].region_titles
+        parts += [_line(row, titles[row["region"]], metric.display_factor) for row in rows.to_dict(orient="records")]
         parts.append("")
     if "dice" in set(table["metric"]):
-        parts.append(_inversions_markdown(compare_inversions(evaluations, seed), evaluations[0].name))
+        parts.append(_inversions_markdown(compare_inversions(evaluations, seed), evaluations[0]))
     return "\n".join(parts)
 
 
-def _inversions_markdown(table: pd.DataFrame, baseline: str) -> str:
+def _inversions_markdown(table: pd.DataFrame, baseline: Evaluation) -> str:
     """Return a comparison of inversions (`statistics.compare_inversions`) as Markdown; empty where there are none."""
     if table.empty:
         return ""
-    head = ["region", "method", "n", f"{baseline} (%)", "method (%)", "difference", f"{CONFIDENCE:.0%} interval", "p"]
+    head = [
+        "region",
+        "method",
+        "n",
+        f"{baseline.name} (%)",
+        "method (%)",
+        "difference",
+        f"{CONFIDENCE:.0%} interval",
+        "p",
+    ]
+    titles: dict[Any, str] = dict(baseline.region_titles)
+    together = name_of_all(titles.values())
     lines = ["## Inversions", "", f"{INVERSIONS_NOTE} Mean over cases of each case's share; paired by case.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in table.to_dict(orient="records"):
         interval = "-" if math.isnan(row["ci_low"]) else f"{100 * row['ci_low']:+.2f} to {100 * row['ci_high']:+.2f}"
         cells = [
-            short_name(row["region"]) if row["region"] != ALL else "all regions",
+            titles.get(row["region"], together),
             row["method"],
             str(row["n"]),
             *(f"{100 * row[key]:.2f}" for key in ("baseline_mean", "method_mean")),
@@ -298,7 +310,7 @@ def _inversions_markdown(table: pd.DataFrame, baseline: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _line(row: dict[Hashable, Any], factor: float) -> str:
+def _line(row: dict[Hashable, Any], region: str, factor: float) -> str:
     def number(key: str, sign: str = "") -> str:
         return "-" if math.isnan(row[key]) else f"{row[key] * factor:{sign}.2f}"
 
@@ -307,7 +319,7 @@ def _line(row: dict[Hashable, Any], factor: float) -> str:
 
     interval = f"{number('ci_low', '+')} to {number('ci_high', '+')}" if not math.isnan(row["ci_low"]) else "-"
     cells = [
-        short_name(row["region"]),
+        region,
         row["subset"],
         str(row["n"]),
         number("baseline_mean"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,8 +17,23 @@ if TYPE_CHECKING:
 MARGIN = 0.01
 """An inversion is a loss of more than this, one Dice point."""
 _ROUNDING = 1e-9  # 0.85 - 0.84 is a little more than 0.01 in floating point
-ALL = "all"
-"""Name of the entry over all regions."""
+
+
+class Over(Enum):
+    """What an entry is over, where it is not one region."""
+
+    ALL = "all regions"
+
+
+ALL = Over.ALL
+"""Key of the entry over all regions; no region, whatever its name, is equal to it."""
+
+
+def name_of_all(regions: Collection[str], name: str = ALL.value) -> str:
+    """Return what all regions together are called beside these: ``name``, in brackets where one is called so."""
+    while name in regions:
+        name = f"({name})"
+    return name
 
 
 class Inversions(NamedTuple):
@@ -73,14 +89,15 @@ def inversions_of_cases(evaluation: Evaluation, metric: str = "dice", margin: fl
     return pd.concat(frames, ignore_index=True)
 
 
-def inversions(evaluation: Evaluation, metric: str = "dice", margin: float = MARGIN) -> dict[str, Inversions]:
+def inversions(evaluation: Evaluation, metric: str = "dice", margin: float = MARGIN) -> dict[str | Over, Inversions]:
     """Return the share of inversions per region, and of all regions together under `ALL`.
 
     Arguments and errors are those of `inversions_of_cases`.
     """
     counts = inversions_of_cases(evaluation, metric, margin)
-    rows = {region: counts[counts["region"] == region] for region in evaluation.region_names}
-    sums = {name: (int(r["inverted"].sum()), int(r["n"].sum())) for name, r in {**rows, ALL: counts}.items()}
+    rows: dict[str | Over, pd.DataFrame] = {r: counts[counts["region"] == r] for r in evaluation.region_names}
+    rows[ALL] = counts
+    sums = {name: (int(r["inverted"].sum()), int(r["n"].sum())) for name, r in rows.items()}
     return {name: Inversions(inverted / n if n else float("nan"), n) for name, (inverted, n) in sums.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,20 @@ def label_set(dataset_json: dict[str, Any]) -> LabelSet:
 
 
 def short_name(region: str) -> str:
-    """Return WT, TC, ET or RC for the spellings of the BraTS regions, else the name itself."""
-    return _SHORT_NAMES.get(re.sub(r"[^a-z]", "", region.lower()), region)
+    """Return WT, TC, ET or RC for the spellings of the BraTS regions, else the name itself.
+
+    Case, blanks, ``_`` and ``-`` do not count; everything else does: ``ET 1`` is no ET. Of several regions use
+    `short_names`, which keeps them apart.
+    """
+    return _SHORT_NAMES.get(re.sub(r"[\s_-]", "", region.lower()), region)
+
+
+def short_names(regions: Iterable[str]) -> dict[str, str]:
+    """Return region -> what it is called in tables and figures: `short_name` where no other region is called so."""
+    regions = list(regions)
+    found = {region: short_name(region) for region in regions}
+    counts = Counter(found.values())
+    return {region: short if counts[short] == 1 else region for region, short in found.items()}
 
 
 def are_brats_regions(regions: Iterable[str]) -> bool:
@@ -97,10 +110,16 @@ def resolve_region(text: str, regions: Iterable[str]) -> str:
     """Return the region a user means by its name or short name, in any case.
 
     Raises:
-        ValueError: no such region; the message lists all.
+        ValueError: no such region, or several; the message lists them.
     """
     regions = list(regions)
-    for region in regions:
-        if text.lower() in (region.lower(), short_name(region).lower()):
-            return region
+    if text in regions:
+        return text
+    wanted = text.lower()
+    for name_of in (str, short_name):
+        found = [region for region in regions if name_of(region).lower() == wanted]
+        if len(found) > 1:
+            raise ValueError(f"'{text}' may be any of the regions {', '.join(found)}. Give its name as it is written.")
+        if found:
+            return found[0]
     raise ValueError(f"Unknown region '{text}'. Allowed: {', '.join(regions)}.")

@@ -25,11 +25,11 @@ import pandas as pd
 from nnunetv2_mgml.io.files import read_json, write_json, write_text
 from nnunetv2_mgml.modalities import Subset, channel_names, parse_subset, subset_name, table_order
 from nnunetv2_mgml.scoring.cases import Scores, ScoringSettings
-from nnunetv2_mgml.scoring.derived import MARGIN, has_volume_bias, inversions, volume_bias
+from nnunetv2_mgml.scoring.derived import ALL, MARGIN, has_volume_bias, inversions, name_of_all, volume_bias
 from nnunetv2_mgml.scoring.info import EvaluationInfo, provenance
 from nnunetv2_mgml.scoring.metrics import get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
-from nnunetv2_mgml.scoring.regions import table_region_order
+from nnunetv2_mgml.scoring.regions import short_names, table_region_order
 
 COLUMNS = ("case", "subset", "region", "metric", "value")
 AVERAGE = "AVG"
@@ -66,6 +66,11 @@ class Evaluation:
     def region_names(self) -> list[str]:
         """Regions in table order."""
         return table_region_order(self.regions)
+
+    @property
+    def region_titles(self) -> dict[str, str]:
+        """Region -> what it is called in tables and figures (`regions.short_names`), in table order."""
+        return short_names(self.region_names)
 
     @property
     def metrics(self) -> list[str]:
@@ -209,7 +214,8 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
 def _derived(evaluation: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "dice" in evaluation.metrics:
-        shares = {name: entry._asdict() for name, entry in inversions(evaluation).items()}
+        together = name_of_all(evaluation.regions, "all")
+        shares = {together if of is ALL else of: entry._asdict() for of, entry in inversions(evaluation).items()}
         found["inversions"] = {"metric": "dice", "margin": MARGIN, "regions": shares}
     if has_volume_bias(evaluation):
         found["volume_bias_ml"] = {

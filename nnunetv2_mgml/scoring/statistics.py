@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import rankdata, wilcoxon
 
-from nnunetv2_mgml.scoring.derived import ALL, inversions_of_cases
+from nnunetv2_mgml.scoring.derived import ALL, Over, inversions_of_cases
 from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, common_subsets
 
 BOOTSTRAP_DRAWS = 10_000
@@ -197,7 +197,7 @@ def compare_inversions(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.D
     shares = [_shares_of_cases(evaluation) for evaluation in evaluations]
     rows = []
     for other, others in zip(evaluations[1:], shares[1:], strict=True):
-        for region in others.columns:
+        for region in others:
             first, second = shares[0][region].to_numpy(), others[region].to_numpy()
             both = ~np.isnan(first) & ~np.isnan(second)
             if both.any():
@@ -208,12 +208,15 @@ def compare_inversions(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.D
     return pd.DataFrame(rows, columns=columns)
 
 
-def _shares_of_cases(evaluation: Evaluation) -> pd.DataFrame:
-    """Return the share of inversions, cases in rows, regions and `ALL` in columns; NaN where there is no pair."""
+def _shares_of_cases(evaluation: Evaluation) -> dict[str | Over, pd.Series]:
+    """Return the share of inversions of every case by region, and under `ALL`; NaN where there is no pair."""
     counts = inversions_of_cases(evaluation)
     inverted, pairs = (counts.pivot(index="case", columns="region", values=what) for what in ("inverted", "n"))
-    inverted, pairs = (c.assign(**{ALL: c.sum(axis=1)}) for c in (inverted, pairs))
-    return (inverted / pairs.where(pairs > 0))[[*evaluation.region_names, ALL]]
+    shares: dict[str | Over, pd.Series] = {
+        region: inverted[region] / pairs[region].where(pairs[region] > 0) for region in evaluation.region_names
+    }
+    shares[ALL] = inverted.sum(axis=1) / pairs.sum(axis=1).where(pairs.sum(axis=1) > 0)
+    return shares
 
 
 def pairable(evaluations: Sequence[Evaluation], common_cases: bool = False) -> list[Evaluation]:

@@ -19,7 +19,7 @@ from nnunetv2_mgml.presentation.tables import (
     table_grid,
     write_tables,
 )
-from nnunetv2_mgml.scoring.derived import inversions
+from nnunetv2_mgml.scoring.derived import ALL, inversions
 from nnunetv2_mgml.scoring.info import EvaluationInfo, Source
 from nnunetv2_mgml.scoring.results import AVERAGE, common_subsets, load_evaluation, save_evaluation, tidy_table
 
@@ -207,7 +207,7 @@ class TestFiles:
         rows = cells((tmp_path / "table.md").read_text())[-2:]
         assert rows[0] == ["inversions (%)", "A", *(f"{100 * entry.share:.1f}" for entry in found.values())]
         assert rows[1][:2] == ["volume bias (ml)", "A"]
-        assert f"inversions: {100 * found['all'].share:.1f} % (WT" in summary_text(evaluation)
+        assert f"inversions: {100 * found[ALL].share:.1f} % (WT" in summary_text(evaluation)
         assert [row[0] for row in overview_grid([few]).body] == ["volume bias (ml)"]
         assert overview_grid([synthetic_evaluation(metrics=["hd95"])]) is None
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from nnunetv2_mgml.modalities import parse_subset
 from nnunetv2_mgml.scoring.cases import ScoringSettings, score_arrays
-from nnunetv2_mgml.scoring.derived import ALL, inversions, inversions_of_cases, nested_pairs, volume_bias
+from nnunetv2_mgml.scoring.derived import ALL, inversions, inversions_of_cases, name_of_all, nested_pairs, volume_bias
 from nnunetv2_mgml.scoring.regions import label_set
 from nnunetv2_mgml.scoring.results import COLUMNS, Evaluation
+from nnunetv2_mgml.scoring.statistics import compare_inversions
 
 ORDER = ("whole tumor", "tumor core", "enhancing tumor")
 
@@ -68,6 +69,26 @@ def test_worked_example() -> None:
     assert math.isnan(inversions(evaluation.restricted(["t1"]))[ALL].share)
     with pytest.raises(ValueError, match="has no metric 'hd95'"):
         inversions(evaluation, "hd95")
+
+
+def test_a_region_may_be_called_all() -> None:
+    """One region loses two points, the other none: half of the pairs over both."""
+    values = {"all": (0.82, 0.80), "et 1": (0.7, 0.8)}
+    rows = [
+        ("a", s, region, "dice", v)
+        for region, pair in values.items()
+        for s, v in zip(("t1", "t1+t2"), pair, strict=True)
+    ]
+    regions = {"all": (1, 2), "et 1": (2,)}
+    evaluation = Evaluation("A", pd.DataFrame(rows, columns=list(COLUMNS)), ("t1", "t2"), regions, "nan")
+    assert inversions(evaluation) == {"all": (1.0, 1), "et 1": (0.0, 1), ALL: (0.5, 2)}
+    table = compare_inversions([evaluation, dataclasses.replace(evaluation, name="B")])
+    assert table[["region", "method_mean"]].to_numpy().tolist() == [["all", 1.0], ["et 1", 0.0], [ALL, 0.5]]
+
+
+def test_what_all_regions_are_called_beside_others() -> None:
+    assert name_of_all(["WT"]) == "all regions"
+    assert name_of_all(["all", "(all)"], "all") == "((all))"
 
 
 def test_four_modalities_have_50_nested_pairs() -> None:

@@ -15,7 +15,14 @@ from scipy.ndimage import gaussian_filter
 from nnunetv2_mgml.scoring.cases import ScoringSettings, score_arrays
 from nnunetv2_mgml.scoring.metrics import MaskPair, Metric, all_metrics, default_metrics, get_metric, register
 from nnunetv2_mgml.scoring.policy import POLICIES, get_policy
-from nnunetv2_mgml.scoring.regions import are_brats_regions, label_set, resolve_region, short_name, table_region_order
+from nnunetv2_mgml.scoring.regions import (
+    are_brats_regions,
+    label_set,
+    resolve_region,
+    short_name,
+    short_names,
+    table_region_order,
+)
 
 DRAWN_REFERENCE = """
 . . . . . .
@@ -299,6 +306,27 @@ class TestRegions:
         ]
         assert not are_brats_regions(["whole tumor", "tumor core", "et", "edema"])
         assert resolve_region("et", ["whole_tumor", "enhancing_tumor"]) == "enhancing_tumor"
+
+    def test_names_that_only_hold_a_short_name_are_others(self):
+        others = ["et 1", "ET2", "水肿 ET", "非ET", "t_c_0", "w.t."]
+        assert [short_name(name) for name in others] == others
+        assert not are_brats_regions(["wt", "tc", "et 1"])
+        with pytest.raises(ValueError, match=r"Unknown region 'ET'\. Allowed: et 1, "):
+            resolve_region("ET", others)
+
+    def test_two_spellings_of_one_region_keep_their_names(self):
+        regions = ["whole tumor", "WT", "enhancing_tumor", "edema"]
+        assert short_names(regions) == {
+            "whole tumor": "whole tumor",
+            "WT": "WT",
+            "enhancing_tumor": "ET",
+            "edema": "edema",
+        }
+        assert [resolve_region(text, regions) for text in ("WT", "wt", "ET", "Edema")] == ["WT", "WT", *regions[2:]]
+        for text, names in (("et", ["ET ", "E_T"]), ("CORE", ["Core", "core"])):
+            with pytest.raises(ValueError, match=f"'{text}' may be any of the regions {', '.join(names)}"):
+                resolve_region(text, names)
+        assert resolve_region("core", ["Core", "core"]) == "core"
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, wilcoxon
 
 from nnunetv2_mgml.commands import main as cli
-from nnunetv2_mgml.scoring.derived import inversions
+from nnunetv2_mgml.scoring.derived import ALL, inversions
 from nnunetv2_mgml.scoring.info import EvaluationInfo
 from nnunetv2_mgml.scoring.results import AVERAGE, save_evaluation
 from nnunetv2_mgml.scoring.statistics import (
@@ -218,7 +218,9 @@ class TestCommand:
         rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["inversions"]
         assert [row["region"] for row in rows] == ["whole tumor", "tumor core", "enhancing tumor", "all"]
         for row in rows:
-            ours, theirs = (inversions(e)[row["region"]].share for e in (a, b))  # every case has all 50 pairs
+            ours, theirs = (
+                inversions(e)[ALL if row["region"] == "all" else row["region"]].share for e in (a, b)
+            )  # every case has all 50 pairs
             assert (row["baseline_mean"], row["method_mean"]) == pytest.approx((ours, theirs))
             assert row["difference"] == pytest.approx(theirs - ours)
             assert row["ci_low"] < row["difference"] < row["ci_high"]

@@ -26,7 +26,6 @@ from nnunetv2_mgml.presentation.report.content import (
 )
 from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import Metric
-from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import Evaluation
 
 _MIME = {"png": "image/png", "svg": "image/svg+xml", "jpg": "image/jpeg"}
@@ -68,7 +67,7 @@ def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
     from every subset, and left out where there is none.
     """
     scores = mean_scores(evaluation, metric)
-    regions = [short_name(region) for region in evaluation.region_names]
+    titles = evaluation.region_titles
     order = table_rows(evaluation.channels)
     position = [channel_index(name, evaluation.channels) for name in order]
     rows = [tuple(subset[p] for p in position) for subset in evaluation.subsets]
@@ -78,7 +77,14 @@ def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
             "heatmap",
             "Every subset of modalities",
             f"Mean {label} over {cases_text(evaluation, metric)}, by region and available modalities (● present).",
-            subset_heatmap(scores, rows, [display_name(name) for name in order], regions, label, value_format="{:.1f}"),
+            subset_heatmap(
+                scores,
+                rows,
+                [display_name(name) for name in order],
+                list(titles.values()),
+                label,
+                value_format="{:.1f}",
+            ),
         ),
     ]
     paired = {r: paired_values(evaluation, metric, r).mean() for r, n in paired_cases(evaluation, metric).items() if n}
@@ -92,7 +98,7 @@ def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
                     f"Mean {label} against the number of available modalities; each faint point is one subset.", note
                 ),
                 score_by_count(
-                    np.array(list(paired.values())).T, evaluation.subsets, [short_name(r) for r in paired], label
+                    np.array(list(paired.values())).T, evaluation.subsets, [titles[r] for r in paired], label
                 ),
             )
         )
@@ -110,7 +116,7 @@ def score_figures(evaluation: Evaluation, metric: Metric) -> list[Chart]:
                     note,
                 ),
                 shapley_bars(
-                    worth,
+                    {titles[region]: values for region, values in worth.items()},
                     [display_name(name) for name in evaluation.channels],
                     f"{metric.title}, {metric.unit}",
                     "{:.1f}",

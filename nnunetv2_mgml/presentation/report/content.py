@@ -14,11 +14,10 @@ import pandas as pd
 
 from nnunetv2_mgml.modalities import Subset, channel_index, parse_subset, subset_name, table_rows
 from nnunetv2_mgml.presentation.tables import INVERSIONS_NOTE, display_name
-from nnunetv2_mgml.scoring.derived import ALL, has_volume_bias, inversions, volume_bias
+from nnunetv2_mgml.scoring.derived import ALL, has_volume_bias, inversions, name_of_all, volume_bias
 from nnunetv2_mgml.scoring.info import as_json
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
 from nnunetv2_mgml.scoring.policy import get_policy
-from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import AVERAGE, Evaluation, spread
 from nnunetv2_mgml.scoring.shapley import ModalityWorth, modality_worth
 
@@ -101,7 +100,7 @@ def paired_note(evaluation: Evaluation, metric: Metric) -> str:
     counts, total = paired_cases(evaluation, metric), len(evaluation.cases)
     if all(count == total for count in counts.values()):
         return ""
-    told = ", ".join(f"{short_name(region)} {count}" for region, count in counts.items())
+    told = ", ".join(f"{title} {counts[region]}" for region, title in evaluation.region_titles.items())
     return f"Over the cases with a score from every subset, of {total} in all: {told}."
 
 
@@ -120,7 +119,7 @@ def cases_text(evaluation: Evaluation, metric: Metric) -> str:
 
 
 def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[str, ModalityWorth]]:
-    """Return region (short name) -> modality (display name) -> worth in display units, over `paired_values`.
+    """Return region -> modality (display name) -> worth in display units, over `paired_values`.
 
     Empty without all subsets; a region without such cases is left out.
     """
@@ -129,7 +128,7 @@ def worth_by_region(evaluation: Evaluation, metric: Metric) -> dict[str, dict[st
     names = [display_name(channel) for channel in evaluation.channels]
     values = {region: paired_values(evaluation, metric, region) for region in evaluation.region_names}
     return {
-        short_name(region): modality_worth(dict(zip(evaluation.subsets, scores.mean(), strict=True)), names)
+        region: modality_worth(dict(zip(evaluation.subsets, scores.mean(), strict=True)), names)
         for region, scores in values.items()
         if len(scores)
     }
@@ -189,7 +188,7 @@ def _described(value: Any) -> str:
 def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
     """Return the numbers to read first; those that need a subset that was not evaluated are left out."""
     scores = mean_scores(evaluation, metric)
-    names = [short_name(region) for region in evaluation.region_names]
+    titles = evaluation.region_titles
     counts = np.array([sum(subset) for subset in evaluation.subsets])
     counted = cases_text(evaluation, metric)
     differing = "" if counted == f"{len(evaluation.cases)} cases" else f"; over {counted}"
@@ -200,8 +199,10 @@ def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
         (f"over {len(counts)} subsets", counts > 0),
     ):
         if rows.any() and np.isfinite(scores[rows]).any():
-            per_region = [_mean(scores[rows, column]) for column in range(len(names))]
-            detail = ", ".join(f"{name} {_number(value)}" for name, value in zip(names, per_region, strict=True))
+            per_region = [_mean(scores[rows, column]) for column in range(len(titles))]
+            detail = ", ".join(
+                f"{title} {_number(value)}" for title, value in zip(titles.values(), per_region, strict=True)
+            )
             detail += differing
             value = f"{_number(_mean(np.array(per_region)))} {metric.unit}"
             result.append(Finding(value, f"mean {metric.title} {title}", detail))
@@ -220,7 +221,7 @@ def findings(evaluation: Evaluation, metric: Metric) -> list[Finding]:
             Finding(
                 top,
                 "most valuable modality (Shapley value)",
-                ". ".join(filter(None, (", ".join(f"{r}: {name}" for r, name in best.items()), note))),
+                ". ".join(filter(None, (", ".join(f"{titles[r]}: {name}" for r, name in best.items()), note))),
             )
         )
     return result
@@ -243,7 +244,7 @@ def subset_table(evaluation: Evaluation, metric: Metric) -> Table:
         )
     foot = _score_cells([summary[AVERAGE] for summary in summaries], metric, len(evaluation.cases))
     direction = {True: "higher is better", False: "lower is better", None: "0 is best"}[metric.higher_is_better]
-    heads = [display_name(name) for name in order] + ["modalities"] + [short_name(region) for region in regions]
+    heads = [display_name(name) for name in order] + ["modalities"] + [*evaluation.region_titles.values()]
     return Table(
         metric.name,
         f"{metric.title} ({metric.unit}, {direction}) by available modalities: mean ± standard deviation over cases",
@@ -273,7 +274,7 @@ def case_table(evaluation: Evaluation, metric: Metric) -> Table:
         rows.append(line)
     heads = [
         "case",
-        *(f"{short_name(region)}, all modalities" for region in regions),
+        *(f"{title}, all modalities" for title in evaluation.region_titles.values()),
         "mean over subsets",
         "worst subset",
     ]
@@ -292,9 +293,15 @@ def worth_table(evaluation: Evaluation, metric: Metric) -> Table | None:
     worth = worth_by_region(evaluation, metric)
     if not worth:
         return None
-    note = paired_note(evaluation, metric)
+    note, titles = paired_note(evaluation, metric), evaluation.region_titles
     rows = [
-        [Cell(region, region), Cell(name, name), _cell(value.shapley), _cell(value.alone), _cell(value.if_dropped)]
+        [
+            Cell(titles[region], titles[region]),
+            Cell(name, name),
+            _cell(value.shapley),
+            _cell(value.alone),
+            _cell(value.if_dropped),
+        ]
         for region, values in worth.items()
         for name, value in values.items()
     ]
@@ -315,19 +322,21 @@ def inversions_table(evaluation: Evaluation) -> Table | None:
     if not shares[ALL].n:
         return None
     rows = []
-    for region in evaluation.region_names:
+    titles = evaluation.region_titles
+    for region, title in titles.items():
         cells = [_cell(100 * shares[region].share), Cell(str(shares[region].n), shares[region].n)]
         if has_volume_bias(evaluation):
             bias = spread(volume_bias(evaluation, region).mean(axis=1))
             cells.append(_cell(bias["mean"], "" if math.isnan(bias["sd"]) else f" ± {_number(bias['sd'])}"))
-        rows.append([Cell(short_name(region), region), *cells])
+        rows.append([Cell(title, title), *cells])
     heads = ["region", "inversions (%)", "compared"]
     note = "Volume bias: prediction minus reference." if has_volume_bias(evaluation) else ""
+    together = name_of_all(titles.values())
     foot = [_cell(100 * shares[ALL].share), Cell(str(shares[ALL].n), shares[ALL].n)]
     if note:
         heads.append("volume bias (ml)")
         foot.append(Cell("", ""))
-    return Table("inversions", f"{INVERSIONS_NOTE} {note}".strip(), heads, rows, foot, "all regions")
+    return Table("inversions", f"{INVERSIONS_NOTE} {note}".strip(), heads, rows, foot, together)
 
 
 def _score_cells(entries: list[dict[str, float]], metric: Metric, cases: int) -> list[Cell]:
@@ -359,9 +368,9 @@ def _low_if_nan(value: float) -> float:
 
 
 def scores_for_viewer(evaluation: Evaluation, metric: Metric, case: str) -> dict[str, dict[str, Any]]:
-    """Return subset name -> region (short name) -> score text of one case."""
+    """Return subset name -> region -> score text of one case."""
     values = {
-        short_name(region): evaluation.values(metric.name, region).loc[case] * metric.display_factor
+        region: evaluation.values(metric.name, region).loc[case] * metric.display_factor
         for region in evaluation.region_names
     }
     return {

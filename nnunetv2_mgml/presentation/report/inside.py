@@ -15,7 +15,6 @@ from nnunetv2_mgml.presentation.internals import Internals
 from nnunetv2_mgml.presentation.report.charts import Picture, picture
 from nnunetv2_mgml.presentation.report.sheets import label_names, short_title
 from nnunetv2_mgml.presentation.tables import display_name
-from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import Evaluation
 
 _CHANNELS_SHOWN = 8
@@ -42,10 +41,11 @@ def inside_pictures(evaluation: Evaluation, case: str, internals: Internals, col
     pictures = []
     if internals.single:
         pictures.append(_predictions(evaluation, case, internals, colours))
-    masks = {short_name(name): np.isin(internals.reference, values) for name, values in evaluation.regions.items()}
+    titles = evaluation.region_titles
+    masks = {titles[name]: np.isin(internals.reference, values) for name, values in evaluation.regions.items()}
     probabilities = {
         short_title(parse_subset(subset, evaluation.channels), evaluation): {
-            "confidence" if name == "confidence" else short_name(name): values for name, values in maps.items()
+            titles.get(name, name): values for name, values in maps.items()
         }
         for subset, maps in internals.probabilities.items()
     }

@@ -16,7 +16,6 @@ from nnunetv2_mgml.presentation.report.charts import Picture
 from nnunetv2_mgml.presentation.report.sprites import grey_step
 from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import Metric, get_metric
-from nnunetv2_mgml.scoring.regions import short_name
 from nnunetv2_mgml.scoring.results import Evaluation
 
 
@@ -61,7 +60,8 @@ def viewer_data(
         ],
         "modalities": list(evaluation.channels),
         "titles": {name: display_name(name) for name in evaluation.channels},
-        "regions": [short_name(region) for region in evaluation.region_names],
+        "regions": evaluation.region_names,
+        "regionTitles": evaluation.region_titles,
         "labels": [{"name": labels[value], "colour": colours[value]} for value in sorted(labels)],
         "greyStep": grey_step(list(labels)),
         "scoreTitle": f"{metric.title} ({metric.unit})",

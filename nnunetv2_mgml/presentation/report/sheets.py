@@ -12,7 +12,7 @@ from nnunetv2_mgml.presentation.report.charts import Picture, picture
 from nnunetv2_mgml.presentation.report.content import scores_for_viewer, subset_title
 from nnunetv2_mgml.presentation.tables import display_name
 from nnunetv2_mgml.scoring.metrics import Metric
-from nnunetv2_mgml.scoring.regions import short_name
+from nnunetv2_mgml.scoring.regions import short_names
 from nnunetv2_mgml.scoring.results import Evaluation
 
 _MOST = 10
@@ -31,7 +31,8 @@ def label_names(evaluation: Evaluation) -> dict[int, str]:
 def names_of_values(regions_by_name: Mapping[str, Iterable[int]]) -> dict[int, str]:
     """Return a name for each label value of regions; see `label_names`."""
     names = {}
-    regions = {short_name(name): set(labels) for name, labels in regions_by_name.items()}
+    titles = short_names(regions_by_name)
+    regions = {titles[name]: set(labels) for name, labels in regions_by_name.items()}
     for value in sorted(set().union(*regions.values()) - {0}):
         name, labels = min(((n, v) for n, v in regions.items() if value in v), key=lambda item: len(item[1]))
         inner = [n for n, v in regions.items() if v < labels and value not in v]
@@ -84,7 +85,7 @@ def case_sheet(evaluation: Evaluation, metric: Metric, volumes: CaseVolumes, col
     caption = (
         f"{seen} {z + 1} of {len(volumes.reference)}, the one that shows most of the tumour{how}. Numbers: "
         f"{metric.title} ({metric.unit}) "
-        f"of the whole volume for {', '.join(next(iter(scores.values())))}."
+        f"of the whole volume for {', '.join(evaluation.region_titles.values())}."
     )
     return picture(volumes.name, caption, figure, "png", _DPI)
 

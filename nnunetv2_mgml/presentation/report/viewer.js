@@ -206,7 +206,7 @@
     const table = element("scores");
     table.tHead.replaceChildren();
     table.tBodies[0].replaceChildren();
-    row(table.tHead, ["available modalities", ...data.regions], "th");
+    row(table.tHead, ["available modalities", ...data.regions.map((region) => data.regionTitles[region])], "th");
     data.subsets.forEach((subset, number) => {
       const scores = current.scores[subset.name];
       const line = row(table.tBodies[0], [subset.title, ...data.regions.map((region) => scores[region])], "td");
