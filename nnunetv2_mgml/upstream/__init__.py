@@ -23,6 +23,7 @@ bends, why, and which test fails when a new release changes it:
 - `training_step`: the body of the trainer's hook for one step.
 - `validation_cases`: the class of data sets nnU-Net's final validation loads its cases from.
 - `optimizer_state`: the optimizer whose state nnU-Net loads from a checkpoint.
+- `best_checkpoint`: the moving average by which nnU-Net's trainer chooses the best checkpoint.
 - `blur`: the choice of nnU-Net's blur between two methods.
 - `wrappers`: the network behind ``torch.compile`` and DistributedDataParallel.
 
