@@ -3,7 +3,9 @@
 A network can start from a stock nnU-Net of the same plans (each encoder is the stock encoder, its first convolution
 the column of that modality), from one of ours with other modalities or labels, or from a self-supervised encoder of one
 channel. Nothing is matched by position: encoders, and the parts of a fusion design that belong to a modality, go by
-name. Parts that belong to classes (heads, class maps) are taken only where the labels are the same.
+name. Parts that belong to classes (heads, class maps) are taken only where the labels are the same. What conditional
+norms learned of modalities that a network does not have, or cannot tell apart, goes into their scale and shift
+(`folded_norms`).
 
 Which numbers of a fusion design belong to a modality or to a class is read off the design: it is built once more for
 one modality more, and for one class more, and what changes belongs to them.
@@ -22,7 +24,9 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.modalities import channel_index
+from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, TrunkDecoder
+from nnunetv2_mgml.network.folded_norms import NormsOfDonor
 from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 
@@ -227,6 +231,7 @@ class _Rules:
         self.classes_skipped = False
         self.first = next((key for key in unique_tensors(network) if self._is_first(key)), None)
         self.design = self._design()
+        self.norms = NormsOfDonor(donor.weights, donor.channels, pairs, isinstance(network, ConditionedUNet))
 
     def __call__(self, key: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
         modality = re.fullmatch(r"encoders\.(\d+)\.(.+)", key)
@@ -239,7 +244,7 @@ class _Rules:
             part = "heads"
             self.classes_skipped |= not self.same_labels
             return part, "its heads (same labels)", self.donor.weights.get(source) if self.same_labels else None
-        found = self.donor.weights.get(source)
+        found = self.norms.trunk.get(source)
         if self.form == "stock" and key == self.first and found is not None:
             found = self._columns(found, own, list(range(len(self.channels))))
         if key.endswith(".of_modalities") and found is not None:
@@ -260,7 +265,7 @@ class _Rules:
         else:
             source = f"its column {self.donor.channels[j]}" if j is not None else "the mean of its columns"
         stock = self._stock_key(rest)
-        found = self.donor.weights.get(stock)
+        found = self.norms.of_encoder(j).get(stock)
         if found is not None and self._is_first_stock(stock):
             found = self._columns(found, own, [m])
         return part, source, found
@@ -296,10 +301,8 @@ class _Rules:
             previous = offered
         return torch.cat((columns, previous.to(columns)), 1)
 
-    def _rows(self, found: torch.Tensor) -> torch.Tensor | None:
+    def _rows(self, found: torch.Tensor) -> torch.Tensor:
         """Return a conditional norm's parts ``(M, 2, C)``; nothing is added for a modality that the donor lacks."""
-        if self.donor.channels is None or len(found) != len(self.donor.channels):
-            return None
         indices = [self.pairs[m] for m in range(len(self.channels))]
         return torch.stack([torch.zeros_like(found[0]) if j is None else found[j] for j in indices])
 
@@ -373,7 +376,7 @@ class _Rules:
             )
         if self.design is not None and self.design.order_matters and self._order_differs():
             notes.append("The fusion design reads the order of the modalities, which differs: it has to learn it anew.")
-        return notes
+        return notes + self.norms.notes(of_encoders=self.form != "stock")
 
     def _order_differs(self) -> bool:
         return self.donor.channels is not None and tuple(self.donor.channels) != self.channels
