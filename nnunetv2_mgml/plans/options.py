@@ -379,7 +379,8 @@ class Options:
         """Return a copy with what a trainer fixes.
 
         Where that names a fusion design, ``fusion_options`` set here for this same design win over the trainer's, and
-        those set for another design are dropped. Doing it twice changes nothing.
+        those set for another design are dropped. Where it fixes another sampling than bernoulli, so are the rates set
+        here for that. Doing it twice changes nothing.
 
         Raises:
             ValueError: as `updated`.
@@ -387,6 +388,8 @@ class Options:
         if "fusion" in fixed:
             kept = {} if self.options_dropped_by(fixed) else self.network.fusion_options
             fixed = {**fixed, "fusion_options": {**fixed.get("fusion_options", {}), **kept}}
+        if fixed.get("mask_sampling", "bernoulli") != "bernoulli":
+            fixed = {"modality_missing_rate": {}, **fixed}
         return self.updated(fixed)
 
     def options_dropped_by(self, fixed: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.base import OURS
+from nnunetv2_mgml.plans.options import SamplingOptions
 from nnunetv2_mgml.training.learners import ConditionedLearner, Learner
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 
@@ -63,13 +66,25 @@ class TrainerOfDesign(nnUNetTrainerMGML):
     """Base of the trainers named after a publication: its weights are those of the publication's own total.
 
     Where the plans ask for another total, theirs count: a published reading of MGML, whose presets set them, and
-    PASSION's rebalancing, which sums the shared decoder's loss over the modalities itself.
+    PASSION's rebalancing, which sums the shared decoder's loss over the modalities itself. So does their
+    ``mask_sampling``, where it is not the default: how modalities are hidden is no part of a design.
     """
 
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - upstream's default
+    ) -> None:
+        # of these plans, for the notes in the log; a class fixes more than its instances
+        self.config_overrides = self.fixed_on(Options.from_plans(plans))  # type: ignore[misc]
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
     @classmethod
-    def resolve_options(cls, plans: dict[str, Any]) -> Options:
-        """See `nnUNetTrainerMGML.resolve_options`."""
-        planned = Options.from_plans(plans)
+    def fixed_on(cls, planned: Options) -> dict[str, Any]:
+        """Return the ``config_overrides`` without those that give way to these plans."""
         given_way: set[str] = set()
         if planned.value("reading") != OURS:  # a weight of 0 says that the publication lacks the part
             given_way = {
@@ -77,7 +92,22 @@ class TrainerOfDesign(nnUNetTrainerMGML):
             }
         elif planned.value("rebalancing") != "none":
             given_way = {"modality_decoder_weight"}
-        return planned.overridden({k: v for k, v in cls.config_overrides.items() if k not in given_way})
+        if planned.sampling.mask_sampling != SamplingOptions().mask_sampling and cls._samples_as_published():
+            given_way.add("mask_sampling")
+        return {k: v for k, v in cls.config_overrides.items() if k not in given_way}
+
+    @classmethod
+    def _samples_as_published(cls) -> bool:
+        """Whether the sampling is the design's, not one that a subclass fixes."""
+        design = fusion_designs().get(cls.config_overrides["fusion"])
+        published = {} if design is None else design.published_options
+        return published.get("mask_sampling") == cls.config_overrides.get("mask_sampling")
+
+    @classmethod
+    def resolve_options(cls, plans: dict[str, Any]) -> Options:
+        """See `nnUNetTrainerMGML.resolve_options`."""
+        planned = Options.from_plans(plans)
+        return planned.overridden(cls.fixed_on(planned))
 
 
 def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]]:
@@ -92,7 +122,8 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
 
     One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
     inside our network, not the authors' code.
-    The publication's weights of losses give way to the plans' where those have another total (`TrainerOfDesign`).
+    The publication's weights of losses give way to the plans' where those have another total, and its sampling of
+    modalities where they have another than the default (`TrainerOfDesign`).
     """
     publication = vars(design).get("trainer", "")  # not inherited: a subclass of a design is another design
     if not publication:

@@ -99,6 +99,69 @@ def test_another_total_than_the_publications_keeps_its_weights(name: str) -> Non
     assert found.network.fusion == fixed["fusion"]
 
 
+SAMPLINGS: list[dict[str, Any]] = [
+    {"mask_sampling": "fixed", "rebalancing": "passion", "modality_decoder_weight": 1.0},
+    {"mask_sampling": "bernoulli", "modality_missing_rate": {"t1": 0.2}},
+    {"mask_sampling": "uniform_count"},
+]
+
+
+@pytest.mark.parametrize("planned", SAMPLINGS, ids=lambda options: options["mask_sampling"])
+@pytest.mark.parametrize("name", NAMED)
+def test_which_modalities_are_hidden_is_up_to_the_plans(name: str, planned: dict[str, Any]) -> None:
+    """A trainer of a design trains with the sampling that plans set, and its log says nothing of it."""
+    trainer, block = NAMED[name], {PLANS_KEY: {"config": planned}}
+    found = trainer.resolve_options(block)
+    assert {option: found.value(option) for option in planned} == planned
+    assert trainer.resolve_options({PLANS_KEY: {"config": found.as_dict()}}) == found
+    options = Options.from_plans(block)
+    fixed = trainer.fixed_on(options)
+    assert options.overridden(fixed) == found
+    cascade = run_notes(name, options, fixed, 0, cascaded=True)
+    assert [note[:7] for note in cascade] == ["WARNING"] * (planned["mask_sampling"] != "fixed")
+    assert trainer.resolve_options({}).sampling.mask_sampling == trainer.config_overrides.get(
+        "mask_sampling", "uniform_subset"
+    )
+
+
+def test_the_log_names_what_a_trainer_changes(nnunet_folders: Path) -> None:
+    planned = {"mask_sampling": "fixed", "soft_label": "fixed", "consistency_weight": 0.1, "fusion": "mean"}
+    trainer = make_trainer(TRAINERS["nnUNetTrainerHeMIS"], write_dataset(nnunet_folders), planned)
+    assert trainer.options.sampling.mask_sampling == "fixed"
+    (line,) = [line for line in Path(trainer.log_file).read_text().splitlines() if " fixes " in line]
+    for change in (
+        "fusion=hemis (the plans have mean)",
+        "soft_label=none (the plans have fixed)",
+        "consistency_weight=0.0 (the plans have 0.1)",
+    ):
+        assert change in line
+    assert line.count("the plans have") == 3
+
+
+def test_a_sampling_that_a_trainer_of_ones_own_fixes_is_named() -> None:
+    """And the rates of bernoulli go with it, instead of an error about a sampling that nobody chose."""
+
+    class Mine(TRAINERS["nnUNetTrainerHeMIS"]):
+        config_overrides = {"mask_sampling": "fixed"}
+
+    class Other(nnUNetTrainerMGML):
+        config_overrides = {"mask_sampling": "uniform_count"}
+
+    planned = options_with(mask_sampling="bernoulli", modality_missing_rate={"t1": 0.2})
+    for trainer, fixed in ((Mine, Mine.fixed_on(planned)), (Other, Other.config_overrides)):
+        found = trainer.resolve_options({PLANS_KEY: {"config": planned.as_dict()}})
+        sampling = trainer.config_overrides["mask_sampling"]
+        assert found.sampling.mask_sampling == sampling
+        assert found.sampling.modality_missing_rate == {}
+        (note,) = run_notes("T", planned, fixed, 0)
+        assert f"T fixes mask_sampling={sampling} (the plans have bernoulli)" in note
+        assert "modality_missing_rate={} (the plans have {'t1': 0.2})" in note
+    (changed, cascade) = run_notes("T", options_with(mask_sampling="fixed"), Other.config_overrides, 0, cascaded=True)
+    assert changed == "T fixes mask_sampling=uniform_count (the plans have fixed)"
+    assert cascade.startswith("WARNING: the previous stage's label maps")
+    assert run_notes("T", Options(), {"mask_sampling": "fixed"}, 0, cascaded=True) == []
+
+
 def test_a_model_keeps_the_options_it_was_trained_with() -> None:
     """Its plans.json says what its trainer fixed then, which may be less than what the same trainer fixes today."""
     trainer = TRAINERS["nnUNetTrainerM2FTrans"]

@@ -84,7 +84,8 @@ class FusionDesign(nn.Module):
     with MGML (see ``training/variants.py``). Empty: no trainers of its own. A subclass does not inherit it."""
     published_options: ClassVar[dict[str, Any]] = {}
     """What these trainers fix beside the design, by option name: what the publication has, where it is not a default.
-    ``fusion_options`` among them give way to those that the plans set for this design. Published sums of losses over
+    ``fusion_options`` among them give way to those that the plans set for this design, and ``mask_sampling`` to any
+    that is not the default. Published sums of losses over
     four modalities, or over heads, are means here: the weights are the number of addends."""
     published_alone: ClassVar[dict[str, Any]] = {}
     """What the trainer of the design alone fixes on top: terms of ours that the publication does not have."""
