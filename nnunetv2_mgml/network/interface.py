@@ -75,7 +75,8 @@ class SingleModalities(NamedTuple):
     features: torch.Tensor
     """What the full-resolution head of a student reads, ``(B, M, C, *spatial)``."""
     teacher: list[torch.Tensor]
-    """Fused heads from all modalities the sample has, each ``(B, R, *spatial_s)``, without gradient."""
+    """Fused heads from all modalities the sample has, each ``(B, R, *spatial_s)``, without gradient; of the images that
+    the students see, whatever another term's complete prediction is made from."""
     teacher_features: torch.Tensor
     """``(B, C, *spatial)``, without gradient."""
 

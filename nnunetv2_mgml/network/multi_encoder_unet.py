@@ -185,7 +185,12 @@ class MultiEncoderUNet(SubsetModule):
         complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
         student = self.decoder(features, view.visible, self.fusion, images, available)
         modality = self.decode_modalities(features) if needs.modality else None
-        single = self._decode_single(features, complete or student) if needs.single else None
+        single = None
+        if needs.single:
+            teacher = complete or student
+            if complete is not None and (view.own_images is not None or needs.noisy):  # that one is another term's
+                teacher = self._decode_complete(features, available, View(view.visible), Needs(complete="target"))
+            single = self._decode_single(features, teacher)
         return TrainingOutput(
             student.outputs,
             student.auxiliary,
@@ -199,7 +204,14 @@ class MultiEncoderUNet(SubsetModule):
     def _decode_complete(
         self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs
     ) -> Decoded:
-        """Predict from all that a case has, without dropout unless asked: a target, also where it learns itself."""
+        """Predict from all that a case has, without dropout unless asked: a target, also where it learns itself.
+
+        Args:
+            features: the student's; not used where the view has images of its own.
+            available: ``(B, M)`` bool.
+            view: whose ``own_images`` count, nothing else.
+            needs: whether it learns and is noisy.
+        """
         learns = needs.complete == "learns"
         randomness = noise if needs.noisy else silence
 

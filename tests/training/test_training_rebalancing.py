@@ -14,8 +14,9 @@ from torch import distributed as dist
 from training_cases import run_until_epoch, synthetic_batch
 
 from nnunetv2_mgml.network.fusion import fusion_designs
-from nnunetv2_mgml.network.interface import Needs, View
+from nnunetv2_mgml.network.interface import Needs, SingleModalities, View
 from nnunetv2_mgml.objective.balance import ModalityBalance, updated_beta
+from nnunetv2_mgml.objective.rebalancing import Balance, rebalancing_terms
 from nnunetv2_mgml.training import nnUNetTrainerMGML
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 
@@ -53,6 +54,55 @@ def test_students_see_one_modality_and_the_teacher_all_that_exist(fusion: str) -
         torch.testing.assert_close(head(out.single.features[:, 2]), out.single.students[0][:, 2])
 
 
+def distances(single: SingleModalities) -> torch.Tensor:
+    """What a step's balance is made from, ``(B, M)``."""
+    labels = torch.randint(0, 4, (2, 16, 16, 16), generator=torch.Generator().manual_seed(2))
+    even = Balance.even(4, CPU)
+    terms = rebalancing_terms(
+        single, labels, [None, None], AVAILABLE, even, num_classes=4, temperature=4.0, regions=True
+    )
+    return terms.distance.detach()
+
+
+@pytest.mark.parametrize("complete", ["target", "learns"])
+@pytest.mark.parametrize("form", ["multi_encoder", "early_fusion"])
+def test_another_terms_augmented_or_noisy_teacher_is_not_this_ones(form: str, complete: Any) -> None:
+    """teacher_augmentation and teacher_dropout leave the distances of a step, and so the balance, as they are."""
+    net = network(options_with(fusion="mmformer", network_form=form), deep_supervision=True).train()
+    needs, random_state = Needs(complete=complete, single=True), torch.random.get_rng_state()
+    plain = net(image(), View(MASK, AVAILABLE), needs)
+    for own, noisy in ((True, False), (False, True), (True, True)):
+        torch.random.set_rng_state(random_state)
+        view = View(MASK, AVAILABLE, 3 * image() + 1 if own else None)
+        out = net(image(), view, needs._replace(own_view=own, noisy=noisy))
+        assert not torch.allclose(out.complete[0], plain.complete[0], atol=1e-2), "that term's teacher is another one"
+        single = out.single
+        if noisy:  # it has drawn random numbers before the students do
+            single = single._replace(students=plain.single.students, features=plain.single.features)
+        torch.testing.assert_close(distances(single), distances(plain.single))
+        torch.testing.assert_close(single.teacher, plain.single.teacher)
+        assert not single.teacher_features.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("needs", "own", "passes"),
+    [
+        (Needs(complete="target", single=True), False, 6),
+        (Needs(complete="target", single=True, own_view=True), True, 7),
+        (Needs(complete="target", single=True, noisy=True), False, 7),
+        (Needs(complete="target", own_view=True, noisy=True), True, 2),
+        (Needs(single=True), False, 5),
+    ],
+    ids=["plain", "augmented", "noisy", "no students", "alone"],
+)
+def test_a_teacher_of_its_own_is_a_pass_only_where_it_is_needed(needs: Needs, own: bool, passes: int) -> None:
+    net, calls = network(options_with(fusion="mean"), deep_supervision=True), []
+    net.decoder.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    net(image(), View(MASK, AVAILABLE, image() if own else None), needs)
+    assert len(calls) == passes
+    assert calls.count(False) == passes - 5 * needs.single - (not needs.single)
+
+
 def test_without_a_teacher_pass_the_prediction_itself_teaches() -> None:
     net = network(deep_supervision=True)
     out = net(image(), View(AVAILABLE), Needs(single=True))
@@ -84,8 +134,6 @@ def test_not_asked_for_changes_nothing(fusion: str) -> None:
 
 def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
     """Case 0 lacks t1ce: whatever the students of t1ce would learn from it reaches nobody."""
-    from nnunetv2_mgml.objective.rebalancing import Balance, rebalancing_terms
-
     net = network(deep_supervision=True)
     available = torch.tensor([[True, False, True, True]])
     out = net(image()[:1], View(available), Needs(single=True))
@@ -107,8 +155,8 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
     assert all(value > 0 for m, value in enumerate(reached) if m != 1)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "region_aware"])
-def test_forward_compiles_as_one_graph_for_all_masks(fusion: str) -> None:
+@pytest.mark.parametrize(("fusion", "own"), [("concat", False), ("region_aware", False), ("concat", True)])
+def test_forward_compiles_as_one_graph_for_all_masks(fusion: str, own: bool) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     net = network(options_with(fusion=fusion, width_factor=1.0), deep_supervision=True)
@@ -116,7 +164,8 @@ def test_forward_compiles_as_one_graph_for_all_masks(fusion: str) -> None:
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     for available in (AVAILABLE, AVAILABLE.flip(0)):
-        view, needs = View(available, available), Needs(single=True)
+        view = View(available, available, 2 * image() if own else None)
+        needs = Needs(complete="target" if own else "no", single=True, own_view=own)
         found, expected = compiled(image(), view, needs).single, net(image(), view, needs).single
         torch.testing.assert_close(found.students[0], expected.students[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.features, expected.features, atol=1e-4, rtol=1e-4)

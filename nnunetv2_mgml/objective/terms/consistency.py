@@ -23,7 +23,8 @@ class ConsistencyOptions(OptionGroup):
     )
     teacher_augmentation: bool = option(
         False,
-        "the teacher sees its own, stronger intensity augmentation (a second encoder pass); of this term alone",
+        "the teacher sees its own, stronger intensity augmentation (a second encoder pass); only where this term is "
+        "on. complete_view_weight trains on that view too; the teacher of rebalancing stays as it is",
     )
     teacher_dropout: bool = option(
         False, "random layers act in the teacher's pass too, as in the published code; as above"
