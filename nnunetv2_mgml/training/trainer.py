@@ -95,7 +95,7 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         planned = Options.from_plans(plans)
         name, workers, regions = type(self).__name__, get_allowed_n_proc_DA(), self.label_manager.has_regions
-        for note in run_notes(name, planned, self.config_overrides, workers, self.is_cascaded, regions):
+        for note in run_notes(name, planned, self.fixed_on(planned), workers, self.is_cascaded, regions):
             self.print_to_log_file(note)
         self.options = self.resolve_options(plans)
         self.channels = channel_names(dataset_json)
@@ -123,7 +123,13 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
 
         The plans beside a checkpoint hold the result, and there it counts as it is: what a trainer fixes may change.
         """
-        return Options.from_plans(plans).overridden(cls.config_overrides)
+        planned = Options.from_plans(plans)
+        return planned.overridden(cls.fixed_on(planned))
+
+    @classmethod
+    def fixed_on(cls, planned: Options) -> dict[str, Any]:
+        """Return what this trainer fixes where the plans have these options: its ``config_overrides``."""
+        return cls.config_overrides
 
     @property
     def bare_network(self) -> nn.Module:

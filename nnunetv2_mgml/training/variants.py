@@ -7,8 +7,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
 from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.base import OURS
@@ -70,18 +68,6 @@ class TrainerOfDesign(nnUNetTrainerMGML):
     ``mask_sampling``, where it is not the default: how modalities are hidden is no part of a design.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - upstream's default
-    ) -> None:
-        # of these plans, for the notes in the log; a class fixes more than its instances
-        self.config_overrides = self.fixed_on(Options.from_plans(plans))  # type: ignore[misc]
-        super().__init__(plans, configuration, fold, dataset_json, device)
-
     @classmethod
     def fixed_on(cls, planned: Options) -> dict[str, Any]:
         """Return the ``config_overrides`` without those that give way to these plans."""
@@ -102,12 +88,6 @@ class TrainerOfDesign(nnUNetTrainerMGML):
         design = fusion_designs().get(cls.config_overrides["fusion"])
         published = {} if design is None else design.published_options
         return published.get("mask_sampling") == cls.config_overrides.get("mask_sampling")
-
-    @classmethod
-    def resolve_options(cls, plans: dict[str, Any]) -> Options:
-        """See `nnUNetTrainerMGML.resolve_options`."""
-        planned = Options.from_plans(plans)
-        return planned.overridden(cls.fixed_on(planned))
 
 
 def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]]:
