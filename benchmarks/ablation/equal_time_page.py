@@ -73,6 +73,7 @@ def _beside_specialists(chosen: Sequence[dict[str, Any]]) -> list[_Beside]:
 
 
 def cubes() -> str:
+    """Return the section on the cubes."""
     labels = sorted(path.name for path in cubes_table.RESULTS.iterdir()) if cubes_table.RESULTS.is_dir() else []
     found = {label: cubes_table.tables(cubes_table.read(label), "test") for label in labels}
     heads = {
@@ -102,6 +103,7 @@ def _longer() -> list[str]:
 
 
 def goals(results: Sequence[Result]) -> str:
+    """Return the section on what was to be shown."""
     budget, chosen = cubes_table.headline_budget()
     brains = select(results, "brains")
     changes = {
