@@ -286,6 +286,7 @@ def test_the_headline_is_of_the_budget_with_specialists(
     rng = np.random.default_rng(0)
     values = rng.random((3, 15, 8)) * 0.5
     about = {"equal_time": "baseline", "training": {"patients": None, "only": None}, "curve": []}
+    about["validation"] = {"mean": 50.0}
     results = [finished(cubes, "baseline", 0, values, **about)]
     results += [
         finished(cubes, "conditional_dropout", 0, values + better, nominal_steps=steps, steps=2 * steps, **about)
