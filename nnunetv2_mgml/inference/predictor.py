@@ -232,8 +232,6 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         if self.missing_modalities is None:
             check_processes(num_processes_preprocessing, num_processes_segmentation_export, num_parts)
             if num_processes_preprocessing == 0:
-                if isinstance(target, str):  # upstream makes it in the other call only
-                    os.makedirs(target, exist_ok=True)
                 return self.predict_from_files_sequential(
                     source, target, save_probabilities, overwrite, folder_with_segs_from_prev_stage
                 )
@@ -277,6 +275,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
                 folder_with_segs_from_prev_stage,
             )
             self._check_input(list_of_lists_or_source_folder)
+            if isinstance(output_folder_or_list_of_truncated_output_files, (str, Path)):  # upstream's other call does
+                os.makedirs(output_folder_or_list_of_truncated_output_files, exist_ok=True)
             stock: list[Any] | None = super().predict_from_files_sequential(
                 list_of_lists_or_source_folder,
                 output_folder_or_list_of_truncated_output_files,

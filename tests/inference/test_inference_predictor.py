@@ -306,7 +306,11 @@ def test_stock_prediction_without_worker_processes(tmp_path: Path, model: Path) 
         stock.predict_from_files(*places, 1, 0)
     with pytest.raises(ValueError, match="would predict all 2 parts"):
         stock.predict_from_files(*places, 0, 0, None, 2, 0)
-    assert not (tmp_path / "out").exists()
+    stock.checks_input = True
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no file that ends in"):
+        stock.predict_from_files(str(tmp_path / "none"), *places[1:], 0, 0)
+    assert not (tmp_path / "out").exists(), "what is refused leaves no folder"
     stock.predict_from_files(*places, 0, 0)
     assert set(segmentations(tmp_path / "out")) == {"a.nii.gz"}
 
