@@ -37,9 +37,10 @@ def write_model(
     cascade: bool = False,
     normalization: str = "ZScoreNormalization",
     options: Mapping[str, Any] | None = None,
+    stages: int = 2,
 ) -> Path:
     """Write what nnU-Net's predictor reads of a trained model; every region is predicted somewhere."""
-    plans = builders.plans(stages=2)
+    plans = builders.plans(stages=stages)
     config = {"width_factor": 1.0, "decoder_width_ratio": 1.0, "fusion": "concat", **(options or {})}
     plans["mgml"] = {"config": config, "num_classes": 4}
     configuration = plans["configurations"]["3d_fullres"]

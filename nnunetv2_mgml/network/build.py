@@ -77,6 +77,11 @@ def build_network(
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     if options.network_form == "early_fusion":
+        if options.modality_decoder_scale:
+            raise ValueError(
+                f"modality_decoder_scale is {options.modality_decoder_scale}, but network_form=early_fusion has no "
+                f"decoder for the modalities. Set it to 0."
+            )
         early = _early_fusion(
             narrow,
             modalities,
@@ -91,7 +96,7 @@ def build_network(
         return _initialized(early, unet)
     shared = None
     if needs.modality:
-        shared = modality_decoder(narrow, num_classes, convs, nonlin_first)
+        shared = _modality_decoder(narrow, num_classes, convs, nonlin_first, options.modality_decoder_scale)
     network = MultiEncoderUNet(
         encoders=[NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)],
         fusion=build_fusion(
@@ -99,8 +104,23 @@ def build_network(
         ),
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
         modality_decoder=shared,
+        modality_scale=options.modality_decoder_scale,
     )
     return _initialized(network, unet)
+
+
+def _modality_decoder(spec: EncoderSpec, num_classes: int, convs: Any, nonlin_first: bool, scale: int) -> nn.Module:
+    """Build the decoder shared by all modalities, which ends at a scale.
+
+    Raises:
+        ValueError: no decoder ends there.
+    """
+    last = len(spec.output_channels) - 2
+    if scale > last:
+        raise ValueError(f"modality_decoder_scale is {scale}; with these plans it can be 0 to {last}.")
+    if not isinstance(convs, int):
+        convs = convs[: len(convs) - scale]
+    return modality_decoder(spec.from_scale(scale), num_classes, convs, nonlin_first)
 
 
 def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet:

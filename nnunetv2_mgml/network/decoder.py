@@ -155,22 +155,29 @@ class FusionDecoder(StepwiseDecoder):
         state: Any,
     ) -> tuple[FusedScale, torch.Tensor]:
         """Return what was fused at a scale, and the decoder's features there: the context of the next finer one."""
-        if context is not None:
-            context = self.raised(scale, context)
+        raised = None
+        if context is not None and fusion.reads_context(scale):
+            raised = self.raised(scale, context)
         if not fusion.hides_absent:
             features = torch.where(expand_mask(mask, features), features, 0)
-        fused = fusion.fuse_scale(scale, features, mask, context, state)
+        fused = fusion.fuse_scale(scale, features, mask, raised, state)
         if context is None:
             return fused, fused.fused
-        return fused, self.merged(scale, context, fused.fused)
+        return fused, self.merged(scale, context, fused.fused, raised)
 
 
 def modality_decoder(
     spec: EncoderSpec, num_classes: int, n_conv_per_stage: Any, nonlin_first: bool = False
 ) -> UNetDecoder:
-    """Build the decoder shared by all modalities: full-resolution label logits from one modality's features.
+    """Build the decoder shared by all modalities: label logits from one modality's features, at the finest it is given.
 
     Its lower-resolution heads are dropped: nothing trains them, and DDP refuses parameters without gradient.
+
+    Args:
+        spec: of the scales it is given (`EncoderSpec.from_scale`).
+        num_classes: ``K``.
+        n_conv_per_stage: one number, or one per stage, deepest first.
+        nonlin_first: as in nnU-Net's decoder.
     """
     decoder = UNetDecoder(spec, num_classes, n_conv_per_stage, deep_supervision=False, nonlin_first=nonlin_first)
     heads = len(decoder.seg_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -30,6 +31,11 @@ class EncoderSpec:
     dropout_op_kwargs: dict[str, Any] | None
     nonlin: type[nn.Module] | None
     nonlin_kwargs: dict[str, Any] | None
+
+    def from_scale(self, scale: int) -> EncoderSpec:
+        """Return the spec of the scales from this one to the bottleneck."""
+        lists = ("output_channels", "strides", "kernel_sizes")
+        return dataclasses.replace(self, **{name: getattr(self, name)[scale:] for name in lists})
 
 
 @overload

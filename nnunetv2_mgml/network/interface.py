@@ -91,7 +91,7 @@ class TrainingOutput(NamedTuple):
     fusion_loss: torch.Tensor
     """Sum of the loss terms the fusion design computes itself (a KL divergence, ...), scalar float32; often 0."""
     modality: torch.Tensor | None = None
-    """Shared decoder's prediction from each modality alone, ``(B, M, K, *spatial)``."""
+    """Shared decoder's prediction from each modality alone, ``(B, M, K, *spatial_s)`` at the scale where it ends."""
     complete: list[torch.Tensor] | None = None
     """Fused prediction from all modalities a case has, shaped as ``student``; with gradient where it ``learns``."""
     single: SingleModalities | None = None

@@ -31,6 +31,7 @@ class MultiEncoderUNet(SubsetModule):
         fusion: the fusion design.
         decoder: the fusion decoder; ``decoder.deep_supervision`` is the switch nnU-Net sets.
         modality_decoder: decoder shared by all modalities, or None where no loss needs it.
+        modality_scale: the finest scale this decoder is given.
 
     Attributes:
         gradient_checkpointing: whether a training step computes the encoders, and the decoder of the complete view,
@@ -43,12 +44,14 @@ class MultiEncoderUNet(SubsetModule):
         fusion: FusionDesign,
         decoder: SubsetDecoder,
         modality_decoder: nn.Module | None,
+        modality_scale: int = 0,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
+        self.modality_scale = modality_scale
         self.gradient_checkpointing = False
 
     @property
@@ -123,7 +126,7 @@ class MultiEncoderUNet(SubsetModule):
         return torch.stack([self.decoder.decode_masks(own, subsets, self.fusion, voxels) for own in samples])
 
     def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Return the shared decoder's label logits from each modality alone, ``(B, M, K, *spatial)``.
+        """Return the shared decoder's label logits from each modality alone, ``(B, M, K, *spatial_s)`` at its scale.
 
         Raises:
             RuntimeError: the network was built without this decoder (no loss needed it).
@@ -131,7 +134,7 @@ class MultiEncoderUNet(SubsetModule):
         if self.modality_decoder is None:
             raise RuntimeError("This network has no modality decoder (modality_decoder_weight 0, soft_label none).")
         batch, modalities = features[0].shape[:2]
-        logits: torch.Tensor = self.modality_decoder([f.flatten(0, 1) for f in features])
+        logits: torch.Tensor = self.modality_decoder([f.flatten(0, 1) for f in features[self.modality_scale :]])
         own: torch.Tensor = logits.unflatten(0, (batch, modalities))
         return own
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch.nn import functional
 
 from nnunetv2_mgml.network.interface import SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.objective.base import TermSpec
@@ -62,6 +63,7 @@ class Step:
         self._subsets = view.subsets
         self._places = places or {}
         self._labels: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._modality_labels: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._modality_logits: torch.Tensor | None = None
         self._log_probabilities: torch.Tensor | None = None
         self._class_mass: torch.Tensor | None = None
@@ -137,10 +139,34 @@ class Step:
         predictions = [scale[:, place] for scale in _required(self.output.subsets, "subsets")]
         return FurtherSubsets(_required(self._subsets, "subsets")[:, place], predictions)
 
-    # --- the decoder shared by all modalities: one log-softmax in float32 serves every term ---------------------------
+    # --- the decoder shared by all modalities, at its own scale: one log-softmax in float32 serves every term ---------
+    @property
+    def modality_labels(self) -> torch.Tensor:
+        """`labels` at the scale of `modality_logits`."""
+        return self._modality_target()[0]
+
+    @property
+    def modality_valid(self) -> torch.Tensor | None:
+        """`valid` at the scale of `modality_logits`."""
+        return None if self.target is None else self._modality_target()[1]
+
+    def _modality_target(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._modality_labels is None:
+            size = self.modality_logits.shape[3:]
+            full, *coarser = self._targets()
+            if size == full.shape[2:]:
+                self._modality_labels = self._label_target()
+            else:  # without deep supervision as nnU-Net makes the targets that come with it
+                same = (target for target in coarser if target.shape[2:] == size)
+                found = next(same, None)
+                if found is None:
+                    found = functional.interpolate(full.float(), size, mode="nearest-exact").to(full.dtype)
+                self._modality_labels = self._labels_of(found)
+        return self._modality_labels
+
     @property
     def modality_logits(self) -> torch.Tensor:
-        """Its label logits from each modality alone, ``(B, M, K, *spatial)``, at least float32.
+        """Its label logits from each modality alone, ``(B, M, K, *spatial_s)``, at least float32.
 
         Raises:
             ValueError: the network was built for another number of classes.
@@ -161,7 +187,7 @@ class Step:
 
     @property
     def log_probabilities(self) -> torch.Tensor:
-        """``(B, M, K, *spatial)``, at least float32."""
+        """``(B, M, K, *spatial_s)``, at least float32."""
         if self._log_probabilities is None:
             with no_autocast(self.modality_logits):
                 self._log_probabilities = self.modality_logits.log_softmax(2)
@@ -172,7 +198,7 @@ class Step:
         """``(B, M, K)``: every class's probability, summed over the voxels that count."""
         if self._class_mass is None:
             with no_autocast(self.log_probabilities):
-                self._class_mass = class_mass(self.log_probabilities, self.valid)
+                self._class_mass = class_mass(self.log_probabilities, self.modality_valid)
         return self._class_mass
 
     @property

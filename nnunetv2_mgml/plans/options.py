@@ -196,6 +196,13 @@ class NetworkOptions(OptionGroup):
         low=1,
         kinds=INT_OR_NONE,
     )
+    modality_decoder_scale: int = option(
+        0,
+        "scale at which the decoder shared by all modalities ends, and with it what modalities alone are taught. 0, as "
+        "published: full resolution; 1: one stage before it, which makes a training step faster (docs/speed.md) and a "
+        "prediction neither faster nor slower",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from nnunetv2_mgml.inference.arguments import check_device
 from nnunetv2_mgml.inference.inputs import Case, CaseError
@@ -210,6 +211,9 @@ class _Patch:
         if self.network.modality_decoder is None:
             return {}, None, {}
         logits = self.network.decode_modalities(features)
+        if logits.shape[3:] != self.x.shape[2:]:
+            mode = "bilinear" if self.x.ndim == 4 else "trilinear"
+            logits = functional.interpolate(logits[0].float(), self.x.shape[2:], mode=mode)[None]
         values = self._label_values(logits.shape[2])
         predicted = logits[0].float().argmax(1).cpu().numpy()
         single = {

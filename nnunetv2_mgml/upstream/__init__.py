@@ -15,6 +15,7 @@ bends, why, and which test fails when a new release changes it:
 - `first_epoch`: the steps of nnU-Net's trainer by which a training has begun.
 - `pretrained_weights`: the function nnU-Net's training calls for ``-pretrained_weights``.
 - `cpu_layers`: the kernels of PyTorch's 3d convolutions and instance norms on a CPU.
+- `raised_convolution`: two layers of nnU-Net's decoder as one, where a CPU predicts.
 - `live_bytes`: PyTorch on shapes without data, and what would be alive.
 - `allocator`: two limits of glibc's allocator while a network predicts on a CPU.
 - `loss`: nnU-Net's training loss without a trainer.

@@ -54,13 +54,13 @@ class Conv3d(nn.Conv3d):
         if _gradient_is_wrong(self, input):
             with torch.autocast("cpu", enabled=False):
                 return super().forward(input.float()).to(torch.bfloat16)
-        if not (_suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and _onednn()):
+        if not (suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and _onednn()):
             return super().forward(input)
         stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
         if torch.is_grad_enabled():
             learning: torch.Tensor = _Convolution.apply(input.contiguous(), self.weight, self.bias, stride, padding)
             return learning
-        return _predicted(self, input, stride, padding)
+        return predicted(input, self.weight, self.bias, stride, padding)
 
 
 def _gradient_is_wrong(conv: nn.Conv3d, x: torch.Tensor) -> bool:
@@ -84,7 +84,7 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z s, y s, x s)``."""
-        if torch.is_grad_enabled() or not (_suits(input) and input.ndim == 5) or output_size is not None:
+        if torch.is_grad_enabled() or not (suits(input) and input.ndim == 5) or output_size is not None:
             return super().forward(input, output_size)
         taps = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (s s s O, C)
         bias = None if self.bias is None else self.bias.repeat(math.prod(self.stride))
@@ -230,7 +230,7 @@ def _normalises(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) ->
 
 def _can_be_grouped(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether channels may be groups; one voxel PyTorch shall refuse."""
-    return _suits(x) and math.prod(x.shape[2:]) > 1 and dtype == torch.float32
+    return suits(x) and math.prod(x.shape[2:]) > 1 and dtype == torch.float32
 
 
 def _plain(conv: nn.Conv3d) -> bool:
@@ -251,7 +251,8 @@ def _is_product(conv: nn.ConvTranspose3d) -> bool:
     )
 
 
-def _suits(x: torch.Tensor) -> bool:
+def suits(x: torch.Tensor) -> bool:
+    """Return whether a tensor is one that these layers have kernels of their own for."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # PyTorch does not export its type
     if tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -285,19 +286,23 @@ def _convolved(
     return result
 
 
-def _predicted(conv: nn.Conv3d, x: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
-    """Convolve channels last, in autocast's type where it is on."""
+def predicted(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: list[int], padding: list[int]
+) -> torch.Tensor:
+    """Convolve what `suits` without gradients, channels last and in autocast's type where it is on."""
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-    bias, weight = None if conv.bias is None else conv.bias.to(dtype), conv.weight.to(dtype)
-    convolve = _two_at_once if _leaves_lanes_empty(conv, x) else _convolved
-    return convolve(_channels_last(x.to(dtype)), weight, bias, stride, padding)
+    bias, weight = None if bias is None else bias.to(dtype), weight.to(dtype)
+    convolve = _two_at_once if _leaves_lanes_empty(x, weight, stride, padding) else _convolved
+    misread = x.shape[1] == 1 and x.shape[4] < 3  # rows of one or two numbers, by oneDNN in that layout
+    x = x.to(dtype).contiguous() if misread else _channels_last(x.to(dtype))
+    return convolve(x, weight, bias, stride, padding)
 
 
-def _leaves_lanes_empty(conv: nn.Conv3d, x: torch.Tensor) -> bool:
+def _leaves_lanes_empty(x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> bool:
     """Return whether a voxel's results are half of a register of 512 bits, and neighbours in pairs."""
     return (
-        conv.out_channels == _LANES // 2
-        and (conv.kernel_size[2], conv.stride[2], conv.padding[2]) == (3, 1, 1)
+        len(weight) == _LANES // 2
+        and (weight.shape[4], stride[2], padding[2]) == (3, 1, 1)
         and x.shape[4] % 2 == 0
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
@@ -367,9 +372,9 @@ def pointwise_product(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor | None:
     With fewer outputs than a register holds it is not.
     """
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
-    if torch.is_grad_enabled() or not last or conv.out_channels % 8 or not (_suits(x) and _onednn()):
+    if torch.is_grad_enabled() or not last or conv.out_channels % 8 or not (suits(x) and _onednn()):
         return None
-    return _predicted(conv, x, [1, 1, 1], [0, 0, 0])
+    return predicted(x, conv.weight, conv.bias, [1, 1, 1], [0, 0, 0])
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

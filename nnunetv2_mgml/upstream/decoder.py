@@ -1,7 +1,7 @@
 """nnU-Net's decoder, one scale at a time.
 
 Bends: ``UNetDecoder.forward``, of which these are the steps, and the layers it goes through (``transpconvs``,
-    ``stages``, ``seg_layers``).
+    ``stages`` and in them ``convs`` and ``all_modules``, ``seg_layers``).
 Why: it takes all skips at once, but what fuses a skip needs the decoder's features of the coarser scale.
 Guarded by: tests/upstream/test_upstream_drift.py
 """
@@ -12,6 +12,8 @@ from typing import cast
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+
+from nnunetv2_mgml.upstream.raised_convolution import raised_convolution
 
 
 class StepwiseDecoder(UNetDecoder):  # type: ignore[misc]  # untyped
@@ -24,9 +26,27 @@ class StepwiseDecoder(UNetDecoder):  # type: ignore[misc]  # untyped
         """Bring the decoder's features ``(B, C, *spatial)`` of the next coarser scale to the size of this one."""
         return cast(torch.Tensor, self.transpconvs[len(self.stages) - 1 - scale](context))
 
-    def merged(self, scale: int, context: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Return the decoder's features at a scale from raised ones and the skip, both ``(B, C_s, *spatial_s)``."""
-        return cast(torch.Tensor, self.stages[len(self.stages) - 1 - scale](torch.cat((context, skip), 1)))
+    def merged(
+        self, scale: int, context: torch.Tensor, skip: torch.Tensor, raised: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the decoder's features ``(B, C_s, *spatial_s)`` at a scale.
+
+        Args:
+            scale: of the skip.
+            context: the features of the next coarser scale.
+            skip: ``(B, C_s, *spatial_s)``.
+            raised: what `raised` makes of the context, where that is at hand.
+        """
+        index = len(self.stages) - 1 - scale
+        first, *others = self.stages[index].convs
+        convolution, *rest = first.all_modules
+        joined = raised_convolution(self.transpconvs[index], convolution, context, skip)
+        if joined is None:
+            stacked = torch.cat((self.raised(scale, context) if raised is None else raised, skip), 1)
+            return cast(torch.Tensor, self.stages[index](stacked))
+        for layer in (*rest, *others):
+            joined = layer(joined)
+        return cast(torch.Tensor, joined)
 
     def logits(self, scale: int, features: torch.Tensor) -> torch.Tensor:
         """Return the logits ``(B, K, *spatial_s)`` of a scale's segmentation layer."""

@@ -96,7 +96,7 @@ def without_workspaces(events: list[Any]) -> list[Any]:
 def test_prediction_is_what_the_allocator_holds(
     options: dict[str, Any], dataset_json: dict[str, Any], nnunet_folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_layers, "_suits", lambda *_: False)  # a CPU's copies for speed are not counted
+    monkeypatch.setattr(cpu_layers, "suits", lambda *_: False)  # a CPU's copies for speed are not counted
     written = builders.write_dataset(nnunet_folders, dataset_json)
     trainer = builders.make_trainer(nnUNetTrainerMGML, written, options, dataset_json)
     trainer.initialize()

@@ -17,6 +17,7 @@ import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU, StackedConvBlocks
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from nnunetv2.experiment_planning import plan_and_preprocess_api
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -76,6 +77,8 @@ MIRRORED: dict[Callable[..., Any], str] = {
     nnUNetTrainer.get_dataloaders: "5f59e2b907cfa2d1",
     nnUNetTrainer.train_step: "c8993de84c8c419f",
     UNetDecoder.forward: "ad64097d826e71c0",
+    StackedConvBlocks.forward: "fc393994d0d6d184",
+    ConvDropoutNormReLU.forward: "afeb6b581899f9c3",
     DatasetFingerprintExtractor.run: "02e10bff6e8d2e81",
     DatasetFingerprintExtractor.analyze_case: "8a6251b7db882c28",
 }

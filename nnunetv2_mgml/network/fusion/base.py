@@ -114,6 +114,9 @@ class FusionDesign(nn.Module):
     """Whether every scale hides absent modalities by the mask, so that the decoder need not zero them first, which
     takes a copy of all features. What they hold is finite."""
 
+    uses_context: ClassVar[bool] = True
+    """Whether what is fused depends on the decoder's features; where not, a prediction on a CPU is faster."""
+
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -169,6 +172,10 @@ class FusionDesign(nn.Module):
         """
         return self.begin()
 
+    def reads_context(self, scale: int) -> bool:
+        """Whether `fuse_scale` is to be handed the decoder's features there; see ``uses_context``."""
+        return self.uses_context
+
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
     ) -> FusedScale:
@@ -178,7 +185,8 @@ class FusionDesign(nn.Module):
             scale: 0 is full resolution; called from ``spec.num_scales - 1`` (the bottleneck) down to 0.
             features: ``(B, M, C_s, *spatial_s)``; zero where the mask is False, unless ``hides_absent``.
             mask: ``(B, M)`` bool, True = visible, at least one True per row.
-            context: upsampled decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck.
+            context: upsampled decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck and where
+                `reads_context` says that it is not needed.
             state: what `begin` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement fuse_scale")

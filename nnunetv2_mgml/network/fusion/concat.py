@@ -25,6 +25,7 @@ class ConcatFusion(FusionDesign):
     )
     weights_depend_on_modality = True
     hides_absent = True
+    uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

@@ -96,6 +96,7 @@ class DeMoSegFusion(FusionDesign):
     hides_absent = True
     order: torch.Tensor
     """`partner_order`."""
+    uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

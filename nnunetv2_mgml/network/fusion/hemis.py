@@ -88,6 +88,7 @@ class HemisFusion(FusionDesign):
         "variances are cut at 1e4, beyond which float16 overflows",
     )
     hides_absent = True
+    uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

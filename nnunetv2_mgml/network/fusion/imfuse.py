@@ -115,6 +115,10 @@ class ImFuseFusion(FusionDesign):
         """See `FusionDesign.share`; nothing where the scan reads the features."""
         return [None if str(s) in self.mamba else self.scales[s].share(f) for s, f in enumerate(features)]
 
+    def reads_context(self, scale: int) -> bool:
+        """For a training's heads alone; see `FusionDesign.reads_context`."""
+        return self.pyramid.reads_context(scale)
+
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
     ) -> FusedScale:

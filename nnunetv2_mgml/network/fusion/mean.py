@@ -16,6 +16,7 @@ class MeanFusion(FusionDesign):
     name = "mean"
     summary = "masked mean of the features, no parameters"
     hides_absent = True
+    uses_context = False
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any

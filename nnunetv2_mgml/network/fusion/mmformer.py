@@ -120,6 +120,10 @@ class MmFormerFusion(FusionDesign):
         skips = [skip.share(f) for skip, f in zip(self.scales[:-1], features[:-1], strict=True)]
         return [*skips, self.transformer.own_tokens(features[-1])]
 
+    def reads_context(self, scale: int) -> bool:
+        """For a training's heads alone; see `FusionDesign.reads_context`."""
+        return self.pyramid.reads_context(scale)
+
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
     ) -> FusedScale:

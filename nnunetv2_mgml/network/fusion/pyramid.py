@@ -36,14 +36,18 @@ class PyramidHeads(nn.Module):
             {str(s): pointwise(spec.conv_op)(spec.channels[s], spec.num_classes, 1) for s in scales}
         )
 
+    def reads_context(self, scale: int) -> bool:
+        """Whether `add` reads the decoder's feature at a scale."""
+        return self.training and str(scale) in self.heads
+
     def add(self, scale: int, result: FusedScale, context: torch.Tensor | None) -> FusedScale:
         """Return a result with label logits of the decoder's feature, at the bottleneck of the fused one, if wanted.
 
         Args:
             scale: of the result.
             result: of `FusionDesign.fuse_scale`.
-            context: decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck.
+            context: decoder feature ``(B, C_s, *spatial_s)``; None at the bottleneck, or not needed.
         """
-        if not self.training or str(scale) not in self.heads:
+        if not self.reads_context(scale):
             return result
         return result._replace(auxiliary=self.heads[str(scale)](result.fused if context is None else context))

@@ -199,6 +199,10 @@ class RegionAwareFusion(FusionDesign):
         head, fusion = self.maps[str(scale)], self.fusions[str(scale)]
         return cast(ProbabilityMap, head).embed, cast(RegionFusion, fusion).shortcut
 
+    def reads_context(self, scale: int) -> bool:
+        """Not where there is the shortcut alone; see `FusionDesign.reads_context`."""
+        return scale > 0 or self.shortcut is None
+
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
     ) -> FusedScale:

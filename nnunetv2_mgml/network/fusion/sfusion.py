@@ -96,6 +96,7 @@ class SelfAttentionFusion(FusionDesign):
     option_choices: ClassVar[dict[str, tuple[str, ...]]] = {"form": ("published", "interpolated")}
     order_matters = True
     hides_absent = True
+    uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

@@ -130,6 +130,7 @@ class UHvedFusion(FusionDesign):
     default_options: ClassVar[dict[str, Any]] = {"kl_weight": 0.1, "kl_voxels": 4096, "reconstruction_weight": 0.0}
     weights_depend_on_modality = True
     hides_absent = True
+    uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

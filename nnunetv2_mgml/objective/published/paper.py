@@ -58,7 +58,7 @@ class PaperSoftLabel(SoftLabel):
             self.present(step),
             parameters,
             self.options.mask_ratio,
-            step.valid,
+            step.modality_valid,
             self.options.mask_mode,
         )
 

@@ -76,7 +76,7 @@ class ReferenceModalityDecoder(ModalityDecoder):
         """See `Term.forward`; the published criterion is a sum over modalities."""
         if not _criterion_is_published(self.spec):
             return super().forward(step)
-        loss = label_criterion(step.modality_logits, step.labels, step.valid).sum()
+        loss = label_criterion(step.modality_logits, step.modality_labels, step.modality_valid).sum()
         return TermValue(self.weight * loss, {"modality": loss})
 
 
@@ -96,7 +96,7 @@ class ReferenceSoftLabel(PaperSoftLabel):
         logits, ratio, keep = step.modality_logits, self.options.mask_ratio, None
         if self.options.mask_mode == "published":
             keep = published_keep_map(logits, ratio)
-        return reference_soft_label_loss(logits, parameters, self.temperature, ratio, step.valid, keep)
+        return reference_soft_label_loss(logits, parameters, self.temperature, ratio, step.modality_valid, keep)
 
 
 @register

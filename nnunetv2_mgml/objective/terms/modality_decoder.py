@@ -61,8 +61,8 @@ class ModalityDecoder(Term):
             loss = segmentation_of_log_probabilities(
                 step.log_probabilities,
                 step.class_mass,
-                step.labels,
-                step.valid,
+                step.modality_labels,
+                step.modality_valid,
                 self.present(step),
                 self.spec.batch_dice,
                 step.modality_weights,

@@ -203,7 +203,7 @@ class SoftLabel(Term):
                 fused.w_f,
                 self.options.mask_ratio,
                 self.options.mask_mode,
-                valid=step.valid,
+                valid=step.modality_valid,
             )
             trains_meta = self.meta_network is not None and self.options.meta_objective == "soft_label"
             loss = soft_label_loss(
@@ -212,9 +212,9 @@ class SoftLabel(Term):
                 present,
                 keep,
                 self.temperature,
-                step.valid,
+                step.modality_valid,
                 train_target=trains_meta,
-                labels=step.labels if self.only_where_better else None,
+                labels=step.modality_labels if self.only_where_better else None,
             )
             parts, total = {"soft_label": loss}, self.weighted(loss, step)
             if self.meta_network is not None and not trains_meta:
@@ -226,9 +226,9 @@ class SoftLabel(Term):
         """L_meta: Dice + cross-entropy of the soft label; only the fusion's parameters get a gradient from it."""
         return segmentation_of_log_probabilities(
             log_soft,
-            class_mass(log_soft, step.valid),
-            step.labels,
-            step.valid,
+            class_mass(log_soft, step.modality_valid),
+            step.modality_labels,
+            step.modality_valid,
             torch.ones_like(step.available[:, :1]),
             self.spec.batch_dice,
         )
