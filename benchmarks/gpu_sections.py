@@ -120,9 +120,10 @@ class Settings:
         width = {"width_factor": 0.25} if self.tiny else {}
         return Learner(size.plan(), {**DESIGNS[design], **TERMS[terms], **width, **options}, self.device)
 
-    def steps(self, size: Size, design: str = DESIGN, terms: str = "shipped") -> TrainingStep:
+    def steps(self, size: Size, design: str = DESIGN, terms: str = "shipped", **options: Any) -> TrainingStep:
         """Return a training step as nnU-Net does it."""
-        return TrainingStep(self.learner(size, design, terms), random_batch(size.plan(), size.batch, self.device))
+        batch = random_batch(size.plan(), size.batch, self.device)
+        return TrainingStep(self.learner(size, design, terms, **options), batch)
 
     def stock(self, size: Size) -> TrainingStep:
         """Return the step of stock nnU-Net on the same plan."""

@@ -38,6 +38,11 @@ GOALS = {
         "nnU-Net's network at the plan's widths, ours at our default `width_factor`; its own loss and optimiser",
     ),
     "stock_step_memory_ratio": Goal(1.10, "its peak memory / stock nnU-Net's", "as above"),
+    "half_decoder_step_time_ratio": Goal(
+        None,
+        "the default's step with `modality_decoder_scale=1` / without",
+        "the decoder shared by all modalities ends at half the resolution, an option that is off",
+    ),
     "one_of_four_ratio": Goal(
         0.40, "a patch from one modality / from four", "network alone, float32, in turns, as the predictor runs it"
     ),

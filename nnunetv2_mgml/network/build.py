@@ -120,7 +120,8 @@ def _modality_decoder(spec: EncoderSpec, num_classes: int, convs: Any, nonlin_fi
         raise ValueError(f"modality_decoder_scale is {scale}; with these plans it can be 0 to {last}.")
     if not isinstance(convs, int):
         convs = convs[: len(convs) - scale]
-    return modality_decoder(spec.from_scale(scale), num_classes, convs, nonlin_first)
+    shared: nn.Module = modality_decoder(spec.from_scale(scale), num_classes, convs, nonlin_first)
+    return shared
 
 
 def _initialized(network: MultiEncoderUNet, unet: nn.Module) -> MultiEncoderUNet:

@@ -42,7 +42,7 @@ def raised_convolution(
     """
     if not (isinstance(raise_, ConvTranspose3d) and isinstance(convolution, Conv3d)):
         return None
-    stride, size = cast("tuple[int, ...]", raise_.stride), skip.shape[2:]
+    stride, size = raise_.stride, skip.shape[2:]
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (suits(coarse) and suits(skip)):
         return None
     if len(skip) * math.prod(size) < _VOXELS or min(size) < 2:
@@ -55,7 +55,8 @@ def raised_convolution(
     if raise_.bias is not None:
         raised_bias = raise_.bias[None, :, None, None, None].expand(-1, -1, *convolution.kernel_size)
         shares = functional.conv3d(raised_bias, kernel, padding=padding)[0]
-        inside = shares[(slice(None), *(taps // 2 for taps in shares.shape[1:]))]
+        z, y, x = (taps // 2 for taps in shares.shape[1:])
+        inside = shares[:, z, y, x]
         bias = inside if bias is None else bias + inside
     result = predicted(skip, own_kernel, bias, [1, 1, 1], padding)
     if raise_.bias is not None:
