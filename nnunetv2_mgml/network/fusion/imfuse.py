@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.network.fusion.attention import to_tokens
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, at_least_float32, register
+from nnunetv2_mgml.network.fusion.base import (
+    FusedScale,
+    FusionDesign,
+    FusionSpec,
+    at_least_float32,
+    can_be_read,
+    register,
+)
 from nnunetv2_mgml.network.fusion.mamba import MambaBlock
 from nnunetv2_mgml.network.fusion.positions import PositionCode
 from nnunetv2_mgml.network.fusion.pyramid import PyramidHeads, published_scales
@@ -56,9 +63,23 @@ class InterleavedMamba(nn.Module):
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
+        if torch.is_grad_enabled() or not can_be_read(mask):
+            return self._scanned(features, mask, mask.shape[1])
+        counts = mask.sum(1)
+        alike = [(int(count), (counts == count).nonzero()[:, 0]) for count in counts.unique()]
+        if len(alike) == 1:
+            return self._scanned(features, mask, alike[0][0])
+        fused = features.new_empty(len(mask), *features.shape[2:])
+        for count, samples in alike:
+            fused[samples] = self._scanned(features[samples], mask[samples], count)
+        return fused
+
+    def _scanned(self, features: torch.Tensor, mask: torch.Tensor, most: int) -> torch.Tensor:
+        """Scan sequences as long as those of ``most`` modalities: what comes behind cannot be seen."""
         size = features.shape[3:]
         tokens = interleave(to_tokens(features), self.read_out + self.positions(size))
-        scanned = self.block(_take(tokens, present_first(mask, math.prod(size))))
+        order = present_first(mask, math.prod(size))[:, : math.prod(size) * (most + 1)]
+        scanned = self.block(_take(tokens, order))
         count = mask.sum(1, keepdim=True)
         read_outs = torch.arange(math.prod(size), device=mask.device) * (count + 1) + count
         fused: torch.Tensor = _take(scanned, read_outs).transpose(1, 2).unflatten(2, size)

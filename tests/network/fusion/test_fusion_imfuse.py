@@ -59,6 +59,24 @@ def test_read_out_sees_present_modalities_of_all_voxels_up_to_its_own() -> None:
     torch.testing.assert_close(fusion(features, inputs.mask).flatten(2), own.cumsum(2), atol=1e-4, rtol=1e-4)
 
 
+def test_a_prediction_scans_no_longer_than_what_is_present() -> None:
+    """Subsets of as many modalities together, and nothing else than where all sequences are as long as the longest."""
+    spec = make_spec()
+    fusion = block_of(make_design("imfuse", spec))
+    inputs = make_pass(spec, list(all_subsets(3)))
+    features = inputs.features[2]
+    voxels, lengths = features.shape[3:].numel(), []
+    fusion.block.register_forward_pre_hook(lambda _, tokens: lengths.append(tuple(tokens[0].shape[:2])))
+    padded = fusion(features, inputs.mask)
+    with torch.no_grad():
+        found = fusion(features, inputs.mask)
+        alone = [fusion(features[b : b + 1], inputs.mask[b : b + 1]) for b in range(len(features))]
+    torch.testing.assert_close(found, padded.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(alone), padded.detach(), atol=1e-5, rtol=1e-4)
+    assert lengths[:4] == [(7, 4 * voxels), (3, 2 * voxels), (3, 3 * voxels), (1, 4 * voxels)]
+    assert sorted(length // voxels for _, length in lengths[4:]) == [2, 2, 2, 3, 3, 3, 4]
+
+
 def test_masking_equals_removal() -> None:
     """Exactly, short convolution included: published code lets absent tokens through as zeros."""
     spec = make_spec()
