@@ -63,7 +63,7 @@ class InterleavedMamba(nn.Module):
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args: features ``(B, M, C, *spatial)``; mask ``(B, M)`` bool."""
-        if torch.is_grad_enabled() or not can_be_read(mask):
+        if self.training or torch.is_grad_enabled() or not can_be_read(mask):
             return self._scanned(features, mask, mask.shape[1])
         counts = mask.sum(1)
         alike = [(int(count), (counts == count).nonzero()[:, 0]) for count in counts.unique()]

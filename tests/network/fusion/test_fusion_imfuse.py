@@ -62,7 +62,7 @@ def test_read_out_sees_present_modalities_of_all_voxels_up_to_its_own() -> None:
 def test_a_prediction_scans_no_longer_than_what_is_present() -> None:
     """Subsets of as many modalities together, and nothing else than where all sequences are as long as the longest."""
     spec = make_spec()
-    fusion = block_of(make_design("imfuse", spec))
+    fusion = block_of(make_design("imfuse", spec)).eval()
     inputs = make_pass(spec, list(all_subsets(3)))
     features = inputs.features[2]
     voxels, lengths = features.shape[3:].numel(), []
