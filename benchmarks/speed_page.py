@@ -123,8 +123,25 @@ Times of single layers, and of old and new code in turns, are of scripts that we
   go into the convolution behind them, so that no feature per class is written. With the convolutions above a patch took
   0.292 s, now 0.278, from one modality 0.127, now 0.116, for 15 subsets 1.25, now 1.11; in bfloat16 0.179, now 0.174,
   for 15 subsets no less (0.78, now 0.79).
-- What is left of 15 subsets (AVX-512): 0.21 s for the encoders and 0.52 s for the decoder's convolutions alone, which
-  is 2.6 times a patch.
+- Kept (AVX-512): at the fine scales a prediction's transposed convolution and the convolution behind it are one
+  (`upstream/raised_convolution.py`), eight outputs per coarse voxel from 2^3 of its neighbours. 16 and 8 to 8 channels
+  at 64^3 13.4 ms with the stack between them, now 10.3; 64 and 32 to 32 143, now 112. In turns a patch took 0.283 s, now
+  0.278, from one modality 0.119, now 0.114, for 15 subsets 1.11, now 1.05. In bfloat16 two rounded parts would be
+  added, whose error is 1.2 times the layers'; they stay there.
+- Kept (AVX-512): `imfuse` scans only what is present, subsets of as many modalities together: from one modality 0.199
+  s, now 0.137, for 15 subsets 2.69, now 1.92, which is 5.3 times a patch (7.2).
+- What is left of 15 subsets (AVX-512): 0.21 s for the encoders and 0.45 s for the decoder's convolutions alone, near
+  the processor's peak, which is 2.4 times a patch; the rest goes over feature maps that no longer fit a cache. 3.0 would
+  take a network whose fusion and decoder are narrower yet. Of the other designs `m2ftrans`, `mmformer` and `concat`
+  share what they can: 3.5, 3.4 and 3.3 times a patch.
+- An option that is off: the decoder shared by all modalities at half the resolution, with its losses there
+  (`modality_decoder_scale=1`, the row above). What it does to Dice: [results.md](results.md).
+- Not built: the teacher's pass only for samples whose target differs from the student's. With every subset alike one of
+  15 samples sees all it has, so a fifteenth of that pass would be spared: with its loss it is a tenth of a step, so less
+  than one hundredth, for shapes that depend on data.
+- Left to the plans: nnU-Net's resampling by PyTorch. Three logits from 78x120x120 to 155x240x240 voxels by the default
+  0.89 s, by `resample_torch_fornnunet` 0.10, with differences of up to 2e-5 and another label in 7e-8 of the voxels.
+  nnU-Net's planners whose names end in `_torchres` ask for it, and our models follow their plans.
 - Not kept, since slower or no faster: the gradient of the weights as 27 (258 ms) or 9 (223 ms) matrix products over
   shifted views; channels last for strided convolutions' gradients.
 - Not kept (AMX): the allocator's limits for a training. They spare 7 to 19 % of a step at 64^3 and 96^3, stock nnU-Net
