@@ -130,10 +130,9 @@ Times of single layers, and of old and new code in turns, are of scripts that we
   added, whose error is 1.2 times the layers'; they stay there.
 - Kept (AVX-512): `imfuse` scans only what is present, subsets of as many modalities together: from one modality 0.199
   s, now 0.137, for 15 subsets 2.69, now 1.92, which is 5.3 times a patch (7.2).
-- What is left of 15 subsets (AVX-512): 0.21 s for the encoders and 0.45 s for the decoder's convolutions alone, near
-  the processor's peak, which is 2.4 times a patch; the rest goes over feature maps that no longer fit a cache. 3.0 would
-  take a network whose fusion and decoder are narrower yet. Of the other designs `m2ftrans`, `mmformer` and `concat`
-  share what they can: 3.5, 3.4 and 3.3 times a patch.
+- What is left of 15 subsets (AVX-512): before these two 0.21 s for the encoders and 0.52 s for the decoder's
+  convolutions alone, which was 2.6 times a patch; 3.0 would take a network whose fusion and decoder are narrower yet.
+  Of the other designs `m2ftrans`, `mmformer` and `concat` take 3.5, 3.4 and 3.3 times a patch.
 - An option that is off: the decoder shared by all modalities at half the resolution, with its losses there
   (`modality_decoder_scale=1`, the row above). What it does to Dice: [results.md](results.md).
 - Not built: the teacher's pass only for samples whose target differs from the student's. With every subset alike one of
