@@ -125,8 +125,8 @@ Times of single layers, and of old and new code in turns, are of scripts that we
   for 15 subsets no less (0.78, now 0.79).
 - Kept (AVX-512): at the fine scales a prediction's transposed convolution and the convolution behind it are one
   (`upstream/raised_convolution.py`), eight outputs per coarse voxel from 2^3 of its neighbours. 16 and 8 to 8 channels
-  at 64^3 13.4 ms with the stack between them, now 10.3; 64 and 32 to 32 143, now 112. In turns a patch took 0.283 s, now
-  0.278, from one modality 0.119, now 0.114, for 15 subsets 1.11, now 1.05. In bfloat16 two rounded parts would be
+  at 64^3 13.4 ms with the stack between them, now 10.3; 64 and 32 to 32 143, now 112. In turns a patch took 0.283 s,
+  now 0.278, from one modality 0.119, now 0.114, for 15 subsets 1.11, now 1.05. In bfloat16 two rounded parts would be
   added, whose error is 1.2 times the layers'; they stay there.
 - Kept (AVX-512): `imfuse` scans only what is present, subsets of as many modalities together: from one modality 0.199
   s, now 0.137, for 15 subsets 2.69, now 1.92, which is 5.3 times a patch (7.2).
@@ -135,9 +135,9 @@ Times of single layers, and of old and new code in turns, are of scripts that we
   Of the other designs `m2ftrans`, `mmformer` and `concat` take 3.5, 3.4 and 3.3 times a patch.
 - An option that is off: the decoder shared by all modalities at half the resolution, with its losses there
   (`modality_decoder_scale=1`, the row above). What it does to Dice: [results.md](results.md).
-- Not built: the teacher's pass only for samples whose target differs from the student's. With every subset alike one of
-  15 samples sees all it has, so a fifteenth of that pass would be spared: with its loss it is a tenth of a step, so less
-  than one hundredth, for shapes that depend on data.
+- Not built: the teacher's pass only for samples whose target differs from the student's. With every subset alike one
+  of 15 samples sees all it has, so a fifteenth of that pass would be spared: with its loss it is a tenth of a step, so
+  less than one hundredth, for shapes that depend on data.
 - Left to the plans: nnU-Net's resampling by PyTorch. Three logits from 78x120x120 to 155x240x240 voxels by the default
   0.89 s, by `resample_torch_fornnunet` 0.10, with differences of up to 2e-5 and another label in 7e-8 of the voxels.
   nnU-Net's planners whose names end in `_torchres` ask for it, and our models follow their plans.

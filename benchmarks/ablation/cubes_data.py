@@ -6,6 +6,7 @@ The patients are split once, by a seed, into training, validation and test. Choi
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cubes_variants import CHANNELS
+from numpy.typing import NDArray
 
 from nnunetv2_mgml.dataloading.masking import SubsetSampler
+from nnunetv2_mgml.dataset_conversion.missing import draw_missing
 
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
 SPLIT_SEED = 2026
 HELD_OUT = {"test": 60 / 288, "validation": 36 / 288}
 """Shares of the patients; of all 288 it is 60 for the test, 36 for validation and 192 for training."""
+MISSING_RATES = {"t1": 0.2, "t1ce": 0.4, "flair": 0.6, "t2": 0.8}
+"""How often patients lack a modality where they are to: PASSION's protocol (docs/conversion.md)."""
 _LABELS = ((1, 2, 4), (1, 4), (4,))
 """BraTS labels of `REGIONS`."""
 
@@ -85,6 +90,15 @@ def split(patients: list[str], seed: int = SPLIT_SEED) -> dict[str, list[int]]:
     }
 
 
+def left_by_rate(patients: Sequence[str]) -> NDArray[np.bool_]:
+    """Return which modalities every patient has, ``(patients, M)``, once they lack them at `MISSING_RATES`.
+
+    It follows from the names, so that it is the same in every training.
+    """
+    missing = draw_missing(patients, MISSING_RATES, SPLIT_SEED)
+    return np.array([[channel not in missing.get(patient, ()) for channel in CHANNELS] for patient in patients])
+
+
 class Draws(NamedTuple):
     """What the steps of a training draw, drawn before it so that no step waits; the first axis is the step."""
 
@@ -100,6 +114,8 @@ class Draws(NamedTuple):
     """``(steps, B, M)`` float32."""
     visible: torch.Tensor
     """``(steps, B, M)`` bool."""
+    available: torch.Tensor
+    """``(steps, B, M)`` bool, what the patient has."""
 
     def at(self, step: torch.Tensor) -> Draws:
         """Return the draws of one step, ``step (1,)`` int64 on the same device, without its axis."""
@@ -115,6 +131,7 @@ def draw(
     sampler: SubsetSampler,
     seed: int,
     intensity: float = 0.1,
+    has: NDArray[np.bool_] | None = None,
 ) -> Draws:
     """Draw cases (with replacement, as nnU-Net), patches, flips, intensities and subsets for a training.
 
@@ -127,6 +144,7 @@ def draw(
         sampler: of the modalities a sample may see.
         seed: everything follows from it, so trainings with one seed see the same data and subsets.
         intensity: factors lie within 1 +- this, shifts within +- this.
+        has: ``(patients, M)``, see `left_by_rate`; None: everyone has everything.
     """
     # one generator for each kind: the draws of a longer training begin with those of a shorter one
     of_case, of_start, of_flip, of_scale, of_shift, of_subset = np.random.default_rng(seed).spawn(6)
@@ -136,9 +154,9 @@ def draw(
     flip = of_flip.random((*shape, 3)) < 0.5
     scale = of_scale.uniform(1 - intensity, 1 + intensity, (*shape, len(CHANNELS))).astype(np.float32)
     shift = of_shift.uniform(-intensity, intensity, (*shape, len(CHANNELS))).astype(np.float32)
-    available = np.ones((steps * batch, len(CHANNELS)), bool)
-    visible = sampler.sample(available, of_subset).reshape(*shape, len(CHANNELS))
-    return Draws(*map(torch.from_numpy, (case, start, flip, scale, shift, visible)))
+    available = np.ones((*shape, len(CHANNELS)), bool) if has is None else has[case]
+    visible = sampler.sample(available.reshape(-1, len(CHANNELS)), of_subset).reshape(available.shape)
+    return Draws(*map(torch.from_numpy, (case, start, flip, scale, shift, visible, available)))
 
 
 def cut(cubes: Cubes, draws: Draws, patch: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,39 +45,40 @@ def main() -> None:
 
 
 def read(label: str) -> list[Result]:
-    """Return the results below a label; a variant's name does not say of how many patients it is, since groups do."""
+    """Return the results below a label; a variant's name does not say on what data it is, since groups do."""
     return [within_group(json.loads(file.read_text())) for file in sorted((RESULTS / label).glob("*.json"))]
 
 
 def within_group(result: Result) -> Result:
-    """Return a result whose variant is called as in a table of trainings with as many patients."""
+    """Return a result whose variant is called as in a table of trainings on the same data (`regime`)."""
     variant, _, changes = result["variant"].partition(":")
-    kept = ",".join(change for change in changes.split(",") if not change.startswith("patients="))
+    kept = ",".join(change for change in changes.split(",") if not change.startswith(("patients=", "lacking=")))
     return {**result, "variant": f"{variant}:{kept}" if kept else variant}
 
 
 def budgets(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Group results that can be compared, by what they may spend."""
-    grouped: dict[tuple[int, str | None, int | None], list[Result]] = {}
+    grouped: dict[tuple[int, str | None, str], list[Result]] = {}
     for result in results:
-        key = (result["nominal_steps"], result["equal_time"], patients(result))
+        key = (result["nominal_steps"], result["equal_time"], regime(result))
         grouped.setdefault(key, []).append(result)
     found: dict[str, list[Result]] = {}
-    for (steps, reference, few), chosen in grouped.items():
+    for (steps, reference, data), chosen in grouped.items():
         if reference:  # a limit in seconds shortens all schedules alike: what counts is what the reference really did
             done = sorted({r["steps"] for r in chosen if r["variant"] == reference}) or [steps]
             words = f"the time of {' to '.join(map(str, dict.fromkeys((done[0], done[-1]))))} steps of {reference}"
         else:
             words = f"{steps} steps"
-        words += f", {few} patients to train" if few else ""
+        words += f", {data}" if data else ""
         found.setdefault(words, []).extend(chosen)
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))  # the table with most first
 
 
-def patients(result: Result) -> int | None:
-    """Return with how many patients a run was trained, None: with all."""
-    few: int | None = result.get("training", {}).get("patients")
-    return few
+def regime(result: Result) -> str:
+    """Return in words what data a run was trained on; empty: all patients, and all that they have."""
+    training = result.get("training", {})
+    words = [f"{training['patients']} patients to train"] if training.get("patients") else []
+    return ", ".join([*words, *(["patients that lack modalities"] if training.get("lacking") else [])])
 
 
 def headline_budget() -> tuple[str, list[Result]]:
@@ -104,7 +105,7 @@ def with_budget_times(factor: float, chosen: Sequence[Result]) -> list[Result]:
 
 def _scored() -> list[Result]:
     results = [r for folder in sorted(RESULTS.iterdir()) for r in read(folder.name)] if RESULTS.is_dir() else []
-    return [r for r in results if "test" in r and r["equal_time"] and not patients(r)]
+    return [r for r in results if "test" in r and r["equal_time"] and not regime(r)]
 
 
 def _like(results: Iterable[Result], one: Result) -> list[Result]:

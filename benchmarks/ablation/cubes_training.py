@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from cubes_data import Cubes, cut, draw
+from cubes_data import Cubes, cut, draw, left_by_rate
 from cubes_variants import CHANNELS, Run
 from precision import precision_on
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
@@ -81,6 +81,7 @@ class Training:
             self.cubes.images.shape[-1],
             build_sampler(SamplingOptions() if settings["stock"] else self.learner.options.sampling, CHANNELS),
             run.seed,
+            has=left_by_rate(self.cubes.patients) if settings["lacking"] else None,
         )
         if settings["only"]:
             visible = torch.tensor(run.subsets[0]).expand_as(draws.visible).contiguous()
@@ -164,7 +165,7 @@ class Training:
     def _step(self) -> None:
         draws = self.draws.at(self.counter)
         images, regions = cut(self.cubes, draws, self.settings["patch"])
-        batch = Batch(images, at_scales(regions, self.plan), draws.visible, torch.ones_like(draws.visible))
+        batch = Batch(images, at_scales(regions, self.plan), draws.visible, draws.available)
         share = (self.counter / self.total).clamp(max=1).squeeze(0)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"].copy_(rate * (1 - share) ** _POLY)

@@ -13,7 +13,7 @@ CHANNELS = ("t1", "t1ce", "t2", "flair")
 STEP_SECONDS = Path(__file__).parent / "results" / "cubes_seconds.json"
 """What `cubes_seconds.py` measured."""
 SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
-_FREE = ("only", "patients", "learning_rate", "weight_decay")
+_FREE = ("only", "patients", "lacking", "learning_rate", "weight_decay")
 """Settings that do not change what a step costs."""
 
 
@@ -72,6 +72,10 @@ SPECIALISTS = "modality_dropout"
 """The variant whose network specialists are: the stock network, without anything that knows of missing modalities."""
 THREE_SEEDS = ("t1", "t1ce", "t2", "flair", "t1+t1ce+t2+flair")
 """Subsets whose specialists are trained with all seeds."""
+PASSION = "passion"
+"""The variant for patients that lack modalities, which hides nothing of what they have."""
+LACKING = ("baseline", "mgml", "modality_dropout", PASSION)
+"""Variants that are also trained on patients that lack modalities at unequal rates."""
 FEW = 30
 """Patients of the second regime, in which regularisers have more to do."""
 
@@ -88,7 +92,9 @@ def whole_table(seeds: list[int], steps: int) -> list[Run]:
     first seed, those of `THREE_SEEDS` with all.
     """
     subsets = [subset_name(subset, CHANNELS) for subset in all_subsets(len(CHANNELS))]
-    variants = [f"{name}{change}" for change in ("", f":patients={FEW}") for name in SETTINGS["variants"]]
+    for_all = [name for name in SETTINGS["variants"] if name != PASSION]
+    variants = [f"{name}{change}" for change in ("", f":patients={FEW}") for name in for_all]
+    variants += [f"{name}:lacking=true" for name in LACKING]
     runs = [Run(name, seed, steps) for seed in seeds for name in variants]
     alone = [(specialist(s), seed) for n, seed in enumerate(seeds) for s in subsets if n == 0 or s in THREE_SEEDS]
     return [*runs, *(Run(name, seed, steps) for name, seed in alone)]

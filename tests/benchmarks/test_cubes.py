@@ -97,6 +97,23 @@ def test_longer_trainings_begin_with_the_same_draws(cubes: SimpleNamespace) -> N
     assert (long.start <= 4).all()
 
 
+def test_patients_lack_modalities_at_the_published_rates(cubes: SimpleNamespace) -> None:
+    """A patient lacks the same in every training, and nobody everything; a fixed sampler hides nothing beside."""
+    data = cubes.cubes_data
+    patients = [f"patient_{n:03}" for n in range(288)]
+    has = data.left_by_rate(patients)
+    rates = dict(zip(data.CHANNELS, 1 - has.mean(0), strict=True))
+    assert rates == pytest.approx(data.MISSING_RATES, abs=0.07)
+    assert has.any(1).all()
+    np.testing.assert_array_equal(data.left_by_rate(patients[100:110]), has[100:110])
+    for kind in ("fixed", "uniform_subset"):
+        draws = data.draw(list(range(288)), 200, 2, 16, 20, SubsetSampler(kind, (0.5,) * 4), seed=4, has=has)
+        np.testing.assert_array_equal(draws.available, has[draws.case])
+        assert torch.equal(draws.visible, draws.available) == (kind == "fixed")
+        assert not (draws.visible & ~draws.available).any()
+        assert draws.visible.any(2).all()
+
+
 def test_patches_are_flipped_and_scaled_inside_the_brain(cubes: SimpleNamespace) -> None:
     images = torch.arange(2 * 4 * 5**3).reshape(2, 4, 5, 5, 5).float()
     images[0, :, 4] = 0
@@ -107,6 +124,7 @@ def test_patches_are_flipped_and_scaled_inside_the_brain(cubes: SimpleNamespace)
         torch.tensor([[True, False, True], [False, True, False]]),
         torch.tensor([[2.0] * 4, [1.0] * 4]),
         torch.tensor([[1.0] * 4, [0.0] * 4]),
+        torch.ones(2, 4, dtype=torch.bool),
         torch.ones(2, 4, dtype=torch.bool),
     )
     patches, regions = cubes.cubes_data.cut(data, draws, 3)
@@ -164,7 +182,9 @@ def test_the_array_of_jobs_is_the_whole_table(cubes: SimpleNamespace, tmp_path: 
     assert sorted(run.subsets[0] for run in alone if run.seed == 0) == sorted(all_subsets(4))
     assert sum(run.seed > 0 for run in alone) == 2 * 5, "five of them with three seeds"
     few = [run for run in runs if run.training["patients"] == 30]
-    assert {run.timed_as for run in few} == set(cubes.cubes_variants.SETTINGS["variants"])
+    assert {run.timed_as for run in few} == set(cubes.cubes_variants.SETTINGS["variants"]) - {"passion"}
+    lacking = [run.timed_as for run in runs if run.training["lacking"]]
+    assert set(lacking) == {"baseline", "mgml", "modality_dropout", "passion"}
     script = (FOLDER / "ablation" / "cubes.sbatch").read_text()
     assert f"#SBATCH --array=0-{len(runs) - 1}\n" in script
     python = tmp_path / "python"
