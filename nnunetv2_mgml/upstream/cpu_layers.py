@@ -36,8 +36,9 @@ _SMALL = 20480
 _FEW_VOXELS = 1024
 """Feature maps of fewer voxels stay channel by channel after a norm: the next convolution's copy costs little."""
 
-_MANY_VOXELS = 4096
-"""Feature maps of fewer are rather copied for a norm than summed in pieces."""
+_MANY_VOXELS, _MANY_NUMBERS = 4096, 2**16
+"""Feature maps of no more voxels are rather copied for a norm than summed in pieces, unless a sample has as many
+numbers and so few channels that the sums stay exact."""
 
 _LANES = 16
 """float32 numbers of a register of 512 bits."""
@@ -167,7 +168,8 @@ def _grouped(
     # on what does not lie channel by channel PyTorch's sums are inexact, and on few voxels up to 50 times slower
     last = x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
     voxels = math.prod(x.shape[2:])
-    if last and voxels > _MANY_VOXELS and not torch.is_grad_enabled():
+    many = voxels > _MANY_VOXELS or (voxels * x.shape[1] >= _MANY_NUMBERS and _side_by_side(x.shape[1]) >= 8)
+    if last and many and not torch.is_grad_enabled():
         return _normed_in_pieces(x, scale, shift, eps, x if overwrites else torch.empty_like(x))
     result = functional.group_norm(x.contiguous(), x.shape[1], scale, shift, eps)
     return _channels_last(result) if last and voxels > _FEW_VOXELS else result
@@ -180,15 +182,23 @@ def _normed_in_pieces(
 
     PyTorch's group norm takes mean and variance of this layout from two sums over all voxels, which costs three or four
     digits of them. Its batch norm, for which voxels are samples, first finds the mean and then sums distances from it.
+    The pieces are those of the sums, so that a thread writes what it has just read.
     """
     samples = (each.permute(0, 2, 3, 4, 1).flatten(1, 3) for each in (x, result))
     unused = x.new_empty(0, dtype=torch.float32)
     for sample, place in zip(*samples, strict=True):
         mean, variance = _mean_and_variance(sample)
-        torch.native_batch_norm(
-            sample, scale, shift, mean, variance, False, 0.0, eps, out=(place, unused, unused.clone())
-        )
+        rows = _ROWS * _side_by_side(x.shape[1])
+        for piece, own in zip(sample.split(rows), place.split(rows), strict=True):
+            torch.native_batch_norm(
+                piece, scale, shift, mean, variance, False, 0.0, eps, out=(own, unused, unused.clone())
+            )
     return result
+
+
+def _side_by_side(channels: int) -> int:
+    """Return how many voxels are a row of a piece."""
+    return max(1, _COLUMNS // channels)
 
 
 def _mean_and_variance(voxels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +208,7 @@ def _mean_and_variance(voxels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     a column, all joined in float64.
     """
     channels = voxels.shape[1]
-    side_by_side = max(1, _COLUMNS // channels)
+    side_by_side = _side_by_side(channels)
     fitting = len(voxels) - len(voxels) % side_by_side
     pieces = [*voxels[:fitting].view(-1, side_by_side * channels).split(_ROWS)]
     if fitting < len(voxels):

@@ -404,7 +404,7 @@ LAST = torch.channels_last_3d
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("mean", [0, 1, 30])
-@pytest.mark.parametrize(("channels", "size"), [(16, 64), (8, 64), (16, 11), (32, 9), (3, 30)])
+@pytest.mark.parametrize(("channels", "size"), [(16, 64), (8, 64), (16, 11), (32, 9), (3, 30), (32, 16), (16, 17)])
 def test_predictions_are_as_exact_as_the_norm(channels: int, size: int, mean: int, affine: bool) -> None:
     """Channels last, as they go through the network: every voxel within a few times PyTorch's own error.
 
