@@ -18,10 +18,13 @@ from precision import precision_on
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
 
 from nnunetv2_mgml.dataloading.masking import build_sampler
+from nnunetv2_mgml.objective.base import Progress
 from nnunetv2_mgml.plans.options import SamplingOptions
 
 _WIDTHS = (32, 64, 128, 256, 320, 320)
 _POLY = 0.9
+_EPOCHS = 20
+"""In which a training falls for what terms do after each."""
 _WARM_UP_STEPS = 6
 """Steps before a graph is captured: lazy set-up and cuDNN's choice of algorithms happen in them."""
 
@@ -33,7 +36,8 @@ class Training:
         run: what to train.
         cubes: on the device.
         cases: indices of the training patients.
-        graph: capture the step as a CUDA graph and replay it, on a stream of its own.
+        graph: capture the step as a CUDA graph and replay it, on a stream of its own; not where a term changes between
+            steps.
         capacity: most steps that `set_steps` may ask for; None: ``run.steps``.
 
     Attributes:
@@ -50,6 +54,7 @@ class Training:
         self.steps, self.done = run.steps, 0
         self._random: torch.Generator | None = None
         self._default: torch.Generator | None = None
+        graph = graph and run.options.get("rebalancing", "none") == "none"
         self.stream = torch.cuda.Stream(self.device) if graph else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self._marks: list[torch.cuda.Event] = []
@@ -73,6 +78,9 @@ class Training:
         else:
             narrow = {"width_factor": settings["width_factor"], "gradient_checkpointing": False}  # time counts here
             self.learner = Learner(self.plan, {**run.options, **narrow}, device)
+        has = left_by_rate(self.cubes.patients)
+        if not settings["lacking"]:
+            has[:] = True
         draws = draw(
             cases[: settings["patients"]],
             capacity,
@@ -81,8 +89,10 @@ class Training:
             self.cubes.images.shape[-1],
             build_sampler(SamplingOptions() if settings["stock"] else self.learner.options.sampling, CHANNELS),
             run.seed,
-            has=left_by_rate(self.cubes.patients) if settings["lacking"] else None,
+            has=has,
         )
+        if not settings["stock"]:
+            self.learner.objective.begin_training(tuple(map(bool, has[case])) for case in cases[: settings["patients"]])
         if settings["only"]:
             visible = torch.tensor(run.subsets[0]).expand_as(draws.visible).contiguous()
             draws = draws._replace(visible=visible)
@@ -133,7 +143,8 @@ class Training:
                     self._step()
                 else:
                     self.graph.replay()
-            self.done += steps
+                self.done += 1
+                self._end_epoch()
             if self.stream is not None:
                 self._marks.append(torch.cuda.Event())
                 self._marks[-1].record()
@@ -178,6 +189,12 @@ class Training:
             optimizer.step()
         self.losses.index_copy_(0, self.counter, loss.detach().float().reshape(1))
         self.counter.add_(1)
+
+    def _end_epoch(self) -> None:
+        """After the last step of an epoch let the terms do what they do then; a graph's have nothing to do."""
+        length = -(-self.steps // _EPOCHS)
+        if self.graph is None and not self.settings["stock"] and self.done % length == 0:
+            self.learner.objective.end_epoch(Progress(self.done // length - 1, _EPOCHS))
 
     def _ramp(self, share: torch.Tensor) -> torch.Tensor | float:
         if self.settings["stock"]:

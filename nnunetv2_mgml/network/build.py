@@ -73,15 +73,11 @@ def build_network(
     )
     encoder = cast(nn.Module, unet.encoder)  # `plan_unet` refuses others
     spec = encoder_spec(encoder)
+    check_modality_scale(options, len(spec.output_channels))
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     if options.network_form == "early_fusion":
-        if options.modality_decoder_scale:
-            raise ValueError(
-                f"modality_decoder_scale is {options.modality_decoder_scale}, but network_form=early_fusion has no "
-                f"decoder for the modalities. Set it to 0."
-            )
         early = _early_fusion(
             narrow,
             modalities,
@@ -109,15 +105,25 @@ def build_network(
     return _initialized(network, unet)
 
 
-def _modality_decoder(spec: EncoderSpec, num_classes: int, convs: Any, nonlin_first: bool, scale: int) -> nn.Module:
-    """Build the decoder shared by all modalities, which ends at a scale.
+def check_modality_scale(options: NetworkOptions, stages: int) -> None:
+    """Raise a ValueError where no decoder for the modalities ends at ``modality_decoder_scale``.
 
-    Raises:
-        ValueError: no decoder ends there.
+    Args:
+        options: of the network.
+        stages: of its encoders.
     """
-    last = len(spec.output_channels) - 2
+    scale, last = options.modality_decoder_scale, max(0, stages - 2)
+    if scale and options.network_form == "early_fusion":
+        raise ValueError(
+            f"modality_decoder_scale is {scale}, but network_form=early_fusion has no decoder for the modalities. "
+            f"Set it to 0."
+        )
     if scale > last:
-        raise ValueError(f"modality_decoder_scale is {scale}; with these plans it can be 0 to {last}.")
+        raise ValueError(f"modality_decoder_scale is {scale}; with {stages} stages it can be 0 to {last}.")
+
+
+def _modality_decoder(spec: EncoderSpec, num_classes: int, convs: Any, nonlin_first: bool, scale: int) -> nn.Module:
+    """Build the decoder shared by all modalities, which ends at a scale."""
     if not isinstance(convs, int):
         convs = convs[: len(convs) - scale]
     shared: nn.Module = modality_decoder(spec.from_scale(scale), num_classes, convs, nonlin_first)

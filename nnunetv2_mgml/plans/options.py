@@ -198,9 +198,9 @@ class NetworkOptions(OptionGroup):
     )
     modality_decoder_scale: int = option(
         0,
-        "scale at which the decoder shared by all modalities ends, and with it what modalities alone are taught. 0, as "
-        "published: full resolution; 1: one stage before it, which makes a training step faster (docs/speed.md) and a "
-        "prediction neither faster nor slower",
+        "how many stages before full resolution the decoder shared by all modalities ends, and with it what modalities "
+        "alone are taught: 0, as published, or more, which makes a training step faster (docs/speed.md). A prediction "
+        "does not use it. With reading=paper the soft-label loss, a sum over voxels, shrinks with their number",
         low=0,
     )
 

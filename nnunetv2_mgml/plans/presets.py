@@ -23,6 +23,7 @@ PAPER: dict[str, Any] = {
 """The training settings of the MGML paper (section 4.1)."""
 
 _PUBLISHED_LOSSES: dict[str, Any] = {
+    "modality_decoder_scale": 0,
     "segmentation_weight": 1.0,
     "auxiliary_weight": 1.0,
     "modality_decoder_weight": 0.7,
@@ -64,6 +65,7 @@ REFERENCE_LOSSES: dict[str, Any] = {
 """The total of the published code (worldlikerr/MGML @ 51de28e)."""
 
 EARLY_FUSION: dict[str, Any] = {
+    "modality_decoder_scale": 0,
     "network_form": "early_fusion",
     "fusion": "concat",
     "fusion_options": {},

@@ -55,7 +55,7 @@ class Conv3d(nn.Conv3d):
         if _gradient_is_wrong(self, input):
             with torch.autocast("cpu", enabled=False):
                 return super().forward(input.float()).to(torch.bfloat16)
-        if not (suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and _onednn()):
+        if not (suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and onednn()):
             return super().forward(input)
         stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
         if torch.is_grad_enabled():
@@ -280,18 +280,21 @@ def _predicts_in_bfloat16(x: torch.Tensor) -> bool:
         not torch.is_grad_enabled()
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and x.dtype in (torch.float32, torch.bfloat16)
-        and _onednn()
+        and onednn()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
-def _onednn() -> bool:
+def onednn() -> bool:
+    """Return whether oneDNN is there and not switched off."""
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _convolved(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
+    if x.shape[1] == 1 and (x.shape[4] + 2 * padding[2] - weight.shape[4]) // stride[2] == 0:
+        x = x.flatten().view(x.shape)  # where a row becomes one voxel oneDNN misreads the strides of one channel last
     result: torch.Tensor = torch.mkldnn_convolution(x, weight, bias, padding, stride, [1, 1, 1], 1)
     return result
 
@@ -303,9 +306,7 @@ def predicted(
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
     bias, weight = None if bias is None else bias.to(dtype), weight.to(dtype)
     convolve = _two_at_once if _leaves_lanes_empty(x, weight, stride, padding) else _convolved
-    misread = x.shape[1] == 1 and x.shape[4] < 3  # rows of one or two numbers, by oneDNN in that layout
-    x = x.to(dtype).contiguous() if misread else _channels_last(x.to(dtype))
-    return convolve(x, weight, bias, stride, padding)
+    return convolve(_channels_last(x.to(dtype)), weight, bias, stride, padding)
 
 
 def _leaves_lanes_empty(x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> bool:
@@ -382,7 +383,7 @@ def pointwise_product(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor | None:
     With fewer outputs than a register holds it is not.
     """
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
-    if torch.is_grad_enabled() or not last or conv.out_channels % 8 or not (suits(x) and _onednn()):
+    if torch.is_grad_enabled() or not last or conv.out_channels % 8 or not (suits(x) and onednn()):
         return None
     return predicted(x, conv.weight, conv.bias, [1, 1, 1], [0, 0, 0])
 

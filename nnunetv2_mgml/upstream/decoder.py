@@ -38,12 +38,16 @@ class StepwiseDecoder(UNetDecoder):  # type: ignore[misc]  # untyped
             raised: what `raised` makes of the context, where that is at hand.
         """
         index = len(self.stages) - 1 - scale
-        first, *others = self.stages[index].convs
+        stage, raise_ = self.stages[index], self.transpconvs[index]
+        first, *others = stage.convs
         convolution, *rest = first.all_modules
-        joined = raised_convolution(self.transpconvs[index], convolution, context, skip)
+        passed = (stage, stage.convs, first, first.all_modules, convolution, raise_)
+        joined = None
+        if not any(module._forward_hooks or module._forward_pre_hooks for module in passed):
+            joined = raised_convolution(raise_, convolution, context, skip)
         if joined is None:
             stacked = torch.cat((self.raised(scale, context) if raised is None else raised, skip), 1)
-            return cast(torch.Tensor, self.stages[index](stacked))
+            return cast(torch.Tensor, stage(stacked))
         for layer in (*rest, *others):
             joined = layer(joined)
         return cast(torch.Tensor, joined)

@@ -6,7 +6,7 @@ multiplications, in layers wide enough for a CPU's registers, and neither the ra
 skip are written. Predictions on a CPU in float32 alone; the sums are those of the layers, added in another order. In
 bfloat16 two rounded parts would be added, which is less exact.
 
-Bends: the layers that a `UNetDecoder` goes through at a scale; hooks of those two are not called.
+Bends: the layers that a `UNetDecoder` goes through at a scale; where any of them has a hook, they run themselves.
 Why: with few channels at full resolution they are a third of the decoder's time there.
 Guarded by: tests/upstream/test_raised_convolution.py
 """
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nnunetv2_mgml.upstream.cpu_layers import Conv3d, ConvTranspose3d, predicted, suits
+from nnunetv2_mgml.upstream import cpu_layers
+from nnunetv2_mgml.upstream.cpu_layers import Conv3d, ConvTranspose3d, predicted
 
 _VOXELS = 40000
 """Of the result, samples together; with fewer, putting the weights together takes longer than what is spared."""
@@ -43,9 +44,14 @@ def raised_convolution(
     if not (isinstance(raise_, ConvTranspose3d) and isinstance(convolution, Conv3d)):
         return None
     stride, size = raise_.stride, skip.shape[2:]
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (suits(coarse) and suits(skip)):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not cpu_layers.onednn():
+        return None
+    if not (cpu_layers.suits(coarse) and cpu_layers.suits(skip)):
         return None
     if len(skip) * math.prod(size) < _VOXELS or min(size) < 2:
+        return None
+    fitting = [n * step for n, step in zip(coarse.shape[2:], stride, strict=True)]
+    if len(coarse) != len(skip) or fitting != [*size]:  # for the layers to refuse
         return None
     if 2 not in stride or not _can_be_joined(stride, convolution):
         return None

@@ -248,6 +248,8 @@ def make_plans(
         plans["configurations"][name].update(_configuration_changes(source, name, changes))
     if "patch_size" in changes:
         _keep_pairs(source, plans)
+    if options.network.modality_decoder_scale:
+        _check_modality_scale(options.network, plans, configurations)
     stock = source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS) if PLANS_KEY in source else source["plans_name"]
     plans["plans_name"] = plans_name
     plans[PLANS_KEY] = {"config": options.as_dict(), "version": __version__, STOCK_KEY: stock}
@@ -339,6 +341,16 @@ def _check_fusion(options: NetworkOptions) -> None:
     from nnunetv2_mgml.network.fusion import find_design  # and with it the networks
 
     find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
+
+
+def _check_modality_scale(options: NetworkOptions, plans: dict[str, Any], configurations: Sequence[str]) -> None:
+    from nnunetv2_mgml.network.build import check_modality_scale  # and with it the networks
+
+    for name in configurations:
+        try:
+            check_modality_scale(options, _resolved(plans, name)["architecture"]["arch_kwargs"]["n_stages"])
+        except ValueError as error:
+            raise ValueError(f"Configuration {name}: {error}") from error
 
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -525,6 +525,23 @@ def test_two_trainings_of_one_seed_are_the_same_and_learn(cubes: SimpleNamespace
     assert float(first.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.002 * (1 / 6) ** 0.9)
 
 
+def test_passion_knows_how_rare_modalities_are_and_learns_from_every_epoch(
+    cubes: SimpleNamespace, folder: Path
+) -> None:
+    data = cubes.cubes_data.read_cubes(folder / "brats2020_cubes" / "cubes.npz")
+    run = cubes.cubes_variants.Run(f"passion:lacking=true,ramp_up_fraction=0,{SMALL}", 0, 40)
+    training = cubes.cubes_training.Training(run, data, range(20))
+    balance = dict(training.learner.objective.terms)["rebalancing"].balance
+    has = cubes.cubes_data.left_by_rate(data.patients)[:20]
+    np.testing.assert_allclose(balance.count_weights, 20 / has.sum(0))
+    training.advance(1)
+    assert balance.beta.tolist() == [1.0] * 4
+    training.advance(1)
+    assert len(set(balance.beta.tolist())) > 1, "the first of twenty epochs is over"
+    complete = cubes.cubes_training.Training(cubes.cubes_variants.Run(f"passion:{SMALL}", 0, 40), data, range(20))
+    assert dict(complete.learner.objective.terms)["rebalancing"].balance.count_weights.tolist() == [1.0] * 4
+
+
 class FakeGenerator:
     """Has the interface of a GPU's generator."""
 

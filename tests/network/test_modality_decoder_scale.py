@@ -48,8 +48,9 @@ def test_every_parameter_learns(fusion: str) -> None:
 
 
 def test_scales_without_a_decoder_are_refused() -> None:
-    with pytest.raises(ValueError, match="modality_decoder_scale is 2; with these plans it can be 0 to 1"):
-        network(config("mean", modality_decoder_scale=2))
+    for weight in (0.7, 0.0):
+        with pytest.raises(ValueError, match="modality_decoder_scale is 2; with 3 stages it can be 0 to 1"):
+            network(config("mean", modality_decoder_scale=2, modality_decoder_weight=weight, soft_label="none"))
     with pytest.raises(ValueError, match="early_fusion has no decoder"):
         network(config("mean", network_form="early_fusion", modality_decoder_scale=1))
 

@@ -138,12 +138,15 @@ def test_a_counter_of_operations_sees_the_convolution() -> None:
     assert counter.get_total_flops() == 2 * 5 * 6 * 7 * 3 * 4 * 27
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "stride", "width"),
+    [(3, 1, 1, 1), (3, 1, 1, 2), (3, 1, 2, 1), (3, 1, 2, 2), (3, 1, 2, 3), (3, 1, 3, 3), (5, 0, 2, 6), (3, 0, 8, 8)],
+)
 @pytest.mark.parametrize("results", [3, 8])
-def test_rows_of_a_few_numbers(width: int, stride: int, results: int) -> None:
-    """Of one channel, which oneDNN misreads where two voxels become one and the channels lie side by side."""
-    stock, ours = pair(1, results, 3, padding=1, stride=(1, 1, stride))
+def test_rows_that_become_one_voxel(kernel: int, padding: int, stride: int, width: int, results: int) -> None:
+    """Of one channel, which oneDNN misreads where channels lie side by side."""
+    kernels, paddings = (kernel,) * 3, (kernel // 2, kernel // 2, padding)
+    stock, ours = pair(1, results, kernels, padding=paddings, stride=(1, 1, stride))
     x = torch.randn(1, 1, 5, 6, width)
     with torch.no_grad():
         torch.testing.assert_close(ours(x).double(), stock.double()(x.double()), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import network, options_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -125,6 +126,36 @@ def test_only_large_predictions_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
             assert raised_convolution(*ours, *given_) is None
         monkeypatch.setattr(module, "_VOXELS", 513)
         assert raised_convolution(*ours, *given_) is None
+
+
+def test_without_onednn_the_layers_run_themselves() -> None:
+    up, convolution = layers((2, 2, 2), (3, 3, 3), (2, 2, 2, 2))
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        assert raised_convolution(*fast(up, convolution), *inputs(up, 2, (4, 4, 4), 1)) is None
+
+
+@pytest.mark.parametrize("size", [(7, 8, 8), (8, 8, 9), (9, 8, 8)])
+def test_sizes_that_do_not_fit_are_refused_by_the_layers(size: tuple[int, ...]) -> None:
+    up, convolution = layers((2, 2, 2), (3, 3, 3), (2, 2, 2, 2))
+    coarse, skip = torch.randn(1, 2, 4, 4, 4), torch.randn(1, 2, *size)
+    with torch.no_grad():
+        assert raised_convolution(*fast(up, convolution), coarse, skip) is None
+        assert raised_convolution(*fast(up, convolution), coarse, torch.randn(2, 2, 8, 8, 8)) is None
+
+
+@pytest.mark.parametrize("place", ["transpconvs.1", "stages.1", "stages.1.convs", "stages.1.convs.0.conv"])
+def test_hooks_see_what_they_would(place: str) -> None:
+    """A prediction calls a layer that somebody watches; the result is the same."""
+    net = network(options_with(fusion="mean", width_factor=1.0)).eval()
+    x = torch.randn(1, 4, 16, 16, 16)
+    calls: list[str] = []
+    with torch.no_grad():
+        expected = net(x)
+        handle = net.decoder.get_submodule(place).register_forward_hook(lambda *_: calls.append(place))
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+        handle.remove()
+        net(x)
+    assert calls == [place]
 
 
 def test_one_voxel_of_an_axis_that_is_kept() -> None:

@@ -20,6 +20,7 @@ from planning_cases import DATASET, nnunet_plans, plans_that_inherit, resolved
 from nnunetv2_mgml import __version__
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans import topology
+from nnunetv2_mgml.plans.presets import preset
 from nnunetv2_mgml.workflows import plan as planning
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -185,3 +186,19 @@ def test_colours_in_one_file_are_said(nnunet_folders):
     write_raw(nnunet_folders / "raw" / "Dataset047_MRI", {"a": ["t1"]}, channels=("ct", "t1"))
     assert planning.shared_files("Dataset047_MRI", ("ct", "t1")) == ""
     assert planning.shared_files("Dataset048_Elsewhere", ("ct", "t1")) == ""
+
+
+def test_a_modality_decoder_that_cannot_be_is_refused(stock):
+    """By the plans, before anything trains, whatever the losses; a preset whose network has none takes it back."""
+    stages = stock["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["n_stages"]
+    for more in ({}, {"modality_decoder_weight": 0.0, "soft_label": "none"}):
+        changes = {"modality_decoder_scale": stages - 1, **more}
+        with pytest.raises(
+            ValueError, match=f"3d_fullres: modality_decoder_scale is {stages - 1}; .* 0 to {stages - 2}"
+        ):
+            planning.make_plans(stock, changes, ["3d_fullres"], "P", CHANNELS)
+    plans = planning.make_plans(stock, {"modality_decoder_scale": stages - 2}, ["3d_fullres"], "P", CHANNELS)
+    with pytest.raises(ValueError, match="early_fusion has no decoder"):
+        planning.make_plans(plans, {"network_form": "early_fusion"}, ["3d_fullres"], "P", CHANNELS)
+    early = planning.make_plans(plans, preset("early-fusion"), ["3d_fullres"], "P", CHANNELS)
+    assert early["mgml"]["config"]["modality_decoder_scale"] == 0

@@ -115,7 +115,13 @@ class FusionDesign(nn.Module):
     takes a copy of all features. What they hold is finite."""
 
     uses_context: ClassVar[bool] = True
-    """Whether what is fused depends on the decoder's features; where not, a prediction on a CPU is faster."""
+    """Whether the decoder's features are read; where not, they are not made for it, and `fuse_scale` gets None. A class
+    that has a `fuse_scale` of its own and does not say reads them, whatever its base class does."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "fuse_scale" in vars(cls) and not {"uses_context", "reads_context"} & set(vars(cls)):
+            cls.uses_context = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()

@@ -345,3 +345,28 @@ def test_defaults_of_the_first_revision(name: str) -> None:
         cls.take_options(defaults)
     assert cls.take_options({}, 1) == {**cls.default_options, **cls.defaults_before.get(1, {})}
     make_design(name, make_spec(revision=1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@designs
+def test_context_that_is_not_asked_for_is_not_read(name: str, training: bool) -> None:
+    """The decoder hands None where a design says that it does not read the decoder's features."""
+    spec = make_spec()
+    design = make_design(name, spec).train(training)
+    inputs = make_pass(spec, TWO_MASKS)
+    asked = [c if design.reads_context(scale) else None for scale, c in enumerate(inputs.contexts)]
+    torch.manual_seed(0)
+    given = run(design, inputs)
+    torch.manual_seed(0)
+    for one, two in zip(given, run(design, inputs._replace(contexts=asked)), strict=True):
+        assert torch.equal(one.fused, two.fused)
+        assert (one.auxiliary is None) == (two.auxiliary is None)
+        assert one.auxiliary is None or torch.equal(one.auxiliary, two.auxiliary)
+
+
+def test_a_subclass_reads_the_decoder_unless_it_says_otherwise() -> None:
+    mean = fusion_designs()["mean"]
+    assert not mean.uses_context
+    assert not type("Same", (mean,), {}).uses_context
+    assert type("Other", (mean,), {"fuse_scale": FusionDesign.fuse_scale}).uses_context
+    assert not type("Told", (mean,), {"fuse_scale": mean.fuse_scale, "uses_context": False}).uses_context
