@@ -208,6 +208,8 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`"}
     assert "So far 2 of 3 folds, with 8 cases. Not finished: `modality_dropout`." in text
     assert rows["`mgml`"][-3:] == ["+5.00", "+5.00 to +5.00", "+5.00"]
+    assert "3 of 3 folds, with 12 cases:" in text, "those that have more are shown on it as well"
+    assert text.count("| `conditional_dropout` |") == 2
     assert rows["`baseline`"][-3:] == ["-", "-", "-"]
     mean, *_, one, two, three, four, inversions, seeds, _, _ = rows["`baseline`"][:-3]
     assert float(mean) == pytest.approx(52.5 - 2 / 15, abs=0.006)
