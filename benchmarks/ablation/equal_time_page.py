@@ -134,7 +134,7 @@ def _tried() -> list[str]:
         return []
     head = ["variant", "changed", "seed", "time of", "mean", "without", "difference", "one modality", "all four"]
     return [
-        "### What was tried\n\nOn validation patients, at equal time, one training each: enough to leave what loses, "
+        "### What was tried\n\nOn validation patients, at equal time, one training each or two: enough to leave what loses, "
         "not to adopt what wins. "
         f"{_CHANGES}\n",
         table(head, rows),
@@ -319,7 +319,7 @@ _CHANGES = (
     "falls from 1 to 0 over the first 30 % of the steps, a random subset else. `conditional=weights`: the "
     "convolutions of at most 60 000 weights linear in the mask too, as the norms are. The code of these two left "
     "again (commit b130b0e has it). `modality_decoder_scale=1`: the decoder shared by all modalities ends at half the "
-    "resolution, which spares a fifth of a step. It wins, by more than its further steps explain; whether it is to be "
+    "resolution, which spares a fifth of a step. It wins; whether it is to be "
     "the default is for more seeds and whole brains to say."
 )
 _GOALS = """### Beside what was to be shown
