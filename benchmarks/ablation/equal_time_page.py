@@ -134,8 +134,8 @@ def _tried() -> list[str]:
         return []
     head = ["variant", "changed", "seed", "time of", "mean", "without", "difference", "one modality", "all four"]
     return [
-        "### What was tried\n\nOn validation patients, at equal time, one training each or two: enough to leave what loses, "
-        "not to adopt what wins. "
+        "### What was tried\n\nOn validation patients, at equal time, one training each or two: enough to leave "
+        "what loses, not to adopt what wins. "
         f"{_CHANGES}\n",
         table(head, rows),
     ]
