@@ -87,7 +87,7 @@ _TRIED = """## What was tried
 
 One AMD EPYC without AVX-512, one thread, by CPU time; 16 to 16 channels at 64^3 unless said otherwise. *AMX*: an Intel
 Xeon with bfloat16 instructions, two threads; *AVX-512*: an AMD EPYC with it and bfloat16 instructions, two threads.
-Times of single layers, and of old and new code in turns, are of scripts that were not kept.
+Times of single layers and functions, and of old and new code in turns, are of scripts that were not kept.
 
 - Kept: PyTorch leaves one small sample to a kernel of its own, which oneDNN's replaces (`upstream/cpu_layers.py`): 16
   to 16 channels at 32^3 took 111 ms forward and 226 backward, now 10 and 33; 64 to 64 at 16^3 47 and 86, now 14 and 55.

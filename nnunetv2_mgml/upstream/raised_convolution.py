@@ -1,13 +1,14 @@
 """A decoder's first convolution at a scale, from the coarser scale's features instead of from raised ones.
 
 A transposed convolution whose kernel is its stride and a convolution behind it are one linear map. Where both double
-the resolution, a voxel of the result depends on 2^3 voxels of the coarser scale, not on 3^3 of its own: a third fewer
-multiplications, in layers wide enough for a CPU's registers, and neither the raised features nor their stack with the
-skip are written. Predictions on a CPU in float32 alone; the sums are those of the layers, added in another order. In
-bfloat16 two rounded parts would be added, which is less exact.
+the resolution, a voxel of the result depends on 2^3 voxels of the coarser scale, not on 3^3 of its own: with half of
+their channels, as in nnU-Net, the two layers take a quarter fewer multiplications, those of the skip included, in
+kernels wide enough for a CPU's registers, and neither the raised features nor their stack with the skip are written.
+Predictions on a CPU in float32 alone; the sums are those of the layers, added in another order. In bfloat16 two rounded
+parts would be added, which is less exact.
 
 Bends: the layers that a `UNetDecoder` goes through at a scale; where any of them has a hook, they run themselves.
-Why: with few channels at full resolution they are a third of the decoder's time there.
+Why: at full resolution the convolution is the decoder's costliest layer (docs/speed.md).
 Guarded by: tests/upstream/test_raised_convolution.py
 """
 
