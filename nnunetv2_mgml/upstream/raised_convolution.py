@@ -45,9 +45,11 @@ def raised_convolution(
     if not (isinstance(raise_, ConvTranspose3d) and isinstance(convolution, Conv3d)):
         return None
     stride, size = raise_.stride, skip.shape[2:]
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not cpu_layers.onednn():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     if not (cpu_layers.suits(coarse) and cpu_layers.suits(skip)):
+        return None
+    if not cpu_layers.onednn():  # asked last: where a network is compiled nothing suits, and this cannot be compiled
         return None
     if len(skip) * math.prod(size) < _VOXELS or min(size) < 2:
         return None
