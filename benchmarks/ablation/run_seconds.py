@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("ablation_work"), help="folder for data and models")
     parser.add_argument("--groups", nargs="+", help="groups of settings.json (default: all with equal_time)")
+    parser.add_argument("--variants", nargs="+", help="of these (default: all)")
     parser.add_argument("--epochs", type=int, default=5, help="the first does not count, the median of the others does")
     parser.add_argument("--steps", type=int, default=10, help="steps of an epoch")
     parser.add_argument("--output", type=Path, default=STEP_SECONDS)
@@ -45,6 +46,8 @@ def main() -> None:
     same = all(before.get(key) == value for key, value in about.items())
     seconds: dict[str, dict[str, Any]] = before["seconds"] if same else {}
     for run in to_time(settings, args.groups or equal_time_groups(settings)):
+        if args.variants and run.variant not in args.variants:
+            continue
         prepare(args.work.resolve(), settings["datasets"][run.dataset])
         told = {**timed(run, args), "commit": commit(), "code_changed": code_changed()}
         seconds.setdefault(run.dataset, {})[run.variant] = told

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mgml.objective import Options
-from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.plans.options import PLANS_KEY, NetworkOptions
 from nnunetv2_mgml.training import TRAINERS
 from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout
 from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
@@ -81,13 +81,17 @@ class Run:
     def finished(self) -> bool:
         """Whether a result of these very settings is there.
 
-        Options the plugin has got since then are not compared: by default they leave what was there as it was.
+        Options the plugin has got since then are not compared: by default they leave what was there as it was, all but
+        ``modality_decoder_scale``, which was 0. A stock network is not built from options of ours.
         """
         if not self.file.is_file():
             return False
         stored, now = json.loads(self.file.read_text())["resolved"], self.resolved
-        known = {key: now["config"].get(key) for key in stored["config"]}
-        return stored == {**now, "config": known}
+        without = () if now["is_mgml"] else NetworkOptions.names()
+        config = {"modality_decoder_scale": 0, **stored["config"]}
+        before = {key: value for key, value in config.items() if key not in without}
+        known = {key: now["config"].get(key) for key in before}
+        return {**stored, "config": before} == {**now, "config": known}
 
 
 def read_settings(file: Path = SETTINGS) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def build_network(
     )
     encoder = cast(nn.Module, unet.encoder)  # `plan_unet` refuses others
     spec = encoder_spec(encoder)
-    check_modality_scale(options, len(spec.output_channels))
+    scale = modality_scale(options, len(spec.output_channels))
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
@@ -92,7 +92,7 @@ def build_network(
         return _initialized(early, unet)
     shared = None
     if needs.modality:
-        shared = _modality_decoder(narrow, num_classes, convs, nonlin_first, options.modality_decoder_scale)
+        shared = _modality_decoder(narrow, num_classes, convs, nonlin_first, scale)
     network = MultiEncoderUNet(
         encoders=[NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)],
         fusion=build_fusion(
@@ -100,26 +100,33 @@ def build_network(
         ),
         decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
         modality_decoder=shared,
-        modality_scale=options.modality_decoder_scale,
+        modality_scale=scale,
     )
     return _initialized(network, unet)
 
 
-def check_modality_scale(options: NetworkOptions, stages: int) -> None:
-    """Raise a ValueError where no decoder for the modalities ends at ``modality_decoder_scale``.
+def modality_scale(options: NetworkOptions, stages: int) -> int:
+    """Return the scale at which the decoder for the modalities ends: 0 is full resolution.
 
     Args:
         options: of the network.
         stages: of its encoders.
+
+    Raises:
+        ValueError: no such decoder ends at ``modality_decoder_scale``.
     """
     scale, last = options.modality_decoder_scale, max(0, stages - 2)
-    if scale and options.network_form == "early_fusion":
+    early = options.network_form == "early_fusion"
+    if scale is None:
+        return 0 if early else min(1, last)
+    if scale and early:
         raise ValueError(
             f"modality_decoder_scale is {scale}, but network_form=early_fusion has no decoder for the modalities. "
             f"Set it to 0."
         )
     if scale > last:
         raise ValueError(f"modality_decoder_scale is {scale}; with {stages} stages it can be 0 to {last}.")
+    return scale
 
 
 def _modality_decoder(spec: EncoderSpec, num_classes: int, convs: Any, nonlin_first: bool, scale: int) -> nn.Module:

@@ -25,6 +25,8 @@ from nnunetv2_mgml.modalities import canonical_name
 PLANS_KEY = "mgml"
 FUSION_REVISION = 2
 """The present ``fusion_revision``."""
+_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0}
+"""What plans and models are that were written before these options were there."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
     "processes draw patches and masks without a seed"
@@ -196,12 +198,14 @@ class NetworkOptions(OptionGroup):
         low=1,
         kinds=INT_OR_NONE,
     )
-    modality_decoder_scale: int = option(
-        0,
+    modality_decoder_scale: int | None = option(
+        None,
         "how many stages before full resolution the decoder shared by all modalities ends, and with it what modalities "
-        "alone are taught: 0, as published, or more, which makes a training step faster (docs/speed.md). A prediction "
-        "does not use it. With reading=paper the soft-label loss, a sum over voxels, shrinks with their number",
+        "alone are taught: 0, as published, or more, which makes a training step faster (docs/speed.md); null: 1, or 0 "
+        "where that cannot be (two stages, network_form early_fusion). A prediction does not use it. With "
+        "reading=paper the soft-label loss, a sum over voxels, shrinks with their number",
         low=0,
+        kinds=INT_OR_NONE,
     )
 
 
@@ -335,14 +339,13 @@ class Options:
     def from_plans(cls, plans: dict[str, Any]) -> Options:
         """Return the options stored in a plans dict, or the defaults for stock plans.
 
-        Plans that this package wrote before there were revisions of fusion designs are of ``fusion_revision`` 1.
+        Plans and models that this package wrote before an option was there have what they had without it.
 
         Raises:
             ValueError: an unknown option or a bad value in the ``"mgml"`` block.
         """
         block = plans.get(PLANS_KEY) or {}
-        first = {"fusion_revision": 1} if "version" in block else {}
-        stored = {**first, **block.get("config", {})}
+        stored = {**(_BEFORE if "version" in block else {}), **block.get("config", {})}
         unknown = _unknown(stored)
         if unknown:
             raise ValueError(

@@ -344,11 +344,11 @@ def _check_fusion(options: NetworkOptions) -> None:
 
 
 def _check_modality_scale(options: NetworkOptions, plans: dict[str, Any], configurations: Sequence[str]) -> None:
-    from nnunetv2_mgml.network.build import check_modality_scale  # and with it the networks
+    from nnunetv2_mgml.network.build import modality_scale  # and with it the networks
 
     for name in configurations:
         try:
-            check_modality_scale(options, _resolved(plans, name)["architecture"]["arch_kwargs"]["n_stages"])
+            modality_scale(options, _resolved(plans, name)["architecture"]["arch_kwargs"]["n_stages"])
         except ValueError as error:
             raise ValueError(f"Configuration {name}: {error}") from error
 

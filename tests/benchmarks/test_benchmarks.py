@@ -20,7 +20,7 @@ from nnunetv2_mgml.network.fusion.selective_scan import selective_scan
 from nnunetv2_mgml.plans.options import FUSION_REVISION
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SIZE = {"patch": 16, "batch": 3, "stages": 3}
+SIZE = {"patch": 16, "batch": 4, "stages": 3}
 SMALL = Namespace(patch=16, batch=2, stages=3, width_factor=0.25, device="cpu", plan=None)
 
 

@@ -15,8 +15,12 @@ from loss_cases import objective_of
 from network_cases import batch, config
 
 from nnunetv2_mgml.inference.inputs import Case
+from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.network.build import modality_scale
 from nnunetv2_mgml.network.interface import Needs, View
+from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.step import Step
+from nnunetv2_mgml.plans.options import PLANS_KEY, NetworkOptions
 from nnunetv2_mgml.plans.presets import PAPER_LOSSES, REFERENCE_LOSSES
 from nnunetv2_mgml.presentation.internals import compute_internals, load_model
 
@@ -45,6 +49,33 @@ def test_every_parameter_learns(fusion: str) -> None:
     net = network(config(fusion, modality_decoder_scale=1), deep_supervision=True)
     net(batch((16, 16, 16)), VIEW, Needs(modality=True)).modality.sum().backward()
     assert all(p.grad is not None for p in net.modality_decoder.parameters())
+
+
+def test_by_default_it_ends_one_stage_earlier_where_it_can() -> None:
+    def default(stages: int, form: str = "multi_encoder") -> int:
+        return modality_scale(NetworkOptions(network_form=form), stages)
+
+    assert [default(stages) for stages in (2, 3, 4, 6)] == [0, 1, 1, 1]
+    assert default(4, "early_fusion") == 0
+    net = network(config("mean"), deep_supervision=True)
+    assert net.modality_scale == 1
+    assert len(net.modality_decoder.stages) == len(net.decoder.stages) - 1
+
+
+def test_models_of_before_end_at_full_resolution(tmp_path: Path) -> None:
+    """Their plans say nothing of it; neither does what `mgml plan` makes of them change that."""
+    block = {"version": "0.2.0", "config": {"fusion": "mean", "fusion_revision": 2}}
+    assert Options.from_plans({PLANS_KEY: block}).network.modality_decoder_scale == 0
+    assert Options.from_plans({PLANS_KEY: {"version": "0.2.0"}}).network.modality_decoder_scale == 0
+    assert Options.from_plans({}).network.modality_decoder_scale is None
+    now = {**block, "config": {**block["config"], "modality_decoder_scale": None}}
+    assert Options.from_plans({PLANS_KEY: now}).network.modality_decoder_scale is None
+    folder = write_model(tmp_path / "before", options={"modality_decoder_scale": 0}, stages=3)
+    plans = read_json(folder / "plans.json")
+    plans[PLANS_KEY]["version"] = "0.2.0"  # as in every model
+    del plans[PLANS_KEY]["config"]["modality_decoder_scale"]
+    write_json(folder / "plans.json", plans)
+    assert load_model(folder, 0, "checkpoint_final.pth", "cpu").network.modality_scale == 0
 
 
 def test_scales_without_a_decoder_are_refused() -> None:
