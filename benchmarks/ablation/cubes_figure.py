@@ -21,7 +21,7 @@ Result = dict[str, Any]
 @styled
 def draw(results: Sequence[Result], path: Path) -> None:
     """Draw the runs of one budget of equal time to a file."""
-    variants = list(dict.fromkeys(r["variant"] for r in results if not r["training"]["only"]))
+    variants = list(dict.fromkeys(r["variant"] for r in results if ":" not in r["variant"]))  # as they are
     runs = {variant: [r for r in results if r["variant"] == variant] for variant in variants}
     styles = dict(zip(variants, zip(CYCLE, MARKERS, strict=True), strict=False))
     drawing = new_figure(9.5, 4.4)

@@ -28,6 +28,8 @@ from nnunetv2_mgml.scoring.statistics import bootstrap_interval
 
 RESULTS = Path(__file__).parent / "results" / "cubes"
 BASELINE = "baseline"
+BASELINES = (BASELINE, f"{BASELINE}:modality_decoder_scale=0")
+"""The baseline, and what it was before its modality decoder ended at half the resolution."""
 PAIRS = (("conditional_dropout", "modality_dropout"),)
 """Variants that are compared with each other as well, below a table."""
 KEYS = {"test": ("test", "dice"), "validation": ("validation", "validation_dice")}
@@ -39,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--label", required=True, help="folder below results/cubes")
     parser.add_argument("--on", choices=KEYS, default="test", help="which patients")
-    parser.add_argument("--baseline", default=BASELINE, help="variant that differences are taken to")
+    parser.add_argument("--baseline", help="variant that differences are taken to (default: the baseline)")
     args = parser.parse_args()
     print(tables(read(args.label), args.on, args.baseline))
 
@@ -116,13 +118,21 @@ def _seconds(result: Result) -> float:
     return float(seconds_per_step(result) * result["steps"])
 
 
-def tables(results: Sequence[Result], on: str, baseline: str = BASELINE) -> str:
-    """Return a Markdown table per budget; runs without scores on these patients are left out."""
+def tables(results: Sequence[Result], on: str, baseline: str | None = None) -> str:
+    """Return a Markdown table per budget; runs without scores on these patients are left out.
+
+    Args:
+        results: of one label.
+        on: see `KEYS`.
+        baseline: variant that differences are taken to; None: the first of `BASELINES` that a budget has.
+    """
     parts = []
     for words, chosen in budgets(r for r in results if KEYS[on][0] in r).items():
         devices = ", ".join(sorted({r["device"] for r in chosen}))
         head = f"{words[0].upper()}{words[1:]}, {on} patients, {devices}; {_commits(chosen)}."
-        parts.append(f"{head}\n\n{_table(chosen, on, baseline)}")
+        known = {r["variant"] for r in chosen}
+        reference = baseline or next((name for name in BASELINES if name in known), BASELINE)
+        parts.append(f"{head}\n\n{_table(chosen, on, reference)}")
         alone = cubes_specialists.table(chosen, *KEYS[on])
         if alone:
             parts.append(f"Networks trained on one subset alone, in the same time, and one model for all.\n\n{alone}")
