@@ -198,10 +198,10 @@ def entry(key: str, seconds: Mapping[str, Sequence[float]], one: str, other: str
 def training(settings: Settings, size: Size, turns: int) -> dict[str, Any]:
     """Return the ratios of training steps."""
     steps = {**{terms: settings.steps(size, terms=terms) for terms in TERMS}, "stock": settings.stock(size)}
-    steps["half"] = settings.steps(size, modality_decoder_scale=1)
+    steps["full"] = settings.steps(size, modality_decoder_scale=0)
     seconds = in_turns(settings, steps, turns)
     pairs = {"mgml": ("mgml", "plain"), "default": ("shipped", "plain"), "stock": ("shipped", "stock")}
-    pairs["half_decoder"] = ("half", "shipped")
+    pairs["half_decoder"] = ("shipped", "full")
     return {f"{key}_step_time_ratio": entry(f"{key}_step_time_ratio", seconds, *pair) for key, pair in pairs.items()}
 
 
