@@ -168,7 +168,8 @@ def measure_memory(design: str, args: argparse.Namespace, terms: str) -> dict[st
 
 def measure_training(design: str, args: argparse.Namespace) -> dict[str, Any]:
     steps = {terms: training_step(design, terms, args) for terms in TERMS}
-    return {"seconds": in_turns(steps, args.repeats, args.device)}
+    scale = getattr(steps["shipped"].learner.network, "modality_scale", 0)  # early fusion has no such decoder
+    return {"modality_scale": scale, "seconds": in_turns(steps, args.repeats, args.device)}
 
 
 def flops(function: Callable[[], Any]) -> int:

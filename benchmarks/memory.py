@@ -137,7 +137,7 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         "`nnUNet_compile=f` (a compiled network ignores `gradient_checkpointing`): weights in 32 bit, their "
         "gradients and momentum, the batch, what the backward pass needs and every temporary tensor. Workspaces "
         "of the kernels, the allocator's gaps and the context of a GPU come on top. Our default is `width_factor` 0.5, "
-        "which takes 0.5 to 0.6 of it (`--width_factor 0.5`); what [On a GPU](gpu.md) measured is older than "
+        "which takes 0.4 to 0.6 of it (`--width_factor 0.5`); what [On a GPU](gpu.md) measured is older than "
         "`gradient_checkpointing`.",
         "",
         "80^3 with batch 1 is the paper's training, 128^3 with batch 2 nnU-Net's plan for BraTS. *MGML*: Meta-AMF and "

@@ -45,9 +45,11 @@ def main() -> None:
     before = read_json(args.output) if args.output.is_file() else {}
     same = all(before.get(key) == value for key, value in about.items())
     seconds: dict[str, dict[str, Any]] = before["seconds"] if same else {}
-    for run in to_time(settings, args.groups or equal_time_groups(settings)):
-        if args.variants and run.variant not in args.variants:
-            continue
+    runs = to_time(settings, args.groups or equal_time_groups(settings))
+    known = list(dict.fromkeys(run.variant for run in runs))
+    if unknown := [name for name in args.variants or () if name not in known]:
+        parser.error(f"No variant {', '.join(unknown)} in these groups. Allowed: {', '.join(known)}.")
+    for run in (run for run in runs if run.variant in (args.variants or known)):
         prepare(args.work.resolve(), settings["datasets"][run.dataset])
         told = {**timed(run, args), "commit": commit(), "code_changed": code_changed()}
         seconds.setdefault(run.dataset, {})[run.variant] = told

@@ -124,7 +124,10 @@ def test_summary_and_page(ablation: SimpleNamespace) -> None:
     summary = ablation.report.summary(settings, results)
     cubes = summary.pop("cubes")
     assert set(summary) == set(own_designs()), "every design is in benchmarks/ablation/settings.json"
-    assert set(summary["region_aware"]) == set(settings["variants"])
+    of_main = set(settings["groups"]["main"]["variants"])
+    assert set(summary["region_aware"]) == of_main
+    others = set(settings["variants"]) - of_main
+    assert all(name in settings["groups"]["brains"]["variants"] for name in others), "every variant is trained"
     assert set(summary["region_aware"]["mgml"]) == {"mean", "sd", "seeds", "WT", "TC", "ET"}
     assert {"modality_dropout", "baseline", "mgml"} <= set(cubes["region_aware"])
     for figures in cubes["region_aware"].values():
@@ -152,7 +155,9 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
     monkeypatch.setattr(ablation.run_seconds, "STEP_SECONDS", table)
     groups = ablation.settings.equal_time_groups(settings)
     assert groups == ["brains", "equal_time"]
-    with pytest.raises(ValueError, match=r"has no step of baseline on brains; .*run_seconds.py"):
+    with pytest.raises(
+        ValueError, match=r"has no step of baseline_full_resolution, baseline on brains; .*run_seconds.py"
+    ):
         ablation.settings.all_runs(settings, ["brains"])
     seconds = {
         "baseline": 0.2,
@@ -160,7 +165,10 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "modality_dropout": 0.1,
         "conditional_dropout": 0.16,
         "mgml_paper_terms": 0.3,
+        "baseline_full_resolution": 0.25,
+        "mgml_full_resolution": 0.5,
     }
+    full = {"baseline_full_resolution", "mgml_full_resolution"}
 
     def train(run: Any, work: Path, log: Path) -> Path:
         assert (run.options["num_epochs"], run.options["num_iterations_per_epoch"]) == (3, 2)
@@ -177,20 +185,35 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
     ablation.run_seconds.main()
     measured = json.loads(table.read_text())["seconds"]
     assert {name: set(of) for name, of in measured.items()} == {
-        "brains": {"baseline", "mgml", "modality_dropout", "conditional_dropout"},
-        "phantom": set(seconds),  # the baseline too, though its runs are another group's
+        "brains": {"baseline", "mgml", "modality_dropout", "conditional_dropout", *full},
+        "phantom": set(seconds) - full,  # the baseline too, though its runs are another group's
     }
     assert measured["brains"]["mgml"]["median"] == pytest.approx(0.4), "the first epoch does not count"
     assert not list(tmp_path.glob("seconds_*")), "the models are not kept"
     steps = {r.variant: r.options["num_iterations_per_epoch"] for r in ablation.settings.all_runs(settings, ["brains"])}
-    assert steps == {"baseline": 50, "mgml": 25, "modality_dropout": 100, "conditional_dropout": 62}
+    assert {name: steps[name] for name in full} == {"baseline_full_resolution": 50, "mgml_full_resolution": 25}
+    assert {k: n for k, n in steps.items() if k not in full} == {
+        "baseline": 62,
+        "mgml": 31,
+        "modality_dropout": 125,
+        "conditional_dropout": 78,
+    }
+    monkeypatch.setattr(sys, "argv", [*command, "--groups", "brains", "--variants", "mgml"])
+    seconds |= {"mgml": 0.8, "baseline": 0.9}
+    ablation.run_seconds.main()
+    again = json.loads(table.read_text())["seconds"]["brains"]
+    assert [again[name]["median"] for name in ("mgml", "baseline")] == pytest.approx([0.8, 0.2]), "one is timed alone"
+    monkeypatch.setattr(sys, "argv", [*command, "--groups", "brains", "--variants", "nobody"])
+    with pytest.raises(SystemExit):
+        ablation.run_seconds.main()
     of_main = {r.options["num_iterations_per_epoch"] for r in ablation.settings.all_runs(settings, ["main"])}
     assert of_main == {50}, "other groups are at equal steps"
 
 
 def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNamespace) -> None:
     settings = ablation.settings.read_settings()
-    runs = ablation.settings.all_runs(settings, ["brains"])
+    full = {"baseline_full_resolution", "mgml_full_resolution"}
+    runs = [run for run in ablation.settings.all_runs(settings, ["brains"]) if run.variant not in full]
 
     def page() -> tuple[str, dict[str, list[str]]]:
         text = ablation.equal_time_page.brains(settings, ablation.collect.finished(settings))
@@ -206,7 +229,7 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
         finish(ablation, run, dice)
     text, rows = page()
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`"}
-    assert "So far 2 of 3 folds, with 8 cases. Not finished: `modality_dropout`." in text
+    assert "So far 2 of 3 folds, with 8 cases. Not finished: `modality_dropout`, `" in text
     assert rows["`mgml`"][-3:] == ["+5.00", "+5.00 to +5.00", "+5.00"]
     assert "3 of 3 folds, with 12 cases:" in text, "those that have more are shown on it as well"
     assert text.count("| `conditional_dropout` |") == 2
@@ -221,7 +244,19 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     text, rows = page()
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}
     assert "So far" not in text
-    assert "Not finished" not in text
+    assert "Not finished: `baseline_full_resolution`, `mgml_full_resolution`." in text
+
+
+def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleNamespace) -> None:
+    """What stands in no older result is what it was; of a stock network it says nothing."""
+    settings = ablation.settings.read_settings()
+    runs = {run.variant: run for run in ablation.settings.all_runs(settings, ["brains"]) if run.fold == 0}
+    for run in runs.values():
+        finish(ablation, run, np.full((3, 15, 4), 0.5))
+        content = json.loads(run.file.read_text())
+        content["resolved"]["config"].pop("modality_decoder_scale")
+        run.file.write_text(json.dumps(content))
+    assert {name for name, run in runs.items() if not run.finished()} == {"baseline", "mgml"}
 
 
 def test_real_cases_are_asked_for_by_folder(

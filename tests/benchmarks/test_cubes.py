@@ -237,6 +237,11 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     results += [finished(cubes, variant, 2, baselines[2] + 0.03)]
     text = cubes.cubes_table.tables(results, "test")
     assert f"`{variant}` against `{other}`: +3.00, 95 % interval +3.00 to +3.00; per seed +3.00." in text
+    full = "modality_decoder_scale=0"
+    older = [finished(cubes, f"baseline:{full}", 0, baselines[0]), finished(cubes, f"mgml:{full}", 0, better[0])]
+    assert cubes.cubes_table.tables(older, "test").splitlines()[5].endswith("| +1.00 | +1.00 to +1.00 | +1.00 |")
+    text = cubes.cubes_table.tables([*older, finished(cubes, "baseline", 0, better[0])], "test")
+    assert [line.split(" | ")[-3] for line in text.splitlines()[4:]] == ["-1.00", "+0.00", "-"], "where there is one"
 
 
 def test_trainings_of_few_patients_are_a_table_of_their_own(
