@@ -158,7 +158,8 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"{data['spacing_mm'][0]:g} mm, {data['folds']} cross-validation folds, whole volumes predicted without "
         f"mirroring: `run_seconds.py`, then `run.py --groups brains`. Every training takes the time of {steps} steps "
         f"of `{settings['groups']['brains']['equal_time']}` on one core, with batch {training['batch_size']} and "
-        f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which one encoder per modality has a part. "
+        f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which one "
+        "encoder per modality has a part. "
         "None is converged; some of these patients are also among the cubes.\n\n" + _table(settings, "brains", chosen)
     )
 
@@ -306,11 +307,11 @@ what a patient has, as published; the others draw subsets of it.
 
 `python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
 --steps 6000 --equal_time baseline --seconds 310 --test`, when the default still was `modality_decoder_scale=0`. All
-runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A step of four narrow encoders takes four times as long there as one
-of the stock network, even as a CUDA graph. So the stock network does more steps in the same time and is far ahead, and
-the default, with the most work in a step, is behind its own baseline. **The stock network got two thirds of the time
-only** (column *s*): the script of then gave nobody more than three times the baseline's steps, so its lead is told too
-small. More in [gpu.md](gpu.md).
+runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A step of four
+narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the stock network
+does more steps in the same time and is far ahead, and the default, with the most work in a step, is behind its own
+baseline. **The stock network got two thirds of the time only** (column *s*): the script of then gave nobody more than
+three times the baseline's steps, so its lead is told too small. More in [gpu.md](gpu.md).
 """,
 }
 """What stands before the tables of a label of results/cubes."""
