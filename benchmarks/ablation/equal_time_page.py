@@ -158,9 +158,9 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"{data['spacing_mm'][0]:g} mm, {data['folds']} cross-validation folds, whole volumes predicted without "
         f"mirroring: `run_seconds.py`, then `run.py --groups brains`. Every training takes the time of {steps} steps "
         f"of `{settings['groups']['brains']['equal_time']}` on one core, with batch {training['batch_size']} and "
-        f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which one "
-        "encoder per modality has a part. "
-        "None is converged; some of these patients are also among the cubes.\n\n" + _table(settings, "brains", chosen)
+        f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which "
+        "one encoder per modality has a part. None is converged; some of these patients are also among the cubes.\n\n"
+        + _table(settings, "brains", chosen)
     )
 
 
