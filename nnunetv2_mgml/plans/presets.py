@@ -17,10 +17,11 @@ PAPER: dict[str, Any] = {
     "num_iterations_per_epoch": 150,
     "augmentation": "paper",
     "complete_view_weight": 0.0,
+    "modality_decoder_scale": 0,
     "seed": 1024,
     "deterministic": True,
 }
-"""The training settings of the MGML paper (section 4.1)."""
+"""The training settings of the MGML paper (section 4.1), and of its losses what our default has otherwise."""
 
 _PUBLISHED_LOSSES: dict[str, Any] = {
     "modality_decoder_scale": 0,
@@ -88,8 +89,8 @@ _SETTINGS = {
 PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
 _APART = (("paper-losses", "reference-losses"), ("nnunet", "paper"))
-_LOSS_OF_PAPER = "complete_view_weight"
-"""What ``paper`` sets that is no training setting, and that other presets set too."""
+_LOSS_OF_PAPER = ("complete_view_weight", "modality_decoder_scale")
+"""What ``paper`` sets that are no training settings, and that other presets set too."""
 _MARKS_OF_OTHERS = ("network_form", "reading")
 """Options by which plans are known to have one of these."""
 
@@ -116,8 +117,8 @@ def presets(names: Sequence[str], before: Options | None = None) -> dict[str, An
 
     Args:
         names: of `PRESETS`.
-        before: the options of the plans they are for. ``nnunet`` brings the loss on the complete view back only where
-            it was ``paper`` that switched it off.
+        before: the options of the plans they are for. ``nnunet`` brings the loss on the complete view, and the scale of
+            what modalities alone are taught, back only where it was ``paper`` that changed them.
 
     Raises:
         ValueError: no such preset, or two that contradict each other.
@@ -128,16 +129,16 @@ def presets(names: Sequence[str], before: Options | None = None) -> dict[str, An
     back_first = sorted(names, key=lambda name: name != "nnunet")
     changes = {key: value for name in back_first for key, value in preset(name).items()}
     if "nnunet" in names and before is not None and not _has_paper_loss(before):
-        others = (preset(name) for name in names if name != "nnunet")
-        if not any(_LOSS_OF_PAPER in settings for settings in others):
-            del changes[_LOSS_OF_PAPER]
+        others = {key for name in names if name != "nnunet" for key in preset(name)}
+        for key in set(_LOSS_OF_PAPER) - others:
+            del changes[key]
     return changes
 
 
 def _has_paper_loss(options: Options) -> bool:
     """Whether plans have training settings of ``paper``, and nothing else by which their complete view may be off."""
     defaults = Options()
-    settings = (key for key in PAPER if key in Options.names() and key != _LOSS_OF_PAPER)
+    settings = (key for key in PAPER if key in Options.names() and key not in _LOSS_OF_PAPER)
     return all(options.value(mark) == defaults.value(mark) for mark in _MARKS_OF_OTHERS) and any(
         options.value(key) == PAPER[key] for key in settings
     )

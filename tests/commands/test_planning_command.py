@@ -73,6 +73,7 @@ def test_paper_preset_and_set_over_it(folder):
         augmentation="paper",
         deterministic=True,
         complete_view_weight=0.0,
+        modality_decoder_scale=0,
     )
     configuration = plans["configurations"]["3d_fullres"]
     assert (configuration["patch_size"], configuration["batch_size"]) == ([80, 80, 80], 1)

@@ -291,9 +291,15 @@ def test_nnunet_takes_back_what_paper_set_and_no_more(plans: list[str], names: l
     before = options_with(**only_ours(presets(plans)))
     now = before.updated(only_ours(presets(names, before)))
     assert now.value("complete_view_weight") == weight
+    assert now.value("modality_decoder_scale") == (None if weight else 0)
     assert now.training == Options().training
     for name in ("network_form", "reading", "soft_label"):
         assert now.value(name) == (presets(names).get(name) or before.value(name))
+
+
+def test_nnunet_leaves_the_scale_of_plans_of_before() -> None:
+    before = options_with(modality_decoder_scale=0)
+    assert before.updated(presets(["nnunet"], before)) == before
 
 
 def test_early_fusion_on_plans_of_another_design() -> None:
