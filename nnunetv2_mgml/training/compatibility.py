@@ -14,7 +14,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.modalities import channel_names
-from nnunetv2_mgml.network.build import build_network, count_modalities
+from nnunetv2_mgml.network.build import build_network, count_modalities, modality_scale
 from nnunetv2_mgml.network.fusion import find_design
 from nnunetv2_mgml.network.transfer import labels_of
 from nnunetv2_mgml.objective import Options, needs_of
@@ -32,7 +32,7 @@ def network_differences(
         configuration: the one that is trained.
         by_options: whether our options decide about the network; those of a stock network do not.
     """
-    found = _differences_of_options(stored, plans) if by_options else []
+    found = _differences_of_options(stored, plans, configuration) if by_options else []
     resolved = [_resolved(p, configuration) for p in (stored, plans)]
     architectures, patches = ([own.get(key) for own in resolved] for key in ("architecture", "patch_size"))
     if architectures[0] != architectures[1]:
@@ -42,17 +42,28 @@ def network_differences(
     return found
 
 
-def _differences_of_options(stored: dict[str, Any], plans: dict[str, Any]) -> list[str]:
+def _differences_of_options(stored: dict[str, Any], plans: dict[str, Any], configuration: str) -> list[str]:
     before, now = Options.from_plans(stored), Options.from_plans(plans)
     own = before.network
     if own.fusion == now.network.fusion and _fusion_of(own) == _fusion_of(now.network):
         own = dataclasses.replace(
             own, fusion_revision=now.network.fusion_revision, fusion_options=now.network.fusion_options
         )
+    scales = {_modality_scale(p, configuration, options) for p, options in ((stored, before), (plans, now))}
+    if len(scales) == 1:
+        own = dataclasses.replace(own, modality_decoder_scale=now.network.modality_decoder_scale)
     found = differences(own, now.network)
     if needs_of(before).modality != needs_of(now).modality:
         found.append("only one of them has the shared modality decoder (modality_decoder_weight, soft_label)")
     return found
+
+
+def _modality_scale(plans: dict[str, Any], configuration: str, options: Options) -> int | None:
+    """Return where the decoder for the modalities ends; None of a network without, or without this configuration."""
+    if configuration not in plans["configurations"] or not needs_of(options).modality:
+        return None
+    plan = PlansManager(plans).get_configuration(configuration)
+    return modality_scale(options.network, plan.network_arch_init_kwargs["n_stages"])
 
 
 def _fusion_of(options: NetworkOptions) -> dict[str, Any]:

@@ -259,6 +259,16 @@ def test_a_revision_counts_where_it_changed_the_design(fusion: str, same: bool) 
     assert network_differences(before, now, "3d_fullres") == ([] if same else ["fusion_revision was 1, is now 2"])
 
 
+def test_the_scale_of_the_modality_decoder_counts_where_there_is_one() -> None:
+    def found(now: int | None, **options: Any) -> list[str]:
+        plans_of = ({**plans(), "mgml": {"config": {**TINY, **options, "modality_decoder_scale": s}}} for s in (1, now))
+        return network_differences(*plans_of, "3d_fullres")
+
+    assert found(None) == [], "what null means in a network of three stages"
+    assert found(0) == ["modality_decoder_scale was 1, is now 0"]
+    assert found(0, soft_label="none", modality_decoder_weight=0.0) == []
+
+
 def test_the_wiring_of_m2ftrans_counts_where_it_acts() -> None:
     def found(**options: Any) -> list[str]:
         before, now = (

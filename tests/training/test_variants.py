@@ -51,7 +51,7 @@ def settings(name: str) -> dict[str, Any]:
     design = fusion_designs()[fusion]
     assert name.removeprefix("nnUNetTrainer").removesuffix("_MGML") == design.trainer
     alone = {} if name.endswith("_MGML") else design.published_alone
-    return copy.deepcopy({"fusion": fusion, **design.published_options, **alone})
+    return copy.deepcopy({"fusion": fusion, "modality_decoder_scale": 0, **design.published_options, **alone})
 
 
 def test_every_trainer_is_in_the_table() -> None:
