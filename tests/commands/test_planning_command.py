@@ -182,7 +182,9 @@ def test_help_tells_the_paper_preset(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "augmentation=paper, complete_view_weight=0.0, modality_decoder_scale=0, seed=1024, deterministic=True" in said
+    assert (
+        "augmentation=paper, complete_view_weight=0.0, modality_decoder_scale=0, seed=1024, deterministic=True" in said
+    )
     assert "rotation up to 10 degrees, intensity scale and shift 0.1, flips" in said
     assert "stays nnU-Net's" not in said
 
