@@ -163,13 +163,17 @@ def measure_memory(design: str, args: argparse.Namespace, terms: str) -> dict[st
     before = peak_mebibytes(args.device)
     for _ in range(2):
         step()
-    return {"mebibytes": peak_mebibytes(args.device) - before}
+    return {"modality_scale": modality_scale(step), "mebibytes": peak_mebibytes(args.device) - before}
+
+
+def modality_scale(step: TrainingStep) -> int:
+    """Return where the decoder shared by all modalities ends; early fusion has none."""
+    return getattr(step.learner.network, "modality_scale", 0)
 
 
 def measure_training(design: str, args: argparse.Namespace) -> dict[str, Any]:
     steps = {terms: training_step(design, terms, args) for terms in TERMS}
-    scale = getattr(steps["shipped"].learner.network, "modality_scale", 0)  # early fusion has no such decoder
-    return {"modality_scale": scale, "seconds": in_turns(steps, args.repeats, args.device)}
+    return {"modality_scale": modality_scale(steps["shipped"]), "seconds": in_turns(steps, args.repeats, args.device)}
 
 
 def flops(function: Callable[[], Any]) -> int:

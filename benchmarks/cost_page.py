@@ -75,10 +75,11 @@ def _gaps(rows: dict[str, dict[str, Any]]) -> str:
     missing = [f"`{name}`" for name in DESIGNS if name not in rows]
     lines = [f"Rows marked † were measured before the design changed: {', '.join(old)}."] if old else []
     lines += [f"Not measured: {', '.join(missing)}."] if missing else []
-    if any("modality_scale" not in row["training"] for row in rows.values()):
+    parts = (part for row in rows.values() for name, part in row.items() if name != "prediction")
+    if any("modality_scale" not in part for part in parts):
         lines.append(
-            "Steps are of a modality decoder that ends at full resolution (`modality_decoder_scale=0`), as it did by "
-            "default then; by the present one `region_aware` takes a fifth less ([speed.md](speed.md))."
+            "Steps and their memory are of a modality decoder that ends at full resolution (`modality_decoder_scale=0`), as it did by "
+            "default then; by the present one `region_aware` takes a fifth less time ([speed.md](speed.md))."
         )
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 

@@ -268,7 +268,7 @@ def main() -> None:
     """Train, fit, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("case_quality_work"), help="a training there is not repeated")
-    parser.add_argument("--variant", default="mgml:patch=16")
+    parser.add_argument("--variant", default="mgml:patch=16,modality_decoder_scale=0")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--page", action="store_true", help="only write the page and the figure")

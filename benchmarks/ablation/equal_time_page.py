@@ -177,44 +177,45 @@ def phantoms(settings: dict[str, Any], results: Sequence[Result]) -> str:
 def _table(settings: dict[str, Any], group: str, results: Sequence[Result]) -> str:
     """Return a row per variant that has finished runs, of the seeds and folds that all of these have.
 
-    Before it stand tables of those that have more of them in common.
+    Before it stand tables of those that have more of them in common. Differences are to the baseline, or as long as it
+    has no finished runs, to the variant whose time all take.
     """
     names = dict.fromkeys([cubes_table.BASELINE, *settings["groups"][group]["variants"]])
     found = {name: runs for name in names if (runs := [r for r in results if r.run.variant == name])}
     done = {name: {(r.run.seed, r.run.fold) for r in runs} for name, runs in found.items()}
     shared = set.intersection(*done.values()) if done else set()
-    if not shared or cubes_table.BASELINE not in found:
+    candidates = (cubes_table.BASELINE, settings["groups"][group]["equal_time"])
+    reference = next((name for name in candidates if name in found), None)
+    if not shared or reference is None:
         return table([], [])
     folds = len(settings["groups"][group].get("folds", [0]))
     parts = []
-    with_baseline = {
-        frozenset(ours & done[cubes_table.BASELINE]) for name, ours in done.items() if name != cubes_table.BASELINE
-    }
-    for more in sorted((each for each in with_baseline if each > shared), key=len, reverse=True):
+    with_reference = {frozenset(ours & done[reference]) for name, ours in done.items() if name != reference}
+    for more in sorted((each for each in with_reference if each > shared), key=len, reverse=True):
         chosen = {name: runs for name, runs in found.items() if done[name] >= more}
-        parts += [f"{_extent(found, more, folds)}:\n", _rows(chosen, more)]
-    parts += ["On what all of them have:\n", _rows(found, shared)] if parts else [_rows(found, shared)]
+        parts += [f"{_extent(found[reference], more, folds)}:\n", _rows(chosen, more, reference)]
+    of_all = _rows(found, shared, reference)
+    parts += ["On what all of them have:\n", of_all] if parts else [of_all]
     missing = [f"`{name}`" for name in names if name not in found]
-    notes = [f"So far {_extent(found, shared, folds)}."] if len({fold for _, fold in shared}) < folds else []
+    notes = [f"So far {_extent(found[reference], shared, folds)}."] if len({fold for _, fold in shared}) < folds else []
     notes += [f"Not finished: {', '.join(missing)}."] if missing else []
     return "\n".join([*parts, *([f"{' '.join(notes)}\n"] if notes else [])])
 
 
-def _extent(found: Mapping[str, Sequence[Result]], shared: Set[tuple[int, int]], folds: int) -> str:
-    """Return on how much data results are that some variants share."""
-    seeds = [seed for seed, _ in shared]
-    baseline = [r for r in found[cubes_table.BASELINE] if (r.run.seed, r.run.fold) in shared]
-    cases = sum(len(r.content["cases"]) for r in baseline if r.run.seed == min(seeds))
+def _extent(reference: Sequence[Result], shared: Set[tuple[int, int]], folds: int) -> str:
+    """Return on how much data results are that some variants share with the reference."""
+    first = min(seed for seed, _ in shared)
+    of_one_seed = (r for r in reference if (r.run.seed, r.run.fold) in shared and r.run.seed == first)
+    cases = sum(len(r.content["cases"]) for r in of_one_seed)
     return f"{len({fold for _, fold in shared})} of {folds} folds, with {cases} cases"
 
 
-def _rows(found: Mapping[str, Sequence[Result]], shared: Set[tuple[int, int]]) -> str:
+def _rows(found: Mapping[str, Sequence[Result]], shared: Set[tuple[int, int]], reference: str) -> str:
     """Return the table of some variants on the seeds and folds that they share."""
     chosen = {name: [r for r in runs if (r.run.seed, r.run.fold) in shared] for name, runs in found.items()}
-    baseline = chosen[cubes_table.BASELINE]
     rows = []
     for name, runs in chosen.items():
-        change = None if runs is baseline else difference(baseline, runs)
+        change = None if name == reference else difference(chosen[reference], runs)
         rows.append([f"`{name}`", *_cells(runs), *_spent(runs[0].run), *change_cells(change)])
     head = ["variant", "mean", *REGIONS, "1", "2", "3", "4", "inversions, %", "seeds", "steps", "ms/step", *CHANGE]
     return table(head, rows)

@@ -74,7 +74,8 @@ makes a step do more work looks like a better method there. {_old_rows(settings,
 Phantoms: {training_part} for training, {validation} for validation, {test} held out, {shape} voxels of
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
 {patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU (float32 where marked ‡: that
-processor had no bfloat16 instructions), one thread. Prediction without mirroring. Dice in percent,
+processor had no bfloat16 instructions), one thread; the decoder shared by all modalities ends at full resolution
+(`modality_decoder_scale=0`, the default of then). Prediction without mirroring. Dice in percent,
 mean over 15 subsets and the cases; empty-case policy of BraTS, and a predicted ET below 0.5 ml counts as none (the rule
 of the RFNet family: without it the cases without ET, right or wrong by one voxel, drown everything else). Together
 {hours:.1f} core-hours; commits {commits} (* with uncommitted changes); {used}.
@@ -118,7 +119,7 @@ def _main(results: Sequence[Result]) -> str:
         "### The ablation (fusion `region_aware`)\n\n*Paper*: mean of WT, TC and ET in Tables 1 and 2 of Zou et al. "
         "(mmFormer on BraTS2020), figures of the paper. `mgml_paper_terms`: the paper's method, Meta-AMF and L_CR;"
         " `complete_view`: the baseline with nnU-Net's loss on the prediction from all modalities; `mgml`, our "
-        "default (`nnUNetTrainerMGML`), has all three.\n\n"
+        "default's terms (`nnUNetTrainerMGML`), has all three.\n\n"
         + table(["variant", "mean", *REGIONS, "seeds", *CHANGE, "paper"], rows)
     )
 
@@ -157,7 +158,7 @@ def _designs(settings: dict[str, Any], results: Sequence[Result]) -> str:
                     mean_cells(mgml)[-1],
                 ]
             )
-    return f"### MGML on the other fusion designs\n\nDefault options, but {special} to spare time.\n\n" + table(
+    return f"### MGML on the other fusion designs\n\nOptions as above, but {special} to spare time.\n\n" + table(
         ["design", "baseline", "MGML", *CHANGE[:2], "WT / TC / ET", "seeds"], rows
     )
 
@@ -265,7 +266,7 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"{data['spacing_mm'][0]:g} mm, {folds} of "
         f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
         f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
-        f"{training['batch_size']}. Far too few cases and steps to judge the method; published models were "
+        f"{training['batch_size']}, `modality_decoder_scale=0`. Far too few cases and steps to judge the method; published models were "
         f"trained on these cases too.\n\n" + table(["variant", "mean", *REGIONS, "seeds", *CHANGE], rows)
     )
 

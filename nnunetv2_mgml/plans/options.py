@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -269,6 +269,16 @@ class ObjectiveOptions:
         return f"ObjectiveOptions({list(self._parts.values())})"
 
 
+def missing_options(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the ``"mgml"`` block of plans does not say since it is older than the option; empty of a new one.
+
+    Args:
+        block: of plans or of a model; without ``version`` nobody wrote it but the user.
+    """
+    config = block.get("config", {})
+    return {name: value for name, value in _BEFORE.items() if "version" in block and name not in config}
+
+
 _objective_groups: Callable[[], Sequence[type[OptionGroup]]] | None = None
 
 
@@ -345,7 +355,7 @@ class Options:
             ValueError: an unknown option or a bad value in the ``"mgml"`` block.
         """
         block = plans.get(PLANS_KEY) or {}
-        stored = {**(_BEFORE if "version" in block else {}), **block.get("config", {})}
+        stored = {**missing_options(block), **block.get("config", {})}
         unknown = _unknown(stored)
         if unknown:
             raise ValueError(

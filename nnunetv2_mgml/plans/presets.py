@@ -66,7 +66,7 @@ REFERENCE_LOSSES: dict[str, Any] = {
 """The total of the published code (worldlikerr/MGML @ 51de28e)."""
 
 EARLY_FUSION: dict[str, Any] = {
-    "modality_decoder_scale": 0,
+    "modality_decoder_scale": None,
     "network_form": "early_fusion",
     "fusion": "concat",
     "fusion_options": {},
@@ -128,16 +128,20 @@ def presets(names: Sequence[str], before: Options | None = None) -> dict[str, An
             raise ValueError(f"Choose one of the presets {' and '.join(pair)}; they set the same options.")
     back_first = sorted(names, key=lambda name: name != "nnunet")
     changes = {key: value for name in back_first for key, value in preset(name).items()}
-    if "nnunet" in names and before is not None and not _has_paper_loss(before):
+    if "nnunet" in names and before is not None:
         others = {key for name in names if name != "nnunet" for key in preset(name)}
-        for key in set(_LOSS_OF_PAPER) - others:
-            del changes[key]
+        has_paper_loss = _has_paper_loss(before)
+        for key in _LOSS_OF_PAPER:
+            if key not in others and not (has_paper_loss and before.value(key) == PAPER[key]):
+                del changes[key]
     return changes
 
 
 def _has_paper_loss(options: Options) -> bool:
-    """Whether plans have training settings of ``paper``, and nothing else by which their complete view may be off."""
+    """Whether plans have no complete view, training settings of ``paper``, and nothing else it may be off by."""
     defaults = Options()
+    if options.value("complete_view_weight") != PAPER["complete_view_weight"]:
+        return False
     settings = (key for key in PAPER if key in Options.names() and key not in _LOSS_OF_PAPER)
     return all(options.value(mark) == defaults.value(mark) for mark in _MARKS_OF_OTHERS) and any(
         options.value(key) == PAPER[key] for key in settings

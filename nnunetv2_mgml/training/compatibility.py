@@ -18,7 +18,7 @@ from nnunetv2_mgml.network.build import build_network, count_modalities, modalit
 from nnunetv2_mgml.network.fusion import find_design
 from nnunetv2_mgml.network.transfer import labels_of
 from nnunetv2_mgml.objective import Options, needs_of
-from nnunetv2_mgml.plans.options import NetworkOptions, differences
+from nnunetv2_mgml.plans.options import PLANS_KEY, NetworkOptions, differences, missing_options
 
 
 def network_differences(
@@ -49,10 +49,14 @@ def _differences_of_options(stored: dict[str, Any], plans: dict[str, Any], confi
         own = dataclasses.replace(
             own, fusion_revision=now.network.fusion_revision, fusion_options=now.network.fusion_options
         )
-    scales = {_modality_scale(p, configuration, options) for p, options in ((stored, before), (plans, now))}
-    if len(scales) == 1:
-        own = dataclasses.replace(own, modality_decoder_scale=now.network.modality_decoder_scale)
-    found = differences(own, now.network)
+    scales = [_modality_scale(p, configuration, options) for p, options in ((stored, before), (plans, now))]
+    if None in scales:
+        scales = [None, None]
+    own, new = (
+        dataclasses.replace(network, modality_decoder_scale=scale)
+        for network, scale in zip((own, now.network), scales, strict=True)
+    )
+    found = differences(own, new)
     if needs_of(before).modality != needs_of(now).modality:
         found.append("only one of them has the shared modality decoder (modality_decoder_weight, soft_label)")
     return found
@@ -69,6 +73,16 @@ def _modality_scale(plans: dict[str, Any], configuration: str, options: Options)
 def _fusion_of(options: NetworkOptions) -> dict[str, Any]:
     design = find_design(options.fusion)
     return design.acting(design.take_options(options.fusion_options, options.fusion_revision))
+
+
+def options_of_model(model_folder: Path) -> dict[str, Any]:
+    """Return what a model is by being older than options of ours, where plans without options continue it; or nothing.
+
+    Args:
+        model_folder: ``TRAINER__PLANS__CONFIGURATION``, which need not be there.
+    """
+    file = model_folder / "plans.json"
+    return missing_options(json.loads(file.read_text()).get(PLANS_KEY) or {}) if file.is_file() else {}
 
 
 def changed_meaning(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

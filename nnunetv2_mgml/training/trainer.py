@@ -36,7 +36,7 @@ from nnunetv2_mgml.presentation.figures.style import save
 from nnunetv2_mgml.presentation.figures.training import training_curves
 from nnunetv2_mgml.scoring.subset_report import carry_report
 from nnunetv2_mgml.training import checkpoint
-from nnunetv2_mgml.training.compatibility import cannot_resume, refuse_other_network
+from nnunetv2_mgml.training.compatibility import cannot_resume, options_of_model, refuse_other_network
 from nnunetv2_mgml.training.epoch_log import TrainingLog, epoch_row, mean_over_ranks, region_names, tell_loggers
 from nnunetv2_mgml.training.final_validation import announcing_cases
 from nnunetv2_mgml.training.learners import Learner, SubsetLearner
@@ -93,6 +93,9 @@ class nnUNetTrainerMGML(nnUNetTrainer):  # type: ignore[misc]  # nnunetv2 ships 
         place(self, device)
         if device.type == "cpu":  # nnU-Net starts a thread for every CPU of the machine
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+        folder = self.output_folder_base  # None without nnUNet_results
+        if PLANS_KEY not in plans and folder and (before := options_of_model(Path(folder))):
+            plans[PLANS_KEY] = {"config": before}  # nnU-Net's own plans cannot say what this model is
         planned = Options.from_plans(plans)
         name, workers, regions = type(self).__name__, get_allowed_n_proc_DA(), self.label_manager.has_regions
         for note in run_notes(name, planned, self.fixed_on(planned), workers, self.is_cascaded, regions):

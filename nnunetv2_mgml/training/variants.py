@@ -43,7 +43,7 @@ class nnUNetTrainerMGML_baseline(nnUNetTrainerMGML):
 
 
 class nnUNetTrainerMGML_paperTerms(nnUNetTrainerMGML):
-    """The paper's MGML, Meta-AMF and L_CR, without the loss on the complete view that our default adds."""
+    """The paper's terms, Meta-AMF and L_CR, without the loss on the complete view that our default adds."""
 
     config_overrides = {"complete_view_weight": 0.0}
 

@@ -244,6 +244,21 @@ def test_table_pairs_by_seed_and_patient(cubes: SimpleNamespace) -> None:
     assert [line.split(" | ")[-3] for line in text.splitlines()[4:]] == ["-1.00", "+0.00", "-"], "where there is one"
 
 
+def test_results_are_what_their_names_say(cubes: SimpleNamespace) -> None:
+    """So that no finished training is repeated; of two ideas the code is gone."""
+    gone = ("complete_first=", "conditional=")
+    for file in sorted((FOLDER / "ablation" / "results" / "cubes").glob("*/*.json")):
+        content = json.loads(file.read_text())
+        run = cubes.cubes_variants.Run(content["variant"], content["seed"], content["nominal_steps"])
+        assert file.name == run.file_name(bool(content["equal_time"]))
+        if not any(name in run.name for name in gone):
+            assert content["options"] == run.options, file.name
+            known = {**cubes.cubes_variants.SETTINGS["training"], **content["training"]}
+            assert known == run.training, file.name
+            scale = (content["resolved"] or {}).get("modality_decoder_scale")  # a stock network has none
+            assert scale in (None, 0 if "modality_decoder_scale=0" in run.name else 1)
+
+
 def test_trainings_of_few_patients_are_a_table_of_their_own(
     cubes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from nnunetv2_mgml.objective.step import Step
 from nnunetv2_mgml.plans.options import PLANS_KEY, NetworkOptions
 from nnunetv2_mgml.plans.presets import PAPER_LOSSES, REFERENCE_LOSSES
 from nnunetv2_mgml.presentation.internals import compute_internals, load_model
+from nnunetv2_mgml.workflows.plan import make_plans
 
 MASK = torch.tensor([[True, False, True, True], [False, True, False, False]])
 VIEW = View(MASK, torch.ones_like(MASK))
@@ -68,6 +70,9 @@ def test_models_of_before_end_at_full_resolution(tmp_path: Path) -> None:
     assert Options.from_plans({PLANS_KEY: block}).network.modality_decoder_scale == 0
     assert Options.from_plans({PLANS_KEY: {"version": "0.2.0"}}).network.modality_decoder_scale == 0
     assert Options.from_plans({}).network.modality_decoder_scale is None
+    stock = {**builders.plans(stages=3), PLANS_KEY: block}
+    planned = make_plans(stock, {"num_epochs": 3}, ["3d_fullres"], "Later", CHANNELS)
+    assert planned[PLANS_KEY]["config"]["modality_decoder_scale"] == 0
     now = {**block, "config": {**block["config"], "modality_decoder_scale": None}}
     assert Options.from_plans({PLANS_KEY: now}).network.modality_decoder_scale is None
     folder = write_model(tmp_path / "before", options={"modality_decoder_scale": 0}, stages=3)

@@ -291,15 +291,26 @@ def test_nnunet_takes_back_what_paper_set_and_no_more(plans: list[str], names: l
     before = options_with(**only_ours(presets(plans)))
     now = before.updated(only_ours(presets(names, before)))
     assert now.value("complete_view_weight") == weight
-    assert now.value("modality_decoder_scale") == (None if weight else 0)
+    assert now.value("modality_decoder_scale") == (0 if "paper-losses" in plans else None)
     assert now.training == Options().training
     for name in ("network_form", "reading", "soft_label"):
         assert now.value(name) == (presets(names).get(name) or before.value(name))
 
 
-def test_nnunet_leaves_the_scale_of_plans_of_before() -> None:
-    before = options_with(modality_decoder_scale=0)
-    assert before.updated(presets(["nnunet"], before)) == before
+def test_nnunet_takes_back_what_paper_set_not_what_plans_have_otherwise() -> None:
+    """Plans of before, also with a setting that is the paper's too, and what was set over the preset."""
+
+    def now(**options: Any) -> tuple[Any, Any]:
+        before = options_with(**options)
+        after = before.updated({k: v for k, v in presets(["nnunet"], before).items() if k in Options.names()})
+        return after.value("modality_decoder_scale"), after.value("complete_view_weight")
+
+    paper = {key: value for key, value in PAPER.items() if key in Options.names()}
+    assert now(modality_decoder_scale=0) == (0, 1.0)
+    assert now(modality_decoder_scale=0, optimizer="adam") == (0, 1.0)
+    assert now(**paper) == (None, 1.0)
+    assert now(**{**paper, "modality_decoder_scale": 2}) == (2, 1.0)
+    assert now(**{**paper, "complete_view_weight": 0.5}) == (0, 0.5)
 
 
 def test_early_fusion_on_plans_of_another_design() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from training_cases import run_until_epoch
 
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import NetworkOptions
 from nnunetv2_mgml.training import nnUNetTrainerMGML, nnUNetTrainerModalityDropout
 from nnunetv2_mgml.training.compatibility import changed_meaning, network_differences
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
@@ -239,6 +241,37 @@ def test_a_resume_takes_the_weight_decay_of_its_plans_and_keeps_them(nnunet_fold
     second.run_training()
     written = torch.load(Path(second.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert Options.from_plans(written["init_args"]["plans"]).training.weight_decay == 0.5
+
+
+def test_stock_plans_continue_what_was_trained_on_them_before(nnunet_folders: Path) -> None:
+    """nnU-Net's plans cannot say what an older model is; its folder does, for ``--c``, ``--val`` and other folds."""
+    plans_dict = write_dataset(nnunet_folders)
+    short = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1}
+    network = {name: NetworkOptions().as_dict()[name] for name in ("fusion", "width_factor")}
+    of_before = {"modality_decoder_scale": 0, "validate_subsets": False, "seed": None}
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, {**short, **network, **of_before})
+    first.run_training()
+    folder, final = Path(first.output_folder_base), Path(first.output_folder) / "checkpoint_final.pth"
+    content = torch.load(final, weights_only=False)
+    stored = json.loads((folder / "plans.json").read_text())
+    for written in (content["init_args"]["plans"], stored):
+        del written["mgml"]["config"]["modality_decoder_scale"]
+    torch.save(content, final)
+    (folder / "plans.json").write_text(json.dumps(stored))
+
+    def on_stock_plans(fold: int) -> nnUNetTrainerMGML:
+        given = {**copy.deepcopy(plans_dict), "continue_training": fold == 0}
+        return nnUNetTrainerMGML(given, "3d_fullres", fold, BRATS_JSON, torch.device("cpu"))
+
+    again = on_stock_plans(0)
+    again.load_checkpoint(str(final))
+    assert again.bare_network.modality_scale == 0
+    assert network_differences(stored, on_stock_plans(1).plans_manager.plans, "3d_fullres") == []
+    del stored["mgml"]["config"]["fusion_revision"]
+    (folder / "plans.json").write_text(json.dumps(stored))
+    assert on_stock_plans(1).options.network.fusion_revision == 1
+    (folder / "plans.json").unlink()
+    assert on_stock_plans(1).options.network.modality_decoder_scale is None
 
 
 def test_a_stock_network_goes_by_nothing_of_ours(nnunet_folders: Path) -> None:

@@ -201,4 +201,4 @@ def test_a_modality_decoder_that_cannot_be_is_refused(stock):
     with pytest.raises(ValueError, match="early_fusion has no decoder"):
         planning.make_plans(plans, {"network_form": "early_fusion"}, ["3d_fullres"], "P", CHANNELS)
     early = planning.make_plans(plans, preset("early-fusion"), ["3d_fullres"], "P", CHANNELS)
-    assert early["mgml"]["config"]["modality_decoder_scale"] == 0
+    assert early["mgml"]["config"]["modality_decoder_scale"] is None
