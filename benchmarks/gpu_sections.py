@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -627,11 +628,11 @@ def training(settings: Settings) -> Entries:
     command += ["--seconds", str(seconds), "--output", str(output), "--again", "--parts_only"]
     command += ["--commit", settings.commit] if settings.commit else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    part = output / "part_0.json"
-    if done.returncode or not part.is_file():
+    parts = list(output.glob("part_*.json"))
+    if done.returncode or len(parts) != 1:
         raise RuntimeError(f"cubes.py ended with exit code {done.returncode}:\n{done.stdout[-3000:]}")
-    (content,) = json.loads(part.read_text())
-    part.unlink()
+    (content,) = json.loads(parts[0].read_text())
+    shutil.rmtree(output)
     wanted = (
         "variant",
         "steps",

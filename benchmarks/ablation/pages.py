@@ -266,8 +266,9 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"{data['spacing_mm'][0]:g} mm, {folds} of "
         f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
         f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
-        f"{training['batch_size']}, `modality_decoder_scale=0`. Far too few cases and steps to judge the method; published models were "
-        f"trained on these cases too.\n\n" + table(["variant", "mean", *REGIONS, "seeds", *CHANGE], rows)
+        f"{training['batch_size']}, `modality_decoder_scale=0`. Far too few cases and steps to judge the method; "
+        "published models were trained on these cases too.\n\n"
+        + table(["variant", "mean", *REGIONS, "seeds", *CHANGE], rows)
     )
 
 

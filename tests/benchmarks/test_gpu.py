@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ def test_sections_write_what_the_page_reads(scripts: SimpleNamespace, tmp_path: 
     assert sum("not measured" in line for line in ratios) == 2, "only peak memory needs a GPU"
     for name in result:
         scripts.gpu_page.page({key: value for key, value in result.items() if key != name})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MGML_REAL_DATA" not in os.environ, reason="needs the cubes of real patients")
+def test_the_training_on_the_cubes(tmp_path: Path) -> None:
+    result = run(tmp_path, "--sections", "training")["training"]
+    assert "error" not in result
+    assert (result["variant"], result["steps"]) == ("mgml", 4)
+    assert 0 <= result["validation"]["mean"] <= 100
 
 
 @pytest.mark.slow
