@@ -338,6 +338,6 @@ _WHY = """Why so many are missed: every curve still rises, so we take it that wh
 the time (the cubes were not trained at equal steps to tell), and the default fits the fewest (columns *steps* and
 *ms/step*): four encoders instead of one, and a second view of every case. What the view brings with all modalities it
 loses with one of them. The stock network takes the most steps, so its dropout is the strongest rival. A specialist
-takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (two
+takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (three
 seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere.
 """
