@@ -324,7 +324,8 @@ _CHANGES = (
     "convolutions of at most 60 000 weights linear in the mask too, as the norms are. The code of these two left "
     "again (commit b130b0e has it). `modality_decoder_scale=0`: the decoder shared by all modalities ends at full "
     "resolution, as published, for a quarter more time a step. That lost in every seed, on [whole "
-    "brains](#whole-brains-at-equal-time) too, so it no longer is the default."
+    "brains](#whole-brains-at-equal-time) too, so it no longer is the default. "
+    "`modality_decoder_weight=0`: nothing is taught to modalities alone."
 )
 _GOALS = """### Beside what was to be shown
 
