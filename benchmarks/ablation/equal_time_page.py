@@ -341,6 +341,6 @@ the time (the cubes were not trained at equal steps to tell), and the default fi
 loses with one of them. The stock network takes the most steps, so its dropout is the strongest rival. A specialist
 takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (three
 seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere there. On whole
-brains every network has its default width, a step of each takes about as long, and it is the other way round: the stock
-networks are far behind those with an encoder per modality.
+brains every network has its default width, a step of the stock network takes longer than the default's, and it is the
+other way round: the stock networks are far behind those with an encoder per modality.
 """
