@@ -25,7 +25,7 @@ class Decoded(NamedTuple):
     loss: torch.Tensor
     """The sum of the design's own losses, scalar float32."""
     features: torch.Tensor
-    """What the full-resolution head reads, ``(B, C, *spatial)``."""
+    """What the finest of these heads reads, ``(B, C, *spatial_s)``."""
 
 
 class SubsetDecoder(Protocol):
@@ -34,6 +34,10 @@ class SubsetDecoder(Protocol):
     deep_supervision: bool
     """The switch nnU-Net sets, read at every call."""
 
+    @property
+    def coarsest_output(self) -> int:
+        """The scale of the last of the outputs; 0, full resolution, without deep supervision."""
+
     def __call__(
         self,
         features: list[torch.Tensor],
@@ -41,6 +45,7 @@ class SubsetDecoder(Protocol):
         fusion: FusionDesign,
         images: torch.Tensor | None = None,
         available: torch.Tensor | None = None,
+        finest: int = 0,
     ) -> Decoded:
         """See `FusionDecoder.forward`."""
 
@@ -68,6 +73,11 @@ class FusionDecoder(StepwiseDecoder):
         for layer in self.seg_layers:
             make_pointwise(layer)
 
+    @property
+    def coarsest_output(self) -> int:
+        """See `SubsetDecoder`."""
+        return len(self.seg_layers) - 1 if self.deep_supervision else 0
+
     def forward(
         self,
         features: list[torch.Tensor],
@@ -75,6 +85,7 @@ class FusionDecoder(StepwiseDecoder):
         fusion: FusionDesign,
         images: torch.Tensor | None = None,
         available: torch.Tensor | None = None,
+        finest: int = 0,
     ) -> Decoded:
         """Fuse and decode.
 
@@ -85,6 +96,7 @@ class FusionDecoder(StepwiseDecoder):
             images: ``(B, M, *spatial)`` for the design's `image_loss`; None: no such loss.
             available: ``(B, M)`` bool, the modalities each case has, in the pass a training step learns from; needed
                 with ``images``.
+            finest: the scale at which to end, with the first of the outputs; 0: full resolution.
         """
         state = fusion.begin() if available is None else fusion.begin_training(available)
         auxiliary: list[torch.Tensor] = []
@@ -92,7 +104,7 @@ class FusionDecoder(StepwiseDecoder):
         outputs: list[torch.Tensor] = []
         context: torch.Tensor | None = None
         fused_scales: list[torch.Tensor] = []
-        for scale in reversed(range(len(features))):
+        for scale in reversed(range(finest, len(features))):
             fused, context = self._level(scale, features[scale], mask, context, fusion, state)
             if fused.auxiliary is not None:
                 auxiliary.append(fused.auxiliary)
@@ -100,7 +112,7 @@ class FusionDecoder(StepwiseDecoder):
                 loss = loss + fused.loss
             if images is not None:
                 fused_scales.append(fused.fused)
-            if scale == 0 or (self.deep_supervision and scale < len(features) - 1):
+            if scale == finest or (self.deep_supervision and scale < len(features) - 1):
                 outputs.append(self.logits(scale, context))
         if images is not None:
             assert available is not None  # comes with the images

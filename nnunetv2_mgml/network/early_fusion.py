@@ -95,6 +95,11 @@ class TrunkDecoder(nn.Module):
         )
         self.heads = nn.ModuleList(pointwise(spec.conv_op)(widths[s], num_outputs, 1) for s in range(scales - 1))
 
+    @property
+    def coarsest_output(self) -> int:
+        """See `SubsetDecoder`."""
+        return len(self.heads) - 1 if self.deep_supervision else 0
+
     def forward(
         self,
         features: list[torch.Tensor],
@@ -102,6 +107,7 @@ class TrunkDecoder(nn.Module):
         fusion: FusionDesign,
         images: torch.Tensor | None = None,
         available: torch.Tensor | None = None,
+        finest: int = 0,
     ) -> Decoded:
         """Fuse and predict; see `FusionDecoder.forward`. ``features`` are the stems', a list of one."""
         fused = self.fuse(features, mask, fusion, available)
@@ -111,8 +117,8 @@ class TrunkDecoder(nn.Module):
         if images is not None:
             assert available is not None  # comes with the images
             loss = loss + fusion.image_loss([fused.fused], images, available)
-        own = self.run(fused.fused)
-        outputs = [head(feature) for head, feature in zip(self.heads, own, strict=True)]
+        own = self.run(fused.fused, finest)
+        outputs = [head(feature) for head, feature in zip(self.heads[finest:], own, strict=True)]
         auxiliary = [] if fused.auxiliary is None else [fused.auxiliary]
         return Decoded(outputs if self.deep_supervision else outputs[:1], auxiliary, loss, own[0])
 
@@ -126,18 +132,19 @@ class TrunkDecoder(nn.Module):
             stems = torch.where(expand_mask(mask, stems), stems, 0)
         return fusion.fuse_scale(0, stems, mask, None, state)
 
-    def run(self, fused: torch.Tensor) -> list[torch.Tensor]:
-        """Return what the heads read, per scale ``(B, C_s, *spatial_s)``, full resolution first.
+    def run(self, fused: torch.Tensor, finest: int = 0) -> list[torch.Tensor]:
+        """Return what the heads read, per scale ``(B, C_s, *spatial_s)``, highest resolution first.
 
         Args:
             fused: ``(B, C_0, *spatial)``.
+            finest: the scale at which to end.
         """
         skips = [fused]
         for stage in self.down:
             skips.append(stage(skips[-1]))
         feature = skips.pop()
         decoded: list[torch.Tensor] = []
-        for scale in reversed(range(len(self.up))):
+        for scale in reversed(range(finest, len(self.up))):
             feature = self.merge[scale](torch.cat((self.up[scale](feature), skips.pop()), 1))
             decoded.append(feature)
         return decoded[::-1]

@@ -41,9 +41,13 @@ class Needs(NamedTuple):
     """How many further subsets per sample to predict from, drawn by the term."""
     noisy: bool = False
     """Whether random layers, dropout above all, act in the complete prediction as in any other."""
+    teacher_scale: int = 0
+    """At which output of deep supervision the complete prediction ends: 0 at full resolution, 1 one stage before. At
+    the coarsest there is where there are fewer."""
 
     def union(self, other: Needs) -> Needs:
         """Return what serves both; further subsets are each term's own, so their numbers add up."""
+        scales = [needs.teacher_scale for needs in (self, other) if needs.complete != "no"]
         return Needs(
             max(self.complete, other.complete, key=_ORDER.index),
             self.single or other.single,
@@ -51,6 +55,7 @@ class Needs(NamedTuple):
             self.own_view or other.own_view,
             self.subsets + other.subsets,
             self.noisy or other.noisy,
+            min(scales, default=0),
         )
 
 
@@ -93,7 +98,8 @@ class TrainingOutput(NamedTuple):
     modality: torch.Tensor | None = None
     """Shared decoder's prediction from each modality alone, ``(B, M, K, *spatial_s)`` at the scale where it ends."""
     complete: list[torch.Tensor] | None = None
-    """Fused prediction from all modalities a case has, shaped as ``student``; with gradient where it ``learns``."""
+    """Fused prediction from all modalities a case has, shaped as the last entries of ``student``: all, or those from
+    `Needs.teacher_scale` on; with gradient where it ``learns``."""
     single: SingleModalities | None = None
     """What rebalancing compares."""
     subsets: list[torch.Tensor] | None = None

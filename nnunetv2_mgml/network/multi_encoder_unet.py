@@ -191,7 +191,8 @@ class MultiEncoderUNet(SubsetModule):
         single = None
         if needs.single:
             teacher = complete or student
-            if complete is not None and (view.own_images is not None or needs.noisy):  # that one is another term's
+            if complete is not None and (view.own_images is not None or needs.noisy or needs.teacher_scale):
+                # that one is another term's
                 teacher = self._decode_complete(features, available, View(view.visible), Needs(complete="target"))
             single = self._decode_single(features, teacher)
         return TrainingOutput(
@@ -213,14 +214,15 @@ class MultiEncoderUNet(SubsetModule):
             features: the student's; not used where the view has images of its own.
             available: ``(B, M)`` bool.
             view: whose ``own_images`` count, nothing else.
-            needs: whether it learns and is noisy.
+            needs: whether it learns and is noisy, and where it ends.
         """
         learns = needs.complete == "learns"
         randomness = noise if needs.noisy else silence
+        finest = min(needs.teacher_scale, self.decoder.coarsest_output)
 
         def decode(*features: torch.Tensor) -> Decoded:
             with randomness():  # also where it is run again
-                return self.decoder(list(features), available, self.fusion)
+                return self.decoder(list(features), available, self.fusion, finest=finest)
 
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             if view.own_images is not None:

@@ -40,6 +40,15 @@ class SharedOptions(OptionGroup):
         "teacher gives the true class more probability than the student",
         choices=("everywhere", "better"),
     )
+    teacher_scale: int = option(
+        0,
+        "how many stages before full resolution the prediction from all modalities a case has ends in a training step, "
+        "and with it the loss on it (complete_view_weight) and what the other prediction learns from it "
+        "(consistency_weight): 0, as published, or 1, which makes a step faster (docs/speed.md). A prediction does not "
+        "use it. Always 0 without deep supervision, with two stages, for rebalancing and for published readings of "
+        "eq. 9",
+        choices=(0, 1),
+    )
     ramp_up_fraction: float = option(
         0.1, "share of the epochs over which these terms grow linearly to full weight", low=0, high=1
     )

@@ -92,25 +92,34 @@ class Step:
     def _labels_of(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return label_target(target, regions=self.spec.regions, ignore_label=self.spec.ignore_label)
 
+    def valid_at(self, output: int) -> torch.Tensor | None:
+        """Return `valid` at an output of the fused prediction; 0 is the highest resolution."""
+        if output == 0 or self.target is None:
+            return self.valid
+        return self._labels_of(self._targets()[output])[1]
+
     @property
     def valid_per_resolution(self) -> list[torch.Tensor | None]:
-        """`valid` at each resolution of the fused output, highest first."""
-        if self.valid is None:
-            return [None] * len(self.output.student)
-        return [self.valid, *(self._labels_of(target)[1] for target in self._targets()[1:])]
+        """`valid` at each output of the fused prediction."""
+        return [self.valid_at(output) for output in range(len(self.output.student))]
 
-    @property
-    def truth(self) -> torch.Tensor:
-        """What the fused heads are to predict: region maps ``(B, R, *spatial)``, or `labels`."""
-        if not self.spec.regions:
-            return self.labels
-        return self._targets()[0][:, : self.output.student[0].shape[1]]
+    def truth_at(self, output: int) -> torch.Tensor:
+        """Return what an output of the fused prediction is to be: region maps ``(B, R, *spatial_s)``, or `labels`."""
+        target = self._targets()[output]
+        if self.spec.regions:
+            return target[:, : self.output.student[0].shape[1]]
+        return self.labels if output == 0 else self._labels_of(target)[0]
 
     def segmentation_loss(self, prediction: list[torch.Tensor]) -> torch.Tensor:
-        """Return nnU-Net's own loss of a fused prediction at all resolutions."""
+        """Return nnU-Net's own loss of a fused prediction at all its resolutions.
+
+        Args:
+            prediction: of all resolutions of the target, or of the last of them. Then the first of it gets the weight
+                of full resolution, the next one that of half, ...
+        """
         if self.target is None or isinstance(self.target, torch.Tensor):
             return self.spec.segmentation_loss(prediction[0], self._targets()[0])
-        return self.spec.segmentation_loss(list(prediction), self.target)
+        return self.spec.segmentation_loss(list(prediction), self.target[len(self.target) - len(prediction) :])
 
     # --- predictions --------------------------------------------------------------------------------------------------
     @property
@@ -120,13 +129,19 @@ class Step:
 
     @property
     def complete(self) -> list[torch.Tensor]:
-        """Fused logits from all that is available, at all resolutions, with gradient where that was asked for."""
+        """Fused logits from all that is available, with gradient where that was asked for, at all resolutions from that
+        of `Needs.teacher_scale` on."""
         return _required(self.output.complete, "complete")
 
     @property
     def teacher(self) -> torch.Tensor:
-        """Fused logits from all that is available, ``(B, R, *spatial)``, without gradient."""
+        """Fused logits from all that is available, ``(B, R, *spatial_s)``, without gradient: the finest of them."""
         return self.complete[0].detach()
+
+    @property
+    def teacher_output(self) -> int:
+        """Which output of the fused prediction is as large as `teacher`."""
+        return len(self.output.student) - len(self.complete)
 
     @property
     def single(self) -> SingleModalities:

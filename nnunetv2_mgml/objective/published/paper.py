@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.objective.base import TermValue, register
 from nnunetv2_mgml.objective.consistency import divergence_map
 from nnunetv2_mgml.objective.meta_network import MetaNetwork, MetaParameters
@@ -74,6 +75,11 @@ class PaperConsistency(Consistency):
     def active(cls, options: Options) -> bool:
         """With a weight: samples count whose student sees everything, too."""
         return options.objective[ConsistencyOptions].consistency_weight > 0
+
+    @classmethod
+    def needs(cls, options: Options) -> Needs:
+        """As published, at full resolution."""
+        return super().needs(options)._replace(teacher_scale=0)
 
     def forward(self, step: Step) -> TermValue:
         """See `Term.forward`."""

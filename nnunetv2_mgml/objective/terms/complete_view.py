@@ -52,7 +52,7 @@ class CompleteView(Term):
     @classmethod
     def needs(cls, options: Options) -> Needs:
         """See `Term.needs`."""
-        return Needs(complete="learns")
+        return Needs("learns", teacher_scale=options.objective[SharedOptions].teacher_scale)
 
     def forward(self, step: Step) -> TermValue:
         """See `Term.forward`."""

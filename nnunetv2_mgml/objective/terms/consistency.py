@@ -58,18 +58,20 @@ class Consistency(Term):
     def needs(cls, options: Options) -> Needs:
         """See `Term.needs`."""
         own = options.objective[ConsistencyOptions]
-        return Needs(complete="target", own_view=own.teacher_augmentation, noisy=own.teacher_dropout)
+        scale = options.objective[SharedOptions].teacher_scale
+        return Needs("target", own_view=own.teacher_augmentation, noisy=own.teacher_dropout, teacher_scale=scale)
 
     def forward(self, step: Step) -> TermValue:
         """See `Term.forward`."""
+        output = step.teacher_output
         loss = consistency_loss(
-            step.student,
+            step.output.student[output],
             step.teacher,
             step.visible,
             step.available,
             self.temperature,
             self.spec.regions,
-            step.valid,
-            step.truth if self.only_where_better else None,
+            step.valid_at(output),
+            step.truth_at(output) if self.only_where_better else None,
         )
         return TermValue(step.ramp * self.weight * loss, {"consistency": loss})
