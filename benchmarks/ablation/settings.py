@@ -17,8 +17,12 @@ from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 SETTINGS = FOLDER / "settings.json"
+STOCK_WIDTH = "stock_width_factor"
+"""Beside the options in ``set`` of a variant: a stock network's feature channels as a multiple of nnU-Net's."""
 STEP_SECONDS = RESULTS / "run_seconds.json"
 """What `run_seconds.py` measured: data set -> variant -> seconds of a training step."""
+
+_OF_PLANS = (*NNUNET_KEYS, STOCK_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Run:
     fold: int
     trainer: str
     options: dict[str, Any] = field(hash=False)
-    """Everything ``mgml plan --set`` gets."""
+    """Everything ``mgml plan --set`` gets, and `STOCK_WIDTH`."""
     dataset_settings: dict[str, Any] = field(hash=False)
     remove_small: dict[str, int] = field(hash=False)
     """Region -> voxels below which a prediction of it counts as none."""
@@ -57,13 +61,13 @@ class Run:
     def config(self) -> Options:
         """Every option of the plugin as the trainer resolves it, defaults included."""
         return TRAINERS[self.trainer].resolve_options(
-            {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in NNUNET_KEYS}}}
+            {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in _OF_PLANS}}}
         )
 
     @property
     def resolved(self) -> dict[str, Any]:
         """Everything that could change the result, defaults of the plugin included (code aside), as JSON has it."""
-        plan = {key: value for key, value in self.options.items() if key in NNUNET_KEYS}
+        plan = {key: value for key, value in self.options.items() if key in _OF_PLANS}
         return json.loads(
             json.dumps(
                 {

@@ -83,9 +83,7 @@ def test_losses_are_those_of_that_scale(regions: bool, ignore: bool, teaching: s
     net = network(options, deep_supervision=True, patch=(8, 8, 8), heads=heads)
     labels = labels_of(2, 8, 8, 8, classes=4 + ignore)
     full = torch.stack([(labels >= k) & (labels < 4) for k in (1, 2, 3)] + [labels == 4] * ignore, 1)
-    target = [
-        own.float() for t in [full if regions else labels[:, None]] for own in (t, t[:, :, ::2, ::2, ::2])
-    ]
+    target = [own.float() for t in [full if regions else labels[:, None]] for own in (t, t[:, :, ::2, ::2, ::2])]
     stock = nnunet_loss(regions, 4 if ignore else None)
     loss = DeepSupervisionWrapper(stock, [0.7, 0.3])
     objective = objective_of(options, regions=regions, ignore_label=4 if ignore else None, segmentation_loss=loss)
@@ -137,6 +135,7 @@ def test_checkpointing_changes_nothing() -> None:
 def test_plans_of_before_keep_full_resolution() -> None:
     block = {"version": "0.2.0", "config": {"fusion": "mean"}}
     assert Options.from_plans({PLANS_KEY: block}).value("teacher_scale") == 0
-    assert Options.from_plans({PLANS_KEY: {"version": "0.2.0", "config": {"teacher_scale": 1}}}).value(
-        "teacher_scale"
-    ) == 1
+    assert (
+        Options.from_plans({PLANS_KEY: {"version": "0.2.0", "config": {"teacher_scale": 1}}}).value("teacher_scale")
+        == 1
+    )
