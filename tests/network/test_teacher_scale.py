@@ -47,7 +47,7 @@ def test_ends_with_the_output_of_that_scale(changes: dict[str, Any], layout: str
     assert all(p.grad is not None for p in net.decoder.parameters())
 
 
-@pytest.mark.parametrize("deep, stages", [(False, 3), (True, 2)])
+@pytest.mark.parametrize(("deep", "stages"), [(False, 3), (True, 2)])
 def test_at_full_resolution_where_no_coarser_output_is(deep: bool, stages: int) -> None:
     """Without deep supervision, and with two stages."""
     net = network(config("mean"), deep_supervision=deep, stages=stages)
