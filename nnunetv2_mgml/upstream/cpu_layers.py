@@ -8,8 +8,9 @@ it. PyTorch's instance norm is a batch norm over one sample, which adds number b
 per group is the same and takes half the time or less, forward and backward, but is inexact where channels lie side by
 side: there it is a batch norm again, of pieces. A prediction's norm behind a convolution writes over what that made:
 fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a processor with instructions for it)
-goes the same way, with the roundings that PyTorch's layers have. In training in bfloat16 the gradients of convolutions
-to few channels are found from copies with the channels side by side, which takes a third to two thirds of the time.
+goes the same way, with the roundings that PyTorch's layers have. In training in bfloat16 the norms are group norms too,
+and the gradients of convolutions to few channels are found from copies with the channels side by side, which takes a
+third to two thirds of the time.
 Elsewhere (other devices and dtypes, other training under autocast, tracing, function transforms, shapes without data)
 the layers are PyTorch's, but for bfloat16 convolutions of two slices that learn, which are computed in float32:
 PyTorch's gradient of their weights is not one.
@@ -266,7 +267,9 @@ def _normalises(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: torch.Tensor) ->
 
 def _can_be_grouped(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether channels may be groups; one voxel PyTorch shall refuse."""
-    return suits(x) and math.prod(x.shape[2:]) > 1 and dtype == torch.float32
+    autocast = torch.is_autocast_enabled("cpu")  # in which both learn as well, rounded alike
+    known = _ordinary(x) and _in_bfloat16(x) if autocast else suits(x)
+    return known and math.prod(x.shape[2:]) > 1 and dtype == torch.float32
 
 
 def _plain(conv: nn.Conv3d) -> bool:
