@@ -290,6 +290,8 @@ but not in whole tumour. The idea was chosen on validation patients at half the 
 those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion`.
 With `modality_decoder_scale=0` the decoder shared by all modalities ends at full resolution, as published and as it did
 by default when the time to spend was chosen; [at half of it](#what-was-tried) a step takes four fifths.
+All budgets go by step times of before [training in bfloat16 got faster](speed.md#what-was-tried): by a sixth for our
+networks, not at all for the stock network, which no table here has yet.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
 most where least is there{left}. Nine of them were trained on an AMD EPYC, the other six and the models for all
