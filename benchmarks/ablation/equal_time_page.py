@@ -161,8 +161,7 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which "
         "one encoder per modality has a part (4.3 and 5.6 million parameters). In the rows called `narrow` it has half "
         "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
-        "the cubes.\n\n"
-        + _table(settings, "brains", chosen)
+        "the cubes.\n\n" + _table(settings, "brains", chosen)
     )
 
 

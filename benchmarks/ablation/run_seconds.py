@@ -6,6 +6,11 @@
 On an idle machine, once, by the very commands of a run: a short training each, whose epochs count but for the first.
 Everything that a step of the real training waits for is in it, loading and augmentation too. Writes
 ``results/run_seconds.json``; times of another processor or of another precision are replaced, not kept beside these.
+To add variants to a table that was made by slower code, and whose trainings are to stay comparable:
+
+    python benchmarks/ablation/run_seconds.py --groups brains --variants mgml_half_teacher --beside mgml
+
+times both, and writes the table's seconds of ``mgml`` times the ratio found here.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="of these (default: all)")
     parser.add_argument("--epochs", type=int, default=5, help="the first does not count, the median of the others does")
     parser.add_argument("--steps", type=int, default=10, help="steps of an epoch")
+    parser.add_argument("--beside", metavar="VARIANT", help="scale by what the table has for this one, timed here too")
     parser.add_argument("--output", type=Path, default=STEP_SECONDS)
     args = parser.parse_args()
     settings = read_settings()
@@ -49,9 +55,19 @@ def main() -> None:
     known = list(dict.fromkeys(run.variant for run in runs))
     if unknown := [name for name in args.variants or () if name not in known]:
         parser.error(f"No variant {', '.join(unknown)} in these groups. Allowed: {', '.join(known)}.")
-    for run in (run for run in runs if run.variant in (args.variants or known)):
+    scales: dict[str, float] = {}
+    if args.beside:
+        if args.beside not in known or not any(args.beside in table for table in seconds.values()):
+            parser.error(f"{args.output} has no step of {args.beside} on this processor.")
+        for run in (run for run in runs if run.variant == args.beside):
+            prepare(args.work.resolve(), settings["datasets"][run.dataset])
+            scales[run.dataset] = seconds[run.dataset][run.variant]["median"] / timed(run, args)["median"]
+    for run in (run for run in runs if run.variant in (args.variants or known) and run.variant != args.beside):
         prepare(args.work.resolve(), settings["datasets"][run.dataset])
         told = {**timed(run, args), "commit": commit(), "code_changed": code_changed()}
+        if args.beside:
+            scale = scales[run.dataset]
+            told |= {"median": told["median"] * scale, "beside": args.beside, "scale": scale}
         seconds.setdefault(run.dataset, {})[run.variant] = told
         print(f"{run.dataset} {run.variant}: {1e3 * told['median']:.0f} ms", flush=True)
         write_json(args.output, {**about, "seconds": seconds})
