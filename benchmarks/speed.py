@@ -199,9 +199,10 @@ def training(settings: Settings, size: Size, turns: int) -> dict[str, Any]:
     """Return the ratios of training steps."""
     steps = {**{terms: settings.steps(size, terms=terms) for terms in TERMS}, "stock": settings.stock(size)}
     steps["full"] = settings.steps(size, modality_decoder_scale=0)
+    steps["half"] = settings.steps(size, teacher_scale=1)
     seconds = in_turns(settings, steps, turns)
     pairs = {"mgml": ("mgml", "plain"), "default": ("shipped", "plain"), "stock": ("shipped", "stock")}
-    pairs["half_decoder"] = ("shipped", "full")
+    pairs |= {"half_decoder": ("shipped", "full"), "half_teacher": ("half", "plain")}
     return {f"{key}_step_time_ratio": entry(f"{key}_step_time_ratio", seconds, *pair) for key, pair in pairs.items()}
 
 

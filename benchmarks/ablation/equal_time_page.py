@@ -328,7 +328,8 @@ _CHANGES = (
     "again (commit b130b0e has it). `modality_decoder_scale=0`: the decoder shared by all modalities ends at full "
     "resolution, as published, for a quarter more time a step. That lost in every seed, on [whole "
     "brains](#whole-brains-at-equal-time) too, so it no longer is the default. "
-    "`modality_decoder_weight=0`: nothing is taught to modalities alone."
+    "`modality_decoder_weight=0`: nothing is taught to modalities alone. `teacher_scale=1`: the prediction from all "
+    "modalities, and what is learned from it, ends at half the resolution, for an eighth less time a step."
 )
 _GOALS = """### Beside what was to be shown
 
