@@ -25,7 +25,7 @@ from nnunetv2_mgml.modalities import canonical_name
 PLANS_KEY = "mgml"
 FUSION_REVISION = 2
 """The present ``fusion_revision``."""
-_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0, "teacher_scale": 0}
+_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0}
 """What plans and models are that were written before these options were there."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "

@@ -10,10 +10,9 @@ side: there it is a batch norm again, of pieces. A prediction's norm behind a co
 fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a processor with instructions for it)
 goes the same way, with the roundings that PyTorch's layers have. In training in bfloat16 the norms are group norms too,
 and the gradients of convolutions to few channels are found from copies with the channels side by side, which takes a
-third to two thirds of the time.
-Elsewhere (other devices and dtypes, other training under autocast, tracing, function transforms, shapes without data)
-the layers are PyTorch's, but for bfloat16 convolutions of two slices that learn, which are computed in float32:
-PyTorch's gradient of their weights is not one.
+third to two thirds of the time. Elsewhere (other devices and dtypes, other training under autocast, tracing, function
+transforms, shapes without data) the layers are PyTorch's, but for bfloat16 convolutions of two slices that learn, which
+are computed in float32: PyTorch's gradient of their weights is not one.
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
     networks, and asks PyTorch whether operations are counted or transformed and oneDNN has bfloat16.
