@@ -22,7 +22,8 @@ STOCK_WIDTH = "stock_width_factor"
 STEP_SECONDS = RESULTS / "run_seconds.json"
 """What `run_seconds.py` measured: data set -> variant -> seconds of a training step."""
 
-_OF_PLANS = (*NNUNET_KEYS, STOCK_WIDTH)
+OF_PLANS = (*NNUNET_KEYS, STOCK_WIDTH)
+"""What ``set`` can have beside the plugin's options."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ class Run:
     def config(self) -> Options:
         """Every option of the plugin as the trainer resolves it, defaults included."""
         return TRAINERS[self.trainer].resolve_options(
-            {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in _OF_PLANS}}}
+            {PLANS_KEY: {"config": {key: value for key, value in self.options.items() if key not in OF_PLANS}}}
         )
 
     @property
     def resolved(self) -> dict[str, Any]:
         """Everything that could change the result, defaults of the plugin included (code aside), as JSON has it."""
-        plan = {key: value for key, value in self.options.items() if key in _OF_PLANS}
+        plan = {key: value for key, value in self.options.items() if key in OF_PLANS}
         return json.loads(
             json.dumps(
                 {

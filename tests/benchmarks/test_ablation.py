@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from builders import plans
 from fusion_cases import own_designs
 
 from nnunetv2_mgml.ext import mgml_trainers
@@ -22,7 +23,6 @@ from nnunetv2_mgml.modalities import BRATS_CHANNELS, all_subsets, subset_name
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.phantom import Difficulty
-from nnunetv2_mgml.workflows.plan import NNUNET_KEYS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
 MODULES = ("settings", "data", "collect", "pages", "equal_time_page", "figure", "report", "run", "run_seconds")
@@ -62,7 +62,7 @@ def test_settings_are_valid(ablation: SimpleNamespace) -> None:
     runs = ablation.settings.all_runs(settings)
     assert len({run.file for run in runs}) == len(runs) == len({run.name for run in runs})
     for run in runs:
-        Options().updated({k: v for k, v in run.options.items() if k not in NNUNET_KEYS})
+        Options().updated({k: v for k, v in run.options.items() if k not in ablation.settings.OF_PLANS})
         assert hasattr(mgml_trainers, run.trainer), run.trainer
         assert run.design in fusion_designs()
     Difficulty(**settings["datasets"]["phantom"]["difficulty"])
@@ -167,8 +167,12 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "mgml_paper_terms": 0.3,
         "baseline_full_resolution": 0.25,
         "mgml_full_resolution": 0.5,
+        "mgml_half_teacher": 0.35,
+        "modality_dropout_narrow": 0.05,
+        "baseline_narrow": 0.15,
+        "mgml_narrow": 0.3,
     }
-    full = {"baseline_full_resolution", "mgml_full_resolution"}
+    full = {name for name in seconds if name.endswith(("full_resolution", "half_teacher", "narrow"))}
 
     def train(run: Any, work: Path, log: Path) -> Path:
         assert (run.options["num_epochs"], run.options["num_iterations_per_epoch"]) == (3, 2)
@@ -191,7 +195,14 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
     assert measured["brains"]["mgml"]["median"] == pytest.approx(0.4), "the first epoch does not count"
     assert not list(tmp_path.glob("seconds_*")), "the models are not kept"
     steps = {r.variant: r.options["num_iterations_per_epoch"] for r in ablation.settings.all_runs(settings, ["brains"])}
-    assert {name: steps[name] for name in full} == {"baseline_full_resolution": 50, "mgml_full_resolution": 25}
+    assert {name: steps[name] for name in full} == {
+        "baseline_full_resolution": 50,
+        "mgml_full_resolution": 25,
+        "mgml_half_teacher": 36,
+        "modality_dropout_narrow": 250,
+        "baseline_narrow": 83,
+        "mgml_narrow": 42,
+    }
     assert {k: n for k, n in steps.items() if k not in full} == {
         "baseline": 62,
         "mgml": 31,
@@ -203,6 +214,15 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
     ablation.run_seconds.main()
     again = json.loads(table.read_text())["seconds"]["brains"]
     assert [again[name]["median"] for name in ("mgml", "baseline")] == pytest.approx([0.8, 0.2]), "one is timed alone"
+    beside = [*command, "--groups", "brains", "--variants", "mgml_narrow", "--beside"]
+    monkeypatch.setattr(sys, "argv", [*beside, "baseline"])
+    ablation.run_seconds.main()
+    scaled = json.loads(table.read_text())["seconds"]["brains"]
+    assert scaled["mgml_narrow"]["median"] == pytest.approx(0.3 * 0.2 / 0.9), "as if of the table's code"
+    assert scaled["baseline"]["median"] == pytest.approx(0.2), "what it is scaled by stays"
+    monkeypatch.setattr(sys, "argv", [*beside, "mgml_paper_terms"])
+    with pytest.raises(SystemExit):
+        ablation.run_seconds.main()
     monkeypatch.setattr(sys, "argv", [*command, "--groups", "brains", "--variants", "nobody"])
     with pytest.raises(SystemExit):
         ablation.run_seconds.main()
@@ -212,8 +232,8 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
 
 def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNamespace) -> None:
     settings = ablation.settings.read_settings()
-    full = {"baseline_full_resolution", "mgml_full_resolution"}
-    runs = [run for run in ablation.settings.all_runs(settings, ["brains"]) if run.variant not in full]
+    few = {"baseline", "mgml", "modality_dropout", "conditional_dropout"}
+    runs = [run for run in ablation.settings.all_runs(settings, ["brains"]) if run.variant in few]
 
     def page() -> tuple[str, dict[str, list[str]]]:
         text = ablation.equal_time_page.brains(settings, ablation.collect.finished(settings))
@@ -244,7 +264,7 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     text, rows = page()
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}
     assert "So far" not in text
-    assert "Not finished: `baseline_full_resolution`, `mgml_full_resolution`." in text
+    assert "Not finished: `baseline_full_resolution`, `mgml_full_resolution`, `" in text
 
 
 def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleNamespace) -> None:
@@ -256,7 +276,21 @@ def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleN
         content = json.loads(run.file.read_text())
         content["resolved"]["config"].pop("modality_decoder_scale")
         run.file.write_text(json.dumps(content))
-    assert {name for name, run in runs.items() if not run.finished()} == {"baseline", "mgml"}
+    of_today = {name for name, run in runs.items() if run.resolved["is_mgml"] and "full" not in name}
+    assert {"baseline", "mgml"} < of_today
+    assert {name for name, run in runs.items() if not run.finished()} == of_today
+
+
+def test_a_narrow_stock_network_has_narrow_plans(ablation: SimpleNamespace, tmp_path: Path) -> None:
+    """Every stage in multiples of 8, and nothing else of the plans."""
+    content = plans(stages=3)
+    stages = content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    stages["features_per_stage"] = [32, 48, 8]
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps(content))
+    ablation.run.narrow(file, 0.5)
+    stages["features_per_stage"] = [16, 24, 8]
+    assert json.loads(file.read_text()) == json.loads(json.dumps(content))
 
 
 def test_real_cases_are_asked_for_by_folder(

@@ -206,7 +206,7 @@ class Step:
             [],
             torch.zeros(()),
             self.modality,
-            [randn(2, heads, *SHAPE, seed=9)],
+            [randn(2, heads, *x.shape[1:], seed=9) for x in (self.labels, coarse)],
             self.single,
         )
         stock = DeepSupervisionWrapper(nnunet_loss(regions, K if ignore else None), [1.0, 0.0])
