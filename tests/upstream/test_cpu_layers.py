@@ -101,8 +101,8 @@ def test_by_onednn_and_not_by_the_slow_kernel() -> None:
 
 
 def test_pytorchs_own_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other devices and dtypes, autocast, tracing, no oneDNN, nothing to convolve, one sample without a batch."""
-    _, ours = pair(2, 3, 3, padding=1)
+    """Other devices and dtypes, autocast to more than a few channels, tracing, no oneDNN, no samples, no batch."""
+    _, ours = pair(2, 12, 3, padding=1)
     x = torch.randn(1, 2, 4, 4, 4)
 
     def refuse(*_: Any) -> None:
@@ -115,12 +115,12 @@ def test_pytorchs_own_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ours(x).dtype == torch.bfloat16
     assert copy.deepcopy(ours).double()(x.double()).dtype == torch.float64
     assert copy.deepcopy(ours).to("meta")(x.to("meta")).device.type == "meta"
-    assert ours(x[0]).shape == (3, 4, 4, 4)
-    assert ours(x[:0]).shape == (0, 3, 4, 4, 4)
-    assert torch.jit.trace(ours, x, check_trace=False)(x).shape == (1, 3, 4, 4, 4)
-    assert torch.export.export(ours, (x,)).module()(x).shape == (1, 3, 4, 4, 4)
+    assert ours(x[0]).shape == (12, 4, 4, 4)
+    assert ours(x[:0]).shape == (0, 12, 4, 4, 4)
+    assert torch.jit.trace(ours, x, check_trace=False)(x).shape == (1, 12, 4, 4, 4)
+    assert torch.export.export(ours, (x,)).module()(x).shape == (1, 12, 4, 4, 4)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert ours(x).shape == (1, 3, 4, 4, 4)
+        assert ours(x).shape == (1, 12, 4, 4, 4)
     assert torch.autograd.gradcheck(copy.deepcopy(ours).double(), x.double().requires_grad_())
 
 
@@ -464,7 +464,7 @@ def test_a_sample_is_normalised_alone() -> None:
 
 
 def test_norms_stay_pytorchs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other dtypes, autocast, tracing; and what it refuses is refused, in its words."""
+    """Other dtypes, autocast to float16, tracing; and what it refuses is refused, in its words."""
     _, ours = norm_pair(nn.InstanceNorm3d(2, affine=True))
     x = torch.randn(1, 2, 3, 4, 5)
     with pytest.raises(ValueError, match="more than 1 spatial element"):
@@ -478,7 +478,7 @@ def test_norms_stay_pytorchs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_layers, "_grouped", refuse)
     with pytest.raises(AssertionError):
         ours(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         ours(x)
     copy.deepcopy(ours).double()(x.double())
     torch.jit.trace(ours, x, check_trace=False)
