@@ -149,10 +149,11 @@ Times of single layers and functions, and of old and new code in turns, are of s
   Of the other designs `m2ftrans`, `mmformer` and `concat` take 3.5, 3.4 and 3.3 times a patch.
 - Kept: the decoder shared by all modalities at half the resolution, with its losses there (the row above). No
   prediction uses it. What it does to Dice: [results.md](results.md). `modality_decoder_scale=0` is as published. Our
-  terms take the seconds they took, beside a step without them that is a fifth shorter: so 1.25 of it in one
-  run and 1.28 in the next, not 1.19.
+  terms take the seconds they took, beside a step without them that is a fifth shorter: so 1.25 of it in one run
+  and 1.28 in the next, not 1.19.
 - An option that is off: `teacher_scale=1`, the prediction from all modalities at half the resolution, with its losses
-  there (the row above); at its peak a step has 1.01 of the memory of one without our terms, not 1.09. What it does to Dice: [results.md](results.md#what-was-tried).
+  there (the row above); at its peak a step has 1.01 of the memory of one without our terms, not 1.09. What it does to
+  Dice: [results.md](results.md#what-was-tried).
 - Not built: the student and the complete view as one batch, and what the modalities add to a skip once for both. All
   scales' forward and backward passes 810 ms apart, 703 as one batch, of a step of 1.9 s; the skips' part of one view is
   82. But a view whose dropout is silent cannot be in one batch with one whose dropout acts, and below full resolution,
