@@ -140,9 +140,9 @@ Times of single layers and functions, and of old and new code in turns, are of s
   s, now 0.137, for 15 subsets 2.69, now 1.92, which is 5.3 times a patch (7.2).
 - Kept (AVX-512): in training in bfloat16 the gradients of a convolution to at most 8 channels come from copies with the
   channels side by side, and norms are group norms. 8 to 8 channels, two samples of 24^3, one thread: 6.8 ms backward,
-  now 2.3 (16 to 8: 6.1, now 3.9; to 16 channels no gain); the norm forward and backward 0.31 ms, now 0.21. In turns a
-  step of the networks of the cubes ([results.md](results.md)) took 148 ms without our terms and 206 by default, now 123
-  and 170, the stock network's 73 before and after. In float32 such copies spared 2 % of the default's step and nothing
+  now 2.3 (16 to 8: 6.1, now 3.9; to 16 channels no gain); the norm forward and backward 0.31 ms, now 0.21. A step of
+  the networks of the cubes ([results.md](results.md)), in turns with the stock network's 71 and 73 ms, took 148 ms
+  without our terms and 206 by default before both, and in the run with both 123 and 170. In float32 such copies spared 2 % of the default's step and nothing
   without our terms: not kept there.
 - What is left of 15 subsets (AVX-512): before these two 0.21 s for the encoders and 0.52 s for the decoder's
   convolutions alone, which was 2.6 times a patch; 3.0 would take a network whose fusion and decoder are narrower yet.
