@@ -142,8 +142,8 @@ Times of single layers and functions, and of old and new code in turns, are of s
   channels side by side, and norms are group norms. 8 to 8 channels, two samples of 24^3, one thread: 6.8 ms backward,
   now 2.3 (16 to 8: 6.1, now 3.9; to 16 channels no gain); the norm forward and backward 0.31 ms, now 0.21. A step of
   the networks of the cubes ([results.md](results.md)), in turns with the stock network's 71 and 73 ms, took 148 ms
-  without our terms and 206 by default before both, and in the run with both 123 and 170. In float32 such copies spared 2 % of the default's step and nothing
-  without our terms: not kept there.
+  without our terms and 206 by default before both, and in the run with both 123 and 170. In float32 such copies spared
+  2 % of the default's step and nothing without our terms: not kept there.
 - What is left of 15 subsets (AVX-512): before these two 0.21 s for the encoders and 0.52 s for the decoder's
   convolutions alone, which was 2.6 times a patch; 3.0 would take a network whose fusion and decoder are narrower yet.
   Of the other designs `m2ftrans`, `mmformer` and `concat` take 3.5, 3.4 and 3.3 times a patch.
