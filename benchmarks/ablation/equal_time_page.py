@@ -1,21 +1,17 @@
-"""What the results page says at equal time: cubes, whole brains, and the goals beside them."""
+"""What the results page says of the cubes, at equal time, and of the goals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cubes_goals
 import cubes_specialists
 import cubes_table
 import numpy as np
-from collect import Result, difference, select, statistics
-from page_tables import CHANGE, REGIONS, change_cells, mark, table
-from settings import STEP_SECONDS, Run
+from collect import Result, difference, select
+from page_tables import table
 
-from nnunetv2_mgml.io.files import read_json
-from nnunetv2_mgml.modalities import parse_subset
-from nnunetv2_mgml.scoring.derived import MARGIN, nested_pairs
 from nnunetv2_mgml.scoring.statistics import bootstrap_interval
 
 
@@ -145,123 +141,6 @@ def _like(result: dict[str, Any], variant: str) -> tuple[Any, ...]:
     """Return what a run of a variant is found by that differs from a result in nothing else."""
     same = (result[key] for key in ("seed", "device", "nominal_steps", "equal_time"))
     return (variant, *same, cubes_table.regime(result))
-
-
-def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
-    """Return the section on whole brains."""
-    chosen = select(results, "brains")
-    data, training = settings["datasets"]["brains"], settings["training"]["brains"]
-    patch = "x".join(map(str, training["patch_size"]))
-    steps = training["num_epochs"] * training["num_iterations_per_epoch"]
-    return (
-        "## Whole brains at equal time\n\nThe 44 cases of BraTS 2018, 2021 and 2023 of `MGML_REAL_DATA` at "
-        f"{data['spacing_mm'][0]:g} mm, {data['folds']} cross-validation folds, whole volumes predicted without "
-        f"mirroring: `run_seconds.py`, then `run.py --groups brains`. Every training takes the time of {steps} steps "
-        f"of `{settings['groups']['brains']['equal_time']}` on one core, with batch {training['batch_size']} and "
-        f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which "
-        "one encoder per modality has a part (5.6 and 4.3 million parameters). In the rows called `narrow` it has half "
-        "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
-        "the cubes.\n\n" + _table(settings, "brains", chosen) + _beside_the_narrow(chosen)
-    )
-
-
-_DEFAULT, _NARROW_STOCK = "mgml", "modality_dropout_narrow"
-"""The default, and the stock network that does the most steps in the same time."""
-
-
-def _beside_the_narrow(results: Sequence[Result]) -> str:
-    """Return how far the default is ahead of the narrow stock network, on the folds that both have and on each."""
-    runs = [select(results, variant=name) for name in (_NARROW_STOCK, _DEFAULT)]
-    change = difference(*runs)
-    if change is None:
-        return ""
-    folds = sorted(set.intersection(*({r.run.fold for r in each} for each in runs)))
-    of_fold = (difference(*([r for r in each if r.run.fold == fold] for each in runs)) for fold in folds)
-    told = " ".join(f"{each.mean:+.2f}" for each in of_fold if each is not None)
-    return (
-        f"\n`{_DEFAULT}` against `{_NARROW_STOCK}`: {change.mean:+.2f}, 95 % interval {change.low:+.2f} to "
-        f"{change.high:+.2f}; per fold {told}.\n"
-    )
-
-
-def phantoms(settings: dict[str, Any], results: Sequence[Result]) -> str:
-    """Return the section on synthetic patients at equal time."""
-    chosen, baseline = select(results, "equal_time"), select(results, "main", variant=cubes_table.BASELINE)
-    return (
-        "### The same at equal time\n\nEvery training takes as long as the baseline's of the table above, whose row "
-        "this is, by `results/run_seconds.json`: steps of the plugin's own trainings on an idle core, every network "
-        "at its default width.\n\n" + _table(settings, "equal_time", [*baseline, *chosen])
-    )
-
-
-def _table(settings: dict[str, Any], group: str, results: Sequence[Result]) -> str:
-    """Return a row per variant that has finished runs, of the seeds and folds that all of these have.
-
-    Before it stand tables of those that have more of them in common. Differences are to the baseline, or as long as it
-    has no finished runs, to the variant whose time all take.
-    """
-    names = dict.fromkeys([cubes_table.BASELINE, *settings["groups"][group]["variants"]])
-    found = {name: runs for name in names if (runs := [r for r in results if r.run.variant == name])}
-    done = {name: {(r.run.seed, r.run.fold) for r in runs} for name, runs in found.items()}
-    shared = set.intersection(*done.values()) if done else set()
-    candidates = (cubes_table.BASELINE, settings["groups"][group]["equal_time"])
-    reference = next((name for name in candidates if name in found), None)
-    if not shared or reference is None:
-        return table([], [])
-    folds = len(settings["groups"][group].get("folds", [0]))
-    parts = []
-    with_reference = {frozenset(ours & done[reference]) for name, ours in done.items() if name != reference}
-    for more in sorted((each for each in with_reference if each > shared), key=len, reverse=True):
-        chosen = {name: runs for name, runs in found.items() if done[name] >= more}
-        parts += [f"{_extent(found[reference], more, folds)}:\n", _rows(chosen, more, reference)]
-    of_all = _rows(found, shared, reference)
-    parts += ["On what all of them have:\n", of_all] if parts else [of_all]
-    missing = [f"`{name}`" for name in names if name not in found]
-    notes = [f"So far {_extent(found[reference], shared, folds)}."] if len({fold for _, fold in shared}) < folds else []
-    notes += [f"Not finished: {', '.join(missing)}."] if missing else []
-    return "\n".join([*parts, *([f"{' '.join(notes)}\n"] if notes else [])])
-
-
-def _extent(reference: Sequence[Result], shared: Set[tuple[int, int]], folds: int) -> str:
-    """Return on how much data results are that some variants share with the reference."""
-    first = min(seed for seed, _ in shared)
-    of_one_seed = (r for r in reference if (r.run.seed, r.run.fold) in shared and r.run.seed == first)
-    cases = sum(len(r.content["cases"]) for r in of_one_seed)
-    return f"{len({fold for _, fold in shared})} of {folds} folds, with {cases} cases"
-
-
-def _rows(found: Mapping[str, Sequence[Result]], shared: Set[tuple[int, int]], reference: str) -> str:
-    """Return the table of some variants on the seeds and folds that they share."""
-    chosen = {name: [r for r in runs if (r.run.seed, r.run.fold) in shared] for name, runs in found.items()}
-    rows = []
-    for name, runs in chosen.items():
-        change = None if name == reference else difference(chosen[reference], runs)
-        rows.append([f"`{name}`", *_cells(runs), *_spent(runs[0].run), *change_cells(change)])
-    head = ["variant", "mean", *REGIONS, "1", "2", "3", "4", "inversions, %", "seeds", "steps", "ms/step", *CHANGE]
-    return table(head, rows)
-
-
-def _cells(results: Sequence[Result]) -> list[str]:
-    """Return means over subsets, regions, cases and seeds; by number of modalities; inversions; number of seeds."""
-    told, names = statistics(results), results[0].subsets
-    spread = f" ± {told['sd']:.2f}" if told["seeds"] > 2 else ""  # of two values it says next to nothing
-    dice = np.concatenate([r.dice for r in results], axis=2)  # every seed has as many cases
-    of_count = [[index for index, name in enumerate(names) if name.count("+") == n] for n in range(4)]
-    subsets = [parse_subset(name, cubes_specialists.CHANNELS) for name in names]
-    lower = [dice[:, few] - dice[:, more] > 100 * MARGIN + 1e-6 for few, more in nested_pairs(subsets)]
-    return [
-        f"{told['mean']:.2f}{spread}{mark(results)}",
-        *(f"{told[region]:.1f}" for region in REGIONS),
-        *(f"{dice[:, indices].mean():.1f}" for indices in of_count),
-        f"{100 * np.mean(lower):.1f}",
-        str(told["seeds"]),
-    ]
-
-
-def _spent(run: Run) -> list[str]:
-    """Return the steps of a run, and the measured milliseconds of one."""
-    seconds = read_json(STEP_SECONDS)["seconds"][run.dataset][run.variant]["median"]
-    return [str(run.options["num_epochs"] * run.options["num_iterations_per_epoch"]), f"{1e3 * seconds:.0f}"]
 
 
 def _gains(label: str) -> str:

@@ -1,4 +1,4 @@
-"""The text of docs/results.md; what is at equal time stands in `equal_time_page.py`."""
+"""The text of docs/results.md; what is at equal time stands in `equal_time_page.py` and `whole_volume_page.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import equal_time_page
 import numpy as np
+import whole_volume_page
 from collect import Result, difference, select
 from page_tables import CHANGE, REGIONS, change_cells, mark, mean_cells, table, variant_rows
 
@@ -20,11 +21,11 @@ def page(settings: dict[str, Any], results: Sequence[Result]) -> str:
     sections = [
         _head(results),
         equal_time_page.cubes(),
-        equal_time_page.brains(settings, results),
+        whole_volume_page.brains(settings, results),
         equal_time_page.goals(results),
         _phantoms(settings, results),
         _main(results),
-        equal_time_page.phantoms(settings, results),
+        whole_volume_page.phantoms(settings, results),
         _subsets(results),
         _designs(settings, results),
         _headroom(results),

@@ -25,7 +25,18 @@ from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.phantom import Difficulty
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "ablation"
-MODULES = ("settings", "data", "collect", "pages", "equal_time_page", "figure", "report", "run", "run_seconds")
+MODULES = (
+    "settings",
+    "data",
+    "collect",
+    "pages",
+    "equal_time_page",
+    "whole_volume_page",
+    "figure",
+    "report",
+    "run",
+    "run_seconds",
+)
 SUBSETS = [subset_name(subset, BRATS_CHANNELS) for subset in all_subsets(4)]
 
 
@@ -236,7 +247,7 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     runs = [run for run in ablation.settings.all_runs(settings, ["brains"]) if run.variant in few]
 
     def page() -> tuple[str, dict[str, list[str]]]:
-        text = ablation.equal_time_page.brains(settings, ablation.collect.finished(settings))
+        text = ablation.whole_volume_page.brains(settings, ablation.collect.finished(settings))
         rows = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `"))
         return text, {row[0]: row[1:] for row in rows}
 
