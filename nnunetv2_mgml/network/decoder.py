@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml.network.encoders import EncoderSpec
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, expand_mask
 from nnunetv2_mgml.network.pointwise import make_pointwise
+from nnunetv2_mgml.network.silence import silence
 from nnunetv2_mgml.upstream.decoder import StepwiseDecoder
 
 
@@ -26,6 +30,46 @@ class Decoded(NamedTuple):
     """The sum of the design's own losses, scalar float32."""
     features: torch.Tensor
     """What the finest of these heads reads, ``(B, C, *spatial_s)``."""
+
+
+@dataclass
+class _Climb:
+    """A pass, or two as one batch, on the way from the bottleneck to full resolution."""
+
+    mask: torch.Tensor
+    state: Any
+    """What the design's `begin` returned."""
+    context: torch.Tensor | None = None
+    """The decoder's features of the scale that was reached."""
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    auxiliary: list[torch.Tensor] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    fused: list[torch.Tensor] | None = None
+    """What the design returned, where somebody wants to see it."""
+
+    def add(self, fused: FusedScale, context: torch.Tensor, output: torch.Tensor | None) -> None:
+        """Take a step up."""
+        self.context = context
+        if self.fused is not None:
+            self.fused.append(fused.fused)
+        self.auxiliary += [] if fused.auxiliary is None else [fused.auxiliary]
+        self.losses += [] if fused.loss is None else [fused.loss]
+        self.outputs += [] if output is None else [output]
+
+    def half(self, which: int, state: Any) -> _Climb:
+        """Return one of two passes, to go on alone; 0: the first, whose auxiliary logits and losses these are."""
+        assert self.context is not None  # there is at least the bottleneck
+        mask, context = self.mask.chunk(2)[which], self.context.chunk(2)[which]
+        outputs = [output.chunk(2)[which] for output in self.outputs]
+        if which:
+            return _Climb(mask, state, context, outputs)
+        return _Climb(mask, state, context, outputs, [a[: len(mask)] for a in self.auxiliary], [*self.losses])
+
+    def decoded(self) -> Decoded:
+        """Return the result."""
+        assert self.context is not None
+        none = self.context.new_zeros((), dtype=torch.float32)
+        return Decoded(self.outputs[::-1], self.auxiliary, sum(self.losses, none), self.context)
 
 
 class SubsetDecoder(Protocol):
@@ -98,27 +142,60 @@ class FusionDecoder(StepwiseDecoder):
                 with ``images``.
             finest: the scale at which to end, with the first of the outputs; 0: full resolution.
         """
-        state = fusion.begin() if available is None else fusion.begin_training(available)
-        auxiliary: list[torch.Tensor] = []
-        loss = features[0].new_zeros((), dtype=torch.float32)
-        outputs: list[torch.Tensor] = []
-        context: torch.Tensor | None = None
-        fused_scales: list[torch.Tensor] = []
-        for scale in reversed(range(finest, len(features))):
-            fused, context = self._level(scale, features[scale], mask, context, fusion, state)
-            if fused.auxiliary is not None:
-                auxiliary.append(fused.auxiliary)
-            if fused.loss is not None:
-                loss = loss + fused.loss
-            if images is not None:
-                fused_scales.append(fused.fused)
-            if scale == finest or (self.deep_supervision and scale < len(features) - 1):
-                outputs.append(self.logits(scale, context))
-        if images is not None:
-            assert available is not None  # comes with the images
-            loss = loss + fusion.image_loss(fused_scales[::-1], images, available)
-        assert context is not None  # there is at least the bottleneck
-        return Decoded(outputs[::-1], auxiliary, loss, context)
+        climb = _Climb(mask, fusion.begin() if available is None else fusion.begin_training(available))
+        climb.fused = None if images is None else []
+        self._climb(climb, range(finest, len(features)), features, fusion)
+        decoded = climb.decoded()
+        if images is None or climb.fused is None:
+            return decoded
+        assert available is not None  # comes with the images
+        return decoded._replace(loss=decoded.loss + fusion.image_loss(climb.fused[::-1], images, available))
+
+    def both(
+        self,
+        features: list[torch.Tensor],
+        visible: torch.Tensor,
+        available: torch.Tensor,
+        fusion: FusionDesign,
+        *,
+        finest: int = 0,
+        apart: int = 0,
+        again: bool = False,
+    ) -> tuple[Decoded, Decoded]:
+        """Predict from what is visible and from all that a case has, at the coarse scales as one batch.
+
+        Small tensors gain from going through a layer together. The results are those of `forward` for either mask, the
+        second in `silence`, up to rounding.
+
+        Args:
+            features: as for `forward`.
+            visible: ``(B, M)`` bool.
+            available: ``(B, M)`` bool.
+            fusion: the design; the two are one batch where it `joins` them.
+            finest: the scale at which the prediction from ``available`` ends.
+            apart: finer scales than this are decoded one after the other: a batch would gain little and take memory.
+            again: whether those of ``available`` keep nothing and are computed again for the backward pass.
+        """
+        apart = max(apart, finest)
+        together = _Climb(torch.cat((visible, available)), fusion.begin())
+        for scale in reversed(range(apart, len(features))):
+            fused, context = self._level_of_both(scale, features[scale], together, fusion)
+            together.add(fused, context, self._output(scale, context, scale == finest))
+
+        def finish(*fine: torch.Tensor) -> Decoded:
+            climb = together.half(1, fusion.begin())
+            with silence():  # also where it is run again
+                self._climb(climb, range(finest, apart), fine, fusion)
+            return climb.decoded()
+
+        # first, so that the backward pass meets it last, when what the student kept is gone
+        if again and finest < apart:
+            complete: Decoded = checkpoint(finish, *features[:apart], use_reentrant=False, preserve_rng_state=False)
+        else:
+            complete = finish(*features[:apart])
+        student = together.half(0, fusion.begin())
+        self._climb(student, range(apart), features, fusion)
+        return student.decoded(), complete
 
     def decode_masks(
         self, features: list[torch.Tensor], masks: torch.Tensor, fusion: FusionDesign, voxels: int
@@ -156,6 +233,32 @@ class FusionDecoder(StepwiseDecoder):
         deepest = len(features) - 1
         together = masks.split(len(masks) if len(scales) > 1 else at_once[0])
         return torch.cat([decode(deepest, some, None, fusion.begin(shared)) for some in together])
+
+    def _climb(self, climb: _Climb, scales: range, features: Sequence[torch.Tensor], fusion: FusionDesign) -> None:
+        """Take a pass through some scales, the coarsest first; the last of them ends in an output."""
+        for scale in reversed(scales):
+            fused, context = self._level(scale, features[scale], climb.mask, climb.context, fusion, climb.state)
+            climb.add(fused, context, self._output(scale, context, scale == scales[0]))
+
+    def _output(self, scale: int, context: torch.Tensor, last: bool) -> torch.Tensor | None:
+        """Return a scale's logits where there are any: at the last scale, and under deep supervision above the
+        bottleneck."""
+        wanted = last or (self.deep_supervision and scale < len(self.stages))
+        return self.logits(scale, context) if wanted else None
+
+    def _level_of_both(
+        self, scale: int, features: torch.Tensor, together: _Climb, fusion: FusionDesign
+    ) -> tuple[FusedScale, torch.Tensor]:
+        """Return what `_level` does, for a batch of two passes; of the auxiliary logits the first ones' are enough."""
+        mask, context = together.mask, together.context
+        if fusion.joins(scale):
+            return self._level(scale, torch.cat((features, features)), mask, context, fusion, together.state)
+        masks = mask.chunk(2)
+        contexts = (None, None) if context is None else context.chunk(2)
+        own, reached = self._level(scale, features, masks[0], contexts[0], fusion, fusion.begin())
+        with silence():
+            other, also = self._level(scale, features, masks[1], contexts[1], fusion, fusion.begin())
+        return own._replace(fused=torch.cat((own.fused, other.fused))), torch.cat((reached, also))
 
     def _level(
         self,

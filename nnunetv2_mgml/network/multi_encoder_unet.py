@@ -7,20 +7,33 @@ features are left out of the fusion, so whatever an absent channel held cannot c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml._moved import forward
-from nnunetv2_mgml.network.decoder import Decoded, SubsetDecoder
+from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder, SubsetDecoder
 from nnunetv2_mgml.network.encoders import DROPOUTS
 from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import noise, random_layers_act, silence
 from nnunetv2_mgml.network.subset_module import SubsetModule, zero_absent
+
+_MEETS_OTHERS = (*DROPOUTS, nn.modules.batchnorm._BatchNorm)
+"""Layers whose result for a sample depends on the rest of its batch, or on its place in it."""
+
+_FEW_VOXELS = 2**14
+"""Of a batch at a scale: up to so many, two passes together take less time, and memory does not count."""
+
+
+def _coarse(features: list[torch.Tensor]) -> int:
+    """Return the finest scale below full resolution that has few voxels; their number where none has."""
+    voxels = (len(f) * math.prod(f.shape[3:]) for f in features)
+    return next((scale for scale, count in enumerate(voxels) if scale and count <= _FEW_VOXELS), len(features))
 
 
 class MultiEncoderUNet(SubsetModule):
@@ -53,6 +66,12 @@ class MultiEncoderUNet(SubsetModule):
         self.modality_decoder = modality_decoder
         self.modality_scale = modality_scale
         self.gradient_checkpointing = False
+        self._joins_passes = (
+            isinstance(decoder, FusionDecoder)
+            and fusion.joins_passes
+            and not fusion.wants_images
+            and not any(isinstance(layer, _MEETS_OTHERS) for layer in (*fusion.modules(), *decoder.modules()))
+        )
 
     @property
     def num_modalities(self) -> int:
@@ -184,9 +203,7 @@ class MultiEncoderUNet(SubsetModule):
             return self.fuse_decode(self.encode(shown, subset), view.visible)
         features = self.encode(shown)
         images = shown[:, : self.num_modalities] if self.fusion.wants_images else None
-        # first, so that the backward pass meets it last, when what the others kept is gone
-        complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
-        student = self.decoder(features, view.visible, self.fusion, images, available)
+        student, complete = self._decode_views(features, images, available, view, needs)
         modality = self.decode_modalities(features) if needs.modality else None
         single = None
         if needs.single:
@@ -204,6 +221,31 @@ class MultiEncoderUNet(SubsetModule):
             single,
             None if view.subsets is None else self._decode_further(features, view.subsets),
         )
+
+    def _decode_views(
+        self,
+        features: list[torch.Tensor],
+        images: torch.Tensor | None,
+        available: torch.Tensor,
+        view: View,
+        needs: Needs,
+    ) -> tuple[Decoded, Decoded | None]:
+        """Predict from what is visible and, where it is needed, from all that a case has."""
+        learns = needs.complete == "learns" and torch.is_grad_enabled()
+        apart = _coarse(features) if learns and view.own_images is None and not needs.noisy else len(features)
+        if self._joins_passes and apart < len(features):
+            return cast(FusionDecoder, self.decoder).both(
+                features,
+                view.visible,
+                available,
+                self.fusion,
+                finest=min(needs.teacher_scale, self.decoder.coarsest_output),
+                apart=apart,
+                again=self._checkpoints(),
+            )
+        # first, so that the backward pass meets it last, when what the others kept is gone
+        complete = self._decode_complete(features, available, view, needs) if needs.complete != "no" else None
+        return self.decoder(features, view.visible, self.fusion, images, available), complete
 
     def _decode_complete(
         self, features: list[torch.Tensor], available: torch.Tensor, view: View, needs: Needs

@@ -118,10 +118,17 @@ class FusionDesign(nn.Module):
     """Whether the decoder's features are read; where not, they are not made for it, and `fuse_scale` gets None. A class
     that has a `fuse_scale` of its own and does not say reads them, whatever its base class does."""
 
+    joins_passes: ClassVar[bool] = False
+    """Whether two passes of a training step, the prediction from what is visible and that from all that a case has, may
+    be one batch: nothing is drawn at random, nothing depends on the other samples of a batch, `begin` and
+    `begin_training` return what `FusionDesign`'s do, and `fuse_scale` returns no loss. A class that has a `fuse_scale`
+    of its own and does not say does not join them, whatever its base class does."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "fuse_scale" in vars(cls) and not {"uses_context", "reads_context"} & set(vars(cls)):
-            cls.uses_context = True
+        if "fuse_scale" in vars(cls):
+            cls.uses_context |= not {"uses_context", "reads_context"} & set(vars(cls))
+            cls.joins_passes &= "joins_passes" in vars(cls)
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
@@ -181,6 +188,10 @@ class FusionDesign(nn.Module):
     def reads_context(self, scale: int) -> bool:
         """Whether `fuse_scale` is to be handed the decoder's features there; see ``uses_context``."""
         return self.uses_context
+
+    def joins(self, scale: int) -> bool:
+        """Whether two passes are one batch there; see ``joins_passes``."""
+        return self.joins_passes
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any

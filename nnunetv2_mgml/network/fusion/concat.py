@@ -25,6 +25,7 @@ class ConcatFusion(FusionDesign):
     )
     weights_depend_on_modality = True
     hides_absent = True
+    joins_passes = True
     uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -88,6 +88,7 @@ class HemisFusion(FusionDesign):
         "variances are cut at 1e4, beyond which float16 overflows",
     )
     hides_absent = True
+    joins_passes = True
     uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -16,6 +16,7 @@ class MeanFusion(FusionDesign):
     name = "mean"
     summary = "masked mean of the features, no parameters"
     hides_absent = True
+    joins_passes = True
     uses_context = False
 
     def fuse_scale(

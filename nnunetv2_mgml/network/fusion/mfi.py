@@ -64,6 +64,7 @@ class FeatureInteractionFusion(FusionDesign):
         "the last bias, which cancels in the softmax, is left out",
     )
     hides_absent = True
+    joins_passes = True
     uses_context = False
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -108,6 +108,7 @@ class MmFormerFusion(FusionDesign):
     }
     weights_depend_on_modality = True
     hides_absent = True
+    joins_passes = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
@@ -123,6 +124,10 @@ class MmFormerFusion(FusionDesign):
     def reads_context(self, scale: int) -> bool:
         """For a training's heads alone; see `FusionDesign.reads_context`."""
         return self.pyramid.reads_context(scale)
+
+    def joins(self, scale: int) -> bool:
+        """Not at the bottleneck, whose transformers drop at random; see `FusionDesign.joins`."""
+        return self.joins_passes and (scale < self.spec.num_scales - 1 or self.options["dropout"] == 0)
 
     def fuse_scale(
         self, scale: int, features: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, state: Any
