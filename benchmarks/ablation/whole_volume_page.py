@@ -35,13 +35,18 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
     )
 
 
-_DEFAULT, _NARROW_STOCK = "mgml", "modality_dropout_narrow"
-"""The default, and the stock network that does the most steps in the same time."""
+_DEFAULT = "mgml"
+_NARROW = ("modality_dropout_narrow", "conditional_dropout_narrow", "baseline_narrow", "mgml_narrow")
+"""Networks of half the width, which do the most steps in the same time."""
 
 
 def _beside_the_narrow(results: Sequence[Result]) -> str:
-    """Return how far the default is ahead of the narrow stock network, on the folds that both have and on each."""
-    runs = [select(results, variant=name) for name in (_NARROW_STOCK, _DEFAULT)]
+    """Return how far the default is ahead of each narrow network, on the folds that both have and on each."""
+    return "".join(_beside(results, name) for name in _NARROW)
+
+
+def _beside(results: Sequence[Result], other: str) -> str:
+    runs = [select(results, variant=name) for name in (other, _DEFAULT)]
     change = difference(*runs)
     if change is None:
         return ""
@@ -49,7 +54,7 @@ def _beside_the_narrow(results: Sequence[Result]) -> str:
     of_fold = (difference(*([r for r in each if r.run.fold == fold] for each in runs)) for fold in folds)
     told = " ".join(f"{each.mean:+.2f}" for each in of_fold if each is not None)
     return (
-        f"\n`{_DEFAULT}` against `{_NARROW_STOCK}`: {change.mean:+.2f}, 95 % interval {change.low:+.2f} to "
+        f"\n`{_DEFAULT}` against `{other}`: {change.mean:+.2f}, 95 % interval {change.low:+.2f} to "
         f"{change.high:+.2f}; per fold {told}.\n"
     )
 

@@ -180,6 +180,7 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "mgml_full_resolution": 0.5,
         "mgml_half_teacher": 0.35,
         "modality_dropout_narrow": 0.05,
+        "conditional_dropout_narrow": 0.125,
         "baseline_narrow": 0.15,
         "mgml_narrow": 0.3,
     }
@@ -211,6 +212,7 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "mgml_full_resolution": 25,
         "mgml_half_teacher": 36,
         "modality_dropout_narrow": 250,
+        "conditional_dropout_narrow": 100,
         "baseline_narrow": 83,
         "mgml_narrow": 42,
     }
@@ -275,14 +277,16 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     text, rows = page()
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}
     assert "So far" not in text
-    others = "`mgml_half_teacher`, `modality_dropout_narrow`, `baseline_narrow`, `mgml_narrow`"
+    narrow = ("modality_dropout_narrow", "conditional_dropout_narrow", "baseline_narrow", "mgml_narrow")
+    others = ", ".join(f"`{name}`" for name in ("mgml_half_teacher", *narrow))
     assert f"Not finished: `baseline_full_resolution`, `mgml_full_resolution`, {others}." in text
-    assert "against `modality_dropout_narrow`" not in text
-    narrow = [r for r in ablation.settings.all_runs(settings, ["brains"]) if r.variant == "modality_dropout_narrow"]
-    for run in narrow[:2]:
-        finish(ablation, run, np.full((3, 15, 4), 0.4 + run.fold / 50))
-    told = re.search(r"`mgml` against `modality_dropout_narrow`: \+9\.00, .* per fold \+10\.00 \+8\.00\.", page()[0])
-    assert told is not None
+    assert "`mgml` against" not in text
+    for name in narrow:
+        own = [r for r in ablation.settings.all_runs(settings, ["brains"]) if r.variant == name]
+        for run in own[:2]:
+            finish(ablation, run, np.full((3, 15, 4), 0.4 + run.fold / 50))
+        told = re.search(rf"`mgml` against `{name}`: \+9\.00, .* per fold \+10\.00 \+8\.00\.", page()[0])
+        assert told is not None
 
 
 def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleNamespace) -> None:
