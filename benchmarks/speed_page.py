@@ -154,12 +154,12 @@ Times of single layers and functions, and of old and new code in turns, are of s
 - An option that is off: `teacher_scale=1`, the prediction from all modalities at half the resolution, with its losses
   there (the row above); at its peak a step has 1.01 of the memory of one without our terms, not 1.09. What it does to
   Dice: [results.md](results.md#what-was-tried).
-- Kept (AVX-512): the student and the complete view are one batch at the scales below full resolution that have at most
-  2^14 voxels in a batch. In turns a step of the default took 1.93 s, now 1.88, and one of the cubes' networks in bfloat16
-  on one thread 167 ms, now 151 (without our terms 122). From the next scale on a batch spares a little more and takes
-  memory: at the peak 1.33 of that of a step without our terms. A design whose dropout acts where one pass has to be
-  silent (`mmformer` at the bottleneck, `m2ftrans`, `sfusion`), which draws (`demoseg`, `uhved`), or plans with dropout or
-  batch norm keep the passes apart there.
+- Kept (AVX-512): the student and the complete view are one batch at the scales below full resolution that have at
+  most 2^14 voxels in a batch. In turns a step of the default took 1.93 s, now 1.88, and one of the cubes' networks in
+  bfloat16 on one thread 167 ms, now 151 (without our terms 122). From the next scale on a batch spares a little more
+  and takes memory: at the peak 1.33 of that of a step without our terms. A design whose dropout acts where one pass has
+  to be silent (`mmformer` at the bottleneck, `m2ftrans`, `sfusion`) or which draws (`demoseg`, `uhved`), and plans with
+  dropout or batch norm, keep the passes apart.
 - Not built: what the modalities add to a skip once for both. The skips' part of one view is 82 ms of a step of 1.9 s.
 - Not built: the teacher's pass only for samples whose target differs from the student's. With every subset alike one
   of 15 samples sees all it has, so a fifteenth of that pass would be spared: with its loss it is a tenth of a step, so
