@@ -78,6 +78,8 @@ def build_network(
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     if options.network_form == "early_fusion":
+        if options.conditional_norms:
+            raise ValueError("conditional_norms=true needs network_form=multi_encoder; this is early_fusion.")
         early = _early_fusion(
             narrow,
             modalities,
@@ -102,6 +104,8 @@ def build_network(
         modality_decoder=shared,
         modality_scale=scale,
     )
+    if options.conditional_norms:
+        network.condition_norms()
     return _initialized(network, unet)
 
 

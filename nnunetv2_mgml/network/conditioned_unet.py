@@ -1,74 +1,20 @@
 """nnU-Net's own network whose norms depend on what is visible: random empty channels, and a network that knows of them.
 
-An empty channel looks like tissue of mean intensity, and one set of weights has to serve every subset. Here each
-instance norm's scale and shift get a part that every modality adds or takes away, learned and zero at the start:
-conditional instance normalisation (Dumoulin et al., ICLR 2017) with a linear layer on the mask as condition, as in
-feature-wise linear modulation (FiLM; Perez et al., AAAI 2018). It costs a few numbers per norm and, on one core of a
-CPU, 6 % of a small training step (``benchmarks/ablation/results/cubes_seconds.json``).
+An empty channel looks like tissue of mean intensity, and one set of weights has to serve every subset. Here the norms
+are conditional (`nnunetv2_mgml.network.conditional_norms`). It costs a few numbers per norm and, on one core of a CPU,
+6 % of a small training step (``benchmarks/ablation/results/cubes_seconds.json``).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from nnunetv2_mgml.network.conditional_norms import make_conditional
 from nnunetv2_mgml.network.interface import Logits, View
 from nnunetv2_mgml.network.subset_module import SubsetModule, zero_absent
-from nnunetv2_mgml.upstream.cpu_layers import normed
-
-
-class _Told:
-    """What the norms of one network are told before each pass."""
-
-    visible: torch.Tensor | None = None
-    """``(B, M)`` bool."""
-
-
-class _ConditionalNorm(nn.Module):
-    """Mixed into an instance norm: ``norm(x) (1 + a) + b`` with ``a`` and ``b`` linear in the mask.
-
-    Attributes:
-        of_modalities: ``(M, 2, C)``: what each modality adds to scale and shift where it is visible, and takes away
-            where it is not, halved.
-    """
-
-    of_modalities: nn.Parameter
-    told: _Told
-    overwrites = False
-    """See `nnunetv2_mgml.upstream.cpu_layers.InstanceNorm3d`."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map ``(B, C, *spatial)`` to the same shape.
-
-        Raises:
-            RuntimeError: outside a pass of the network, so that nobody knows what is visible.
-        """
-        if self.told.visible is None:
-            raise RuntimeError("A conditional norm works inside its network only, which tells it what is visible.")
-        norm = cast(nn.InstanceNorm3d, self)  # or 2d: what this is mixed into
-        signs = self.told.visible.to(self.of_modalities.dtype) - 0.5
-        scale, shift = (signs[:, :, None, None] * self.of_modalities).sum(1).unbind(1)
-        scale = 1 + scale
-        if norm.affine:
-            shift = shift + scale * norm.bias
-            scale = scale * norm.weight
-        return normed(input, scale, shift, norm.eps, self.overwrites)
-
-
-class ConditionalInstanceNorm2d(_ConditionalNorm, nn.InstanceNorm2d):
-    """`torch.nn.InstanceNorm2d` that depends on what is visible."""
-
-
-class ConditionalInstanceNorm3d(_ConditionalNorm, nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` that depends on what is visible."""
-
-
-_CONDITIONAL: dict[type[nn.Module], type[_ConditionalNorm]] = {
-    nn.InstanceNorm2d: ConditionalInstanceNorm2d,
-    nn.InstanceNorm3d: ConditionalInstanceNorm3d,
-}
 
 
 class ConditionedUNet(SubsetModule):
@@ -92,26 +38,16 @@ class ConditionedUNet(SubsetModule):
                 f"PlainConvUNet and ResidualEncoderUNet. Plan with nnUNetPlannerResEncM or the default planner."
             )
         self._modalities = modalities
-        self._told = _Told()
-        for module in unet.modules():
-            if type(module) in _CONDITIONAL:
-                self._condition(module)
-        if not any(isinstance(module, _ConditionalNorm) for module in unet.modules()):
+        told = make_conditional(unet.modules(), modalities)
+        if told is None:
             raise ValueError(
                 f"The plan's architecture {type(unet).__name__} has no instance norms, which are what depends on the "
                 f"visible modalities here. Plan with one of nnU-Net's planners, or use nnUNetTrainerModalityDropout."
             )
+        self._told = told
         self.encoder: Any = unet.encoder
         self.decoder: Any = unet.decoder
         """``decoder.deep_supervision`` is the switch nnU-Net sets."""
-
-    def _condition(self, norm: Any) -> None:
-        """Turn an instance norm into a conditional one, in place, since nnU-Net's blocks hold each module twice."""
-        norm.__class__ = _CONDITIONAL[type(norm)]
-        like = norm.weight if norm.affine else torch.empty(0)
-        parts = torch.zeros(self._modalities, 2, norm.num_features, dtype=like.dtype, device=like.device)
-        norm.of_modalities = nn.Parameter(parts)
-        norm.told = self._told
 
     @property
     def num_modalities(self) -> int:

@@ -12,6 +12,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nnunetv2_mgml.network.conditional_norms import Told
 from nnunetv2_mgml.network.encoders import EncoderSpec
 from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, expand_mask
 from nnunetv2_mgml.network.pointwise import make_pointwise
@@ -103,7 +104,12 @@ class FusionDecoder(StepwiseDecoder):
     """`UNetDecoder` (same layers, same state-dict keys) whose skips are fused just before they are used.
 
     ``deep_supervision`` is read at every call, as nnU-Net expects of ``network.decoder``.
+
+    Attributes:
+        told: what conditional norms here and in the fusion design are told; None: there are none.
     """
+
+    told: Told | None = None
 
     def __init__(
         self,
@@ -214,6 +220,8 @@ class FusionDecoder(StepwiseDecoder):
         Returns:
             Logits ``(S, R, *spatial)`` at full resolution.
         """
+        if self.told is not None:
+            self.told.visible = None  # what is shared cannot depend on it
         shared = fusion.share(features)
         # a design with a state of its own keeps something from scale to scale, for the subsets it began with
         scales = range(len(features)) if type(fusion).begin is FusionDesign.begin else (0,)
@@ -270,6 +278,8 @@ class FusionDecoder(StepwiseDecoder):
         state: Any,
     ) -> tuple[FusedScale, torch.Tensor]:
         """Return what was fused at a scale, and the decoder's features there: the context of the next finer one."""
+        if self.told is not None:
+            self.told.visible = mask
         raised = None
         if context is not None and fusion.reads_context(scale):
             raised = self.raised(scale, context)

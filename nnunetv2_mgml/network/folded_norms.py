@@ -1,6 +1,6 @@
 """Conditional norms for a network that sees fewer modalities, or whose norms do not depend on what is visible.
 
-A conditional norm (`conditioned_unet`) is ``(w z + v) (1 + a) + b``, where ``z`` is the normalised input and ``a`` and
+A conditional norm (`conditional_norms`) is ``(w z + v) (1 + a) + b``, where ``z`` is the normalised input and ``a`` and
 ``b`` are sums over the modalities ``m`` of ``(visible_m - 1/2)`` times its parts ``A_m`` and ``B_m``. Where it is
 settled for some modalities whether they are visible, their shares of the sums are constants ``s`` and ``t``, and::
 

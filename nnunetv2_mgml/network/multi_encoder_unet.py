@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_mgml._moved import forward
+from nnunetv2_mgml.network.conditional_norms import make_conditional
 from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder, SubsetDecoder
 from nnunetv2_mgml.network.encoders import DROPOUTS
 from nnunetv2_mgml.network.fusion.base import FusionDesign
@@ -77,6 +78,20 @@ class MultiEncoderUNet(SubsetModule):
     def num_modalities(self) -> int:
         """``M``."""
         return len(self.encoders)
+
+    def condition_norms(self) -> None:
+        """Let the instance norms of fusion and decoder depend on what is visible.
+
+        Raises:
+            ValueError: there are none.
+        """
+        decoder = cast(FusionDecoder, self.decoder)
+        decoder.told = make_conditional((*self.fusion.modules_of_fused(), *decoder.modules()), self.num_modalities)
+        if decoder.told is None:
+            raise ValueError(
+                "conditional_norms is true, but fusion and decoder have no instance norms: the plan's architecture has "
+                "other norms. Set conditional_norms to false."
+            )
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from nnunetv2_mgml.modalities import channel_index
-from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
+from nnunetv2_mgml.network.conditional_norms import ConditionalNorm
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, TrunkDecoder
 from nnunetv2_mgml.network.folded_norms import NormsOfDonor
 from nnunetv2_mgml.network.fusion.base import FusionDesign
@@ -231,7 +231,8 @@ class _Rules:
         self.classes_skipped = False
         self.first = next((key for key in unique_tensors(network) if self._is_first(key)), None)
         self.design = self._design()
-        self.norms = NormsOfDonor(donor.weights, donor.channels, pairs, isinstance(network, ConditionedUNet))
+        conditional = any(isinstance(module, ConditionalNorm) for module in network.modules())
+        self.norms = NormsOfDonor(donor.weights, donor.channels, pairs, conditional)
 
     def __call__(self, key: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
         modality = re.fullmatch(r"encoders\.(\d+)\.(.+)", key)
@@ -316,11 +317,14 @@ class _Rules:
     def _of_fusion(self, key: str, own: torch.Tensor) -> torch.Tensor | None:
         if self.design is None:
             return None
+        if key.endswith(".of_modalities"):
+            found = self.norms.trunk.get(f"fusion.{key}")
+            return None if found is None else self._rows(found)
         if self.design.of_classes(key) and not self.same_labels:
             self.classes_skipped = True
             return None
         assert self.donor.channels is not None
-        return self.design.take(key, own, self.donor.weights, self.pairs, len(self.donor.channels))
+        return self.design.take(key, own, self.norms.trunk, self.pairs, len(self.donor.channels))
 
     # --- decoder ------------------------------------------------------------------------------------------------------
     def _of_trunk(self, key: str) -> tuple[str, str, bool]:

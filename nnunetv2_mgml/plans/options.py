@@ -198,6 +198,12 @@ class NetworkOptions(OptionGroup):
         low=1,
         kinds=INT_OR_NONE,
     )
+    conditional_norms: bool = option(
+        False,
+        "instance norms of fusion and decoder get a scale and a shift that depend on which modalities are visible, "
+        "learned and without effect at the start, as in nnUNetTrainerModalityDropout_conditional; network_form "
+        "multi_encoder alone",
+    )
     modality_decoder_scale: int | None = option(
         None,
         "how many stages before full resolution the decoder shared by all modalities ends, and with it what modalities "

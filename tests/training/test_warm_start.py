@@ -298,6 +298,36 @@ def test_conditional_norms_go_by_the_names_of_modalities() -> None:
         assert not own.of_modalities[4].any()
 
 
+@pytest.mark.parametrize("fusion", ["concat", "region_aware"])
+def test_conditional_norms_of_fusion_and_decoder_go_by_names_too(fusion: str) -> None:
+    """In another order, and with other labels, the same model; without such norms what they add up to when all is
+    visible."""
+
+    def build(conditional: bool) -> torch.nn.Module:
+        net = network(options_with(fusion=fusion, conditional_norms=conditional)).double()
+        for name, parameter in net.named_parameters():
+            if name.endswith("of_modalities"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        return net.eval()
+
+    trained, turned, plain = build(True), build(True), build(False)
+    x = torch.randn(1, 4, 16, 16, 16, dtype=torch.float64)
+    visible = torch.tensor([[True, False, True, True]])
+    order = [CHANNELS.index(name) for name in OTHER_ORDER]
+    taken = start(turned, donor(trained, OTHER_ORDER))
+    assert taken.taken == sum(part.total for part in taken.parts)
+    start(plain, donor(trained))
+    everything = torch.ones_like(visible)
+    with torch.no_grad():
+        torch.testing.assert_close(turned(x, visible), trained(x[:, order], visible[:, order]))
+        torch.testing.assert_close(plain(x, everything), trained(x, everything))
+    other = build(True)
+    start(other, donor(trained), labels=OTHER_LABELS)
+    for name, parameter in other.named_parameters():
+        if name.endswith("of_modalities"):
+            assert torch.equal(parameter, trained.get_parameter(name))
+
+
 def test_nothing_that_fits_is_refused_with_the_option_to_set() -> None:
     with pytest.raises(ValueError, match=r"8 channels wide .* width_factor=1"):
         start(ours("mean", width_factor=2.0), donor(stock_network()))

@@ -7,6 +7,7 @@ says that it hides them itself (``hides_absent``); the mask says which those are
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -171,6 +172,14 @@ class FusionDesign(nn.Module):
             features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``; nothing in them is hidden.
         """
         return None
+
+    def modules_of_fused(self) -> Iterable[nn.Module]:
+        """Return the modules whose instance norms may depend on what is visible (``conditional_norms``).
+
+        Those that `fuse_scale` calls, and `share` does not, with a batch as long as the mask: all unless a design says
+        otherwise.
+        """
+        return self.modules()
 
     def begin(self, shared: Any = None) -> Any:
         """Return the state handed to every `fuse_scale` of one pass: what is shared, unless a design needs another."""
