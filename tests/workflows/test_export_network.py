@@ -50,6 +50,22 @@ def test_files_and_what_is_said_of_them(exported: Path) -> None:
 
 
 @needs_export
+def test_norms_that_know_what_is_visible(tmp_path: Path) -> None:
+    """The mask is an input of the exported network, for them as well."""
+    model = write_model(tmp_path / "model", options={"conditional_norms": True})
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    parts = [name for name in checkpoint["network_weights"] if name.endswith("of_modalities")]
+    assert parts
+    for name in parts:
+        checkpoint["network_weights"][name] += 0.5 * torch.randn_like(checkpoint["network_weights"][name])
+    torch.save(checkpoint, file)
+    assert main(["export-network", "-m", str(model), "-o", str(tmp_path / "network")]) == 0
+    about = json.loads((tmp_path / "network" / "export.json").read_text())
+    assert about["largest_difference_from_pytorch"] < 1e-3
+
+
+@needs_export
 @pytest.mark.parametrize("file", ["fold_0.onnx", "fold_0.xml"])
 def test_another_program_gets_pytorchs_logits(exported: Path, model: Path, file: str) -> None:
     """By OpenVINO alone, with float32 weights, whatever the absent channels hold."""
