@@ -7,7 +7,8 @@ feature-wise linear modulation (FiLM; Perez et al., AAAI 2018).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,52 @@ from nnunetv2_mgml.upstream.cpu_layers import normed
 
 
 class Told:
-    """What the norms of one network are told before each pass."""
+    """What the norms of one network are told for a pass: scale and shift of all of them, found at once.
 
-    visible: torch.Tensor | None = None
-    """``(B, M)`` bool."""
+    Args:
+        norms: conditional ones.
+    """
+
+    def __init__(self, norms: Sequence[Any]) -> None:
+        self._norms = tuple(norms)
+        self._now: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
+
+    @contextmanager
+    def tell(self, visible: torch.Tensor) -> Iterator[None]:
+        """Say for a while what is visible, ``(B, M)`` bool."""
+        before, self._now = self._now, self._of_all(visible)
+        try:
+            yield
+        finally:
+            self._now = before
+
+    def of(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and shift of a norm, ``(B, C)``.
+
+        Raises:
+            RuntimeError: outside a pass of the network, so that nobody knows what is visible.
+        """
+        if self._now is None:
+            raise RuntimeError("A conditional norm works inside its network only, which tells it what is visible.")
+        scales, shifts = self._now
+        return scales[place], shifts[place]
+
+    def _of_all(self, visible: torch.Tensor) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        widths = [norm.num_features for norm in self._norms]
+        parts = torch.cat([norm.of_modalities for norm in self._norms], 2)
+        signs = visible.to(parts.dtype) - 0.5
+        scale, shift = (signs[:, :, None, None] * parts).sum(1).unbind(1)
+        scale = 1 + scale
+        if any(norm.affine for norm in self._norms):
+            one, none = parts.new_ones(1), parts.new_zeros(1)
+            own = [
+                (norm.weight, norm.bias) if norm.affine else (one.expand(width), none.expand(width))
+                for norm, width in zip(self._norms, widths, strict=True)
+            ]
+            weight, bias = (torch.cat(of_all) for of_all in zip(*own, strict=True))
+            shift = shift + scale * bias
+            scale = scale * weight
+        return scale.split(widths, 1), shift.split(widths, 1)
 
 
 class ConditionalNorm(nn.Module):
@@ -33,6 +76,8 @@ class ConditionalNorm(nn.Module):
 
     of_modalities: nn.Parameter
     told: Told
+    place: int
+    """Among the norms that are told."""
     overwrites = False
     """See `nnunetv2_mgml.upstream.cpu_layers.InstanceNorm3d`."""
 
@@ -40,18 +85,10 @@ class ConditionalNorm(nn.Module):
         """Map ``(B, C, *spatial)`` to the same shape.
 
         Raises:
-            RuntimeError: outside a pass of the network, so that nobody knows what is visible.
+            RuntimeError: outside a pass of the network.
         """
-        if self.told.visible is None:
-            raise RuntimeError("A conditional norm works inside its network only, which tells it what is visible.")
-        norm = cast(nn.InstanceNorm3d, self)  # or 2d: what this is mixed into
-        signs = self.told.visible.to(self.of_modalities.dtype) - 0.5
-        scale, shift = (signs[:, :, None, None] * self.of_modalities).sum(1).unbind(1)
-        scale = 1 + scale
-        if norm.affine:
-            shift = shift + scale * norm.bias
-            scale = scale * norm.weight
-        return normed(input, scale, shift, norm.eps, self.overwrites)
+        scale, shift = self.told.of(self.place)
+        return normed(input, scale, shift, cast(nn.InstanceNorm3d, self).eps, self.overwrites)  # or 2d
 
 
 class ConditionalInstanceNorm2d(ConditionalNorm, nn.InstanceNorm2d):
@@ -78,12 +115,14 @@ def make_conditional(modules: Iterable[nn.Module], modalities: int) -> Told | No
     Returns:
         What they are to be told before each pass; None where there are no such norms.
     """
-    told = Told()
-    norms = {id(module): module for module in modules if type(module) in _CONDITIONAL}
-    for norm in cast("Iterable[Any]", norms.values()):
+    norms: list[Any] = list({id(module): module for module in modules if type(module) in _CONDITIONAL}.values())
+    if not norms:
+        return None
+    told = Told(norms)
+    for place, norm in enumerate(norms):
         norm.__class__ = _CONDITIONAL[type(norm)]
         like = norm.weight if norm.affine else torch.empty(0)
         parts = torch.zeros(modalities, 2, norm.num_features, dtype=like.dtype, device=like.device)
         norm.of_modalities = nn.Parameter(parts)
-        norm.told = told
-    return told if norms else None
+        norm.told, norm.place = told, place
+    return told

@@ -86,6 +86,6 @@ class ConditionedUNet(SubsetModule):
         return self._pass(x, self._view(x, modality_mask if view is None else view).visible)
 
     def _pass(self, x: torch.Tensor, visible: torch.Tensor) -> Logits:
-        self._told.visible = visible
-        logits: Logits = self.decoder(self.encoder(zero_absent(x, visible)))
+        with self._told.tell(visible):
+            logits: Logits = self.decoder(self.encoder(zero_absent(x, visible)))
         return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -150,7 +151,8 @@ class FusionDecoder(StepwiseDecoder):
         """
         climb = _Climb(mask, fusion.begin() if available is None else fusion.begin_training(available))
         climb.fused = None if images is None else []
-        self._climb(climb, range(finest, len(features)), features, fusion)
+        with self._telling(mask):
+            self._climb(climb, range(finest, len(features)), features, fusion)
         decoded = climb.decoded()
         if images is None or climb.fused is None:
             return decoded
@@ -184,13 +186,14 @@ class FusionDecoder(StepwiseDecoder):
         """
         apart = max(apart, finest)
         together = _Climb(torch.cat((visible, available)), fusion.begin())
-        for scale in reversed(range(apart, len(features))):
-            fused, context = self._level_of_both(scale, features[scale], together, fusion)
-            together.add(fused, context, self._output(scale, context, scale == finest))
+        with self._telling(together.mask):
+            for scale in reversed(range(apart, len(features))):
+                fused, context = self._level_of_both(scale, features[scale], together, fusion)
+                together.add(fused, context, self._output(scale, context, scale == finest))
 
         def finish(*fine: torch.Tensor) -> Decoded:
             climb = together.half(1, fusion.begin())
-            with silence():  # also where it is run again
+            with silence(), self._telling(climb.mask):  # also where it is run again
                 self._climb(climb, range(finest, apart), fine, fusion)
             return climb.decoded()
 
@@ -200,7 +203,8 @@ class FusionDecoder(StepwiseDecoder):
         else:
             complete = finish(*features[:apart])
         student = together.half(0, fusion.begin())
-        self._climb(student, range(apart), features, fusion)
+        with self._telling(visible):
+            self._climb(student, range(apart), features, fusion)
         return student.decoded(), complete
 
     def decode_masks(
@@ -220,8 +224,6 @@ class FusionDecoder(StepwiseDecoder):
         Returns:
             Logits ``(S, R, *spatial)`` at full resolution.
         """
-        if self.told is not None:
-            self.told.visible = None  # what is shared cannot depend on it
         shared = fusion.share(features)
         # a design with a state of its own keeps something from scale to scale, for the subsets it began with
         scales = range(len(features)) if type(fusion).begin is FusionDesign.begin else (0,)
@@ -235,12 +237,16 @@ class FusionDecoder(StepwiseDecoder):
                     [decode(scale, *part, state) for part in zip(masks.split(most), contexts, strict=False)]
                 )
             own = features[scale].expand(len(masks), *features[scale].shape[1:])
-            _, context = self._level(scale, own, masks, context, fusion, state)
+            with self._telling(masks):
+                _, context = self._level(scale, own, masks, context, fusion, state)
             return decode(scale - 1, masks, context, state) if scale else self.logits(0, context)
 
         deepest = len(features) - 1
         together = masks.split(len(masks) if len(scales) > 1 else at_once[0])
         return torch.cat([decode(deepest, some, None, fusion.begin(shared)) for some in together])
+
+    def _telling(self, mask: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.told is None else self.told.tell(mask)
 
     def _climb(self, climb: _Climb, scales: range, features: Sequence[torch.Tensor], fusion: FusionDesign) -> None:
         """Take a pass through some scales, the coarsest first; the last of them ends in an output."""
@@ -263,8 +269,9 @@ class FusionDecoder(StepwiseDecoder):
             return self._level(scale, torch.cat((features, features)), mask, context, fusion, together.state)
         masks = mask.chunk(2)
         contexts = (None, None) if context is None else context.chunk(2)
-        own, reached = self._level(scale, features, masks[0], contexts[0], fusion, fusion.begin())
-        with silence():
+        with self._telling(masks[0]):
+            own, reached = self._level(scale, features, masks[0], contexts[0], fusion, fusion.begin())
+        with silence(), self._telling(masks[1]):
             other, also = self._level(scale, features, masks[1], contexts[1], fusion, fusion.begin())
         return own._replace(fused=torch.cat((own.fused, other.fused))), torch.cat((reached, also))
 
@@ -278,8 +285,6 @@ class FusionDecoder(StepwiseDecoder):
         state: Any,
     ) -> tuple[FusedScale, torch.Tensor]:
         """Return what was fused at a scale, and the decoder's features there: the context of the next finer one."""
-        if self.told is not None:
-            self.told.visible = mask
         raised = None
         if context is not None and fusion.reads_context(scale):
             raised = self.raised(scale, context)

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.network.conditional_norms import ConditionalNorm
+from nnunetv2_mgml.network.conditional_norms import ConditionalNorm, make_conditional
 from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
 from nnunetv2_mgml.network.fusion.base import find_design
 from nnunetv2_mgml.network.interface import Needs, View
@@ -118,6 +118,22 @@ def test_what_is_shared_cannot_depend_on_the_mask(monkeypatch: pytest.MonkeyPatc
         net(x, SUBSETS[:1])
         with pytest.raises(RuntimeError, match="which tells it what is visible"):
             net.decode_subsets(net.encode(x), SUBSETS)
+
+
+def test_norms_with_and_without_weights_of_their_own() -> None:
+    """A design may have norms that the plan's arguments do not describe."""
+    layers = [torch.nn.InstanceNorm3d(2, affine=True), torch.nn.InstanceNorm3d(3)]
+    told = make_conditional(layers, M)
+    torch.nn.init.normal_(layers[0].weight)
+    for layer in layers:
+        torch.nn.init.normal_(layer.of_modalities)
+    inputs = [torch.randn(2, width, 3, 4, 5) for width in (2, 3)]
+    with told.tell(VIEW.visible):
+        results = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    for layer, x, result in zip(layers, inputs, results, strict=True):
+        scale, shift = torch.einsum("bm,mkc->kbc", VIEW.visible.float() - 0.5, layer.of_modalities)[..., None, None, None]
+        plain = torch.nn.functional.instance_norm(x, weight=layer.weight, bias=layer.bias)
+        torch.testing.assert_close(result, plain * (1 + scale) + shift)
 
 
 def test_a_copy_knows_its_own_masks() -> None:

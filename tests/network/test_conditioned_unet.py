@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_mgml.modalities import all_subsets
+from nnunetv2_mgml.network.conditional_norms import Told
 from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.interface import SubsetNetwork, View, seeing
 from nnunetv2_mgml.network.subset_module import zero_absent
@@ -98,8 +99,9 @@ def test_a_norm_does_what_its_formula_says(data: st.DataObject) -> None:
     norm = copy.deepcopy(ONE_OF_ITS_NORMS)
     norm.of_modalities = nn.Parameter(torch.from_numpy(own))
     norm.weight, norm.bias = nn.Parameter(torch.from_numpy(weight)), nn.Parameter(torch.from_numpy(bias))
-    norm.told.visible = torch.from_numpy(visible)
-    got = norm(torch.from_numpy(x)).detach().numpy()
+    norm.num_features, norm.told, norm.place = c, Told([norm]), 0
+    with norm.told.tell(torch.from_numpy(visible)):
+        got = norm(torch.from_numpy(x)).detach().numpy()
     for sample in range(b):
         for channel in range(c):
             values = x[sample, channel]
