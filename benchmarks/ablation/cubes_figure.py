@@ -20,10 +20,12 @@ Result = dict[str, Any]
 
 @styled
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw the runs of one budget of equal time to a file."""
-    variants = list(dict.fromkeys(r["variant"] for r in results if ":" not in r["variant"]))  # as they are
+    """Draw the runs of one budget of equal time to a file: of the variants with the most seeds, as they are."""
+    variants = list(dict.fromkeys(r["variant"] for r in results if ":" not in r["variant"]))
     runs = {variant: [r for r in results if r["variant"] == variant] for variant in variants}
-    styles = dict(zip(variants, zip(CYCLE, MARKERS, strict=True), strict=False))
+    most = max((len(chosen) for chosen in runs.values()), default=0)
+    runs = {variant: chosen for variant, chosen in runs.items() if len(chosen) == most}
+    styles = dict(zip(runs, zip(CYCLE, MARKERS, strict=True), strict=False))
     drawing = new_figure(9.5, 4.4)
     left, right = drawing.subplots(1, 2, width_ratios=(1, 1))
     _over_time(left, runs, styles)
