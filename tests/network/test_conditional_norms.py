@@ -131,7 +131,8 @@ def test_norms_with_and_without_weights_of_their_own() -> None:
     with told.tell(VIEW.visible):
         results = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     for layer, x, result in zip(layers, inputs, results, strict=True):
-        scale, shift = torch.einsum("bm,mkc->kbc", VIEW.visible.float() - 0.5, layer.of_modalities)[..., None, None, None]
+        own = torch.einsum("bm,mkc->kbc", VIEW.visible.float() - 0.5, layer.of_modalities)
+        scale, shift = own[..., None, None, None]
         plain = torch.nn.functional.instance_norm(x, weight=layer.weight, bias=layer.bias)
         torch.testing.assert_close(result, plain * (1 + scale) + shift)
 
