@@ -245,5 +245,6 @@ takes as many steps, all on its own subset. On the CPU larger subsets that score
 seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere there. On whole
 brains, at default widths, a step of the stock network takes longer than the default's, and it is the other way round:
 the stock networks are far behind those with an encoder per modality. At half its width the stock network is level with
-the baseline there and somewhat behind the default, which is ahead in larger subsets and behind with one modality.
+the baseline there and somewhat behind the default, and with norms that know what is visible ahead of the one and level
+with the other, which is ahead in larger subsets and behind with one modality.
 """
