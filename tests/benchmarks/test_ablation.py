@@ -179,12 +179,14 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "baseline_full_resolution": 0.25,
         "mgml_full_resolution": 0.5,
         "mgml_half_teacher": 0.35,
+        "baseline_conditional": 0.25,
+        "mgml_conditional": 0.5,
         "modality_dropout_narrow": 0.05,
         "conditional_dropout_narrow": 0.125,
         "baseline_narrow": 0.15,
         "mgml_narrow": 0.3,
     }
-    full = {name for name in seconds if name.endswith(("full_resolution", "half_teacher", "narrow"))}
+    full = {name for name in seconds if name.endswith(("full_resolution", "half_teacher", "conditional", "narrow"))}
 
     def train(run: Any, work: Path, log: Path) -> Path:
         assert (run.options["num_epochs"], run.options["num_iterations_per_epoch"]) == (3, 2)
@@ -211,6 +213,8 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "baseline_full_resolution": 50,
         "mgml_full_resolution": 25,
         "mgml_half_teacher": 36,
+        "baseline_conditional": 50,
+        "mgml_conditional": 25,
         "modality_dropout_narrow": 250,
         "conditional_dropout_narrow": 100,
         "baseline_narrow": 83,
@@ -277,8 +281,9 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     text, rows = page()
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}
     assert "So far" not in text
+    conditional = ("baseline_conditional", "mgml_conditional")
     narrow = ("modality_dropout_narrow", "conditional_dropout_narrow", "baseline_narrow", "mgml_narrow")
-    others = ", ".join(f"`{name}`" for name in ("mgml_half_teacher", *narrow))
+    others = ", ".join(f"`{name}`" for name in ("mgml_half_teacher", *conditional, *narrow))
     assert f"Not finished: `baseline_full_resolution`, `mgml_full_resolution`, {others}." in text
     assert "`mgml` against" not in text
     for name in narrow:
@@ -299,6 +304,7 @@ def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleN
         content["resolved"]["config"].pop("modality_decoder_scale")
         run.file.write_text(json.dumps(content))
     of_today = {"baseline", "mgml", "mgml_half_teacher", "baseline_narrow", "mgml_narrow"}
+    of_today |= {"baseline_conditional", "mgml_conditional"}
     assert {name for name, run in runs.items() if not run.finished()} == of_today
 
 

@@ -126,8 +126,7 @@ def test_an_encoder_is_the_conditional_one_that_sees_its_modality_alone(form: st
     x = images()
     for m, j in enumerate((3, 0)):
         alone = torch.eye(4).bool()[j : j + 1]
-        trained._told.visible = alone
-        with torch.no_grad():
+        with torch.no_grad(), trained._told.tell(alone):
             expected = trained.encoder(zero_absent(x, alone))
             found = net.encoders[m](x[:, j : j + 1]) if form == "early_fusion" else None
             found = net.encoders[m].encoder(x[:, j : j + 1]) if found is None else found
