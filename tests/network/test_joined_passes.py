@@ -53,7 +53,7 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 def test_designs_that_join() -> None:
-    assert JOINING == ["concat", "hemis", "imfuse", "mean", "mfi", "mmformer", "region_aware"]
+    assert JOINING == ["concat", "hemis", "mean", "mfi", "mmformer", "region_aware"]
 
 
 @pytest.mark.parametrize("fusion", JOINING)

@@ -118,7 +118,6 @@ class ImFuseFusion(FusionDesign):
     weights_depend_on_modality = True
     order_matters = True
     hides_absent = True
-    joins_passes = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)
