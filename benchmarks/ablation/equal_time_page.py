@@ -192,8 +192,8 @@ by default when the time to spend was chosen; [at half of it](#what-was-tried) a
 All budgets go by step times of before [training in bfloat16 got faster](speed.md#what-was-tried), by a sixth for our
 networks and not at all for the stock network, and before two passes of the default were one batch, which takes another
 tenth off its step: no table here has that yet.
-`meta_amf`, `consistency` and `paper_terms` are the paper's terms, alone and together, `complete_view` is our loss on the
-prediction from all modalities alone: one seed each, and none is ahead of the baseline.
+`meta_amf`, `consistency` and `paper_terms` are the paper's terms, alone and together, `complete_view` is our loss on
+the prediction from all modalities alone: one seed each, and none is ahead of the baseline.
 A specialist is the stock network that sees one subset in every step, trained as long as the one model sees all of them
 (`--variants modality_dropout:only=t1+t2`): fifteen take fifteen times the training and the weights. **They are ahead**,
 most where least is there{left}. Nine of them were trained on an AMD EPYC, the other six and the models for all
