@@ -79,7 +79,10 @@ def build_network(
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     if options.network_form == "early_fusion":
         if options.conditional_norms:
-            raise ValueError("conditional_norms=true needs network_form=multi_encoder; this is early_fusion.")
+            raise ValueError(
+                "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set conditional_norms to "
+                "false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
+            )
         early = _early_fusion(
             narrow,
             modalities,

@@ -2,7 +2,7 @@
 
 An empty channel looks like tissue of mean intensity, and one set of weights has to serve every subset. Here the norms
 are conditional (`nnunetv2_mgml.network.conditional_norms`). It costs a few numbers per norm and, on one core of a CPU,
-6 % of a small training step (``benchmarks/ablation/results/cubes_seconds.json``).
+1 % of a small training step (``benchmarks/ablation/cubes_seconds.py``).
 """
 
 from __future__ import annotations
