@@ -80,8 +80,8 @@ def build_network(
     if options.network_form == "early_fusion":
         if options.conditional_norms:
             raise ValueError(
-                "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set conditional_norms to "
-                "false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
+                "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set conditional_norms "
+                "to false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
             )
         early = _early_fusion(
             narrow,
