@@ -116,6 +116,7 @@ RENAMED: dict[str, str] = {
     "training.trainer.CHECKPOINT_KEY": "training.checkpoint.CHECKPOINT_KEY",
     "network.fusion.base.beside": "network.fusion.base.expand_mask",
     "network.fusion.base.masked": "network.fusion.base.float_mask",
+    "network.encoders.scaled_widths": "plans.topology.scaled_widths",
     "network.multi_encoder_unet.in_band_mask": "network.subset_module.in_band_mask",
     "network.fusion.sfusion.ScoreTransformer": "network.fusion.sfusion.InterpolatedScores",
     "evaluation.report.cases.ImageSources": "scoring.sources.EvaluationFiles",

@@ -33,7 +33,7 @@ from precision import precision_on
 from settings import STOCK_WIDTH, Run, all_runs, read_settings
 from tqdm import tqdm
 
-from nnunetv2_mgml.io.files import read_json, write_json
+from nnunetv2_mgml.io.files import write_json
 from nnunetv2_mgml.scoring.info import provenance
 from nnunetv2_mgml.scoring.results import Evaluation, load_evaluation
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
@@ -105,7 +105,8 @@ def execute(run: Run, work: Path, keep_model: bool) -> dict[str, Any]:
 def train(run: Run, work: Path, log: Path) -> Path:
     """Train a run by the commands a user would type; return the folder of the model."""
     options = {**run.options, "cpu_bfloat16": computes_in_bfloat16()}
-    width = options.pop(STOCK_WIDTH, None)
+    if STOCK_WIDTH in options:
+        options["features_per_stage"] = options.pop(STOCK_WIDTH)
     data = run.dataset_settings
     plans = f"nnUNetMGMLPlans_{run.name.replace('+', '.')}"
     model = work / "results" / folder_name(data) / f"{run.trainer}__{plans}__{CONFIGURATION}"
@@ -124,8 +125,6 @@ def train(run: Run, work: Path, log: Path) -> Path:
             *(f"{key}={json.dumps(value)}" for key, value in options.items()),
         ],
     )
-    if width is not None:
-        narrow(work / "preprocessed" / folder_name(data) / f"{plans}.json", width)
     skip = ["--skip_validation"] if data["kind"] == "real" else []
     call(
         work,
@@ -145,14 +144,6 @@ def train(run: Run, work: Path, log: Path) -> Path:
         ],
     )
     return model
-
-
-def narrow(plans: Path, width: float) -> None:
-    """Multiply the feature channels in plans, as one would by hand: in multiples of 8."""
-    content = read_json(plans)
-    architecture = content["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
-    architecture["features_per_stage"] = [max(8, round(n * width / 8) * 8) for n in architecture["features_per_stage"]]
-    write_json(plans, content)
 
 
 def computes_in_bfloat16() -> bool:

@@ -17,7 +17,6 @@ from nnunetv2_mgml.network.encoders import (
     NarrowedEncoder,
     encoder_spec,
     plan_unet,
-    scaled_widths,
     silence_dropout_of_the_teacher,
 )
 from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
@@ -25,6 +24,7 @@ from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.plans.options import NetworkOptions
+from nnunetv2_mgml.plans.topology import scaled_widths
 from nnunetv2_mgml.upstream.cpu_layers import make_fast
 
 

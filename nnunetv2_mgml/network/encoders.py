@@ -6,14 +6,16 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.pointwise import pointwise
 from nnunetv2_mgml.network.silence import random_layers_act
+from nnunetv2_mgml.plans.topology import scale_features
 
 
 @dataclass
@@ -38,21 +40,6 @@ class EncoderSpec:
         return dataclasses.replace(self, **{name: getattr(self, name)[scale:] for name in lists})
 
 
-@overload
-def scaled_widths(widths: int, factor: float) -> int: ...
-
-
-@overload
-def scaled_widths(widths: list[int], factor: float) -> list[int]: ...
-
-
-def scaled_widths(widths: list[int] | int, factor: float) -> list[int] | int:
-    """Return feature channels times ``factor``, each rounded to the nearest multiple of 8, at least 8."""
-    if isinstance(widths, int):
-        return max(8, round(widths * factor / 8) * 8)
-    return [max(8, round(w * factor / 8) * 8) for w in widths]
-
-
 def plan_unet(
     class_name: str,
     arch_kwargs: dict[str, Any],
@@ -72,9 +59,7 @@ def plan_unet(
             f"The plan's architecture {class_name} has no features_per_stage. MGML needs nnU-Net's PlainConvUNet or "
             f"ResidualEncoderUNet; plan with nnUNetPlannerResEncM or the default planner."
         )
-    kwargs["features_per_stage"] = scaled_widths(kwargs["features_per_stage"], width_factor)
-    if kwargs.get("stem_channels") is not None:
-        kwargs["stem_channels"] = scaled_widths(kwargs["stem_channels"], width_factor)
+    scale_features(kwargs, width_factor)
     unet: nn.Module = get_network_from_plans(
         class_name, kwargs, require_import, input_channels, num_classes, allow_init=False, deep_supervision=False
     )
@@ -169,3 +154,7 @@ _QUIET: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout3d: QuietDropout3d,
 }
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = forward(__name__)

@@ -1,11 +1,11 @@
-"""A new patch size for a configuration of nnU-Net's plans, with the network topology nnU-Net's planner gives it."""
+"""A new patch size for a configuration of nnU-Net's plans, with the topology its planner gives it; other widths."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 MIN_FEATURE_MAP = 4
 """Smallest edge of a bottleneck in voxels (``UNet_featuremap_min_edge_length`` of nnU-Net's planners)."""
@@ -64,6 +64,60 @@ def replan(configuration: dict[str, Any], patch_size: Sequence[int]) -> dict[str
             kwargs[key] = _resize(kwargs[key], stages, _last)
     kwargs["n_conv_per_stage_decoder"] = _resize(kwargs["n_conv_per_stage_decoder"], stages - 1, _last)
     return {"patch_size": list(patch_size), "architecture": architecture}
+
+
+def with_features(configuration: dict[str, Any], features: float | Sequence[int]) -> dict[str, Any]:
+    """Return the entry of a configuration that other feature channels change.
+
+    Args:
+        configuration: resolved configuration (``inherits_from`` applied); not changed.
+        features: channels of every stage, or a multiple of the configuration's own (see `scaled_widths`).
+
+    Returns:
+        ``architecture``, JSON-ready; a residual encoder's ``stem_channels`` are multiplied too.
+
+    Raises:
+        ValueError: not one number for each stage, or an architecture without ``features_per_stage``.
+    """
+    architecture = copy.deepcopy(configuration["architecture"])
+    kwargs = architecture["arch_kwargs"]
+    if "features_per_stage" not in kwargs:
+        raise ValueError(
+            f"features_per_stage can only be changed for U-Nets planned by nnU-Net; the architecture "
+            f"{architecture['network_class_name']} has none."
+        )
+    if isinstance(features, (int, float)):
+        scale_features(kwargs, features)
+        return {"architecture": architecture}
+    if len(features) != kwargs["n_stages"]:
+        raise ValueError(
+            f"features_per_stage {list(features)} has {len(features)} numbers; the network has {kwargs['n_stages']} "
+            f"stages. Give one for each, or a factor such as 0.5."
+        )
+    kwargs["features_per_stage"] = list(features)
+    return {"architecture": architecture}
+
+
+def scale_features(arch_kwargs: dict[str, Any], factor: float) -> None:
+    """Make the U-Net of these arguments ``factor`` times as wide, in place: its stages, and its stem if it has one."""
+    for key in ("features_per_stage", "stem_channels"):
+        if arch_kwargs.get(key) is not None:
+            arch_kwargs[key] = scaled_widths(arch_kwargs[key], factor)
+
+
+@overload
+def scaled_widths(widths: int, factor: float) -> int: ...
+
+
+@overload
+def scaled_widths(widths: list[int], factor: float) -> list[int]: ...
+
+
+def scaled_widths(widths: list[int] | int, factor: float) -> list[int] | int:
+    """Return feature channels times ``factor``, each rounded to the nearest multiple of 8, at least 8."""
+    if isinstance(widths, int):
+        return max(8, round(widths * factor / 8) * 8)
+    return [max(8, round(w * factor / 8) * 8) for w in widths]
 
 
 def nearest_allowed_size(spacing: Sequence[float], patch_size: Sequence[int]) -> list[int]:

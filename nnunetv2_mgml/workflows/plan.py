@@ -27,6 +27,9 @@ NNUNET_KEYS: dict[str, str] = {
     "batch_size": "samples per training step, a whole number >= 1",
     "patch_size": "voxels in the axis order of the plan, [80, 80, 80] or 80x80x80; the network is planned anew for it",
     "batch_dice": "true: Dice over the whole batch, false: per sample",
+    "features_per_stage": "feature channels of the U-Net, one whole number for each stage, [16, 32, 64, 128, 160, "
+    "160]; or a multiple of those in the plans it starts from, 0.5, in multiples of 8. It is the network of every "
+    "trainer, nnU-Net's own too; width_factor counts from there",
 }
 """Keys of nnU-Net's configurations that can be set beside the options."""
 
@@ -246,7 +249,7 @@ def make_plans(
     plans = copy.deepcopy(source)
     for name in configurations:
         plans["configurations"][name].update(_configuration_changes(source, name, changes))
-    if "patch_size" in changes:
+    if {"patch_size", "features_per_stage"} & set(changes):
         _keep_pairs(source, plans)
     if options.network.modality_decoder_scale:
         _check_modality_scale(options.network, plans, configurations)
@@ -270,14 +273,32 @@ def with_stock_sizes(plans: dict[str, Any], stock: dict[str, Any], configuration
 def _changed_sizes(
     before: dict[str, Any], now: dict[str, Any], configurations: Sequence[str], asked: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return configuration -> patch and batch size that differ between two plans and were not asked for."""
+    """Return configuration -> patch, batch and network sizes that differ between two plans and were not asked for."""
     found = {}
     for name in [name for name in configurations if name in before["configurations"]]:
         old, new = _resolved(before, name), _resolved(now, name)
-        sizes = {key: new[key] for key in ("patch_size", "batch_size") if key not in asked and old[key] != new[key]}
+        sizes = {
+            key: _size(new, key)
+            for key in ("patch_size", "batch_size", "features_per_stage")
+            if key not in asked and _differ(_size(old, key), _size(new, key))
+        }
         if sizes:
             found[name] = sizes
     return found
+
+
+def _size(configuration: dict[str, Any], key: str) -> Any:
+    """Return one of `NNUNET_KEYS` of a resolved configuration, None where it has none."""
+    if key != "features_per_stage":
+        return configuration.get(key)
+    return configuration.get("architecture", {}).get("arch_kwargs", {}).get(key)
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether a size changed; further or fewer stages, which a patch brings, are no other features."""
+    if isinstance(before, list) and isinstance(now, list):
+        return any(one != other for one, other in zip(before, now, strict=False))
+    return bool(before != now)
 
 
 def default_configurations(plans: dict[str, Any]) -> list[str]:
@@ -311,8 +332,8 @@ def _lost_sizes(
     for name in [name for name in before["configurations"] if name in now["configurations"]]:
         old, new = _resolved(before, name), _resolved(now, name)
         meant = {*(asked if name in configurations else ()), *(key for each in told for key in each.get(name, ()))}
-        pairs = {key: (old.get(key), new.get(key)) for key in NNUNET_KEYS if key not in meant}
-        if lost := {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}:
+        pairs = {key: (_size(old, key), _size(new, key)) for key in NNUNET_KEYS if key not in meant}
+        if lost := {key: pair for key, pair in pairs.items() if _differ(*pair)}:
             found[name] = lost
     return found
 
@@ -355,13 +376,19 @@ def _check_modality_scale(options: NetworkOptions, plans: dict[str, Any], config
 
 def _configuration_changes(source: dict[str, Any], name: str, changes: dict[str, Any]) -> dict[str, Any]:
     result = {key: _parse_nnunet_value(key, value) for key, value in changes.items() if key in NNUNET_KEYS}
-    if "patch_size" in result:
-        from nnunetv2_mgml.plans.topology import replan  # and with it nnU-Net
+    features = result.pop("features_per_stage", None)
+    if features is None and "patch_size" not in result:
+        return result
+    from nnunetv2_mgml.plans.topology import replan, with_features  # and with it nnU-Net
 
-        try:
-            result.update(replan(_resolved(source, name), result["patch_size"]))
-        except ValueError as error:
-            raise ValueError(f"Configuration {name}: {error}") from error
+    configuration = _resolved(source, name)
+    try:
+        if "patch_size" in result:
+            result.update(replan(configuration, result["patch_size"]))
+        if features is not None:
+            result.update(with_features({**configuration, **result}, features))
+    except ValueError as error:
+        raise ValueError(f"Configuration {name}: {error}") from error
     return result
 
 
@@ -383,13 +410,17 @@ def _resolved(plans: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _parse_nnunet_value(key: str, value: Any) -> Any:
-    if key == "patch_size" and isinstance(value, str):
+    lists = ("patch_size", "features_per_stage")
+    if key in lists and isinstance(value, str):
         value = [int(n) if n.strip().isdigit() else n for n in re.split("[x,]", value)]
-    sizes = value if key == "patch_size" and isinstance(value, (list, tuple)) else [value]
-    if key == "batch_dice":
-        good = isinstance(value, bool)
-    else:
-        good = (key == "batch_size" or len(sizes) in (2, 3)) and all(type(n) is int and n >= 1 for n in sizes)
-    if not good:
+    numbers = value if key in lists and isinstance(value, (list, tuple)) else [value]
+    whole = all(type(n) is int and n >= 1 for n in numbers)
+    good = {
+        "batch_dice": isinstance(value, bool),
+        "batch_size": whole,
+        "patch_size": whole and len(numbers) in (2, 3),
+        "features_per_stage": (whole and numbers is value) or (type(value) in (int, float) and 0.05 <= value <= 4),
+    }
+    if not good[key]:
         raise ValueError(f"Bad value for {key}: {value!r}. Expected {NNUNET_KEYS[key]}.")
     return value

@@ -308,16 +308,21 @@ def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleN
     assert {name for name, run in runs.items() if not run.finished()} == of_today
 
 
-def test_a_narrow_stock_network_has_narrow_plans(ablation: SimpleNamespace, tmp_path: Path) -> None:
-    """Every stage in multiples of 8, and nothing else of the plans."""
-    content = plans(stages=3)
-    stages = content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-    stages["features_per_stage"] = [32, 48, 8]
-    file = tmp_path / "plans.json"
-    file.write_text(json.dumps(content))
-    ablation.run.narrow(file, 0.5)
-    stages["features_per_stage"] = [16, 24, 8]
-    assert json.loads(file.read_text()) == json.loads(json.dumps(content))
+def test_a_narrow_stock_network_has_narrow_plans(
+    ablation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The width is no option of the plugin: `mgml plan` gets it as features of nnU-Net's plans."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(ablation.run, "call", lambda work, log, command: commands.append(command))
+    runs = {run.variant: run for run in ablation.settings.all_runs(ablation.settings.read_settings())}
+    ablation.run.train(runs["conditional_dropout_narrow"], tmp_path, tmp_path / "log.txt")
+    ablation.run.train(runs["conditional_dropout"], tmp_path, tmp_path / "log.txt")
+    narrow, train, whole, _ = commands
+    assert narrow[:2] == whole[:2] == ["mgml", "plan"]
+    assert "features_per_stage=0.5" in narrow
+    assert not any(word.startswith("features_per_stage") for word in whole)
+    assert not any(ablation.settings.STOCK_WIDTH in word for word in narrow)
+    assert "nnUNetTrainerModalityDropout_conditional" in train
 
 
 def test_real_cases_are_asked_for_by_folder(

@@ -15,6 +15,7 @@ from planning_cases import DATASET, plans_that_inherit, resolved
 
 from nnunetv2_mgml.commands import plan as planning
 from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.training import nnUNetTrainerMGML, nnUNetTrainerModalityDropout_conditional
 from nnunetv2_mgml.workflows.plan import PlanRequest, write_plans
 
 
@@ -138,6 +139,36 @@ def test_sizes_and_stock_plans_that_are_lost_are_said(folder, capsys):
     assert [line for line in lines if "batch_size" in line] == ["  batch_size = 3 (3d_fullres)"]
     planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--set", "num_epochs=200"))
     assert "was" not in capsys.readouterr().out
+
+
+def test_features_that_are_lost_or_come_back_are_said(folder, capsys):
+    own = resolved(json.loads((folder / "nnUNetPlans.json").read_text()), "3d_fullres")
+    own = own["architecture"]["arch_kwargs"]["features_per_stage"]
+    half = [n // 2 for n in own]
+    planning.run(parse("-d", DATASET, "--set", "features_per_stage=0.5"))
+    assert "  features_per_stage = 0.5 (3d_fullres)" in capsys.readouterr().out.splitlines()
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--plans_name", "P", "--preset", "nnunet"))
+    assert f"  features_per_stage = {own} (3d_fullres), nnU-Net's own again" in capsys.readouterr().out.splitlines()
+    planning.run(parse("-d", DATASET, "-p", "nnUNetMGMLPlans", "--plans_name", "Q", "--set", "patch_size=32x32x32"))
+    assert "features_per_stage" not in capsys.readouterr().out  # fewer stages, the same features
+    planning.run(parse("-d", DATASET, "--set", "num_epochs=300"))
+    kept = "start from the old plans with -p nnUNetMGMLPlans to keep it"
+    assert f"  features_per_stage = {own} (3d_fullres), was {half}; {kept}" in capsys.readouterr().out.splitlines()
+
+
+def test_half_of_the_features_narrow_the_stock_network_and_ours(folder):
+    """The conditional stock network of `features_per_stage=0.5`: nnU-Net builds it from the plans alone."""
+    counts = {}
+    for name, changes in (("Whole", []), ("Half", ["features_per_stage=0.5"])):
+        planning.run(parse("-d", DATASET, "--plans_name", name, "--set", "patch_size=32x32x32", *changes))
+        plans = PlansManager(str(folder / f"{name}.json"))
+        configuration = plans.get_configuration("3d_fullres")
+        for trainer in (nnUNetTrainerModalityDropout_conditional, nnUNetTrainerMGML):
+            plans.plans["mgml"]["num_classes"] = 4
+            network = trainer.build_network_architecture(plans, configuration, 4, 3, False)
+            counts[name, trainer] = sum(p.numel() for p in network.parameters())
+    for trainer in (nnUNetTrainerModalityDropout_conditional, nnUNetTrainerMGML):
+        assert 3 < counts["Whole", trainer] / counts["Half", trainer] < 4.2
 
 
 def test_early_fusion_over_options_of_another_design(folder):

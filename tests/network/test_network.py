@@ -14,8 +14,9 @@ from torch import nn
 
 from nnunetv2_mgml.network import encoders
 from nnunetv2_mgml.network.build import build_network
-from nnunetv2_mgml.network.encoders import plan_unet, scaled_widths, silence_dropout_of_the_teacher
+from nnunetv2_mgml.network.encoders import plan_unet, silence_dropout_of_the_teacher
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View, seeing, subset_network
+from nnunetv2_mgml.plans.topology import scaled_widths
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 5])

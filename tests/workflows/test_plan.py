@@ -143,10 +143,68 @@ def test_inheritance_is_respected(stock):
     assert resolved(child, "3d_bs4")["data_identifier"] == resolved(source, "3d_bs4")["data_identifier"]
 
 
+def features(plans: dict, name: str) -> list[int]:
+    return resolved(plans, name)["architecture"]["arch_kwargs"]["features_per_stage"]
+
+
+def test_features_are_a_multiple_of_the_plans_or_told_one_by_one(stock):
+    own = features(stock, "3d_fullres")
+    plans = planning.make_plans(stock, {"features_per_stage": 0.5}, ["3d_fullres"], "P", CHANNELS)
+    assert own == features(stock, "3d_fullres")  # the source stays
+    assert own[:3] == [32, 64, 128]
+    assert features(plans, "3d_fullres") == [n // 2 for n in own]
+    assert features(plans, "3d_bs4") == features(plans, "3d_fullres")  # inherits patch and architecture
+    assert features(plans, "3d_small") == features(stock, "3d_small")
+    assert plans["configurations"]["2d"] == stock["configurations"]["2d"]
+    again = planning.make_plans(plans, {"features_per_stage": 2}, ["3d_fullres"], "P", CHANNELS)
+    assert features(again, "3d_fullres") == own
+    told = [8 * (n + 1) for n in range(len(own))]
+    for value in (told, "x".join(map(str, told)), ",".join(map(str, told))):
+        plans = planning.make_plans(stock, {"features_per_stage": value}, ["3d_fullres"], "P", CHANNELS)
+        assert features(plans, "3d_fullres") == told
+
+
+def test_features_follow_a_new_patch(stock):
+    changes = {"patch_size": [32, 32, 32], "features_per_stage": [8, 16, 24, 32]}
+    for order in (list(changes), list(reversed(changes))):
+        plans = planning.make_plans(stock, {key: changes[key] for key in order}, ["3d_fullres"], "P", CHANNELS)
+        assert resolved(plans, "3d_fullres")["patch_size"] == [32, 32, 32]
+        assert features(plans, "3d_fullres") == [8, 16, 24, 32]
+    narrow = planning.make_plans(stock, {"features_per_stage": 0.25}, ["3d_fullres"], "P", CHANNELS)
+    smaller = planning.make_plans(narrow, {"patch_size": [32, 32, 32]}, ["3d_fullres"], "P", CHANNELS)
+    assert features(smaller, "3d_fullres") == [8, 16, 32, 64]
+
+
+def test_a_child_with_features_of_its_own_keeps_its_patch(stock):
+    """Architecture and patch belong together, also when it is the parent that gets another patch later."""
+    child = planning.make_plans(stock, {"features_per_stage": 0.5}, ["3d_bs4"], "P", CHANNELS)
+    later = planning.make_plans(child, {"patch_size": [32, 32, 32]}, ["3d_fullres"], "P", CHANNELS)
+    assert resolved(later, "3d_bs4")["patch_size"] == resolved(stock, "3d_bs4")["patch_size"]
+    assert features(later, "3d_bs4") == [n // 2 for n in features(stock, "3d_bs4")]
+
+
+def test_features_are_multiples_of_eight(stock):
+    source = copy.deepcopy(stock)
+    widths = source["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"]
+    widths[:] = [8, 48, *widths[2:]]
+    plans = planning.make_plans(source, {"features_per_stage": 0.5}, ["3d_fullres"], "P", CHANNELS)
+    assert features(plans, "3d_fullres")[:2] == [8, 24]
+
+
+def test_a_stem_is_narrowed_with_the_stages(stock):
+    source = copy.deepcopy(stock)
+    source["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["stem_channels"] = 32
+    plans = planning.make_plans(source, {"features_per_stage": 0.5}, ["3d_fullres"], "P", CHANNELS)
+    assert resolved(plans, "3d_fullres")["architecture"]["arch_kwargs"]["stem_channels"] == 16
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tau": 1}, r"Unknown option tau\. Allowed: num_epochs.*batch_size, patch_size, batch_dice"),
+        (
+            {"tau": 1},
+            r"Unknown option tau\. Allowed: num_epochs.*batch_dice, features_per_stage",
+        ),
         ({"batch_size": 0}, "batch_size: 0. Expected .* >= 1"),
         ({"batch_size": True}, "batch_size: True"),
         ({"batch_size": [2]}, r"batch_size: \[2\]"),
@@ -154,6 +212,12 @@ def test_inheritance_is_respected(stock):
         ({"patch_size": 80}, "patch_size: 80"),
         ({"patch_size": "80x80xa"}, r"patch_size: \[80, 80, 'a'\]"),
         ({"patch_size": [80.0, 80.0, 80.0]}, "patch_size"),
+        ({"features_per_stage": 0}, "features_per_stage: 0. Expected .* one whole number for each stage"),
+        ({"features_per_stage": True}, "features_per_stage: True"),
+        ({"features_per_stage": float("nan")}, "features_per_stage: nan"),
+        ({"features_per_stage": [8, 16.0]}, r"features_per_stage: \[8, 16.0\]"),
+        ({"features_per_stage": "half"}, r"features_per_stage: \['half'\]"),
+        ({"features_per_stage": [8, 16]}, r"3d_fullres: features_per_stage \[8, 16\] has 2 numbers; .* stages"),
         ({"temperature": "hot"}, "option temperature: 'hot'"),
         ({"fusion": "average"}, "Unknown fusion design 'average'. Allowed: .*mean"),
         ({"fusion": "mean", "fusion_options": {"heads": 2}}, "'mean' has no option heads"),
