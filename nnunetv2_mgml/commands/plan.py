@@ -112,6 +112,8 @@ def describe(written: WrittenPlans, request: PlanRequest) -> list[str]:
     for key, value in written.changes.items():
         where = f" ({', '.join(written.configurations)})" if key in NNUNET_KEYS else ""
         lines.append(f"  {key} = {json.dumps(value)}{where}")
+    for name, keys in written.inherited.items():
+        lines.append(f"  {', '.join(keys)} ({name}): inherited, as just set")
     for name, chosen in written.fitted.items():
         lines += [f"  {key} = {json.dumps(value)} ({name}), to fit the memory" for key, value in chosen.items()]
     for name, sizes in written.restored.items():

@@ -87,8 +87,8 @@ class MGMLPredictor(nnUNetPredictor):  # type: ignore[misc]  # untyped
         trust_checkpoint: let a model folder run code, as nnU-Net does: only for models of people whose programs you
             would run. Otherwise checkpoints are read as data and plans may name known classes only.
         backend: ``pytorch``, or ``openvino`` on a CPU: the network compiled for each subset it meets (some seconds for
-            each and every fold; about half the time of a patch after that), equal up to rounding. Needs
-            ``missing_modalities``.
+            each and every fold; 0.6 to 0.9 of the time of a patch after that, depending on the processor), equal up to
+            rounding. Needs ``missing_modalities``.
         **kwargs: as for ``nnUNetPredictor``.
 
     Attributes:

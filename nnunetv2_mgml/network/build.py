@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
+from nnunetv2_mgml.network.conditional_norms import can_be_conditional
 from nnunetv2_mgml.network.decoder import FusionDecoder, modality_decoder
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, Stem, TrunkDecoder
 from nnunetv2_mgml.network.encoders import (
@@ -74,15 +75,11 @@ def build_network(
     encoder = cast(nn.Module, unet.encoder)  # `plan_unet` refuses others
     spec = encoder_spec(encoder)
     scale = modality_scale(options, len(spec.output_channels))
+    conditional = has_conditional_norms(options, arch_kwargs)
     narrow = dataclasses.replace(spec, output_channels=scaled_widths(spec.output_channels, options.decoder_width_ratio))
     convs = options.decoder_convs or arch_kwargs["n_conv_per_stage_decoder"]
     nonlin_first = bool(arch_kwargs.get("nonlin_first", False))
     if options.network_form == "early_fusion":
-        if options.conditional_norms:
-            raise ValueError(
-                "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set conditional_norms "
-                "to false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
-            )
         early = _early_fusion(
             narrow,
             modalities,
@@ -107,9 +104,38 @@ def build_network(
         modality_decoder=shared,
         modality_scale=scale,
     )
-    if options.conditional_norms:
+    if conditional:
         network.condition_norms()
     return _initialized(network, unet)
+
+
+def has_conditional_norms(options: NetworkOptions, arch_kwargs: Mapping[str, Any]) -> bool:
+    """Return whether norms of fusion and decoder depend on what is visible.
+
+    Args:
+        options: of the network.
+        arch_kwargs: the plan's.
+
+    Raises:
+        ValueError: ``conditional_norms`` is true, which form or norms do not allow.
+    """
+    if options.conditional_norms is False:
+        return False
+    one_u_net = options.network_form == "early_fusion"
+    possible = can_be_conditional(arch_kwargs.get("norm_op"), arch_kwargs.get("norm_op_kwargs"))
+    if options.conditional_norms and one_u_net:
+        raise ValueError(
+            "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set conditional_norms to "
+            "null or false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
+        )
+    if options.conditional_norms and not possible:
+        raise ValueError(
+            f"conditional_norms is true, but fusion and decoder have no instance norms that can depend on what is "
+            f"visible: the plan's norm_op is {arch_kwargs.get('norm_op')} with {arch_kwargs.get('norm_op_kwargs')}. "
+            f"Allowed are InstanceNorm2d and InstanceNorm3d without track_running_stats. Set conditional_norms to null "
+            f"or false."
+        )
+    return possible and not one_u_net
 
 
 def modality_scale(options: NetworkOptions, stages: int) -> int:

@@ -7,8 +7,10 @@ feature-wise linear modulation (FiLM; Perez et al., AAAI 2018).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pydoc import locate
 from typing import Any, cast
 
 import torch
@@ -16,9 +18,13 @@ from torch import nn
 
 from nnunetv2_mgml.upstream.cpu_layers import normed
 
+_OfAll = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+
 
 class Told:
     """What the norms of one network are told for a pass: scale and shift of all of them, found at once.
+
+    Every thread has passes of its own.
 
     Args:
         norms: conditional ones.
@@ -26,16 +32,26 @@ class Told:
 
     def __init__(self, norms: Sequence[Any]) -> None:
         self._norms = tuple(norms)
-        self._now: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
+        self._pass = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_norms": self._norms}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._norms, self._pass = state["_norms"], threading.local()
+
+    @property
+    def _now(self) -> _OfAll | None:
+        return getattr(self._pass, "now", None)
 
     @contextmanager
     def tell(self, visible: torch.Tensor) -> Iterator[None]:
         """Say for a while what is visible, ``(B, M)`` bool."""
-        before, self._now = self._now, self._of_all(visible)
+        before, self._pass.now = self._now, self._of_all(visible)
         try:
             yield
         finally:
-            self._now = before
+            self._pass.now = before
 
     def of(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and shift of a norm, ``(B, C)``.
@@ -43,12 +59,16 @@ class Told:
         Raises:
             RuntimeError: outside a pass of the network, so that nobody knows what is visible.
         """
-        if self._now is None:
-            raise RuntimeError("A conditional norm works inside its network only, which tells it what is visible.")
-        scales, shifts = self._now
+        now = self._now
+        if now is None:
+            raise RuntimeError(
+                "A conditional norm works inside its network only, which tells it what is visible. A fusion design "
+                "whose `share` calls its norms must not say `conditions_norms`."
+            )
+        scales, shifts = now
         return scales[place], shifts[place]
 
-    def _of_all(self, visible: torch.Tensor) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    def _of_all(self, visible: torch.Tensor) -> _OfAll:
         widths = [norm.num_features for norm in self._norms]
         parts = torch.cat([norm.of_modalities for norm in self._norms], 2)
         signs = visible.to(parts.dtype) - 0.5
@@ -105,17 +125,28 @@ _CONDITIONAL: dict[type[nn.Module], type[ConditionalNorm]] = {
 }
 
 
+def can_be_conditional(norm_op: Any, kwargs: Mapping[str, Any] | None) -> bool:
+    """Return whether the norms of a plan can depend on what is visible.
+
+    Args:
+        norm_op: a class, or the name of one as in nnU-Net's plans.
+        kwargs: its arguments.
+    """
+    kind = locate(norm_op) if isinstance(norm_op, str) else norm_op
+    return kind in _CONDITIONAL and not (kwargs or {}).get("track_running_stats", False)
+
+
 def make_conditional(modules: Iterable[nn.Module], modalities: int) -> Told | None:
     """Turn instance norms into conditional ones, in place, since nnU-Net's blocks hold each module twice.
 
     Args:
-        modules: those of them that are instance norms, and no subclass of one.
+        modules: those of them that are instance norms, no subclass of one and without running statistics.
         modalities: ``M``.
 
     Returns:
         What they are to be told before each pass; None where there are no such norms.
     """
-    norms: list[Any] = list({id(module): module for module in modules if type(module) in _CONDITIONAL}.values())
+    norms: list[Any] = list({id(module): module for module in modules if _is_plain(module)}.values())
     if not norms:
         return None
     told = Told(norms)
@@ -126,3 +157,7 @@ def make_conditional(modules: Iterable[nn.Module], modalities: int) -> Told | No
         norm.of_modalities = nn.Parameter(parts)
         norm.told, norm.place = told, place
     return told
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in _CONDITIONAL and not cast(nn.InstanceNorm3d, module).track_running_stats  # or 2d

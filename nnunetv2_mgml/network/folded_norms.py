@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-_PARTS = ".of_modalities"
+PARTS = ".of_modalities"
+"""How the keys of what a modality adds to a norm end."""
 _SMALLEST = 1e-3
 """Of ``|1 + s|`` where it is divided by: a channel nearer to 0 is off by at most this share of ``w z + v``."""
 
@@ -79,6 +80,9 @@ class NormsOfDonor:
         for key in self.keys:
             _check(key, weights, self.count)
         self.trunk = self._folded(self._settled())
+        """For what sees all that the network has."""
+        self.plain = self._folded(self._only(self.kept) if self.kept else self._share())
+        """For norms that depend on nothing, as with all that the network has visible."""
         self._of_encoders: dict[int | None, Weights] = {}
 
     def of_encoder(self, j: int | None) -> Weights:
@@ -112,10 +116,16 @@ class NormsOfDonor:
         """Return what a user should know: which modalities the norms count as visible from now on.
 
         Args:
-            of_encoders: whether the network has an encoder, or a stem, per modality.
+            of_encoders: whether the network has an encoder, or a stem, per modality and the donor has not.
         """
         settled = self._settled()
         told = [key for key in self.keys if any(self.weights[key][m].any() for m in settled)]
+        if not told and self.conditional and of_encoders and any(self.weights[key].any() for key in self.keys):
+            return [
+                "The checkpoint's norms depend on what is visible, those of encoders and of the decoder shared by all "
+                f"modalities do not: each encoder starts as with its modality alone visible, that decoder as with "
+                f"{self._names(self.kept)} visible."
+            ]
         if not told:
             return []
         if any(f"{key.removesuffix('of_modalities')}weight" not in self.weights for key in told):
@@ -140,7 +150,7 @@ class NormsOfDonor:
 
 
 def _conditional(weights: Weights) -> list[str]:
-    return [key for key in weights if key.endswith(_PARTS)]
+    return [key for key in weights if key.endswith(PARTS)]
 
 
 def _check(key: str, weights: Weights, count: int) -> None:

@@ -19,6 +19,7 @@ from nnunetv2_mgml._moved import forward
 from nnunetv2_mgml.network.conditional_norms import make_conditional
 from nnunetv2_mgml.network.decoder import Decoded, FusionDecoder, SubsetDecoder
 from nnunetv2_mgml.network.encoders import DROPOUTS
+from nnunetv2_mgml.network.fusion.attention import StudentDropout
 from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.interface import Logits, Needs, SingleModalities, TrainingOutput, View
 from nnunetv2_mgml.network.silence import noise, random_layers_act, silence
@@ -29,6 +30,11 @@ _MEETS_OTHERS = (*DROPOUTS, nn.modules.batchnorm._BatchNorm)
 
 _FEW_VOXELS = 2**14
 """Of a batch at a scale: up to so many, two passes together take less time, and memory does not count."""
+
+
+def _drops(fusion: FusionDesign) -> bool:
+    """Whether the pass a step learns from is noisy in the design, and that of the teacher is not."""
+    return any(isinstance(layer, StudentDropout) and layer.rate > 0 for layer in fusion.modules())
 
 
 def _coarse(features: list[torch.Tensor]) -> int:
@@ -72,6 +78,7 @@ class MultiEncoderUNet(SubsetModule):
             and fusion.joins_passes
             and not fusion.wants_images
             and not any(isinstance(layer, _MEETS_OTHERS) for layer in (*fusion.modules(), *decoder.modules()))
+            and (type(fusion).joins is not FusionDesign.joins or not _drops(fusion))
         )
 
     @property
@@ -80,18 +87,17 @@ class MultiEncoderUNet(SubsetModule):
         return len(self.encoders)
 
     def condition_norms(self) -> None:
-        """Let the instance norms of fusion and decoder depend on what is visible.
+        """Let the instance norms of fusion and decoder depend on what is visible; before anything else replaces them.
 
         Raises:
             ValueError: there are none.
         """
         decoder = cast(FusionDecoder, self.decoder)
-        decoder.told = make_conditional((*self.fusion.modules_of_fused(), *decoder.modules()), self.num_modalities)
-        if decoder.told is None:
-            raise ValueError(
-                "conditional_norms is true, but fusion and decoder have no instance norms: the plan's architecture has "
-                "other norms. Set conditional_norms to false."
-            )
+        modules = (*(self.fusion.modules() if self.fusion.conditions_norms else ()), *decoder.modules())
+        told = make_conditional(modules, self.num_modalities)
+        if told is None:
+            raise ValueError("Fusion and decoder have no instance norms, or theirs were replaced already.")
+        decoder.told = told
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoders.

@@ -26,7 +26,7 @@ from torch import nn
 from nnunetv2_mgml.modalities import channel_index
 from nnunetv2_mgml.network.conditional_norms import ConditionalNorm
 from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, TrunkDecoder
-from nnunetv2_mgml.network.folded_norms import NormsOfDonor
+from nnunetv2_mgml.network.folded_norms import PARTS, NormsOfDonor
 from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 
@@ -166,7 +166,8 @@ def transfer(
             sources[part] = source
     if donor.form != form == "multi_encoder":  # a decoder of another width of which a layer fits by chance
         for part in ("decoder", "modality decoder"):
-            if not set(keys[part]) <= set(result.weights):
+            needed = {key for key in keys[part] if not key.endswith(PARTS)}  # which a plain checkpoint lacks
+            if not needed <= set(result.weights):
                 result.weights = {key: found for key, found in result.weights.items() if key not in keys[part]}
     for part, sizes in keys.items():
         taken = sum(size for key, size in sizes.items() if key in result.weights)
@@ -245,10 +246,10 @@ class _Rules:
             part = "heads"
             self.classes_skipped |= not self.same_labels
             return part, "its heads (same labels)", self.donor.weights.get(source) if self.same_labels else None
-        found = self.norms.trunk.get(source)
+        found = (self.norms.plain if part == "modality decoder" else self.norms.trunk).get(source)
         if self.form == "stock" and key == self.first and found is not None:
             found = self._columns(found, own, list(range(len(self.channels))))
-        if key.endswith(".of_modalities") and found is not None:
+        if key.endswith(PARTS) and found is not None:
             found = self._rows(found)
         return part, f"its {part}", found
 
@@ -317,12 +318,15 @@ class _Rules:
     def _of_fusion(self, key: str, own: torch.Tensor) -> torch.Tensor | None:
         if self.design is None:
             return None
-        if key.endswith(".of_modalities"):
-            found = self.norms.trunk.get(f"fusion.{key}")
-            return None if found is None else self._rows(found)
-        if self.design.of_classes(key) and not self.same_labels:
+        norm = key.removesuffix(PARTS)
+        asked = key if norm == key else f"{norm}.weight"  # a norm's parts go the way of its weight, if it has one
+        if asked in self.design.shapes and self.design.of_classes(asked) and not self.same_labels:
             self.classes_skipped = True
             return None
+        if norm != key:
+            place = self.design.place(asked, self.pairs)
+            found = None if place is None else self.norms.trunk.get(f"fusion.{place.removesuffix('.weight')}{PARTS}")
+            return None if found is None else self._rows(found)
         assert self.donor.channels is not None
         return self.design.take(key, own, self.norms.trunk, self.pairs, len(self.donor.channels))
 
@@ -380,7 +384,7 @@ class _Rules:
             )
         if self.design is not None and self.design.order_matters and self._order_differs():
             notes.append("The fusion design reads the order of the modalities, which differs: it has to learn it anew.")
-        return notes + self.norms.notes(of_encoders=self.form != "stock")
+        return notes + self.norms.notes(of_encoders=self.donor.form == "stock" != self.form)
 
     def _order_differs(self) -> bool:
         return self.donor.channels is not None and tuple(self.donor.channels) != self.channels
@@ -412,6 +416,15 @@ class _DesignLayout:
         """
         return self.classes is None or self.classes.get(key) != self.shapes[key] or key in self.lists_of_classes
 
+    def place(self, key: str, pairs: Mapping[int, int | None]) -> str | None:
+        """Return where a donor has a tensor, in a list with an entry per modality its own; None where it has none."""
+        if key not in self.lists:
+            return key
+        named = self.lists[key]
+        m = next(m for m in range(self.modalities) if named(m) == key)
+        j = pairs[m]
+        return None if j is None else named(j)
+
     def take(
         self,
         key: str,
@@ -422,10 +435,8 @@ class _DesignLayout:
     ) -> torch.Tensor | None:
         """Return a tensor of the design from a donor with ``offered`` modalities; None where there is none."""
         if key in self.lists:
-            named = self.lists[key]
-            m = next(m for m in range(self.modalities) if named(m) == key)
-            j = pairs[m]
-            return None if j is None else weights.get(f"fusion.{named(j)}")
+            place = self.place(key, pairs)
+            return None if place is None else weights.get(f"fusion.{place}")
         found = weights.get(f"fusion.{key}")
         wide = self.more.get(key, self.shapes[key])
         axes = [axis for axis, (a, b) in enumerate(zip(self.shapes[key], wide, strict=True)) if a != b]

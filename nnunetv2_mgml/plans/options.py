@@ -25,7 +25,7 @@ from nnunetv2_mgml.modalities import canonical_name
 PLANS_KEY = "mgml"
 FUSION_REVISION = 2
 """The present ``fusion_revision``."""
-_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0}
+_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0, "conditional_norms": False}
 """What plans and models are that were written before these options were there."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
@@ -33,6 +33,7 @@ EXACT_REPETITION = (
 )
 INT_OR_NONE = (int, type(None))
 FLOAT_OR_NONE = (float, type(None))
+BOOL_OR_NONE = (bool, type(None))
 
 G = TypeVar("G", bound="OptionGroup")
 
@@ -198,11 +199,12 @@ class NetworkOptions(OptionGroup):
         low=1,
         kinds=INT_OR_NONE,
     )
-    conditional_norms: bool = option(
-        False,
-        "instance norms of fusion and decoder get a scale and a shift that depend on which modalities are visible, "
-        "learned and without effect at the start, as in nnUNetTrainerModalityDropout_conditional; network_form "
-        "multi_encoder alone",
+    conditional_norms: bool | None = option(
+        None,
+        "true: instance norms of fusion and decoder get a scale and a shift that depend on which modalities are "
+        "visible, learned and without effect at the start, as in nnUNetTrainerModalityDropout_conditional; false: not, "
+        "as published; null: true, or false where that cannot be (network_form early_fusion, plans with other norms)",
+        kinds=BOOL_OR_NONE,
     )
     modality_decoder_scale: int | None = option(
         None,

@@ -18,10 +18,11 @@ PAPER: dict[str, Any] = {
     "augmentation": "paper",
     "complete_view_weight": 0.0,
     "modality_decoder_scale": 0,
+    "conditional_norms": False,
     "seed": 1024,
     "deterministic": True,
 }
-"""The training settings of the MGML paper (section 4.1), and of its losses what our default has otherwise."""
+"""The training settings of the MGML paper (section 4.1), and of its losses and network what is otherwise by default."""
 
 _PUBLISHED_LOSSES: dict[str, Any] = {
     "modality_decoder_scale": 0,
@@ -67,6 +68,7 @@ REFERENCE_LOSSES: dict[str, Any] = {
 
 EARLY_FUSION: dict[str, Any] = {
     "modality_decoder_scale": None,
+    "conditional_norms": None,
     "network_form": "early_fusion",
     "fusion": "concat",
     "fusion_options": {},
@@ -89,8 +91,8 @@ _SETTINGS = {
 PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
 _APART = (("paper-losses", "reference-losses"), ("nnunet", "paper"))
-_LOSS_OF_PAPER = ("complete_view_weight", "modality_decoder_scale")
-"""What ``paper`` sets that are no training settings, and that other presets set too."""
+_LOSS_OF_PAPER = ("complete_view_weight", "modality_decoder_scale", "conditional_norms")
+"""What ``paper`` sets that are no training settings."""
 _MARKS_OF_OTHERS = ("network_form", "reading")
 """Options by which plans are known to have one of these."""
 
@@ -117,8 +119,9 @@ def presets(names: Sequence[str], before: Options | None = None) -> dict[str, An
 
     Args:
         names: of `PRESETS`.
-        before: the options of the plans they are for. ``nnunet`` brings the loss on the complete view, and the scale of
-            what modalities alone are taught, back only where it was ``paper`` that changed them.
+        before: the options of the plans they are for. ``nnunet`` brings the loss on the complete view, the scale of
+            what modalities alone are taught, and conditional norms back only where it was ``paper`` that changed
+            them.
 
     Raises:
         ValueError: no such preset, or two that contradict each other.

@@ -14,7 +14,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.modalities import channel_names
-from nnunetv2_mgml.network.build import build_network, count_modalities, modality_scale
+from nnunetv2_mgml.network.build import build_network, count_modalities, has_conditional_norms, modality_scale
 from nnunetv2_mgml.network.fusion import find_design
 from nnunetv2_mgml.network.transfer import labels_of
 from nnunetv2_mgml.objective import Options, needs_of
@@ -36,7 +36,12 @@ def network_differences(
     resolved = [_resolved(p, configuration) for p in (stored, plans)]
     architectures, patches = ([own.get(key) for own in resolved] for key in ("architecture", "patch_size"))
     if architectures[0] != architectures[1]:
-        found.append(f"the architecture of {configuration} differs (a changed patch_size can change it)")
+        before, now = ((own or {}).get("arch_kwargs", {}).get("features_per_stage") for own in architectures)
+        widths = f", features_per_stage was {before}, is now {now}" if before != now else ""
+        found.append(
+            f"the architecture of {configuration} differs{widths} (a changed patch_size or features_per_stage can "
+            f"change it)"
+        )
     elif by_options and not found and patches[0] != patches[1] and _shapes_differ(stored, plans, configuration):
         found.append(f"patch_size of {configuration} was {patches[0]}, is now {patches[1]}, and the fusion follows it")
     return found
@@ -52,9 +57,10 @@ def _differences_of_options(stored: dict[str, Any], plans: dict[str, Any], confi
     scales = [_modality_scale(p, configuration, options) for p, options in ((stored, before), (plans, now))]
     if None in scales:
         scales = [None, None]
+    norms = [_has_conditional_norms(p, configuration, options) for p, options in ((stored, before), (plans, now))]
     own, new = (
-        dataclasses.replace(network, modality_decoder_scale=scale)
-        for network, scale in zip((own, now.network), scales, strict=True)
+        dataclasses.replace(network, modality_decoder_scale=scale, conditional_norms=conditional)
+        for network, scale, conditional in zip((own, now.network), scales, norms, strict=True)
     )
     found = differences(own, new)
     if needs_of(before).modality != needs_of(now).modality:
@@ -68,6 +74,14 @@ def _modality_scale(plans: dict[str, Any], configuration: str, options: Options)
         return None
     plan = PlansManager(plans).get_configuration(configuration)
     return modality_scale(options.network, plan.network_arch_init_kwargs["n_stages"])
+
+
+def _has_conditional_norms(plans: dict[str, Any], configuration: str, options: Options) -> bool | None:
+    """Return whether norms know what is visible; without this configuration what the options say."""
+    if configuration not in plans["configurations"]:
+        return options.network.conditional_norms
+    plan = PlansManager(plans).get_configuration(configuration)
+    return has_conditional_norms(options.network, plan.network_arch_init_kwargs)
 
 
 def _fusion_of(options: NetworkOptions) -> dict[str, Any]:

@@ -94,11 +94,11 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     """Return the two trainers named after the publication of a fusion design, by name; none where it names none.
 
     ``nnUNetTrainerX`` is `nnUNetTrainerMGML_baseline` and ``nnUNetTrainerX_MGML`` is `nnUNetTrainerMGML` on plans
-    written with ``mgml plan --set fusion=... modality_decoder_scale=0`` and the design's ``published_options``; the
-    former also has its ``published_alone``. All other options are the plans' own. ``fusion_options`` of the plans count
-    where they were set for the same design, and win over the published ones; those of another design are dropped, which
-    the log says. ``_MGML`` includes our loss on the complete view; without it are the paper's terms:
-    ``complete_view_weight=0`` in the plans.
+    written with ``mgml plan --set fusion=... modality_decoder_scale=0 conditional_norms=false`` and the design's
+    ``published_options``; the former also has its ``published_alone``. All other options are the plans' own.
+    ``fusion_options`` of the plans count where they were set for the same design, and win over the published ones;
+    those of another design are dropped, which the log says. ``_MGML`` includes our loss on the complete view; without
+    it are the paper's terms: ``complete_view_weight=0`` in the plans.
 
     One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
     inside our network, not the authors' code.
@@ -108,7 +108,8 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     publication = vars(design).get("trainer", "")  # not inherited: a subclass of a design is another design
     if not publication:
         return {}
-    published = {"fusion": design.name, "modality_decoder_scale": 0, **design.published_options}
+    as_published = {"modality_decoder_scale": 0, "conditional_norms": False}
+    published = {"fusion": design.name, **as_published, **design.published_options}
     alone = {**nnUNetTrainerMGML_baseline.config_overrides, **published, **design.published_alone}
     name = f"nnUNetTrainer{publication}"
     return {

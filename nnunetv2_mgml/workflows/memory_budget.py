@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.objective.memory import GIB, StepMemory, step_memory
-from nnunetv2_mgml.plans.topology import smaller_patches
+from nnunetv2_mgml.plans.topology import replan, smaller_patches
 
 WIDTHS = (0.375, 0.25)
 """Values of ``width_factor`` that are tried."""
@@ -47,7 +47,8 @@ def fit(
         configuration: name of one of their configurations.
         dataset_json: of the dataset.
         limit: bytes.
-        fixed: what the user has chosen, of ``batch_size``, ``patch_size`` and ``width_factor``.
+        fixed: what the user has chosen, of ``batch_size``, ``patch_size`` and ``width_factor``; ``features_per_stage``
+            keeps the number of stages.
 
     Raises:
         ValueError: nothing allowed is small enough, or plans the network cannot be built of.
@@ -107,6 +108,9 @@ def _ladder(plans: Mapping[str, Any], configuration: str, fixed: Collection[str]
             changes = {**changes, "batch_size": size}
             yield changes
     patches = [] if "patch_size" in fixed else list(smaller_patches(resolved.configuration))
+    if "features_per_stage" in fixed:
+        stages = _stages(resolved.configuration)
+        patches = [patch for patch in patches if _stages(resolved.configuration, patch) == stages]
     enough = [patch for patch in patches if math.prod(patch) >= _ENOUGH_VOXELS[len(patch)]]
     for patch in enough:
         changes = {**changes, "patch_size": patch}
@@ -120,3 +124,10 @@ def _ladder(plans: Mapping[str, Any], configuration: str, fixed: Collection[str]
     for patch in patches[len(enough) :]:
         changes = {**changes, "patch_size": patch}
         yield changes
+
+
+def _stages(configuration: dict[str, Any], patch: Sequence[int] | None = None) -> int:
+    """Return how many stages the network has, or would have on another patch."""
+    planned = configuration if patch is None else replan(configuration, patch)
+    stages: int = planned["architecture"]["arch_kwargs"]["n_stages"]
+    return stages

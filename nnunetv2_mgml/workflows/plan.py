@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ class WrittenPlans:
     """Name of nnU-Net's plans that the replaced plans started from, where that was another one."""
     memory: dict[str, float] = field(default_factory=dict)
     """Configuration -> GiB that a training step in 16 bit needs; empty where nobody asked."""
+    inherited: dict[str, list[str]] = field(default_factory=dict)
+    """Configuration -> `NNUNET_KEYS` that changed there too, since it inherits from one in which they were set."""
     restored: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Configuration -> the sizes the preset ``nnunet`` has brought back there."""
 
@@ -148,6 +150,9 @@ def write_plans(request: PlanRequest) -> WrittenPlans:
         lost_sizes=lost,
         replaced_stock=before if before != now else None,
         memory=memory,
+        inherited={
+            name: keys for name in plans["configurations"] if (keys := _inherited(plans, name, configurations, changes))
+        },
         restored=restored,
     )
 
@@ -204,6 +209,8 @@ def _fitted(
         return changed({**changes, **({"gradient_checkpointing": False} if trains_compiled() else {})})
 
     fixed = [key for key in SIZES if key in request.changes]
+    if not isinstance(request.changes.get("features_per_stage", 1), (int, float)):
+        fixed.append("features_per_stage")  # one for each stage, of which another patch may have fewer
     found = fit(counted, configuration, dataset_json, GPU_SHARE * gigabytes * 2**30, fixed)
     return (changed(found.changes) if found.changes else plans), found.changes, found.memory.peak / 2**30
 
@@ -251,8 +258,8 @@ def make_plans(
         plans["configurations"][name].update(_configuration_changes(source, name, changes))
     if {"patch_size", "features_per_stage"} & set(changes):
         _keep_pairs(source, plans)
-    if options.network.modality_decoder_scale:
-        _check_modality_scale(options.network, plans, configurations)
+    if options.network.modality_decoder_scale or options.network.conditional_norms:
+        _check_network(options.network, plans, configurations)
     stock = source[PLANS_KEY].get(STOCK_KEY, STOCK_PLANS) if PLANS_KEY in source else source["plans_name"]
     plans["plans_name"] = plans_name
     plans[PLANS_KEY] = {"config": options.as_dict(), "version": __version__, STOCK_KEY: stock}
@@ -332,9 +339,24 @@ def _lost_sizes(
     for name in [name for name in before["configurations"] if name in now["configurations"]]:
         old, new = _resolved(before, name), _resolved(now, name)
         meant = {*(asked if name in configurations else ()), *(key for each in told for key in each.get(name, ()))}
+        meant.update(_inherited(now, name, configurations, asked))
         pairs = {key: (_size(old, key), _size(new, key)) for key in NNUNET_KEYS if key not in meant}
         if lost := {key: pair for key, pair in pairs.items() if _differ(*pair)}:
             found[name] = lost
+    return found
+
+
+def _inherited(plans: dict[str, Any], name: str, configurations: Sequence[str], keys: Iterable[str]) -> list[str]:
+    """Return those of `NNUNET_KEYS` among some keys that a configuration has from one of ``configurations``."""
+    if name in configurations:
+        return []
+    found = []
+    for key in [key for key in keys if key in NNUNET_KEYS]:
+        holder, place = name, "architecture" if key == "features_per_stage" else key
+        while place not in plans["configurations"][holder] and "inherits_from" in plans["configurations"][holder]:
+            holder = plans["configurations"][holder]["inherits_from"]
+        if holder in configurations:
+            found.append(key)
     return found
 
 
@@ -364,12 +386,14 @@ def _check_fusion(options: NetworkOptions) -> None:
     find_design(options.fusion).take_options(options.fusion_options, options.fusion_revision)
 
 
-def _check_modality_scale(options: NetworkOptions, plans: dict[str, Any], configurations: Sequence[str]) -> None:
-    from nnunetv2_mgml.network.build import modality_scale  # and with it the networks
+def _check_network(options: NetworkOptions, plans: dict[str, Any], configurations: Sequence[str]) -> None:
+    from nnunetv2_mgml.network.build import has_conditional_norms, modality_scale  # and with it the networks
 
     for name in configurations:
+        kwargs = _resolved(plans, name)["architecture"]["arch_kwargs"]
         try:
-            modality_scale(options, _resolved(plans, name)["architecture"]["arch_kwargs"]["n_stages"])
+            modality_scale(options, kwargs["n_stages"])
+            has_conditional_norms(options, kwargs)
         except ValueError as error:
             raise ValueError(f"Configuration {name}: {error}") from error
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from builders import plans
 from fusion_cases import own_designs
 
 from nnunetv2_mgml.ext import mgml_trainers

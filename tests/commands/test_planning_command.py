@@ -75,6 +75,7 @@ def test_paper_preset_and_set_over_it(folder):
         deterministic=True,
         complete_view_weight=0.0,
         modality_decoder_scale=0,
+        conditional_norms=False,
     )
     configuration = plans["configurations"]["3d_fullres"]
     assert (configuration["patch_size"], configuration["batch_size"]) == ([80, 80, 80], 1)
@@ -156,6 +157,30 @@ def test_features_that_are_lost_or_come_back_are_said(folder, capsys):
     assert f"  features_per_stage = {own} (3d_fullres), was {half}; {kept}" in capsys.readouterr().out.splitlines()
 
 
+def test_configurations_that_inherit_are_said_to_follow(folder, capsys):
+    """Once, as following; not as something that was lost, a second time either."""
+    for plans in ("nnUNetPlans", "nnUNetMGMLPlans"):
+        planning.run(parse("-d", DATASET, "-p", plans, "--set", "patch_size=64x64x64", "features_per_stage=0.5"))
+        lines = capsys.readouterr().out.splitlines()
+        assert "  patch_size, features_per_stage (3d_bs4): inherited, as just set" in lines
+        assert not any("was" in line.split() or "was [" in line for line in lines)
+        assert not any("3d_small" in line for line in lines)
+
+
+def test_gpu_memory_keeps_the_stages_that_were_named(folder, capsys, by_voxels):
+    """A patch with fewer stages would leave out numbers of the list."""
+    stages = [8, 16, 24, 32, 40]
+    planning.run(
+        parse("-d", DATASET, "--set", "patch_size=64x64x64", f"features_per_stage={stages}", "--gpu_memory", "0.5")
+    )
+    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+    configuration = resolved(plans, "3d_fullres")
+    assert configuration["architecture"]["arch_kwargs"]["features_per_stage"] == stages
+    assert configuration["batch_size"] < resolved(json.loads((folder / "nnUNetPlans.json").read_text()), "3d_fullres")[
+        "batch_size"
+    ] or configuration["patch_size"] != [64, 64, 64]
+
+
 def test_half_of_the_features_narrow_the_stock_network_and_ours(folder):
     """The conditional stock network of `features_per_stage=0.5`: nnU-Net builds it from the plans alone."""
     counts = {}
@@ -214,7 +239,8 @@ def test_help_tells_the_paper_preset(capsys):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "augmentation=paper, complete_view_weight=0.0, modality_decoder_scale=0, seed=1024, deterministic=True" in said
+        "augmentation=paper, complete_view_weight=0.0, modality_decoder_scale=0, conditional_norms=False, seed=1024, "
+        "deterministic=True" in said
     )
     assert "rotation up to 10 degrees, intensity scale and shift 0.1, flips" in said
     assert "stays nnU-Net's" not in said

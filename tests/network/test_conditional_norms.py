@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import builders
 import pytest
 import torch
 from builders import options_with
+from inference_cases import CHANNELS, write_model
 from network_cases import LAYOUTS, batch, config
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunetv2_mgml.io.files import read_json, write_json
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.conditional_norms import ConditionalNorm, make_conditional
@@ -19,6 +23,10 @@ from nnunetv2_mgml.network.fusion import FusionDesign, fusion_designs
 from nnunetv2_mgml.network.fusion.base import find_design
 from nnunetv2_mgml.network.interface import Needs, View
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.objective import Options
+from nnunetv2_mgml.plans.options import PLANS_KEY
+from nnunetv2_mgml.presentation.internals import load_model
+from nnunetv2_mgml.workflows.plan import make_plans
 
 M = 4
 SUBSETS = torch.tensor(all_subsets(M))
@@ -43,7 +51,8 @@ def conditional(fusion: str = "region_aware", taught: bool = True, **layout: Any
 def test_starts_as_the_network_without(fusion: str) -> None:
     """Its tensors are those of the network without, and one more for each of these norms; no encoder has one."""
     torch.manual_seed(0)
-    plain, net = builders.network(config(fusion)), conditional(fusion, taught=False)
+    plain = builders.network(config(fusion, conditional_norms=False))
+    net = conditional(fusion, taught=False)
     more = {*net.state_dict()} - {*plain.state_dict()}
     every = net.named_modules(remove_duplicate=False)  # nnU-Net's blocks hold each layer twice
     norms = {name for name, module in every if isinstance(module, ConditionalNorm)}
@@ -110,14 +119,38 @@ def test_a_training_step(fusion: str) -> None:
             torch.testing.assert_close(one, two)
 
 
-def test_what_is_shared_cannot_depend_on_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A design of another package that does not say so is refused, not given the mask of the pass before."""
-    monkeypatch.setattr(find_design("demoseg"), "modules_of_fused", FusionDesign.modules_of_fused)
+def test_a_design_has_to_say_that_its_norms_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another package keeps plain norms; one that says so wrongly is refused, not given the mask of before."""
+
+    class Shares(find_design("concat")):
+        def share(self, features: list[torch.Tensor]) -> Any:
+            return super().share(features)
+
+    class Renamed(find_design("concat")):
+        pass
+
+    assert (FusionDesign.conditions_norms, Shares.conditions_norms, Renamed.conditions_norms) == (False, False, True)
+    assert not any(isinstance(module, ConditionalNorm) for module in conditional("demoseg").fusion.modules())
+    monkeypatch.setattr(find_design("demoseg"), "conditions_norms", True)
     net, x = conditional("demoseg"), batch((16, 16, 16), size=1)
     with torch.no_grad():
         net(x, SUBSETS[:1])
-        with pytest.raises(RuntimeError, match="which tells it what is visible"):
+        with pytest.raises(RuntimeError, match=r"tells it what is visible.*must not say `conditions_norms`"):
             net.decode_subsets(net.encode(x), SUBSETS)
+
+
+def test_every_thread_has_a_mask_of_its_own() -> None:
+    """As a service does that predicts several cases at once by one network."""
+    net, x = conditional().eval(), batch((16, 16, 16), size=1)
+    with torch.inference_mode():
+        expected = [net(x, SUBSETS[i : i + 1]) for i in range(len(SUBSETS))]
+
+    def predict(i: int) -> bool:
+        with torch.inference_mode():
+            return torch.equal(net(x, SUBSETS[i : i + 1]), expected[i])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(predict, [i for _ in range(4) for i in range(len(SUBSETS))]))
 
 
 def test_norms_with_and_without_weights_of_their_own() -> None:
@@ -148,11 +181,82 @@ def test_a_copy_knows_its_own_masks() -> None:
         assert torch.equal(other(x, SUBSETS[:1]), expected)
 
 
-def test_refused_where_there_are_no_such_norms() -> None:
-    with pytest.raises(ValueError, match="conditional_norms=true needs network_form=multi_encoder; this is early_fus"):
+def test_by_default_where_form_and_norms_allow_it() -> None:
+    def norms(norm_op: str = "torch.nn.InstanceNorm3d", **options: Any) -> int:
+        plan = builders.configuration((16, 16, 16))
+        plan["architecture"]["arch_kwargs"]["norm_op"] = norm_op
+        network = config("mean", **options).network
+        net = build_network(ConfigurationManager(plan), network, M, 3, 4, True, LEARNS)
+        return sum(isinstance(module, ConditionalNorm) for module in net.modules())
+
+    assert norms() == norms(conditional_norms=True) > 0
+    assert norms(conditional_norms=False) == 0
+    assert norms("torch.nn.BatchNorm3d") == 0
+    assert norms(network_form="early_fusion") == 0
+
+
+def test_plans_and_models_of_before_have_none(tmp_path: Path) -> None:
+    """What was written before there was the option says nothing of it; what `mgml plan` makes of it has none either."""
+    block = {"version": "0.2.0", "config": {"fusion": "mean", "fusion_revision": 2}}
+    assert Options.from_plans({PLANS_KEY: block}).network.conditional_norms is False
+    assert Options.from_plans({}).network.conditional_norms is None
+    planned = make_plans({**builders.plans(), PLANS_KEY: block}, {"num_epochs": 3}, ["3d_fullres"], "Later", CHANNELS)
+    assert planned[PLANS_KEY]["config"]["conditional_norms"] is False
+    folder = write_model(tmp_path / "before", options={"conditional_norms": False})
+    plans = read_json(folder / "plans.json")
+    plans[PLANS_KEY]["version"] = "0.2.0"  # as in every model
+    del plans[PLANS_KEY]["config"]["conditional_norms"]
+    write_json(folder / "plans.json", plans)
+    model = load_model(folder, 0, "checkpoint_final.pth", "cpu")
+    assert not any(isinstance(module, ConditionalNorm) for module in model.network.modules())
+
+
+class FastNorm(torch.nn.InstanceNorm3d):
+    """An instance norm of another package."""
+
+
+@pytest.mark.parametrize(
+    ("norm_op", "more"),
+    [
+        ("torch.nn.BatchNorm3d", {}),
+        (f"{__name__}.FastNorm", {}),
+        ("torch.nn.InstanceNorm3d", {"track_running_stats": True}),
+    ],
+)
+def test_norms_that_cannot(norm_op: str, more: dict[str, Any], stock_plans: dict[str, Any]) -> None:
+    """By default there are none, and wherever they are asked for they are refused: `mgml plan` and training."""
+    for content in (plan := builders.configuration((16, 16, 16)), stock_plans["configurations"]["3d_fullres"]):
+        arguments = content["architecture"]["arch_kwargs"]
+        arguments["norm_op"] = norm_op
+        arguments["norm_op_kwargs"] = {**arguments["norm_op_kwargs"], **more}
+    manager = ConfigurationManager(plan)
+    net = build_network(manager, config("concat").network, M, 3, 4, True, LEARNS)
+    assert not any(isinstance(module, ConditionalNorm) for module in net.modules())
+    message = rf"norm_op is {norm_op} with .*Allowed are InstanceNorm2d .*Set conditional_norms to null or false"
+    with pytest.raises(ValueError, match=message):
+        build_network(manager, config("concat", conditional_norms=True).network, M, 3, 4, True, LEARNS)
+    with pytest.raises(ValueError, match=f"Configuration 3d_fullres: .*{message}"):
+        make_plans(stock_plans, {"conditional_norms": True}, ["3d_fullres"], "P", CHANNELS)
+
+
+@pytest.fixture
+def stock_plans() -> dict[str, Any]:
+    return copy.deepcopy(builders.plans())
+
+
+def test_early_fusion_is_refused(stock_plans: dict[str, Any]) -> None:
+    message = "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set"
+    with pytest.raises(ValueError, match=message):
         builders.network(options_with(fusion="concat", network_form="early_fusion", conditional_norms=True))
-    plan = builders.configuration((16, 16, 16))
-    plan["architecture"]["arch_kwargs"]["norm_op"] = "torch.nn.BatchNorm3d"
-    options = config("mean", conditional_norms=True).network
-    with pytest.raises(ValueError, match=r"have no instance norms.*Set conditional_norms to false"):
-        build_network(ConfigurationManager(plan), options, M, 3, 4, True, LEARNS)
+    changes = {"fusion": "concat", "network_form": "early_fusion", "conditional_norms": True}
+    with pytest.raises(ValueError, match=f"Configuration 3d_fullres: {message}"):
+        make_plans(stock_plans, changes, ["3d_fullres"], "P", CHANNELS)
+
+
+def test_made_conditional_once() -> None:
+    """A second time would not find the norms of the first, and must not lose them."""
+    net = conditional()
+    before = net(batch((16, 16, 16)), SUBSETS[:2])
+    with pytest.raises(ValueError, match="replaced already"):
+        net.condition_norms()
+    assert torch.equal(net(batch((16, 16, 16)), SUBSETS[:2]), before)

@@ -15,7 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_mgml.network import multi_encoder_unet
 from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.decoder import FusionDecoder
-from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, find_design
+from nnunetv2_mgml.network.fusion.attention import StudentDropout
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionDesign, FusionSpec, find_design
 from nnunetv2_mgml.network.fusion.concat import ConcatFusion
 from nnunetv2_mgml.network.interface import Needs, View
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
@@ -193,6 +194,27 @@ def test_a_fuse_scale_of_its_own_has_to_say_so() -> None:
         pass
 
     assert (Other.joins_passes, Saying.joins_passes, Renamed.joins_passes) == (False, True, True)
+
+
+def test_a_state_or_random_numbers_of_its_own_keep_them_apart() -> None:
+    """The teacher's pass must not be noisy, and what a training step begins with must not be left out."""
+
+    class Begins(ConcatFusion):
+        def begin_training(self, available: torch.Tensor) -> Any:
+            return super().begin_training(available)
+
+    class Noisy(ConcatFusion):
+        def __init__(self, spec: FusionSpec) -> None:
+            super().__init__(spec)
+            self.drop = StudentDropout(0.5)
+
+    assert not Begins.joins_passes
+    net = builders.network(config("concat"))
+    assert net._joins_passes
+    spec = net.fusion.spec
+    for fusion, joins in ((Noisy(spec), False), (ConcatFusion(spec), True), (Begins(spec), False)):
+        again = MultiEncoderUNet(net.encoders, fusion, net.decoder, net.modality_decoder)
+        assert again._joins_passes == joins
 
 
 def test_needs_no_memory_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,20 @@ def test_the_scale_of_the_modality_decoder_counts_where_there_is_one() -> None:
     assert found(0, soft_label="none", modality_decoder_weight=0.0) == []
 
 
+def test_conditional_norms_count_as_what_null_means() -> None:
+    def found(before: bool | None, now: bool | None, norm: str = "InstanceNorm3d") -> list[str]:
+        both = []
+        for value in (before, now):
+            content = {**plans(), "mgml": {"config": {**TINY, "conditional_norms": value}}}
+            content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["norm_op"] = f"torch.nn.{norm}"
+            both.append(content)
+        return network_differences(*both, "3d_fullres")
+
+    assert found(None, True) == found(True, None) == []
+    assert found(None, False) == ["conditional_norms was True, is now False"]
+    assert found(None, False, "BatchNorm3d") == []
+
+
 def test_the_wiring_of_m2ftrans_counts_where_it_acts() -> None:
     def found(**options: Any) -> list[str]:
         before, now = (

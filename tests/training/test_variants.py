@@ -51,7 +51,8 @@ def settings(name: str) -> dict[str, Any]:
     design = fusion_designs()[fusion]
     assert name.removeprefix("nnUNetTrainer").removesuffix("_MGML") == design.trainer
     alone = {} if name.endswith("_MGML") else design.published_alone
-    return copy.deepcopy({"fusion": fusion, "modality_decoder_scale": 0, **design.published_options, **alone})
+    published = {"modality_decoder_scale": 0, "conditional_norms": False, **design.published_options}
+    return copy.deepcopy({"fusion": fusion, **published, **alone})
 
 
 def test_every_trainer_is_in_the_table() -> None:

@@ -19,7 +19,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2_mgml.commands.main import main
 from nnunetv2_mgml.commands.warmstart import parse_use
 from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
-from nnunetv2_mgml.network.fusion import fusion_designs
+from nnunetv2_mgml.network.fusion import FusionDesign, base, fusion_designs
+from nnunetv2_mgml.network.fusion.base import FusedScale, FusionSpec
 from nnunetv2_mgml.network.transfer import Donor, labels_of, transfer, unique_tensors
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 from nnunetv2_mgml.training.variants import nnUNetTrainerModalityDropout, nnUNetTrainerModalityDropout_conditional
@@ -326,6 +327,72 @@ def test_conditional_norms_of_fusion_and_decoder_go_by_names_too(fusion: str) ->
     for name, parameter in other.named_parameters():
         if name.endswith("of_modalities"):
             assert torch.equal(parameter, trained.get_parameter(name))
+
+
+def test_a_plain_checkpoint_gives_conditional_norms_all_but_their_parts() -> None:
+    """Whole widths: the decoder is the stock one, as without such norms; what modalities add starts at zero."""
+    stock = stock_network().double().eval()
+    plain, conditional = (ours("mean", conditional_norms=norms, **WHOLE).double() for norms in (False, True))
+    assert of(start(plain, donor(stock)), "decoder").taken == of(start(plain, donor(stock)), "decoder").total
+    taken = start(conditional, donor(stock))
+    own = plain.decoder.state_dict()
+    for key, tensor in conditional.decoder.state_dict().items():
+        assert not tensor.any() if key.endswith("of_modalities") else torch.equal(tensor, own[key])
+    assert not any("decoder is narrower" in note for note in taken.notes)
+    narrow = start(ours("mean", conditional_norms=True), donor(stock))
+    assert of(narrow, "decoder").taken == 0
+    assert any("decoder is narrower" in note for note in narrow.notes)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_decoder_without_conditional_norms_starts_as_with_all_visible(norms: bool) -> None:
+    """That shared by all modalities has none; the checkpoint's go into its scales and shifts, and the note says so."""
+    trained = ConditionedUNet(stock_network(), 4).double()
+    for name, parameter in trained.named_parameters():
+        if name.endswith("of_modalities"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    target = ours("mean", conditional_norms=norms, **WHOLE).double()
+    taken = start(target, donor(trained))
+    norm, own = trained.decoder.stages[0].convs[0].norm, target.modality_decoder.stages[0].convs[0].norm
+    scale, shift = (0.5 * norm.of_modalities).sum(0)
+    torch.testing.assert_close(own.weight, norm.weight * (1 + scale))
+    torch.testing.assert_close(own.bias, norm.bias * (1 + scale) + shift)
+    assert len(taken.notes) == 1
+    assert "alone visible" in taken.notes[0]
+    assert "t1, t1ce, t2, flair visible" in taken.notes[0]
+
+
+def test_parts_of_norms_in_a_list_go_by_the_names_of_modalities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A design of another package with a norm per modality: the list's index and the rows of each."""
+
+    class Listed(FusionDesign):
+        """A norm per modality and scale, and the mean of what is visible."""
+
+        name = "listed"
+        conditions_norms = True
+
+        def __init__(self, spec: FusionSpec) -> None:
+            super().__init__(spec)
+            self.norms = torch.nn.ModuleList(
+                torch.nn.ModuleList(torch.nn.InstanceNorm3d(width, affine=True) for width in spec.channels)
+                for _ in range(spec.num_modalities)
+            )
+
+        def fuse_scale(self, scale: int, features: Any, mask: Any, context: Any, state: Any) -> FusedScale:
+            normed = torch.stack([norms[scale](features[:, m]) for m, norms in enumerate(self.norms)], 1)
+            return FusedScale((normed * mask[:, :, None, None, None, None]).mean(1))
+
+    monkeypatch.setitem(base._REGISTRY, "listed", Listed)
+    trained, turned = (ours("listed", conditional_norms=True).double().eval() for _ in range(2))
+    for name, parameter in trained.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
+    taken = start(turned, donor(trained, OTHER_ORDER))
+    assert taken.taken == sum(part.total for part in taken.parts)
+    x, visible = torch.randn(1, 4, 16, 16, 16, dtype=torch.float64), torch.tensor([[True, False, True, True]])
+    order = [CHANNELS.index(name) for name in OTHER_ORDER]
+    with torch.no_grad():
+        torch.testing.assert_close(turned(x, visible), trained(x[:, order], visible[:, order]))
 
 
 def test_nothing_that_fits_is_refused_with_the_option_to_set() -> None:

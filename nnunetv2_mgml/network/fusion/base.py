@@ -7,7 +7,6 @@ says that it hides them itself (``hides_absent``); the mask says which those are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -122,14 +121,23 @@ class FusionDesign(nn.Module):
     joins_passes: ClassVar[bool] = False
     """Whether two passes of a training step, the prediction from what is visible and that from all that a case has, may
     be one batch: nothing is drawn at random, nothing depends on the other samples of a batch, `begin` and
-    `begin_training` return what `FusionDesign`'s do, and `fuse_scale` returns no loss. A class that has a `fuse_scale`
-    of its own and does not say does not join them, whatever its base class does."""
+    `begin_training` return what `FusionDesign`'s do, and `fuse_scale` returns no loss. A class that has one of the
+    three of its own and does not say does not join them, whatever its base class does."""
+
+    conditions_norms: ClassVar[bool] = False
+    """Whether the design's instance norms may depend on what is visible (``conditional_norms``): `fuse_scale` calls
+    them, and `share` does not, with a batch as long as the mask. A class that has one of the two of its own and does
+    not say keeps plain norms, whatever its base class does."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "fuse_scale" in vars(cls):
-            cls.uses_context |= not {"uses_context", "reads_context"} & set(vars(cls))
-            cls.joins_passes &= "joins_passes" in vars(cls)
+        own = set(vars(cls))
+        if "fuse_scale" in own:
+            cls.uses_context |= not {"uses_context", "reads_context"} & own
+        if own & {"fuse_scale", "begin", "begin_training"}:
+            cls.joins_passes &= "joins_passes" in own
+        if own & {"fuse_scale", "share"}:
+            cls.conditions_norms &= "conditions_norms" in own
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__()
@@ -172,14 +180,6 @@ class FusionDesign(nn.Module):
             features: per scale, full resolution first, ``(B, M, C_s, *spatial_s)``; nothing in them is hidden.
         """
         return None
-
-    def modules_of_fused(self) -> Iterable[nn.Module]:
-        """Return the modules whose instance norms may depend on what is visible (``conditional_norms``).
-
-        Those that `fuse_scale` calls, and `share` does not, with a batch as long as the mask: all unless a design says
-        otherwise.
-        """
-        return self.modules()
 
     def begin(self, shared: Any = None) -> Any:
         """Return the state handed to every `fuse_scale` of one pass: what is shared, unless a design needs another."""

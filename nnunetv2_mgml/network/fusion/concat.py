@@ -25,6 +25,7 @@ class ConcatFusion(FusionDesign):
     )
     weights_depend_on_modality = True
     hides_absent = True
+    conditions_norms = True
     joins_passes = True
     uses_context = False
 

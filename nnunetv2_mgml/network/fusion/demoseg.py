@@ -14,7 +14,6 @@ is a design like others, at every scale. ``stand_in=none`` is its control: own s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -129,10 +128,6 @@ class DeMoSegFusion(FusionDesign):
         if self.blocks is None:
             return features
         return torch.stack([block(features[:, m]) for m, block in enumerate(self.blocks[scale])], 1)
-
-    def modules_of_fused(self) -> Iterable[nn.Module]:
-        """None: the blocks prepare one modality each, whatever the mask; see `FusionDesign.modules_of_fused`."""
-        return ()
 
     def share(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `FusionDesign.share`: the prepared features."""

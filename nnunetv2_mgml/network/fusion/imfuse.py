@@ -118,6 +118,7 @@ class ImFuseFusion(FusionDesign):
     weights_depend_on_modality = True
     order_matters = True
     hides_absent = True
+    conditions_norms = True
 
     def __init__(self, spec: FusionSpec) -> None:
         super().__init__(spec)

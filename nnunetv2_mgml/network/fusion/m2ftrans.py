@@ -154,6 +154,7 @@ class M2FTransFusion(FusionDesign):
     }
     weights_depend_on_modality = True
     hides_absent = True
+    conditions_norms = True
 
     @classmethod
     def acting(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class MmFormerFusion(FusionDesign):
     }
     weights_depend_on_modality = True
     hides_absent = True
+    conditions_norms = True
     joins_passes = True
 
     def __init__(self, spec: FusionSpec) -> None:

@@ -176,6 +176,7 @@ class RegionAwareFusion(FusionDesign):
     defaults_before: ClassVar[dict[int, dict[str, Any]]] = {1: {"pooling_epsilon": 1e-3}}
     weights_depend_on_modality = True
     hides_absent = True
+    conditions_norms = True
     joins_passes = True
 
     def __init__(self, spec: FusionSpec) -> None:
