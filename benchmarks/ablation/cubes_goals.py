@@ -9,11 +9,10 @@ import cubes_specialists
 import cubes_table
 import numpy as np
 from collect import Difference
-from cubes_variants import SPECIALISTS
+from cubes_variants import BASELINE, DEFAULT, SPECIALISTS
 
 from nnunetv2_mgml.scoring.statistics import bootstrap_interval
 
-DEFAULT = "mgml"
 BEST = "conditional_dropout"
 """The variant in whose column the goals stand as well: what one would train where time is short."""
 RIVAL = "modality_dropout"
@@ -95,7 +94,7 @@ def _time(results: Sequence[Result], variant: str) -> Measured:
 
 def _half_time(results: Sequence[Result], half: Sequence[Result], variant: str) -> Measured | None:
     """Return the Dice on validation patients of trainings of half the time beside the baseline's; None without any."""
-    whole = {r["seed"]: r for r in _of(results, cubes_table.BASELINE)}
+    whole = {r["seed"]: r for r in _of(results, BASELINE)}
     pairs = [(whole[r["seed"]], r) for r in _of(half, variant) if r["seed"] in whole]
     if not pairs:
         return None
@@ -141,7 +140,7 @@ def _on_brains(change: Difference | None) -> Measured:
 
 
 _GOALS: tuple[tuple[str, Callable[[Sequence[Result], str], Measured]], ...] = (
-    ("at least 1.5 ahead of the baseline, interval above 0", lambda r, v: _ahead(r, v, cubes_table.BASELINE, 1.5)),
+    ("at least 1.5 ahead of the baseline, interval above 0", lambda r, v: _ahead(r, v, BASELINE, 1.5)),
     ("at least 3 ahead of modality dropout, interval above 0", lambda r, v: _ahead(r, v, RIVAL, 3.0)),
     ("the baseline's final Dice in at most half of its time", _time),
     ("no region and no number of modalities behind the baseline", _worst),
@@ -156,5 +155,5 @@ def _of(results: Sequence[Result], variant: str) -> list[Result]:
 
 def _pairs(results: Sequence[Result], variant: str) -> list[tuple[Result, Result]]:
     """Return baseline and variant of every seed that both have."""
-    by_seed = {r["seed"]: r for r in _of(results, cubes_table.BASELINE)}
+    by_seed = {r["seed"]: r for r in _of(results, BASELINE)}
     return [(by_seed[r["seed"]], r) for r in _of(results, variant) if r["seed"] in by_seed]

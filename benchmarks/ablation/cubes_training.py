@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from cubes_data import Cubes, cut, draw, left_by_rate
-from cubes_variants import CHANNELS, Run
+from cubes_variants import CHANNELS, OF_ALL, Run
 from precision import precision_on
 from step import CLIP_NORM, Batch, Learner, StockLearner, at_scales, autocast, make_plan
 
@@ -77,7 +77,7 @@ class Training:
             )
         else:
             narrow = {"width_factor": settings["width_factor"], "gradient_checkpointing": False}  # time counts here
-            self.learner = Learner(self.plan, {**run.options, **narrow}, device)
+            self.learner = Learner(self.plan, {**OF_ALL, **run.options, **narrow}, device)
         has = left_by_rate(self.cubes.patients)
         if not settings["lacking"]:
             has[:] = True

@@ -13,6 +13,9 @@ CHANNELS = ("t1", "t1ce", "t2", "flair")
 STEP_SECONDS = Path(__file__).parent / "results" / "cubes_seconds.json"
 """What `cubes_seconds.py` measured."""
 SETTINGS = json.loads((Path(__file__).parent / "cubes.json").read_text())
+OF_ALL = SETTINGS["options"]
+"""Options of the plugin that every variant has whose name does not say otherwise: what was the default at first, so
+that a name means the same in all results."""
 _FREE = ("only", "patients", "lacking", "learning_rate", "weight_decay")
 """Settings that do not change what a step costs."""
 
@@ -72,6 +75,8 @@ SPECIALISTS = "modality_dropout"
 """The variant whose network specialists are: the stock network, without anything that knows of missing modalities."""
 THREE_SEEDS = ("t1", "t1ce", "t2", "flair", "t1+t1ce+t2+flair")
 """Subsets whose specialists are trained with all seeds."""
+DEFAULT, BASELINE = (f"{name}:conditional_norms=true" for name in ("mgml", "baseline"))
+"""The plugin's default, and the same network without our terms."""
 PASSION = "passion"
 """The variant for patients that lack modalities, which hides nothing of what they have."""
 LACKING = ("baseline", "mgml", "modality_dropout", PASSION)
@@ -94,6 +99,7 @@ def whole_table(seeds: list[int], steps: int) -> list[Run]:
     subsets = [subset_name(subset, CHANNELS) for subset in all_subsets(len(CHANNELS))]
     for_all = [name for name in SETTINGS["variants"] if name != PASSION]
     variants = [f"{name}{change}" for change in ("", f":patients={FEW}") for name in for_all]
+    variants += [BASELINE, DEFAULT]
     variants += [f"{name}:lacking=true" for name in LACKING]
     runs = [Run(name, seed, steps) for seed in seeds for name in variants]
     alone = [(specialist(s), seed) for n, seed in enumerate(seeds) for s in subsets if n == 0 or s in THREE_SEEDS]

@@ -18,6 +18,7 @@ import figure
 import pages
 from collect import Result, finished, select
 from collect import statistics as statistics_of
+from cubes_variants import BASELINE, DEFAULT
 from settings import FOLDER, RESULTS, read_settings
 
 from nnunetv2_mgml.io.files import write_json, write_text
@@ -60,7 +61,8 @@ def summary(settings: dict[str, Any], results: Sequence[Result]) -> dict[str, di
 def of_cubes() -> dict[str, Any]:
     """Return design -> variant -> figures on the test patients, of the largest budget of equal time there is.
 
-    ``budget`` says what that is, and on which device; see `cubes_specialists.gap`.
+    ``budget`` says what that is, and on which device; see `cubes_specialists.gap`. ``mgml`` is the plugin's default and
+    ``baseline`` the same network without our terms, whatever the variants of the cubes are called (`_called`).
     """
     budget, chosen = cubes_table.headline_budget()
     if not chosen:
@@ -68,9 +70,17 @@ def of_cubes() -> dict[str, Any]:
     designs: dict[str, dict[str, Any]] = {}
     for result in chosen:
         variants = designs.setdefault(REFERENCE if result["design"] == "none" else result["design"], {})
-        if result["variant"] not in variants and not result["training"]["only"]:
-            variants[result["variant"]] = _figures([r for r in chosen if r["variant"] == result["variant"]])
+        name = _called(result["variant"])
+        if name not in variants and not result["training"]["only"]:
+            variants[name] = _figures([r for r in chosen if r["variant"] == result["variant"]])
     return {**designs, "specialists_gap": cubes_specialists.gap(chosen), "budget": budget}
+
+
+def _called(variant: str) -> str:
+    """Return what a variant of the cubes is to a user of today's defaults."""
+    today = {DEFAULT: "mgml", BASELINE: "baseline"}
+    before = {name: f"{name}:conditional_norms=false" for name in today.values()}
+    return {**today, **before}.get(variant, variant)
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

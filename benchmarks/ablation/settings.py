@@ -87,13 +87,14 @@ class Run:
         """Whether a result of these very settings is there.
 
         Options the plugin has got since then are not compared: by default they leave what was there as it was, all but
-        ``modality_decoder_scale``, which was 0. A stock network is not built from options of ours.
+        ``modality_decoder_scale``, which was 0, and ``conditional_norms``, which were not. A stock network is not built
+        from options of ours.
         """
         if not self.file.is_file():
             return False
         stored, now = json.loads(self.file.read_text())["resolved"], self.resolved
         without = () if now["is_mgml"] else NetworkOptions.names()
-        config = {"modality_decoder_scale": 0, **stored["config"]}
+        config = {"modality_decoder_scale": 0, "conditional_norms": False, **stored["config"]}
         before = {key: value for key, value in config.items() if key not in without}
         known = {key: now["config"].get(key) for key in before}
         return {**stored, "config": before} == {**now, "config": known}

@@ -31,22 +31,24 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which "
         "one encoder per modality has a part (5.6 and 4.3 million parameters). In the rows called `narrow` it has half "
         "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
-        "the cubes.\n\n" + _table(settings, "brains", chosen) + _beside_the_narrow(chosen)
+        "the cubes.\n\n" + _table(settings, "brains", chosen) + _beside_rivals(chosen)
     )
 
 
-_DEFAULT = "mgml"
-_NARROW = ("modality_dropout_narrow", "conditional_dropout_narrow", "baseline_narrow", "mgml_narrow")
-"""Networks of half the width, which do the most steps in the same time."""
+BASELINE, DEFAULT = "baseline_conditional", "mgml_conditional"
+"""The network of the plugin's default without our terms and with them, among the variants of the whole brains."""
+_RIVALS = (BASELINE, "mgml", "conditional_dropout_narrow", "modality_dropout_narrow", "baseline_narrow", "mgml_narrow")
+"""What the default is compared with below the table: the same without terms, without conditional norms, and networks of
+half the width, which do the most steps in the same time."""
 
 
-def _beside_the_narrow(results: Sequence[Result]) -> str:
-    """Return how far the default is ahead of each narrow network, on the folds that both have and on each."""
-    return "".join(_beside(results, name) for name in _NARROW)
+def _beside_rivals(results: Sequence[Result]) -> str:
+    """Return how far the default is ahead of each rival, on the folds that both have and on each."""
+    return "".join(_beside(results, name) for name in _RIVALS)
 
 
 def _beside(results: Sequence[Result], other: str) -> str:
-    runs = [select(results, variant=name) for name in (other, _DEFAULT)]
+    runs = [select(results, variant=name) for name in (other, DEFAULT)]
     change = difference(*runs)
     if change is None:
         return ""
@@ -54,7 +56,7 @@ def _beside(results: Sequence[Result], other: str) -> str:
     of_fold = (difference(*([r for r in each if r.run.fold == fold] for each in runs)) for fold in folds)
     told = " ".join(f"{each.mean:+.2f}" for each in of_fold if each is not None)
     return (
-        f"\n`{_DEFAULT}` against `{other}`: {change.mean:+.2f}, 95 % interval {change.low:+.2f} to "
+        f"\n`{DEFAULT}` against `{other}`: {change.mean:+.2f}, 95 % interval {change.low:+.2f} to "
         f"{change.high:+.2f}; per fold {told}.\n"
     )
 

@@ -257,6 +257,8 @@ def test_results_are_what_their_names_say(cubes: SimpleNamespace) -> None:
             assert known == run.training, file.name
             scale = (content["resolved"] or {}).get("modality_decoder_scale")  # a stock network has none
             assert scale in (None, 0 if "modality_decoder_scale=0" in run.name else 1)
+            norms = (content["resolved"] or {}).get("conditional_norms", False)
+            assert norms is ("conditional_norms=true" in run.name)
 
 
 def test_trainings_of_few_patients_are_a_table_of_their_own(
@@ -358,6 +360,7 @@ def test_the_headline_is_of_the_budget_with_specialists(
 def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> None:
     """Paired by seed; a seed that never gets there, a region behind, a model that is missing are told."""
     rng = np.random.default_rng(0)
+    baseline, default = cubes.cubes_variants.BASELINE, cubes.cubes_variants.DEFAULT
     t1, makers = (True, False, False, False), (cubes.cubes_scores.summary, cubes.cubes_scores.cases_of)
     subsets, values = all_subsets(4), [rng.random((3, 15, 8)) * 0.5 + 0.2 for _ in range(3)]
     of_dropout = [each + rng.normal(0, 0.002, each.shape) for each in values]
@@ -365,17 +368,17 @@ def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> Non
     def curve(*dice: float) -> list[dict[str, float]]:
         return [{"step": 25 * (n + 1), "mean": mean} for n, mean in enumerate(dice)]
 
-    results = [finished(cubes, "baseline", s, each, curve=curve(30, 35, 39, 40)) for s, each in enumerate(values)]
+    results = [finished(cubes, baseline, s, each, curve=curve(30, 35, 39, 40)) for s, each in enumerate(values)]
     results += [finished(cubes, "modality_dropout", s, each) for s, each in enumerate(of_dropout)]
     behind = values[0] + 0.02
     behind[2] -= 0.03  # two regions 2 points ahead, the third 1 behind
-    results.append(finished(cubes, "mgml", 0, behind, curve=curve(10, 20, 30, 39.9)))
+    results.append(finished(cubes, default, 0, behind, curve=curve(10, 20, 30, 39.9)))
     ahead = [finished(cubes, "conditional_dropout", s, values[s] + 0.04, curve=curve(20, 41, 45)) for s in (1, 2)]
     results += ahead
     of_t1 = np.mean(values[1:], 0)[:, [subsets.index(t1)]] + 0.043
     alone = {name: make(of_t1, [t1]) for name, make in zip(("test", "dice"), makers, strict=True)}
     results.append({**results[0], **alone, "variant": "modality_dropout:only=t1"})
-    changes = {"mgml": SimpleNamespace(mean=1.0, low=-0.1, high=2.0), "conditional_dropout": None}
+    changes = {default: SimpleNamespace(mean=1.0, low=-0.1, high=2.0), "conditional_dropout": None}
     lines = cubes.cubes_goals.table(results, changes).splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
     by_goal = {row[0]: row[1:] for row in rows}
@@ -406,7 +409,7 @@ def test_goals_are_held_against_what_was_measured(cubes: SimpleNamespace) -> Non
         finished(cubes, "conditional_dropout", s, values[0], nominal_steps=50, validation={"mean": mean})
         for s, mean in ((1, 41.0), (2, 40.0), (3, 10.0))
     ]
-    known = [{**r, "validation": {"mean": 40.0}} if r["variant"] == "baseline" else r for r in results]
+    known = [{**r, "validation": {"mean": 40.0}} if r["variant"] == baseline else r for r in results]
     assert "41.0 for 40.0, 40.0 for 40.0 in half of it | yes |" in cubes.cubes_goals.table(known, {}, half)
     half[0]["validation"]["mean"] = 39.9
     told = cubes.cubes_goals.table(known, {}, half)
