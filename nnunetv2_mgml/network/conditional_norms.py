@@ -21,6 +21,15 @@ from nnunetv2_mgml.upstream.cpu_layers import normed
 _OfAll = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
+class _Pass(threading.local):
+    """What one thread's pass was told."""
+
+    now: _OfAll | None
+
+    def __init__(self) -> None:
+        self.now = None
+
+
 class Told:
     """What the norms of one network are told for a pass: scale and shift of all of them, found at once.
 
@@ -32,22 +41,18 @@ class Told:
 
     def __init__(self, norms: Sequence[Any]) -> None:
         self._norms = tuple(norms)
-        self._pass = threading.local()
+        self._pass = _Pass()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_norms": self._norms}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._norms, self._pass = state["_norms"], threading.local()
-
-    @property
-    def _now(self) -> _OfAll | None:
-        return getattr(self._pass, "now", None)
+        self._norms, self._pass = state["_norms"], _Pass()
 
     @contextmanager
     def tell(self, visible: torch.Tensor) -> Iterator[None]:
         """Say for a while what is visible, ``(B, M)`` bool."""
-        before, self._pass.now = self._now, self._of_all(visible)
+        before, self._pass.now = self._pass.now, self._of_all(visible)
         try:
             yield
         finally:
@@ -59,7 +64,7 @@ class Told:
         Raises:
             RuntimeError: outside a pass of the network, so that nobody knows what is visible.
         """
-        now = self._now
+        now = self._pass.now
         if now is None:
             raise RuntimeError(
                 "A conditional norm works inside its network only, which tells it what is visible. A fusion design "

@@ -67,8 +67,8 @@ def check_training(request: TrainingRequest) -> None:
     if request.num_gpus > batch_size:
         raise ValueError(
             f"-num_gpus {request.num_gpus} needs a batch of at least as many samples, and {request.configuration} of "
-            f"{request.plans} has batch_size {batch_size}. Take fewer GPUs, or mgml plan --set "
-            f"batch_size={request.num_gpus}."
+            f"{request.plans} has batch_size {batch_size}. Take fewer GPUs, or mgml plan -d "
+            f"{request.dataset} -p {request.plans} --set batch_size={request.num_gpus} and the plans that it writes."
         )
     trainer = find_trainer(request.trainer)
     data = folder / PlansManager(plans).get_configuration(request.configuration).data_identifier

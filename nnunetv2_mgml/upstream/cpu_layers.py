@@ -11,8 +11,8 @@ fresh memory costs as much as the sums. A prediction in bfloat16 (autocast, on a
 goes the same way, with the roundings that PyTorch's layers have. In training in bfloat16 the norms are group norms too,
 and the gradients of convolutions to few channels are found from copies with the channels side by side, which takes a
 third to two thirds of the time. Elsewhere (other devices and dtypes, other training under autocast, tracing, function
-transforms, shapes without data) the layers are PyTorch's, but for bfloat16 convolutions of two slices that learn, which
-are computed in float32: PyTorch's gradient of their weights is not one.
+transforms, shapes without data) the layers are PyTorch's, but for bfloat16 convolutions over an axis of one or two
+voxels, which are computed in float32: PyTorch's are wrong on some processors (`_is_wrong_in_bfloat16`).
 
 Bends: the class of ``torch.nn.Conv3d``, ``ConvTranspose3d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` modules of our
     networks, and asks PyTorch whether operations are counted or transformed and oneDNN has bfloat16.
@@ -57,7 +57,7 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z', y', x')``."""
-        if _gradient_is_wrong(self, input):
+        if _is_wrong_in_bfloat16(self, input):
             with torch.autocast("cpu", enabled=False):
                 return super().forward(input.float()).to(torch.bfloat16)
         stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
@@ -73,17 +73,18 @@ class Conv3d(nn.Conv3d):
         return predicted(input, self.weight, self.bias, stride, padding)
 
 
-def _gradient_is_wrong(conv: nn.Conv3d, x: torch.Tensor) -> bool:
-    """Return whether the gradient of the weights would be read from memory that nobody has written.
+def _is_wrong_in_bfloat16(conv: nn.Conv3d, x: torch.Tensor) -> bool:
+    """Return whether PyTorch may read values, or the gradient of the weights, from memory that nobody has written.
 
-    PyTorch 2.14 does so in bfloat16 where kernels of more than one tap run over two slices.
+    PyTorch 2.14 (oneDNN 3.12) does so where kernels of more than one tap run over one or two voxels of an axis: for the
+    gradient over two slices on processors without matrix instructions (AMX); on those that have them for values over
+    one slice, and for both where a stride leaves one voxel of the last axis. Patches that nnU-Net plans have no such
+    maps.
     """
     return (
         x.ndim == 5
-        and x.shape[2] == 2
-        and conv.kernel_size[0] > 1
         and x.device.type == "cpu"
-        and torch.is_grad_enabled()
+        and any(voxels <= 2 and taps > 1 for voxels, taps in zip(x.shape[2:], conv.kernel_size, strict=True))
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )

@@ -260,7 +260,8 @@ def test_two_voxels_at_once(
             exact = copy.deepcopy(stock).double()(x.double())
             with torch.autocast("cpu", torch.bfloat16):
                 errors = [torch.linalg.vector_norm(conv(x).double() - exact) for conv in (ours, stock)]
-            assert errors[0] < 1.1 * errors[1]
+            rounding = 2**-8 * torch.linalg.vector_norm(exact)
+            assert errors[0] < (1.1 * errors[1] if errors[1] < 4 * rounding else rounding), "PyTorch's may be wrong"
 
 
 @pytest.mark.parametrize(
@@ -490,10 +491,37 @@ def test_norms_stay_pytorchs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16")
+@pytest.mark.parametrize("spatial", [(1, 9, 8), (5, 6, 2), (5, 6, 1), (4, 1, 1), (2, 8, 8), (6, 2, 5), (3, 3, 3)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3)])
+def test_few_voxels_in_bfloat16(spatial: tuple[int, ...], stride: tuple[int, ...], kernel: tuple[int, ...]) -> None:
+    """Values of predictions and trainings, and gradients, with channels side by side and without."""
+    torch.manual_seed(0)
+    conv = nn.Conv3d(3, 8, kernel, stride, tuple(taps // 2 for taps in kernel))
+    make_fast([conv])
+    given = torch.randn(2, 3, *spatial).bfloat16().float()
+    for x in (given, given.contiguous(memory_format=torch.channels_last_3d)):
+        learns = x.clone().requires_grad_()
+        exact = copy.deepcopy(conv).double()(learns.double())
+        weights = torch.randn_like(exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = conv(learns)
+            with torch.no_grad():
+                predicted = conv(x)
+        assert found.dtype == predicted.dtype == torch.bfloat16
+        for values in (found, predicted):
+            assert torch.linalg.vector_norm(values.double() - exact) < 0.01 * torch.linalg.vector_norm(exact)
+        with torch.enable_grad():
+            expected = torch.autograd.grad(exact, learns, weights)[0]
+            own = torch.autograd.grad(found, learns, weights.to(found.dtype))[0]
+        assert torch.linalg.vector_norm(own - expected) < 0.01 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16")
 @pytest.mark.parametrize("slices", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2)])
 def test_gradients_in_bfloat16_are_those_of_float32(slices: int, stride: tuple[int, ...]) -> None:
-    """PyTorch's gradient of the weights is not one where there are two slices: memory nobody has written."""
+    """PyTorch's are none on some processors where an axis has one or two voxels: memory nobody has written."""
     torch.manual_seed(slices)
     conv = nn.Conv3d(8, 16, 3, stride, 1)
     make_fast([conv])
@@ -521,7 +549,8 @@ def test_gradients_in_bfloat16_are_those_of_float32(slices: int, stride: tuple[i
 def test_narrow_convolutions_learn_in_bfloat16(
     batch: int, channels: int, outputs: int, kwargs: dict[str, Any], spatial: tuple[int, ...], learns: bool
 ) -> None:
-    """Values are PyTorch's to the last bit; gradients as near to those of float64 as PyTorch's are, but for a rest."""
+    """Values are PyTorch's to the last bit, or float32's where those may be wrong; gradients as near to those of
+    float64 as PyTorch's are, but for a rest."""
     stock, ours = pair(channels, outputs, **kwargs)
     exact = copy.deepcopy(stock).double()
     exact.load_state_dict({key: value.bfloat16().double() for key, value in stock.state_dict().items()})
@@ -536,8 +565,11 @@ def test_narrow_convolutions_learn_in_bfloat16(
 
     with torch.autocast("cpu", torch.bfloat16):
         theirs, own = run(stock, x), run(ours, x)
-    assert torch.equal(own[0], theirs[0])
     right = run(exact, x.double())
+    if any(voxels <= 2 and taps > 1 for voxels, taps in zip(spatial, stock.kernel_size, strict=True)):
+        assert torch.linalg.vector_norm(own[0].double() - right[0]) < 2**-8 * torch.linalg.vector_norm(right[0])
+    else:
+        assert torch.equal(own[0], theirs[0])
     for found, other, expected in zip(own[1:], theirs[1:], right[1:], strict=True):
         assert found.dtype == other.dtype
         assert found.is_contiguous()
