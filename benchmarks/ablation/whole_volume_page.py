@@ -83,7 +83,7 @@ def _table(settings: dict[str, Any], group: str, results: Sequence[Result]) -> s
     shared = set.intersection(*done.values()) if done else set()
     candidates = (cubes_table.BASELINE, settings["groups"][group]["equal_time"])
     reference = next((name for name in candidates if name in found), None)
-    if not shared or reference is None:
+    if reference is None:
         return table([], [])
     folds = len(settings["groups"][group].get("folds", [0]))
     parts = []
@@ -91,10 +91,12 @@ def _table(settings: dict[str, Any], group: str, results: Sequence[Result]) -> s
     for more in sorted((each for each in with_reference if each > shared), key=len, reverse=True):
         chosen = {name: runs for name, runs in found.items() if done[name] >= more}
         parts += [f"{_extent(found[reference], more, folds)}:\n", _rows(chosen, more, reference)]
-    of_all = _rows(found, shared, reference)
-    parts += ["On what all of them have:\n", of_all] if parts else [of_all]
+    if shared:
+        of_all = _rows(found, shared, reference)
+        parts += ["On what all of them have:\n", of_all] if parts else [of_all]
     missing = [f"`{name}`" for name in names if name not in found]
-    notes = [f"So far {_extent(found[reference], shared, folds)}."] if len({fold for _, fold in shared}) < folds else []
+    partly = 0 < len({fold for _, fold in shared}) < folds
+    notes = [f"So far {_extent(found[reference], shared, folds)}."] if partly else []
     notes += [f"Not finished: {', '.join(missing)}."] if missing else []
     return "\n".join([*parts, *([f"{' '.join(notes)}\n"] if notes else [])])
 

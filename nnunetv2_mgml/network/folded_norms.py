@@ -119,13 +119,7 @@ class NormsOfDonor:
             of_encoders: whether the network has an encoder, or a stem, per modality and the donor has not.
         """
         settled = self._settled()
-        told = [key for key in self.keys if any(self.weights[key][m].any() for m in settled)]
-        if not told and self.conditional and of_encoders and any(self.weights[key].any() for key in self.keys):
-            return [
-                "The checkpoint's norms depend on what is visible, those of encoders and of the decoder shared by all "
-                f"modalities do not: each encoder starts as with its modality alone visible, that decoder as with "
-                f"{self._names(self.kept)} visible."
-            ]
+        told = self._parts_of(range(self.count) if of_encoders else settled)
         if not told:
             return []
         if any(f"{key.removesuffix('of_modalities')}weight" not in self.weights for key in told):
@@ -135,13 +129,27 @@ class NormsOfDonor:
             ]
         seen, hidden = self._names(self.kept), self._names(set(range(self.count)) - self.kept)
         if self.conditional and len(settled) < self.count:
-            return [
-                f"{hidden}, of which the checkpoint's norms know, is not here and counts as hidden: its part is in "
-                f"their scale and shift, for every subset of {seen}."
-            ]
+            notes = []
+            if self._parts_of(settled):
+                notes.append(
+                    f"{hidden}, of which the checkpoint's norms know, is not here and counts as hidden: its part is in "
+                    f"their scale and shift, for every subset of {seen}."
+                )
+            if of_encoders:
+                notes.append(
+                    f"The checkpoint's norms depend on what is visible, those of encoders and of the decoder shared by "
+                    f"all modalities do not: each encoder starts as with its modality alone visible, that decoder as "
+                    f"with {seen} visible."
+                )
+            return notes
         whole = f"{seen or 'one of all'} visible" + (f" and {hidden} hidden" if seen and hidden else "")
         alone = "in each encoder or stem as with its modality alone visible, elsewhere " if of_encoders else ""
         return [f"The checkpoint's norms depend on what is visible, these do not: they start {alone}as with {whole}."]
+
+    def _parts_of(self, modalities: Iterable[int]) -> list[str]:
+        """Return the keys of norms that depend on any of these of the donor's modalities."""
+        wanted = list(modalities)
+        return [key for key in self.keys if self.weights[key][wanted].any()]
 
     def _names(self, indices: Iterable[int]) -> str:
         if self.offered is None:

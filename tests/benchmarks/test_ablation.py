@@ -275,6 +275,11 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     assert [one, two, three, four] == ["52.5", "52.5", "52.5", "50.5"]
     assert float(inversions) == pytest.approx(100 * 14 / 50, abs=0.06), "of 50 nested pairs the 14 below all four"
     assert seeds == "1"
+    finish(ablation, next(r for r in runs if r.variant == "modality_dropout" and r.fold == 2), np.full((3, 15, 4), 0.5))
+    text, rows = page()
+    assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}, "no fold in common"
+    assert "1 of 3 folds, with 4 cases:" in text
+    assert "On what all of them have" not in text
     for run in runs:
         finish(ablation, run, np.full((3, 15, 4), 0.5))
     text, rows = page()

@@ -149,9 +149,18 @@ def test_a_decoder_is_the_conditional_one_that_sees_what_the_network_has() -> No
         close(mine.bias, theirs.bias * (1 + scale) + shift)
 
 
-def whole_network(form: str, modalities: int) -> Any:
+def test_encoders_and_what_is_not_here_are_told_of_together() -> None:
+    trained, own = conditional(), ("flair", "t1")
+    dropped, encoders = start(whole_network("multi_encoder", 2, norms=True), trained, own, CHANNELS).notes
+    assert dropped.startswith("t1ce, t2, of which the checkpoint's norms know, is not here")
+    assert encoders.endswith("with its modality alone visible, that decoder as with t1, flair visible.")
+    (all_here,) = start(whole_network("multi_encoder", 4, norms=True), trained, CHANNELS, CHANNELS).notes
+    assert all_here.endswith("that decoder as with t1, t1ce, t2, flair visible.")
+
+
+def whole_network(form: str, modalities: int, norms: bool = False) -> Any:
     """Ours, with the widths of the stock network and its decoder."""
-    widths = {"width_factor": 1.0, "decoder_width_ratio": 1.0, "decoder_convs": None}
+    widths = {"width_factor": 1.0, "decoder_width_ratio": 1.0, "decoder_convs": None, "conditional_norms": norms}
     return network(options_with(fusion="mean", network_form=form, **widths), modalities=modalities).double().eval()
 
 
