@@ -78,8 +78,8 @@ def _gaps(rows: dict[str, dict[str, Any]]) -> str:
     parts = (part for row in rows.values() for name, part in row.items() if name != "prediction")
     if any("modality_scale" not in part for part in parts):
         lines.append(
-            "Steps and their memory are of a modality decoder that ends at full resolution "
-            "(`modality_decoder_scale=0`), as it did by default then; by the present one `region_aware` takes a fifth "
+            "Steps and their memory are of plain norms and a modality decoder that ends at full resolution "
+            "(`modality_decoder_scale=0`), as by default then; by the present one `region_aware` takes a fifth "
             "less time ([speed.md](speed.md))."
         )
     return "\n" + "\n".join(lines) + "\n" if lines else ""

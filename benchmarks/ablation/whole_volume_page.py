@@ -31,7 +31,8 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which "
         "one encoder per modality has a part (5.6 and 4.3 million parameters). In the rows called `narrow` it has half "
         "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
-        "the cubes.\n\n" + _table(settings, "brains", chosen) + _beside_rivals(chosen)
+        f"the cubes. `{DEFAULT}` is the plugin's default, `{BASELINE}` the same network without our terms; the others "
+        "with an encoder per modality have plain norms.\n\n" + _table(settings, "brains", chosen) + _beside_rivals(chosen)
     )
 
 
