@@ -191,8 +191,8 @@ validation patients. Differences are over the seeds that both have, so they need
 ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
 those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion` at half of its width.
-**The default is `mgml:conditional_norms=true`**: norms of fusion and decoder know what is visible; networks with an encoder
-per modality whose name does not say so have plain norms, as by default before.
+**The default is `mgml:conditional_norms=true`**: norms of fusion and decoder know what is visible; networks with an
+encoder per modality whose name does not say so have plain norms, as by default before.
 With `modality_decoder_scale=0` the decoder shared by all modalities ends at full resolution, as published and as it did
 by default when the time to spend was chosen; [at half of it](#what-was-tried) a step takes four fifths.
 All budgets go by step times of before [training in bfloat16 got faster](speed.md#what-was-tried), by a sixth for our
@@ -217,8 +217,8 @@ what a patient has, as published; the others draw subsets of it.
     "h200": """### On a shared GPU
 
 `python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
---steps 6000 --equal_time baseline --seconds 310 --test`, when the default still was `modality_decoder_scale=0`, with plain norms. All
-runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A step of four
+--steps 6000 --equal_time baseline --seconds 310 --test`, when the default still was `modality_decoder_scale=0`,
+with plain norms. All runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A step of four
 narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the stock network
 does more steps in the same time and is far ahead, and the default, with the most work in a step, is behind its own
 baseline. **The stock network got two thirds of the time only** (column *s*): the script of then gave nobody more than

@@ -32,7 +32,9 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         "one encoder per modality has a part (5.6 and 4.3 million parameters). In the rows called `narrow` it has half "
         "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
         f"the cubes. `{DEFAULT}` is the plugin's default, `{BASELINE}` the same network without our terms; the others "
-        "with an encoder per modality have plain norms.\n\n" + _table(settings, "brains", chosen) + _beside_rivals(chosen)
+        "with an encoder per modality have plain norms.\n\n"
+        + _table(settings, "brains", chosen)
+        + _beside_rivals(chosen)
     )
 
 
