@@ -218,7 +218,8 @@ what a patient has, as published; the others draw subsets of it.
 
 `python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
 --steps 6000 --equal_time baseline --seconds 310 --test`, when the default still was `modality_decoder_scale=0`,
-with plain norms. All runs shared one card, so the budget was cut to what fitted; **none of these trainings is converged**. A step of four
+with plain norms. All runs shared one card,
+so the budget was cut to what fitted; **none of these trainings is converged**. A step of four
 narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the stock network
 does more steps in the same time and is far ahead, and the default, with the most work in a step, is behind its own
 baseline. **The stock network got two thirds of the time only** (column *s*): the script of then gave nobody more than
