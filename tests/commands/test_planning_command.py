@@ -168,17 +168,22 @@ def test_configurations_that_inherit_are_said_to_follow(folder, capsys):
 
 
 def test_gpu_memory_keeps_the_stages_that_were_named(folder, capsys, by_voxels):
-    """A patch with fewer stages would leave out numbers of the list."""
+    """A patch with fewer stages would leave out numbers of the list; with a factor it may be taken."""
+    planning.run(parse("-d", DATASET, "--set", "patch_size=96x96x96", "--plans_name", "Large"))
+    given = ["-d", DATASET, "-p", "Large", "--set", "batch_size=1", "width_factor=0.5"]
     stages = [8, 16, 24, 32, 40]
-    planning.run(
-        parse("-d", DATASET, "--set", "patch_size=64x64x64", f"features_per_stage={stages}", "--gpu_memory", "0.5")
-    )
-    plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
-    configuration = resolved(plans, "3d_fullres")
-    assert configuration["architecture"]["arch_kwargs"]["features_per_stage"] == stages
-    assert configuration["batch_size"] < resolved(json.loads((folder / "nnUNetPlans.json").read_text()), "3d_fullres")[
-        "batch_size"
-    ] or configuration["patch_size"] != [64, 64, 64]
+
+    def found(features: object, gigabytes: str) -> dict:
+        planning.run(parse(*given, f"features_per_stage={features}", "--gpu_memory", gigabytes))
+        plans = json.loads((folder / "nnUNetMGMLPlans.json").read_text())
+        return resolved(plans, "3d_fullres")
+
+    fitted = found(stages, "0.5")
+    assert fitted["patch_size"] != [96, 96, 96]
+    assert fitted["architecture"]["arch_kwargs"]["features_per_stage"] == stages
+    assert found(0.5, "0.2")["architecture"]["arch_kwargs"]["n_stages"] < len(stages)
+    with pytest.raises(ValueError, match=r"does not fit .*batch_size, width_factor, features_per_stage"):
+        found(stages, "0.2")
 
 
 def test_half_of_the_features_narrow_the_stock_network_and_ours(folder):

@@ -567,7 +567,7 @@ def test_narrow_convolutions_learn_in_bfloat16(
         theirs, own = run(stock, x), run(ours, x)
     right = run(exact, x.double())
     if any(voxels <= 2 and taps > 1 for voxels, taps in zip(spatial, stock.kernel_size, strict=True)):
-        assert torch.linalg.vector_norm(own[0].double() - right[0]) < 2**-8 * torch.linalg.vector_norm(right[0])
+        assert torch.equal(own[0], stock(x).bfloat16())
     else:
         assert torch.equal(own[0], theirs[0])
     for found, other, expected in zip(own[1:], theirs[1:], right[1:], strict=True):
