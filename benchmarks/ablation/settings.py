@@ -151,10 +151,13 @@ def _group_runs(settings: dict[str, Any], name: str, equal_steps: bool) -> Itera
     group = settings["groups"][name]
     dataset = group["dataset"]
     data = settings["datasets"][dataset]
-    for seed in group["seeds"]:
+    more = {int(seed): variants for seed, variants in group.get("more_seeds", {}).items()}
+    for seed in [*group["seeds"], *more]:
         for fold in group.get("folds", [0]):
             for design in group["designs"]:
                 for variant, trainer, changes, subsets in _variants(settings, group):
+                    if variant not in more.get(seed, [variant]):
+                        continue
                     options = {
                         **settings["training"][dataset],
                         "fusion": design,
