@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -51,17 +52,33 @@ def _beside_rivals(results: Sequence[Result]) -> str:
 
 
 def _beside(results: Sequence[Result], other: str) -> str:
-    runs = [select(results, variant=name) for name in (other, DEFAULT)]
+    runs = _of_all_folds([select(results, variant=name) for name in (other, DEFAULT)])
     change = difference(*runs)
     if change is None:
         return ""
-    folds = sorted(set.intersection(*({r.run.fold for r in each} for each in runs)))
-    of_fold = (difference(*([r for r in each if r.run.fold == fold] for each in runs)) for fold in folds)
-    told = " ".join(f"{each.mean:+.2f}" for each in of_fold if each is not None)
     return (
         f"\n`{DEFAULT}` against `{other}`: {change.mean:+.2f}, 95 % interval {change.low:+.2f} to "
-        f"{change.high:+.2f}; per fold {told}.\n"
+        f"{change.high:+.2f}; per fold {_per_fold(*runs)}.\n"
     )
+
+
+def _of_all_folds(both: Sequence[Sequence[Result]]) -> list[list[Result]]:
+    """Return the results of two variants, of the seeds that both have with as many folds as any: each case once."""
+    shared = set.intersection(*({(r.run.seed, r.run.fold) for r in each} for each in both))
+    folds = Counter(seed for seed, _ in shared)
+    full = {seed for seed, count in folds.items() if count == max(folds.values())}
+    return [[r for r in each if (r.run.seed, r.run.fold) in shared and r.run.seed in full] for each in both]
+
+
+def _per_fold(reference: Sequence[Result], runs: Sequence[Result]) -> str:
+    """Return the difference on each fold, seed by seed, of what `_of_all_folds` returned."""
+    told: dict[int, list[str]] = {}
+    for seed, fold in sorted({(r.run.seed, r.run.fold) for r in runs}):
+        change = difference(*([r for r in each if (r.run.seed, r.run.fold) == (seed, fold)] for each in (reference, runs)))
+        told.setdefault(seed, []).append("" if change is None else f"{change.mean:+.2f}")
+    if len(told) == 1:
+        return " ".join(*told.values())
+    return "; ".join(f"{' '.join(changes)} (seed {seed})" for seed, changes in told.items())
 
 
 def phantoms(settings: dict[str, Any], results: Sequence[Result]) -> str:
