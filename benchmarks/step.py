@@ -26,7 +26,7 @@ from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.subset_module import zero_absent
-from nnunetv2_mgml.objective import Objective, Options, TermSpec, needs_of
+from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
 
 MODALITIES, CLASSES, REGIONS = 4, 4, 3
 CLIP_NORM = 12.0
@@ -133,7 +133,10 @@ class Learner:
         network: what nnU-Net's trainer calls so, without wrappers.
         called: the network as it is called, possibly wrapped for DDP or compiled.
         extra: modules only training has, with a learning rate of their own each.
+        steps: how many losses were computed: every n-th step is a full one (``complete_every``), the first is.
     """
+
+    steps = 0
 
     def __init__(
         self,
@@ -165,9 +168,13 @@ class Learner:
             batch: on the network's device.
             ramp: weight of the terms that are warmed up, in [0, 1].
         """
-        view = self.objective.draw_view(batch.visible, batch.available)
-        output = self.called(batch.x, view, self.objective.needs)
-        return self.objective(output, batch.targets, view, ramp).total
+        full = self.objective.is_full(Progress(0, 1, self.steps))
+        self.steps += 1
+        view = self.objective.draw_view(batch.visible, batch.available, full=full)
+        if not full and batch.x.device.type == "cpu":
+            view = view.of_available()
+        output = self.called(batch.x, view, self.objective.needs_in(full))
+        return self.objective(output, batch.targets, view, ramp, full).total
 
     def modules(self) -> list[nn.Module]:
         """Return everything with parameters."""

@@ -36,8 +36,8 @@ class Training:
         run: what to train.
         cubes: on the device.
         cases: indices of the training patients.
-        graph: capture the step as a CUDA graph and replay it, on a stream of its own; not where a term changes between
-            steps.
+        graph: capture the step as a CUDA graph and replay it, on a stream of its own; not where steps differ, or a term
+            changes between them.
         capacity: most steps that `set_steps` may ask for; None: ``run.steps``.
 
     Attributes:
@@ -54,7 +54,8 @@ class Training:
         self.steps, self.done = run.steps, 0
         self._random: torch.Generator | None = None
         self._default: torch.Generator | None = None
-        graph = graph and run.options.get("rebalancing", "none") == "none"
+        alike = {**OF_ALL, **run.options}["complete_every"] == 1
+        graph = graph and alike and run.options.get("rebalancing", "none") == "none"
         self.stream = torch.cuda.Stream(self.device) if graph else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self._marks: list[torch.cuda.Event] = []

@@ -24,6 +24,7 @@ from nnunetv2_mgml.network.fusion import FusionSpec, build_fusion
 from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.pointwise import pointwise
+from nnunetv2_mgml.network.shared_encoder import SharedEncoderUNet
 from nnunetv2_mgml.plans.options import NetworkOptions
 from nnunetv2_mgml.plans.topology import scaled_widths
 from nnunetv2_mgml.upstream.cpu_layers import make_fast
@@ -64,11 +65,12 @@ def build_network(
             f"MGML needs at least two modalities; this dataset has {modalities}. Train it with the stock nnUNetTrainer."
         )
     arch_kwargs = configuration_manager.network_arch_init_kwargs
+    shares = options.network_form == "shared_encoder"
     unet = plan_unet(
         configuration_manager.network_arch_class_name,
         arch_kwargs,
         configuration_manager.network_arch_init_kwargs_req_import,
-        1 + num_input_channels - modalities,
+        num_input_channels if shares else 1 + num_input_channels - modalities,
         num_classes,
         options.width_factor,
     )
@@ -92,18 +94,21 @@ def build_network(
             needs,
         )
         return _initialized(early, unet)
-    shared = None
-    if needs.modality:
-        shared = _modality_decoder(narrow, num_classes, convs, nonlin_first, scale)
-    network = MultiEncoderUNet(
-        encoders=[NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)],
-        fusion=build_fusion(
+    parts = {
+        "fusion": build_fusion(
             options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options)
         ),
-        decoder=FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
-        modality_decoder=shared,
-        modality_scale=scale,
-    )
+        "decoder": FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
+        "modality_decoder": _modality_decoder(narrow, num_classes, convs, nonlin_first, scale) if needs.modality else None,
+        "modality_scale": scale,
+    }
+    if shares:
+        network: MultiEncoderUNet = SharedEncoderUNet(
+            NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels), modalities, **parts
+        )
+    else:
+        own = [NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)]
+        network = MultiEncoderUNet(own, **parts)
     if conditional:
         network.condition_norms()
     return _initialized(network, unet)
@@ -125,7 +130,7 @@ def has_conditional_norms(options: NetworkOptions, arch_kwargs: Mapping[str, Any
     possible = can_be_conditional(arch_kwargs.get("norm_op"), arch_kwargs.get("norm_op_kwargs"))
     if options.conditional_norms and one_u_net:
         raise ValueError(
-            "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set conditional_norms to "
+            "conditional_norms=true needs network_form=multi_encoder or shared_encoder; this is early_fusion. Set conditional_norms to "
             "null or false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
         )
     if options.conditional_norms and not possible:

@@ -171,8 +171,12 @@ class EarlyFusionUNet(MultiEncoderUNet):
     Its ``modality_decoder`` is a 1x1 convolution from the trunk's full-resolution feature to the label classes.
     """
 
-    def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def decode_modalities(self, features: list[torch.Tensor], places: torch.Tensor | None = None) -> torch.Tensor:
         """Return label logits from each modality alone, ``(B, M, K, *spatial)``: ``M`` passes of the trunk.
+
+        Args:
+            features: the stems'.
+            places: not used, every pass is of all samples.
 
         Raises:
             RuntimeError: the network was built without this head (no loss needed it).

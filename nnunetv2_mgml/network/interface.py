@@ -70,6 +70,14 @@ class View(NamedTuple):
     """The complete prediction's own augmented images, shaped as the input; None: it shares the input's features."""
     subsets: torch.Tensor | None = None
     """``(B, S, M)``, further subsets of ``available`` to predict from."""
+    encoded: torch.Tensor | None = None
+    """``(N,)`` int64, the places in ``available.flatten()`` of what is worth encoding: a network may leave the rest
+    out. None: all."""
+
+    def of_available(self) -> View:
+        """Return the view in which what cases lack is not worth encoding; asks the device which that is."""
+        available = self.visible if self.available is None else self.available
+        return self._replace(encoded=available.flatten().nonzero().flatten())
 
 
 class SingleModalities(NamedTuple):

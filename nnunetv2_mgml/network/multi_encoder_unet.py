@@ -165,8 +165,24 @@ class MultiEncoderUNet(SubsetModule):
         samples = [[f[b : b + 1] for f in features] for b in range(len(features[0]))]
         return torch.stack([self.decoder.decode_masks(own, subsets, self.fusion, voxels) for own in samples])
 
-    def decode_modalities(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def encode_places(self, x: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
+        """Run the encoders where it is worth it: here every encoder on every sample, so that each has a gradient.
+
+        Args:
+            x: ``(B, M + P, *spatial)``.
+            places: see `View.encoded`.
+
+        Returns:
+            What `encode` returns; elsewhere anything finite.
+        """
+        return self.encode(x)
+
+    def decode_modalities(self, features: list[torch.Tensor], places: torch.Tensor | None = None) -> torch.Tensor:
         """Return the shared decoder's label logits from each modality alone, ``(B, M, K, *spatial_s)`` at its scale.
+
+        Args:
+            features: as `encode` returns them.
+            places: see `View.encoded`; elsewhere the logits are 0. None: everywhere.
 
         Raises:
             RuntimeError: the network was built without this decoder (no loss needed it).
@@ -174,7 +190,10 @@ class MultiEncoderUNet(SubsetModule):
         if self.modality_decoder is None:
             raise RuntimeError("This network has no modality decoder (modality_decoder_weight 0, soft_label none).")
         batch, modalities = features[0].shape[:2]
-        logits: torch.Tensor = self.modality_decoder([f.flatten(0, 1) for f in features[self.modality_scale :]])
+        rows = [f.flatten(0, 1) for f in features[self.modality_scale :]]
+        logits: torch.Tensor = self.modality_decoder(rows if places is None else [f[places] for f in rows])
+        if places is not None:
+            logits = logits.new_zeros((batch * modalities, *logits.shape[1:])).index_copy(0, places, logits)
         own: torch.Tensor = logits.unflatten(0, (batch, modalities))
         return own
 
@@ -222,10 +241,10 @@ class MultiEncoderUNet(SubsetModule):
         shown = zero_absent(x, available)
         if needs is None:
             return self.fuse_decode(self.encode(shown, subset), view.visible)
-        features = self.encode(shown)
+        features = self.encode_places(shown, view.encoded)
         images = shown[:, : self.num_modalities] if self.fusion.wants_images else None
         student, complete = self._decode_views(features, images, available, view, needs)
-        modality = self.decode_modalities(features) if needs.modality else None
+        modality = self.decode_modalities(features, view.encoded) if needs.modality else None
         single = None
         if needs.single:
             teacher = complete or student

@@ -1,7 +1,7 @@
 """Weights of another network for this one: what is taken from where, matched by the names of modalities.
 
 A network can start from a stock nnU-Net of the same plans (each encoder is the stock encoder, its first convolution
-the column of that modality), from one of ours with other modalities or labels, or from a self-supervised encoder of one
+the column of that modality; an encoder for all modalities is the stock encoder itself), from one of ours with other modalities or labels, or from a self-supervised encoder of one
 channel. Nothing is matched by position: encoders, and the parts of a fusion design that belong to a modality, go by
 name. Parts that belong to classes (heads, class maps) are taken only where the labels are the same. What conditional
 norms learned of modalities that a network does not have, or cannot tell apart, goes into their scale and shift
@@ -29,6 +29,7 @@ from nnunetv2_mgml.network.early_fusion import EarlyFusionUNet, TrunkDecoder
 from nnunetv2_mgml.network.folded_norms import PARTS, NormsOfDonor
 from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.network.shared_encoder import SharedEncoderUNet
 
 Labels = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and values of labels or regions in the order of the network's heads; see `labels_of`."""
@@ -36,8 +37,13 @@ Labels = tuple[tuple[str, tuple[int, ...]], ...]
 _FORMS = {
     "stock": "a stock nnU-Net",
     "multi_encoder": "the multi-encoder form",
+    "shared_encoder": "the form with one encoder for all modalities",
     "early_fusion": "the early-fusion form",
 }
+_FUSES_AT_SCALES = ("multi_encoder", "shared_encoder")
+"""Forms whose decoder is nnU-Net's, with fused skips."""
+_OF_ALL = "encoders.of_all."
+"""How the keys of an encoder for all modalities begin; nnU-Net's own follow."""
 
 
 def labels_of(dataset_json: Mapping[str, Any]) -> Labels:
@@ -69,13 +75,14 @@ class Donor:
 
     @property
     def form(self) -> str:
-        """``multi_encoder``, ``early_fusion``, or ``stock``.
+        """``multi_encoder``, ``shared_encoder``, ``early_fusion``, or ``stock``.
 
         Raises:
             ValueError: these are weights of another kind of network.
         """
         for name, start in (
             ("multi_encoder", "encoders.0.encoder."),
+            ("shared_encoder", "encoders.of_all.encoder."),
             ("early_fusion", "encoders.0.convolution."),
             ("stock", "encoder."),
         ):
@@ -164,7 +171,7 @@ def transfer(
         if found is not None and found.shape == own.shape:
             result.weights[key] = found.to(own.dtype)
             sources[part] = source
-    if donor.form != form == "multi_encoder":  # a decoder of another width of which a layer fits by chance
+    if donor.form != form and form in _FUSES_AT_SCALES:  # a decoder of another width of which a layer fits by chance
         for part in ("decoder", "modality decoder"):
             needed = {key for key in keys[part] if not key.endswith(PARTS)}  # which a plain checkpoint lacks
             if not needed <= set(result.weights):
@@ -193,7 +200,13 @@ def unique_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
 def _form(network: nn.Module) -> str:
     if isinstance(network, EarlyFusionUNet):
         return "early_fusion"
+    if isinstance(network, SharedEncoderUNet):
+        return "shared_encoder"
     return "multi_encoder" if isinstance(network, MultiEncoderUNet) else "stock"
+
+
+def _is_conditional(module: nn.Module) -> bool:
+    return any(isinstance(part, ConditionalNorm) for part in module.modules())
 
 
 def _pairs(
@@ -232,13 +245,14 @@ class _Rules:
         self.classes_skipped = False
         self.first = next((key for key in unique_tensors(network) if self._is_first(key)), None)
         self.design = self._design()
-        conditional = any(isinstance(module, ConditionalNorm) for module in network.modules())
-        self.norms = NormsOfDonor(donor.weights, donor.channels, pairs, conditional)
+        self.norms = NormsOfDonor(donor.weights, donor.channels, pairs, _is_conditional(network))
 
     def __call__(self, key: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
         modality = re.fullmatch(r"encoders\.(\d+)\.(.+)", key)
         if modality:
             return self._of_encoder(int(modality[1]), modality[2], own)
+        if key.startswith(_OF_ALL):
+            return self._of_shared_encoder(key, own)
         if key.startswith("fusion."):
             return "fusion design", f"its {self.donor.fusion}", self._of_fusion(key.removeprefix("fusion."), own)
         part, source, head = self._of_trunk(key)
@@ -246,12 +260,17 @@ class _Rules:
             part = "heads"
             self.classes_skipped |= not self.same_labels
             return part, "its heads (same labels)", self.donor.weights.get(source) if self.same_labels else None
-        found = (self.norms.plain if part == "modality decoder" else self.norms.trunk).get(source)
+        found = self._trunk_of(part).get(source)
         if self.form == "stock" and key == self.first and found is not None:
             found = self._columns(found, own, list(range(len(self.channels))))
         if key.endswith(PARTS) and found is not None:
             found = self._rows(found)
         return part, f"its {part}", found
+
+    def _trunk_of(self, part: str) -> Mapping[str, torch.Tensor]:
+        """Return the donor's weights for a part whose norms may depend on what is visible: do they here?"""
+        module = self.network if self.form == "stock" else getattr(self.network, part.replace(" ", "_"), None)
+        return self.norms.trunk if module is not None and _is_conditional(module) else self.norms.plain
 
     # --- encoders -----------------------------------------------------------------------------------------------------
     def _of_encoder(self, m: int, rest: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
@@ -268,9 +287,19 @@ class _Rules:
             source = f"its column {self.donor.channels[j]}" if j is not None else "the mean of its columns"
         stock = self._stock_key(rest)
         found = self.norms.of_encoder(j).get(stock)
-        if found is not None and self._is_first_stock(stock):
+        if found is not None and self._is_first_donor(stock):
             found = self._columns(found, own, [m])
         return part, source, found
+
+    def _of_shared_encoder(self, key: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
+        """Take over what a stock encoder, or one like this, has for these modalities."""
+        source = key.removeprefix(_OF_ALL) if self.donor.form == "stock" else key
+        found = self._trunk_of("encoders").get(source)
+        if found is not None and self._is_first_donor(source):
+            found = self._columns(found, own, list(range(len(self.channels))))
+        if found is not None and key.endswith(PARTS):
+            found = self._rows(found)
+        return "encoder of all modalities", "its encoder", found
 
     def _stock_key(self, rest: str) -> str:
         if self.form == "multi_encoder":
@@ -285,9 +314,10 @@ class _Rules:
     def _is_first(self, key: str) -> bool:
         return key.startswith("encoder.") and self.network.state_dict()[key].ndim >= 4
 
-    def _is_first_stock(self, key: str) -> bool:
+    def _is_first_donor(self, key: str) -> bool:
         weights = self.donor.weights
-        own = [k for k in weights if k.startswith(("encoder.stem.", "encoder.stages.0.")) and weights[k].ndim >= 4]
+        start = f"{_OF_ALL}encoder." if self.donor.form == "shared_encoder" else "encoder."
+        own = [k for k in weights if k.startswith((f"{start}stem.", f"{start}stages.0.")) and weights[k].ndim >= 4]
         return bool(own) and key == own[0]
 
     def _columns(self, found: torch.Tensor, own: torch.Tensor, wanted: list[int]) -> torch.Tensor | None:
@@ -325,10 +355,10 @@ class _Rules:
             return None
         if norm != key:
             place = self.design.place(asked, self.pairs)
-            found = None if place is None else self.norms.trunk.get(f"fusion.{place.removesuffix('.weight')}{PARTS}")
+            found = None if place is None else self._trunk_of("fusion").get(f"fusion.{place.removesuffix('.weight')}{PARTS}")
             return None if found is None else self._rows(found)
         assert self.donor.channels is not None
-        return self.design.take(key, own, self.norms.trunk, self.pairs, len(self.donor.channels))
+        return self.design.take(key, own, self._trunk_of("fusion"), self.pairs, len(self.donor.channels))
 
     # --- decoder ------------------------------------------------------------------------------------------------------
     def _of_trunk(self, key: str) -> tuple[str, str, bool]:
@@ -339,7 +369,7 @@ class _Rules:
             is_head = is_head or (alone and self.form == "early_fusion")
             part = "modality decoder" if alone else "encoder" if key.startswith("encoder.") else "decoder"
             return part, key, is_head
-        if self.form == "multi_encoder":
+        if self.form in _FUSES_AT_SCALES:
             if not key.startswith("modality_decoder."):
                 return "decoder", key, is_head
             return "modality decoder", key.removeprefix("modality_"), is_head
@@ -370,21 +400,23 @@ class _Rules:
         missing = [name for m, name in enumerate(self.channels) if self.pairs[m] is None]
         if missing and self.donor.form != "stock":
             offered = ", ".join(self.donor.channels or ())
+            start = "a mean of the others" if self.form == "shared_encoder" else "new encoders"
             notes.append(
-                f"The checkpoint has no {', '.join(missing)} (it has {offered}): new encoders. Another one can stand "
+                f"The checkpoint has no {', '.join(missing)} (it has {offered}): {start}. Another one can stand "
                 f"in: mgml warmstart --use {missing[0]}=MODALITY."
             )
         if self.classes_skipped:
             notes.append("The labels are others, or unknown, there: what belongs to classes starts anew.")
         taken = {part.name for part in result.parts if part.taken}
-        if self.donor.form == "stock" and self.form == "multi_encoder" and "decoder" not in taken:
+        if self.donor.form == "stock" and self.form in _FUSES_AT_SCALES and "decoder" not in taken:
             notes.append(
                 "The decoder is narrower than the checkpoint's and starts anew; mgml plan --set decoder_width_ratio=1 "
                 "decoder_convs=null makes it fit, and the network larger."
             )
         if self.design is not None and self.design.order_matters and self._order_differs():
             notes.append("The fusion design reads the order of the modalities, which differs: it has to learn it anew.")
-        return notes + self.norms.notes(of_encoders=self.donor.form == "stock" != self.form)
+        apart = self.form in ("multi_encoder", "early_fusion")  # an encoder, or a stem, per modality
+        return notes + self.norms.notes(of_encoders=self.donor.form == "stock" and apart)
 
     def _order_differs(self) -> bool:
         return self.donor.channels is not None and tuple(self.donor.channels) != self.channels

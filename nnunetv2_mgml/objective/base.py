@@ -15,7 +15,7 @@ from torch import nn
 
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.interface import Needs
-from nnunetv2_mgml.plans.options import FIXED_GROUPS, OptionGroup, Options, option
+from nnunetv2_mgml.plans.options import FIXED_GROUPS, INT_OR_NONE, OptionGroup, Options, option
 from nnunetv2_mgml.plans.plugins import load_plugins
 
 if TYPE_CHECKING:
@@ -48,6 +48,15 @@ class SharedOptions(OptionGroup):
         "use it. Always 0 without deep supervision, with two stages, for rebalancing and for published readings of "
         "eq. 9",
         choices=(0, 1),
+    )
+    complete_every: int | None = option(
+        None,
+        "in every n-th step of an epoch all that a case has is encoded and taught, and predictions from all of it are "
+        "made and learned from (complete_view_weight, consistency_weight); in the steps between, what is hidden stays "
+        "out of everything, which makes them faster (docs/speed.md). 1: in every step, as published; null: 4, or 1 for "
+        "published readings and where a term, as rebalancing, acts in every step",
+        low=1,
+        kinds=INT_OR_NONE,
     )
     ramp_up_fraction: float = option(
         0.1, "share of the epochs over which these terms grow linearly to full weight", low=0, high=1
@@ -127,6 +136,8 @@ class Term(nn.Module):
     """One line, with the source where it has one."""
     reading: ClassVar[str] = OURS
     """Other than `OURS`: it takes the place of the term of this name where the option ``reading`` has this value."""
+    in_every_step: ClassVar[bool] = False
+    """Whether it has to see all that a case has in every step, so that ``complete_every`` is 1."""
     option_group: ClassVar[type[OptionGroup] | None] = None
     """Its options, declared beside it; several terms may share them."""
     state_options: ClassVar[tuple[str, ...]] = ()

@@ -10,11 +10,13 @@ from torch import nn
 
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.interface import Needs, TrainingOutput, View
-from nnunetv2_mgml.objective.base import Progress, SharedOptions, Term, TermSpec, find_term, loss_terms
+from nnunetv2_mgml.objective.base import OURS, Progress, SharedOptions, Term, TermSpec, find_term, loss_terms
 from nnunetv2_mgml.objective.reading import ReadingOptions
 from nnunetv2_mgml.objective.step import Step, Target
 from nnunetv2_mgml.plans.options import Options, differing
 
+_COMPLETE_EVERY = 4
+"""``complete_every`` where it is null."""
 _ALWAYS_STORED = ("meta_network", "meta_optimizer")  # None without a MetaNetwork; version 0.1 looks for them
 
 
@@ -39,9 +41,31 @@ def active_terms(options: Options) -> list[type[Term]]:
 
 
 def needs_of(options: Options) -> Needs:
-    """Return what the terms that are on want of the network."""
+    """Return what the terms that are on want of the network, in a full step."""
+    return _union(active_terms(options), options)
+
+
+def complete_every(options: Options) -> int:
+    """Return which steps are full: every how many.
+
+    Raises:
+        ValueError: more than 1 is asked for where a term acts in every step.
+    """
+    asked = options.objective[SharedOptions].complete_every
+    always = [term.name for term in active_terms(options) if term.in_every_step]
+    if asked is not None and asked > 1 and always:
+        raise ValueError(
+            f"complete_every is {asked}, but {', '.join(always)} needs all that a case has in every step. Set it to 1 "
+            "or null."
+        )
+    if asked is not None:
+        return asked
+    return 1 if always or options.objective[ReadingOptions].reading != OURS else _COMPLETE_EVERY
+
+
+def _union(terms: Iterable[type[Term] | Term], options: Options) -> Needs:
     needs = Needs()
-    for term in active_terms(options):
+    for term in terms:
         needs = needs.union(term.needs(options))
     return needs
 
@@ -50,6 +74,9 @@ class Objective(nn.Module):
     """The terms that are on, what they want of the network, and their total.
 
     Its parameters are the terms' own (the MetaNetwork); they are trained by `optimizers`, not by the network's.
+
+    A step is *full* unless ``complete_every`` leaves that to others (`is_full`). In the steps between, terms that want
+    predictions from all a case has are left out, and for the others it has what is visible.
 
     Args:
         spec: what the terms are built from.
@@ -60,57 +87,80 @@ class Objective(nn.Module):
         self.spec = spec
         self.terms = nn.ModuleDict({term.name: term(spec) for term in active_terms(spec.options)})
         self.needs = needs_of(spec.options)
+        """Of a full step."""
+        self.complete_every = complete_every(spec.options)
 
-    def each(self) -> Iterator[Term]:
-        """Yield the terms."""
+    def each(self, full: bool = True) -> Iterator[Term]:
+        """Yield the terms; ``full=False``: those of the steps between."""
         for term in self.terms.values():
-            yield cast(Term, term)
+            if full or cast(Term, term).needs(self.spec.options).complete == "no":
+                yield cast(Term, term)
 
-    def draw_view(self, visible: torch.Tensor, available: torch.Tensor, own_images: torch.Tensor | None = None) -> View:
+    def is_full(self, progress: Progress) -> bool:
+        """Return whether the next step is a full one; the first of every epoch is."""
+        return progress.step % self.complete_every == 0
+
+    def needs_in(self, full: bool) -> Needs:
+        """Return what is wanted of the network in a full step, or in one between."""
+        return self.needs if full else _union(self.each(full), self.spec.options)
+
+    def draw_view(
+        self,
+        visible: torch.Tensor,
+        available: torch.Tensor,
+        own_images: torch.Tensor | None = None,
+        full: bool = True,
+    ) -> View:
         """Return what the network is shown in a step, with the further subsets that terms draw.
 
         Args:
             visible: ``(B, M)`` bool, what the student sees.
             available: ``(B, M)`` bool, what each case has.
             own_images: see `View`.
+            full: whether the step is; else what is hidden is not shown to anything.
         """
-        drawn = [term.draw_subsets(visible, available) for term in self.each() if self._count(term)]
-        return View(visible, available, own_images, torch.cat(drawn, 1) if drawn else None)
+        available = available if full else visible
+        drawn = [term.draw_subsets(visible, available) for term in self.each(full) if self._count(term)]
+        return View(visible, available, own_images if full else None, torch.cat(drawn, 1) if drawn else None)
 
     def _count(self, term: Term) -> int:
         return term.needs(self.spec.options).subsets
 
-    def _places(self) -> dict[str, slice]:
+    def _places(self, full: bool) -> dict[str, slice]:
         places, start = {}, 0
-        for term in self.each():
+        for term in self.each(full):
             count = self._count(term)
             places[term.name] = slice(start, start + count)
             start += count
         return places
 
-    def forward(self, output: TrainingOutput, target: Target, view: View, ramp: float = 1.0) -> ObjectiveValue:
-        """Compute all terms.
+    def forward(
+        self, output: TrainingOutput, target: Target, view: View, ramp: float = 1.0, full: bool = True
+    ) -> ObjectiveValue:
+        """Compute all terms of a step.
 
         Args:
-            output: of the network, called with this view and `needs`.
+            output: of the network, called with this view and the needs of such a step (`needs_in`).
             target: nnU-Net's target, a list (highest resolution first) under deep supervision.
             view: what the network was shown.
             ramp: weight in [0, 1] of the terms that grow over the first epochs, see `ramp`.
+            full: whether the step is, see `is_full`.
 
         Raises:
             ValueError: the output lacks what a term needs, or has another number of classes.
         """
-        lacking = output.lacks(self.needs)
+        needs = self.needs_in(full)
+        lacking = output.lacks(needs)
         if lacking:
             raise ValueError(
-                f"The network returned no {', '.join(lacking)}. Call it with the needs of the objective: {self.needs}."
+                f"The network returned no {', '.join(lacking)}. Call it with the needs of the objective: {needs}."
             )
-        step = Step(self.spec, output, view, target, ramp, self._places())
+        step = Step(self.spec, output, view, target, ramp, self._places(full))
         total: torch.Tensor | None = None
         parts: dict[str, torch.Tensor] = {}
         noted: dict[str, torch.Tensor] = {}
         columns: dict[str, torch.Tensor] = {}
-        for term in self.each():
+        for term in self.each(full):
             value = term(step)
             total = value.loss if total is None else total + value.loss
             doubles = sorted(({*value.parts} & {*parts}) | ({*value.noted} & {*noted}))

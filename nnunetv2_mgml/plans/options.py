@@ -25,7 +25,7 @@ from nnunetv2_mgml.modalities import canonical_name
 PLANS_KEY = "mgml"
 FUSION_REVISION = 2
 """The present ``fusion_revision``."""
-_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0, "conditional_norms": False}
+_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0, "conditional_norms": False, "complete_every": 1}
 """What plans and models are that were written before these options were there."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
@@ -174,10 +174,12 @@ class NetworkOptions(OptionGroup):
     )
     network_form: str = option(
         "multi_encoder",
-        "multi_encoder: one encoder per modality, fused at every scale; early_fusion: one convolution per modality, "
+        "multi_encoder: one encoder per modality, fused at every scale; shared_encoder: one encoder that sees each "
+        "modality alone, whose first convolution and instance norms have weights of each, fused likewise: a part of "
+        "the weights, and faster where volumes are small; early_fusion: one convolution per modality, "
         "fused at full resolution, and one U-Net for all (docs/fusion.md): smaller, with memory that hardly grows "
         "with the number of modalities",
-        choices=("multi_encoder", "early_fusion"),
+        choices=("multi_encoder", "shared_encoder", "early_fusion"),
     )
     width_factor: float = option(
         0.5,

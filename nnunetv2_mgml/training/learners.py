@@ -269,13 +269,15 @@ class SubsetLearner(ToldLearner):
 
     def loss(self, batch: dict[str, Any], progress: Progress) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One forward pass for all that the terms need, and the total of eq. 10; see `Learner.loss`."""
-        data = batch["data"]
+        data, full = batch["data"], self.objective.is_full(progress)
         own_images = None
-        if self._teacher_transforms is not None:
+        if full and self._teacher_transforms is not None:
             own_images = teacher_view(data, self.num_modalities, self._teacher_transforms, self.use_mask_for_norm)
-        view = self.objective.draw_view(visible_modalities(batch), batch["available"], own_images)
-        output = self.network(data, view, self.objective.needs)
-        value = self.objective(output, batch["target"], view, self.objective.ramp(progress))
+        view = self.objective.draw_view(visible_modalities(batch), batch["available"], own_images, full)
+        if not full and self.device.type == "cpu" and not self.compiled:  # a GPU would have to be asked
+            view = view.of_available()
+        output = self.network(data, view, self.objective.needs_in(full))
+        value = self.objective(output, batch["target"], view, self.objective.ramp(progress), full)
         return value.total, value.columns
 
     def end_epoch(self, progress: Progress) -> dict[str, float]:

@@ -26,13 +26,22 @@ from torch import nn
 from nnunetv2_mgml.inference.inputs import Case
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.inference.preprocessing import prepare_case
+from nnunetv2_mgml.network.shared_encoder import SharedEncoder
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["nnUNetTrainerMGML", "nnUNetTrainerModalityDropout_conditional"])
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("nnUNetTrainerMGML", {}),
+    ("nnUNetTrainerMGML", {"network_form": "shared_encoder"}),
+    ("nnUNetTrainerModalityDropout_conditional", {}),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "mgml", request.param, folds=(0, 1))
+    trainer, options = request.param
+    return write_model(tmp_path_factory.mktemp("models") / "mgml", trainer, folds=(0, 1), options=options)
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +100,28 @@ def test_a_hole_in_the_numbering_does_not_shift_channels(tmp_path: Path, auto: M
     assert entry["files"]["t2"] == str(tmp_path / "in" / "p_0002.nii.gz")
 
 
-def test_absent_encoders_do_not_run_and_the_mask_is_forgotten_afterwards(auto: MGMLPredictor) -> None:
-    encoders = getattr(auto.network, "encoders", ())  # the stock network with conditional norms has one for all
-    calls = [0] * len(encoders)
-    hooks = [
-        encoder.register_forward_hook(lambda *_, c=c: calls.__setitem__(c, calls[c] + 1))
-        for c, encoder in enumerate(encoders)
-    ]
+def test_absent_modalities_are_not_encoded_and_the_mask_is_forgotten_afterwards(auto: MGMLPredictor) -> None:
+    shown = [0] * 4
+    encoders = getattr(auto.network, "encoders", ())  # the stock network with conditional norms has none of ours
+    if isinstance(encoders, SharedEncoder):
+
+        def count(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            for m in range(4):
+                shown[m] += int(inputs[1][:, m].sum())
+
+        hooks = [encoders.register_forward_pre_hook(count)]
+    else:
+        hooks = [
+            encoder.register_forward_pre_hook(lambda _, inputs, m=m: shown.__setitem__(m, shown[m] + len(inputs[0])))
+            for m, encoder in enumerate(encoders)
+        ]
     auto.predict_case({"t2": image(2)}, spacing=(1, 1, 1))
     for hook in hooks:
         hook.remove()
     assert auto.network._visible is None
-    if auto.trainer_name == "nnUNetTrainerMGML":
-        assert calls[2] > 0
-        assert calls[:2] + calls[3:] == [0, 0, 0]
+    if hooks:
+        assert shown[2] > 0
+        assert shown[:2] + shown[3:] == [0, 0, 0]
 
 
 class Thresholds(nn.Module):

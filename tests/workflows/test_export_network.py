@@ -83,9 +83,12 @@ def test_another_program_gets_pytorchs_logits(exported: Path, model: Path, file:
 
 
 @needs_export
-@pytest.mark.parametrize("options", [{"fusion": "demoseg"}, {"fusion": "mean", "network_form": "early_fusion"}])
-def test_channel_shuffles_are_exported(options: dict[str, Any], tmp_path: Path) -> None:
-    """Their order of channels is made by operations that ONNX has."""
+@pytest.mark.parametrize(
+    "options",
+    [{"fusion": "demoseg"}, {"fusion": "mean", "network_form": "early_fusion"}, {"network_form": "shared_encoder"}],
+)
+def test_every_form_is_exported(options: dict[str, Any], tmp_path: Path) -> None:
+    """Channel shuffles, too, are made by operations that ONNX has."""
     model = write_model(tmp_path / "model", options=options)
     assert main(["export-network", "-m", str(model), "-o", str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / "export.json").read_text())

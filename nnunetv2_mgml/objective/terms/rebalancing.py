@@ -46,6 +46,7 @@ class Rebalancing(Term):
     order = 30
     summary = "modalities that lag behind the fused prediction learn more from it (Shi et al., ACM MM 2024)"
     option_group = RebalancingOptions
+    in_every_step = True
 
     def __init__(self, spec: TermSpec) -> None:
         super().__init__(spec)

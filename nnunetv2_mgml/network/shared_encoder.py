@@ -1,0 +1,143 @@
+"""`SharedEncoderUNet`: one encoder for all modalities, which sees each of them alone and knows which it is.
+
+Every modality has its own column of the first convolution, and a scale and a shift of its own in each instance norm;
+all other weights are those of every modality (modality-specific normalisation: Karani et al., MICCAI 2018; Dou et al.,
+IEEE TMI 2020). So the encoder is nnU-Net's own for all channels, shown one channel at a time. It has a part of the
+weights of an encoder per modality, each learns from every modality, and small volumes of all modalities go through it
+as one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nnunetv2_mgml.network.conditional_norms import make_conditional
+from nnunetv2_mgml.network.decoder import SubsetDecoder
+from nnunetv2_mgml.network.encoders import DROPOUTS
+from nnunetv2_mgml.network.fusion.base import FusionDesign
+from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
+from nnunetv2_mgml.network.silence import random_layers_act
+from nnunetv2_mgml.network.subset_module import zero_absent
+
+_AT_ONCE = {"cpu": 2**17, "other": 2**22}
+"""Voxels of all modalities that go through the encoder as one batch. Small tensors gain from that; large ones gain
+nothing, and on a CPU, whose caches hold less, they lose."""
+
+
+class SharedEncoder(nn.Module):
+    """The encoder and what its norms are told.
+
+    Args:
+        encoder: returns ``(B, C_s, *spatial_s)`` per scale of ``(B, M + P, *spatial)``, with ``P`` channels of a
+            cascade's previous stage. Its instance norms become conditional; where it has others, the first convolution
+            alone is each modality's own.
+        modalities: ``M``.
+    """
+
+    def __init__(self, encoder: nn.Module, modalities: int) -> None:
+        super().__init__()
+        self.of_all = encoder
+        self.modalities = modalities
+        self._told = make_conditional(encoder.modules(), modalities)
+
+    def forward(self, x: torch.Tensor, alone: torch.Tensor) -> list[torch.Tensor]:
+        """Return features of one modality per row, per scale ``(N, C_s, *spatial_s)``, full resolution first.
+
+        Args:
+            x: ``(N, M + P, *spatial)``.
+            alone: ``(N, M)`` bool, one True per row.
+        """
+        shown = zero_absent(x, alone)
+        if self._told is None:
+            features: list[torch.Tensor] = self.of_all(shown)
+            return features
+        with self._told.tell(alone):  # here, since a backward pass may run this again
+            told: list[torch.Tensor] = self.of_all(shown)
+        return told
+
+
+class SharedEncoderUNet(MultiEncoderUNet):
+    """`MultiEncoderUNet` with a `SharedEncoder` in place of an encoder per modality.
+
+    Args:
+        encoder: with ``M + P`` input channels, see `SharedEncoder`.
+        modalities: ``M``.
+        fusion: the fusion design.
+        decoder: the fusion decoder.
+        modality_decoder: see `MultiEncoderUNet`.
+        modality_scale: see `MultiEncoderUNet`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        modalities: int,
+        fusion: FusionDesign,
+        decoder: SubsetDecoder,
+        modality_decoder: nn.Module | None,
+        modality_scale: int = 0,
+    ) -> None:
+        super().__init__([], fusion, decoder, modality_decoder, modality_scale)
+        self.encoders = SharedEncoder(encoder, modalities)
+        self._random = any(isinstance(module, DROPOUTS) for module in encoder.modules())
+
+    @property
+    def num_modalities(self) -> int:
+        """``M``."""
+        return cast(SharedEncoder, self.encoders).modalities
+
+    def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
+        """Run the encoder on each modality alone; see `MultiEncoderUNet.encode`."""
+        batch, count = len(x), self.num_modalities
+        wanted = [m for m in range(count) if subset is None or subset[m]]
+        rows = torch.tensor([b * count + m for b in range(batch) for m in wanted], device=x.device)
+        features = [f.unflatten(0, (batch, len(wanted))) for f in self._encode_rows(x, rows)]
+        if len(wanted) == count:
+            return features
+        if len(wanted) == 1 and self.fusion.hides_absent:  # what is hidden needs no memory
+            return [f.expand(-1, count, *f.shape[2:]) for f in features]
+        return [_at_their_places(f, wanted, count) for f in features]
+
+    def _encode_rows(self, x: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return the features of some modalities of some samples, per scale ``(N, C, *spatial)``.
+
+        Args:
+            x: ``(B, M + P, *spatial)``.
+            rows: ``(N,)`` int64, ``b M + m``.
+        """
+        count = self.num_modalities
+        limit = _AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        most = max(1, limit // math.prod(x.shape[2:]))
+        everything = torch.eye(count, dtype=torch.bool, device=x.device)
+        parts = [self._run(x[some // count], everything[some % count]) for some in rows.split(most)]
+        return [torch.cat(of_scale) if len(parts) > 1 else of_scale[0] for of_scale in zip(*parts, strict=True)]
+
+    def _run(self, x: torch.Tensor, alone: torch.Tensor) -> list[torch.Tensor]:
+        if not (self._checkpoints() and random_layers_act(self.training)):
+            own: list[torch.Tensor] = self.encoders(x, alone)
+            return own
+        again: list[torch.Tensor] = checkpoint(
+            self.encoders, x, alone, use_reentrant=False, preserve_rng_state=self._random
+        )
+        return again
+
+    def encode_places(self, x: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
+        """Run the encoder where it is worth it, zeros elsewhere; see `MultiEncoderUNet.encode_places`."""
+        if places is None:
+            return self.encode(x)
+        batch, count = len(x), self.num_modalities
+        return [
+            f.new_zeros((batch * count, *f.shape[1:])).index_copy(0, places, f).unflatten(0, (batch, count))
+            for f in self._encode_rows(x, places)
+        ]
+
+
+def _at_their_places(features: torch.Tensor, wanted: list[int], count: int) -> torch.Tensor:
+    """Return ``(B, count, C, *spatial)`` with the features of some modalities, and zeros for the others."""
+    absent = torch.zeros_like(features[:, 0])
+    return torch.stack([features[:, wanted.index(m)] if m in wanted else absent for m in range(count)], 1)
