@@ -6,7 +6,7 @@
 On an idle machine, once, by the very commands of a run: a short training each, whose epochs count but for the first.
 Everything that a step of the real training waits for is in it, loading and augmentation too. Writes
 ``results/run_seconds.json``; times of another processor or of another precision are replaced, not kept beside these.
-To add variants to a table that was made by slower code, and whose trainings are to stay comparable:
+To add variants to a table of slower code, or of another processor, whose trainings are to stay comparable:
 
     python benchmarks/ablation/run_seconds.py --groups brains --variants mgml_half_teacher --beside mgml
 
@@ -49,7 +49,7 @@ def main() -> None:
     settings = read_settings()
     about = {"processor": processor(), "precision": precision_on(torch.device("cpu")), "threads": 1}
     before = read_json(args.output) if args.output.is_file() else {}
-    same = all(before.get(key) == value for key, value in about.items())
+    same = bool(args.beside) or all(before.get(key) == value for key, value in about.items())
     seconds: dict[str, dict[str, Any]] = before["seconds"] if same else {}
     runs = to_time(settings, args.groups or equal_time_groups(settings))
     known = list(dict.fromkeys(run.variant for run in runs))
@@ -58,7 +58,7 @@ def main() -> None:
     scales: dict[str, float] = {}
     if args.beside:
         if args.beside not in known or not any(args.beside in table for table in seconds.values()):
-            parser.error(f"{args.output} has no step of {args.beside} on this processor.")
+            parser.error(f"{args.output} has no step of {args.beside}.")
         for run in (run for run in runs if run.variant == args.beside):
             prepare(args.work.resolve(), settings["datasets"][run.dataset])
             scales[run.dataset] = seconds[run.dataset][run.variant]["median"] / timed(run, args)["median"]
@@ -67,10 +67,11 @@ def main() -> None:
         told = {**timed(run, args), "commit": commit(), "code_changed": code_changed()}
         if args.beside:
             scale = scales[run.dataset]
-            told |= {"median": told["median"] * scale, "beside": args.beside, "scale": scale}
+            told |= {"median": told["median"] * scale, "beside": args.beside, "scale": scale, "timed_on": about}
         seconds.setdefault(run.dataset, {})[run.variant] = told
         print(f"{run.dataset} {run.variant}: {1e3 * told['median']:.0f} ms", flush=True)
-        write_json(args.output, {**about, "seconds": seconds})
+        stands_for = {key: before[key] for key in about} if args.beside else about
+        write_json(args.output, {**stands_for, "seconds": seconds})
 
 
 def to_time(settings: dict[str, Any], groups: list[str]) -> list[Run]:
