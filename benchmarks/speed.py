@@ -196,11 +196,16 @@ def entry(key: str, seconds: Mapping[str, Sequence[float]], one: str, other: str
 
 
 def training(settings: Settings, size: Size, turns: int) -> dict[str, Any]:
-    """Return the ratios of training steps."""
-    steps = {**{terms: settings.steps(size, terms=terms) for terms in TERMS}, "stock": settings.stock(size)}
+    """Return the ratios of training steps; ours are a full one and those between, as many as the training has."""
+    steps = {terms: settings.steps(size, terms=terms) for terms in TERMS}
     steps["full"] = settings.steps(size, modality_decoder_scale=0)
     steps["half"] = settings.steps(size, teacher_scale=1)
-    seconds = in_turns(settings, steps, turns)
+    between = {f"{name} between": functools.partial(step, False) for name, step in steps.items()}
+    every = steps["shipped"].learner.objective.complete_every
+    seconds = in_turns(settings, {**steps, **between, "stock": settings.stock(size)}, turns)
+    for name in steps:
+        pairs_of_turns = zip(seconds[name], seconds[f"{name} between"], strict=True)
+        seconds[name] = [(full + (every - 1) * short) / every for full, short in pairs_of_turns]
     pairs = {"mgml": ("mgml", "plain"), "default": ("shipped", "plain"), "stock": ("shipped", "stock")}
     pairs |= {"half_decoder": ("shipped", "full"), "half_teacher": ("half", "plain")}
     return {f"{key}_step_time_ratio": entry(f"{key}_step_time_ratio", seconds, *pair) for key, pair in pairs.items()}

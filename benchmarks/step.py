@@ -26,7 +26,7 @@ from nnunetv2_mgml.network.build import build_network
 from nnunetv2_mgml.network.conditioned_unet import ConditionedUNet
 from nnunetv2_mgml.network.fusion import fusion_designs
 from nnunetv2_mgml.network.subset_module import zero_absent
-from nnunetv2_mgml.objective import Objective, Options, Progress, TermSpec, needs_of
+from nnunetv2_mgml.objective import Objective, Options, TermSpec, needs_of
 
 MODALITIES, CLASSES, REGIONS = 4, 4, 3
 CLIP_NORM = 12.0
@@ -133,10 +133,7 @@ class Learner:
         network: what nnU-Net's trainer calls so, without wrappers.
         called: the network as it is called, possibly wrapped for DDP or compiled.
         extra: modules only training has, with a learning rate of their own each.
-        steps: how many losses were computed: every n-th step is a full one (``complete_every``), the first is.
     """
-
-    steps = 0
 
     def __init__(
         self,
@@ -161,15 +158,14 @@ class Learner:
         if distributed:
             self.objective.distribute(DistributedDataParallel)
 
-    def loss(self, batch: Batch, ramp: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def loss(self, batch: Batch, ramp: float | torch.Tensor = 1.0, full: bool = True) -> torch.Tensor:
         """Return the total loss of a batch: forward pass and all terms.
 
         Args:
             batch: on the network's device.
             ramp: weight of the terms that are warmed up, in [0, 1].
+            full: whether the step is a full one, or one between (``complete_every``).
         """
-        full = self.objective.is_full(Progress(0, 1, self.steps))
-        self.steps += 1
         view = self.objective.draw_view(batch.visible, batch.available, full=full)
         if not full and batch.x.device.type == "cpu":
             view = view.of_available()
@@ -220,8 +216,8 @@ class StockLearner(Learner):
         self.extra = []
         self.objective = nnunet_loss(plan)
 
-    def loss(self, batch: Batch, ramp: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """Return nnU-Net's loss of a batch."""
+    def loss(self, batch: Batch, ramp: float | torch.Tensor = 1.0, full: bool = True) -> torch.Tensor:
+        """Return nnU-Net's loss of a batch; every step is alike."""
         if self.conditional:
             return self.objective(list(self.called(batch.x, batch.visible)), batch.targets)
         return self.objective(list(self.called(zero_absent(batch.x, batch.visible))), batch.targets)
@@ -269,16 +265,16 @@ class TrainingStep:
         """Return the context of a forward pass."""
         return autocast(self.device, self.precision)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, full: bool = True) -> torch.Tensor:
         """Forward pass and loss."""
         with self.autocast():
-            return self.learner.loss(self.batch)
+            return self.learner.loss(self.batch, full=full)
 
-    def __call__(self) -> torch.Tensor:
-        """Do one step and return its loss (on the device, detached)."""
+    def __call__(self, full: bool = True) -> torch.Tensor:
+        """Do one step, a full one or one between, and return its loss (on the device, detached)."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = self.forward()
+        loss = self.forward(full)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         for optimizer in self.optimizers if self.scaler is not None else ():
             self.scaler.unscale_(optimizer)

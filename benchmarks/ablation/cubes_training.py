@@ -183,7 +183,7 @@ class Training:
             optimizer.param_groups[0]["lr"].copy_(rate * (1 - share) ** _POLY)
             optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
-            loss = self.learner.loss(batch, self._ramp(share))
+            loss = self.learner.loss(batch, self._ramp(share), self._is_full())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learner.network.parameters(), CLIP_NORM)
         for optimizer in self.optimizers:
@@ -202,6 +202,9 @@ class Training:
             return 1.0
         fraction = self.learner.options.value("ramp_up_fraction")
         return (share / fraction).clamp(max=1) if fraction > 0 else 1.0
+
+    def _is_full(self) -> bool:
+        return bool(self.settings["stock"]) or self.learner.objective.is_full(Progress(0, 1, self.done, self.steps))
 
     def _capture(self) -> None:
         with self._context():

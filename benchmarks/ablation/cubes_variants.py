@@ -75,7 +75,8 @@ SPECIALISTS = "modality_dropout"
 """The variant whose network specialists are: the stock network, without anything that knows of missing modalities."""
 THREE_SEEDS = ("t1", "t1ce", "t2", "flair", "t1+t1ce+t2+flair")
 """Subsets whose specialists are trained with all seeds."""
-DEFAULT, BASELINE = (f"{name}:conditional_norms=true" for name in ("mgml", "baseline"))
+_TODAY = "conditional_norms=true,network_form=shared_encoder,complete_every=4"
+DEFAULT, BASELINE = (f"{name}:{_TODAY}" for name in ("mgml", "baseline"))
 """The plugin's default, and the same network without our terms."""
 PASSION = "passion"
 """The variant for patients that lack modalities, which hides nothing of what they have."""

@@ -78,9 +78,11 @@ def of_cubes() -> dict[str, Any]:
 
 def _called(variant: str) -> str:
     """Return what a variant of the cubes is to a user of today's defaults."""
-    today = {DEFAULT: "mgml", BASELINE: "baseline"}
-    before = {name: f"{name}:conditional_norms=false" for name in today.values()}
-    return {**today, **before}.get(variant, variant)
+    names = {DEFAULT: "mgml", BASELINE: "baseline"}
+    for name in ("mgml", "baseline"):
+        each = f"{name}:network_form=multi_encoder,complete_every=1"
+        names |= {f"{name}:conditional_norms=true": each, name: f"{each},conditional_norms=false"}
+    return names.get(variant, variant)
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,10 @@ as one batch.
 from __future__ import annotations
 
 import math
-from typing import cast
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,10 +26,77 @@ from nnunetv2_mgml.network.fusion.base import FusionDesign
 from nnunetv2_mgml.network.multi_encoder_unet import MultiEncoderUNet
 from nnunetv2_mgml.network.silence import random_layers_act
 from nnunetv2_mgml.network.subset_module import zero_absent
+from nnunetv2_mgml.upstream import cpu_layers
 
 _AT_ONCE = {"cpu": 2**17, "other": 2**22}
 """Voxels of all modalities that go through the encoder as one batch. Small tensors gain from that; large ones gain
 nothing, and on a CPU, whose caches hold less, they lose."""
+
+
+class _Pass(threading.local):
+    """Which modality one thread's pass is of, where it is of one."""
+
+    modality: int | None = None
+
+
+class _Alone:
+    """What the first convolution is told: its input is one modality, and which."""
+
+    def __init__(self) -> None:
+        self._pass = _Pass()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._pass = _Pass()
+
+    @property
+    def modality(self) -> int | None:
+        """None: the input has the channels of all."""
+        return self._pass.modality
+
+    @contextmanager
+    def tell(self, modality: int | None) -> Iterator[None]:
+        """Say so for a while."""
+        self._pass.modality = modality
+        try:
+            yield
+        finally:
+            self._pass.modality = None
+
+
+class _FirstConvolution(nn.Module):
+    """Mixed into a convolution, which then does without the channels that would be zero."""
+
+    weight: nn.Parameter
+    alone: _Alone
+    modalities: int
+
+    def with_weight(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Convolve."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, M + P, *spatial)``, or ``(B, 1 + P, *spatial)`` in a pass of one modality."""
+        m = self.alone.modality
+        if m is None:
+            return self.with_weight(input, self.weight)
+        own, previous = self.weight[:, m : m + 1], self.weight[:, self.modalities :]
+        return self.with_weight(input, torch.cat((own, previous), 1) if previous.shape[1] else own)
+
+
+class _FirstConv2d(_FirstConvolution, nn.Conv2d):
+    def with_weight(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Convolve."""
+        return self._conv_forward(input, weight, self.bias)
+
+
+class _FirstConv3d(_FirstConvolution, cpu_layers.Conv3d):
+    with_weight = cpu_layers.Conv3d.with_weight
+
+
+_FIRST: dict[type[nn.Module], type[_FirstConvolution]] = {nn.Conv2d: _FirstConv2d, nn.Conv3d: _FirstConv3d}
 
 
 class SharedEncoder(nn.Module):
@@ -44,21 +114,30 @@ class SharedEncoder(nn.Module):
         self.of_all = encoder
         self.modalities = modalities
         self._told = make_conditional(encoder.modules(), modalities)
+        self._alone = _Alone()
+        first = next(module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+        self._skips_zeros = type(first) in _FIRST and first.groups == 1 and first.padding_mode == "zeros"
+        if self._skips_zeros:
+            first.__class__ = _FIRST[type(first)]
+            first.alone, first.modalities = self._alone, modalities
 
-    def forward(self, x: torch.Tensor, alone: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: torch.Tensor, modalities: Sequence[int]) -> list[torch.Tensor]:
         """Return features of one modality per row, per scale ``(N, C_s, *spatial_s)``, full resolution first.
 
         Args:
             x: ``(N, M + P, *spatial)``.
-            alone: ``(N, M)`` bool, one True per row.
+            modalities: of each row.
         """
-        shown = zero_absent(x, alone)
-        if self._told is None:
-            features: list[torch.Tensor] = self.of_all(shown)
-            return features
-        with self._told.tell(alone):  # here, since a backward pass may run this again
-            told: list[torch.Tensor] = self.of_all(shown)
-        return told
+        alone = torch.eye(self.modalities, dtype=torch.bool, device=x.device)[list(modalities)]
+        only = modalities[0] if self._skips_zeros and len(set(modalities)) == 1 else None
+        if only is None:
+            x = zero_absent(x, alone)
+        else:
+            x = torch.cat((x[:, only : only + 1], x[:, self.modalities :]), 1)
+        told = nullcontext() if self._told is None else self._told.tell(alone)
+        with told, self._alone.tell(only):  # here, since a backward pass may run this again
+            features: list[torch.Tensor] = self.of_all(x)
+        return features
 
 
 class SharedEncoderUNet(MultiEncoderUNet):
@@ -95,7 +174,7 @@ class SharedEncoderUNet(MultiEncoderUNet):
         """Run the encoder on each modality alone; see `MultiEncoderUNet.encode`."""
         batch, count = len(x), self.num_modalities
         wanted = [m for m in range(count) if subset is None or subset[m]]
-        rows = torch.tensor([b * count + m for b in range(batch) for m in wanted], device=x.device)
+        rows = [b * count + m for b in range(batch) for m in wanted]
         features = [f.unflatten(0, (batch, len(wanted))) for f in self._encode_rows(x, rows)]
         if len(wanted) == count:
             return features
@@ -103,26 +182,26 @@ class SharedEncoderUNet(MultiEncoderUNet):
             return [f.expand(-1, count, *f.shape[2:]) for f in features]
         return [_at_their_places(f, wanted, count) for f in features]
 
-    def _encode_rows(self, x: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    def _encode_rows(self, x: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
         """Return the features of some modalities of some samples, per scale ``(N, C, *spatial)``.
 
         Args:
             x: ``(B, M + P, *spatial)``.
-            rows: ``(N,)`` int64, ``b M + m``.
+            rows: ``N`` times ``b M + m``.
         """
-        count = self.num_modalities
         limit = _AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
         most = max(1, limit // math.prod(x.shape[2:]))
-        everything = torch.eye(count, dtype=torch.bool, device=x.device)
-        parts = [self._run(x[some // count], everything[some % count]) for some in rows.split(most)]
+        parts = [self._run(x, rows[start : start + most]) for start in range(0, len(rows), most)]
         return [torch.cat(of_scale) if len(parts) > 1 else of_scale[0] for of_scale in zip(*parts, strict=True)]
 
-    def _run(self, x: torch.Tensor, alone: torch.Tensor) -> list[torch.Tensor]:
+    def _run(self, x: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
+        samples, modalities = zip(*(divmod(row, self.num_modalities) for row in rows), strict=True)
+        shown = x[list(samples)]
         if not (self._checkpoints() and random_layers_act(self.training)):
-            own: list[torch.Tensor] = self.encoders(x, alone)
+            own: list[torch.Tensor] = self.encoders(shown, modalities)
             return own
         again: list[torch.Tensor] = checkpoint(
-            self.encoders, x, alone, use_reentrant=False, preserve_rng_state=self._random
+            self.encoders, shown, modalities, use_reentrant=False, preserve_rng_state=self._random
         )
         return again
 
@@ -133,7 +212,7 @@ class SharedEncoderUNet(MultiEncoderUNet):
         batch, count = len(x), self.num_modalities
         return [
             f.new_zeros((batch * count, *f.shape[1:])).index_copy(0, places, f).unflatten(0, (batch, count))
-            for f in self._encode_rows(x, places)
+            for f in self._encode_rows(x, places.tolist())
         ]
 
 

@@ -25,7 +25,13 @@ from nnunetv2_mgml.modalities import canonical_name
 PLANS_KEY = "mgml"
 FUSION_REVISION = 2
 """The present ``fusion_revision``."""
-_BEFORE = {"fusion_revision": 1, "modality_decoder_scale": 0, "conditional_norms": False, "complete_every": 1}
+_BEFORE = {
+    "fusion_revision": 1,
+    "network_form": "multi_encoder",
+    "modality_decoder_scale": 0,
+    "conditional_norms": False,
+    "complete_every": 1,
+}
 """What plans and models are that were written before these options were there."""
 EXACT_REPETITION = (
     "exact repetition needs nnUNet_n_proc_DA=0 in the training's environment, since nnU-Net's worker "
@@ -173,18 +179,17 @@ class NetworkOptions(OptionGroup):
         choices=tuple(range(1, FUSION_REVISION + 1)),
     )
     network_form: str = option(
-        "multi_encoder",
-        "multi_encoder: one encoder per modality, fused at every scale; shared_encoder: one encoder that sees each "
-        "modality alone, whose first convolution and instance norms have weights of each, fused likewise: a part of "
-        "the weights, and faster where volumes are small; early_fusion: one convolution per modality, "
-        "fused at full resolution, and one U-Net for all (docs/fusion.md): smaller, with memory that hardly grows "
-        "with the number of modalities",
+        "shared_encoder",
+        "shared_encoder: one encoder that sees each modality alone, whose first convolution and instance norms have "
+        "weights of each, fused at every scale; multi_encoder: an encoder per modality, as published, fused likewise; "
+        "early_fusion: one convolution per modality, fused at full resolution, and one U-Net for all, with memory that "
+        "hardly grows with the number of modalities (docs/fusion.md)",
         choices=("multi_encoder", "shared_encoder", "early_fusion"),
     )
     width_factor: float = option(
         0.5,
-        "feature channels as a multiple of the plan's (rounded to multiples of 8); one "
-        "encoder per modality at full width would be four times the stock network",
+        "feature channels as a multiple of the plan's (rounded to multiples of 8); at full width each modality alone "
+        "would cost what the stock network does",
         low=0.05,
         high=4,
     )

@@ -17,6 +17,8 @@ PAPER: dict[str, Any] = {
     "num_iterations_per_epoch": 150,
     "augmentation": "paper",
     "complete_view_weight": 0.0,
+    "complete_every": 1,
+    "network_form": "multi_encoder",
     "modality_decoder_scale": 0,
     "conditional_norms": False,
     "seed": 1024,
@@ -91,10 +93,16 @@ _SETTINGS = {
 PRESETS = ("nnunet", *_SETTINGS)
 """``nnunet``: back to the plugin's defaults, which are nnU-Net's, in all that ``paper`` sets."""
 _APART = (("paper-losses", "reference-losses"), ("nnunet", "paper"))
-_LOSS_OF_PAPER = ("complete_view_weight", "modality_decoder_scale", "conditional_norms")
+_LOSS_OF_PAPER = (
+    "complete_view_weight",
+    "complete_every",
+    "network_form",
+    "modality_decoder_scale",
+    "conditional_norms",
+)
 """What ``paper`` sets that are no training settings."""
-_MARKS_OF_OTHERS = ("network_form", "reading")
-"""Options by which plans are known to have one of these."""
+_MARKS_OF_OTHERS = {"network_form": ("early_fusion",), "reading": ("paper", "reference")}
+"""Values by which plans are known to have one of the others."""
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -120,8 +128,8 @@ def presets(names: Sequence[str], before: Options | None = None) -> dict[str, An
     Args:
         names: of `PRESETS`.
         before: the options of the plans they are for. ``nnunet`` brings the loss on the complete view, the scale of
-            what modalities alone are taught, and conditional norms back only where it was ``paper`` that changed
-            them.
+            what modalities alone are taught, form, norms and ``complete_every`` back only where it was ``paper`` that
+            changed them.
 
     Raises:
         ValueError: no such preset, or two that contradict each other.
@@ -142,10 +150,8 @@ def presets(names: Sequence[str], before: Options | None = None) -> dict[str, An
 
 def _has_paper_loss(options: Options) -> bool:
     """Whether plans have no complete view, training settings of ``paper``, and nothing else it may be off by."""
-    defaults = Options()
     if options.value("complete_view_weight") != PAPER["complete_view_weight"]:
         return False
     settings = (key for key in PAPER if key in Options.names() and key not in _LOSS_OF_PAPER)
-    return all(options.value(mark) == defaults.value(mark) for mark in _MARKS_OF_OTHERS) and any(
-        options.value(key) == PAPER[key] for key in settings
-    )
+    others = any(options.value(mark) in values for mark, values in _MARKS_OF_OTHERS.items())
+    return not others and any(options.value(key) == PAPER[key] for key in settings)

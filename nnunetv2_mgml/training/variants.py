@@ -37,7 +37,7 @@ class nnUNetTrainerMGML_fixedSoftLabels(nnUNetTrainerMGML):
 
 
 class nnUNetTrainerMGML_baseline(nnUNetTrainerMGML):
-    """The multi-encoder network with the segmentation losses only."""
+    """The same network with the segmentation losses only."""
 
     config_overrides = {"soft_label": "none", "consistency_weight": 0.0, "complete_view_weight": 0.0}
 
@@ -94,8 +94,8 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     """Return the two trainers named after the publication of a fusion design, by name; none where it names none.
 
     ``nnUNetTrainerX`` is `nnUNetTrainerMGML_baseline` and ``nnUNetTrainerX_MGML`` is `nnUNetTrainerMGML` on plans
-    written with ``mgml plan --set fusion=... modality_decoder_scale=0 conditional_norms=false`` and the design's
-    ``published_options``; the former also has its ``published_alone``. All other options are the plans' own.
+    written with ``mgml plan --set fusion=... network_form=multi_encoder modality_decoder_scale=0
+    conditional_norms=false complete_every=1`` and the design's ``published_options``; the former also has its ``published_alone``. All other options are the plans' own.
     ``fusion_options`` of the plans count where they were set for the same design, and win over the published ones;
     those of another design are dropped, which the log says. ``_MGML`` includes our loss on the complete view; without
     it are the paper's terms: ``complete_view_weight=0`` in the plans.
@@ -108,7 +108,12 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     publication = vars(design).get("trainer", "")  # not inherited: a subclass of a design is another design
     if not publication:
         return {}
-    as_published = {"modality_decoder_scale": 0, "conditional_norms": False}
+    as_published = {
+        "network_form": "multi_encoder",
+        "modality_decoder_scale": 0,
+        "conditional_norms": False,
+        "complete_every": 1,
+    }
     published = {"fusion": design.name, **as_published, **design.published_options}
     alone = {**nnUNetTrainerMGML_baseline.config_overrides, **published, **design.published_alone}
     name = f"nnUNetTrainer{publication}"

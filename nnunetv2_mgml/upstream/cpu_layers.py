@@ -57,20 +57,24 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``(B, C, z, y, x)`` to ``(B, O, z', y', x')``."""
+        return self.with_weight(input, self.weight)
+
+    def with_weight(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Do so with another weight, ``(O, C', *kernel)`` for an input of ``C'`` channels."""
         if _is_wrong_in_bfloat16(self, input):
             with torch.autocast("cpu", enabled=False):
-                return super().forward(input.float()).to(torch.bfloat16)
+                return self._conv_forward(input.float(), weight, self.bias).to(torch.bfloat16)
         stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
-        if _learns_narrow_in_bfloat16(self, input):
-            small = [None if each is None else each.to(torch.bfloat16) for each in (input, self.weight, self.bias)]
+        if _learns_narrow_in_bfloat16(self, input, weight):
+            small = [None if each is None else each.to(torch.bfloat16) for each in (input, weight, self.bias)]
             narrow: torch.Tensor = _Convolution.apply(*small, stride, padding)
             return narrow
-        if not (suits(input) and input.ndim == 5 and self.weight.dtype == torch.float32 and onednn()):
-            return super().forward(input)
+        if not (suits(input) and input.ndim == 5 and weight.dtype == torch.float32 and onednn()):
+            return self._conv_forward(input, weight, self.bias)
         if torch.is_grad_enabled():
-            learning: torch.Tensor = _Convolution.apply(input.contiguous(), self.weight, self.bias, stride, padding)
+            learning: torch.Tensor = _Convolution.apply(input.contiguous(), weight, self.bias, stride, padding)
             return learning
-        return predicted(input, self.weight, self.bias, stride, padding)
+        return predicted(input, weight, self.bias, stride, padding)
 
 
 def _is_wrong_in_bfloat16(conv: nn.Conv3d, x: torch.Tensor) -> bool:
@@ -90,15 +94,15 @@ def _is_wrong_in_bfloat16(conv: nn.Conv3d, x: torch.Tensor) -> bool:
     )
 
 
-def _learns_narrow_in_bfloat16(conv: nn.Conv3d, x: torch.Tensor) -> bool:
+def _learns_narrow_in_bfloat16(conv: nn.Conv3d, x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether a convolution to few channels learns under autocast, and its input with it."""
     return (
         conv.out_channels <= _NARROW
-        and conv.in_channels > 1
+        and weight.shape[1] > 1
         and {*conv.stride} == {1}
         and max(conv.kernel_size) > 1
-        and conv.weight.dtype == torch.float32
-        and conv.weight.requires_grad
+        and weight.dtype == torch.float32
+        and weight.requires_grad
         and x.ndim == 5
         and torch.is_grad_enabled()
         and torch.is_autocast_enabled("cpu")

@@ -106,8 +106,8 @@ def test_absent_modalities_are_not_encoded_and_the_mask_is_forgotten_afterwards(
     if isinstance(encoders, SharedEncoder):
 
         def count(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            for m in range(4):
-                shown[m] += int(inputs[1][:, m].sum())
+            for m in inputs[1]:
+                shown[m] += 1
 
         hooks = [encoders.register_forward_pre_hook(count)]
     else:

@@ -258,7 +258,7 @@ def test_plain_norms_of_the_decoder_take_a_conditional_checkpoint_as_with_all_vi
 
 
 def test_an_encoder_per_modality_and_one_for_all_are_not_each_other() -> None:
-    per_modality, of_all = network(options_with(fusion="mean")), shared("mean")
+    per_modality, of_all = network(options_with(fusion="mean", network_form="multi_encoder")), shared("mean")
     for net, given in ((per_modality, of_all), (of_all, per_modality)):
         with pytest.raises(ValueError, match="its own form or from a stock nnU-Net"):
             start(net, given, CHANNELS, CHANNELS)

@@ -51,7 +51,13 @@ def settings(name: str) -> dict[str, Any]:
     design = fusion_designs()[fusion]
     assert name.removeprefix("nnUNetTrainer").removesuffix("_MGML") == design.trainer
     alone = {} if name.endswith("_MGML") else design.published_alone
-    published = {"modality_decoder_scale": 0, "conditional_norms": False, **design.published_options}
+    published = {
+        "network_form": "multi_encoder",
+        "modality_decoder_scale": 0,
+        "conditional_norms": False,
+        "complete_every": 1,
+        **design.published_options,
+    }
     return copy.deepcopy({"fusion": fusion, **published, **alone})
 
 
