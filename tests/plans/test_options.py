@@ -293,17 +293,23 @@ def test_nnunet_takes_back_what_paper_set_and_no_more(plans: list[str], names: l
     assert now.value("complete_view_weight") == weight
     assert now.value("modality_decoder_scale") == (0 if "paper-losses" in plans else None)
     assert now.training == Options().training
-    for name in ("network_form", "reading", "soft_label"):
+    for name in ("reading", "soft_label"):
         assert now.value(name) == (presets(names).get(name) or before.value(name))
+    early, losses = ("early-fusion" in (*plans, *names)), "paper-losses" in plans
+    kept = "multi_encoder" if losses and "paper" in plans else "shared_encoder"
+    assert now.value("network_form") == ("early_fusion" if early else kept)
 
 
 def test_nnunet_takes_back_what_paper_set_not_what_plans_have_otherwise() -> None:
     """Plans of before, also with a setting that is the paper's too, and what was set over the preset."""
 
-    def now(**options: Any) -> tuple[Any, Any]:
+    def after(**options: Any) -> Options:
         before = options_with(**options)
-        after = before.updated({k: v for k, v in presets(["nnunet"], before).items() if k in Options.names()})
-        return after.value("modality_decoder_scale"), after.value("complete_view_weight")
+        return before.updated({k: v for k, v in presets(["nnunet"], before).items() if k in Options.names()})
+
+    def now(**options: Any) -> tuple[Any, Any]:
+        found = after(**options)
+        return found.value("modality_decoder_scale"), found.value("complete_view_weight")
 
     paper = {key: value for key, value in PAPER.items() if key in Options.names()}
     assert now(modality_decoder_scale=0) == (0, 1.0)
@@ -311,6 +317,11 @@ def test_nnunet_takes_back_what_paper_set_not_what_plans_have_otherwise() -> Non
     assert now(**paper) == (None, 1.0)
     assert now(**{**paper, "modality_decoder_scale": 2}) == (2, 1.0)
     assert now(**{**paper, "complete_view_weight": 0.5}) == (0, 0.5)
+    assert after(network_form="multi_encoder").value("network_form") == "multi_encoder"
+    assert after(complete_every=1, optimizer="adam").value("complete_every") == 1
+    back = after(**paper)
+    assert (back.value("network_form"), back.value("complete_every")) == ("shared_encoder", None)
+    assert after(**{**paper, "network_form": "early_fusion"}).value("network_form") == "early_fusion"
 
 
 def test_early_fusion_on_plans_of_another_design() -> None:

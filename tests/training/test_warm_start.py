@@ -61,7 +61,7 @@ def stock_network(inputs: int = 4, heads: int = 3, residual: bool = False, convs
 
 def ours(fusion: str = "concat", modalities: int = 4, classes: int = 4, heads: int = 3, **options: Any) -> Any:
     return network(
-        options_with(fusion=fusion, **{"width_factor": 1.0, **options}),
+        options_with(fusion=fusion, **{"width_factor": 1.0, "network_form": "multi_encoder", **options}),
         modalities=modalities,
         classes=classes,
         heads=heads,
@@ -86,7 +86,8 @@ def of(taken: Any, part: str) -> Any:
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_each_encoder_is_the_stock_encoder_with_the_column_of_its_modality(residual: bool) -> None:
     stock = stock_network(residual=residual)
-    ourselves = network(options_with(fusion="mean", width_factor=1.0), residual=residual)
+    options = options_with(fusion="mean", width_factor=1.0, network_form="multi_encoder")
+    ourselves = network(options, residual=residual)
     taken = start(ourselves, donor(stock, OTHER_ORDER))
     stock, ourselves = stock.double(), ourselves.double()  # our layers add in another order in float32
     x = torch.randn(1, 4, 16, 16, 16, dtype=torch.float64)
@@ -217,13 +218,20 @@ def test_one_self_supervised_channel_serves_every_modality(tmp_path: Path) -> No
     weights = {f"net.{key}": value for key, value in pretrained.state_dict().items() if key.startswith("encoder.")}
     plan = {"key_to_stem": "net.encoder.stem", "key_to_encoder": "net.encoder.stages", "pretrain_num_input_channels": 1}
     torch.save({"network_weights": weights, "nnssl_adaptation_plan": plan}, tmp_path / "mae.pth")
-    target = network(options_with(fusion="mean", width_factor=1.0), residual=True)
+    per_modality = options_with(fusion="mean", width_factor=1.0, network_form="multi_encoder")
+    target = network(per_modality, residual=True)
     taken = start(target, read_donor(tmp_path / "mae.pth"))
     theirs = pretrained.encoder.state_dict()
     for m, name in enumerate(CHANNELS):
         own = target.encoders[m].encoder.state_dict()
         assert all(torch.equal(own[key], theirs[key]) for key in own)
         assert of(taken, f"encoder of {name}").source == "its one channel"
+    of_all = network(options_with(fusion="mean", width_factor=1.0), residual=True)
+    start(of_all, read_donor(tmp_path / "mae.pth"))
+    own = of_all.encoders.of_all.encoder.state_dict()
+    first = next(key for key in theirs if theirs[key].ndim == 5)
+    assert torch.equal(own[first], theirs[first].repeat(1, 4, 1, 1, 1))
+    assert all(torch.equal(own[key], theirs[key]) for key in theirs if theirs[key].shape == own[key].shape)
     with pytest.raises(ValueError, match=r"one channel, of no modality .*nothing to choose for t1ce \(--use\)"):
         start(target, read_donor(tmp_path / "mae.pth"), t1ce="t1")
 
@@ -454,9 +462,8 @@ def test_pretrained_weights_of_a_stock_training(checkpoint: Path, cls: Any, caps
     first = stock["encoder.stages.0.0.convs.0.conv.weight"]
     order = [OTHER_ORDER.index(name) for name in CHANNELS]
     if cls is nnUNetTrainerMGML:
-        for m, j in enumerate(order):
-            own = trainer.network.encoders[m].encoder.stages[0][0].convs[0].conv.weight
-            assert torch.equal(own, first[:, j : j + 1])
+        own = trainer.network.encoders.of_all.encoder.stages[0][0].convs[0].conv.weight
+        assert torch.equal(own, first[:, order])
     else:
         assert torch.equal(trainer.network.encoder.stages[0][0].convs[0].conv.weight, first[:, order])
         assert torch.equal(trainer.network.decoder.seg_layers[0].weight, stock["decoder.seg_layers.0.weight"])
@@ -488,7 +495,7 @@ def test_the_command_shows_what_is_taken_and_writes_a_start(
     file = nnunet_folders / "start.pth"
     assert main(["warmstart", str(checkpoint), *options, "-o", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert "encoder of t1ce" in shown
+    assert "encoder of all modalities" in shown
     assert f"-p wide -pretrained_weights {file}" in shown
     trainer = make_trainer(nnUNetTrainerMGML, plans(), {"fusion": "mean"})
     run_training.maybe_load_checkpoint(trainer, False, False, str(file))
@@ -497,7 +504,8 @@ def test_the_command_shows_what_is_taken_and_writes_a_start(
     assert all(torch.equal(own[key], value) for key, value in start.items())
     columns = torch.load(checkpoint, weights_only=False)["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"]
     j = OTHER_ORDER.index("t1")
-    assert torch.equal(start["encoders.1.encoder.stages.0.0.convs.0.conv.weight"], columns[:, j : j + 1])
+    first = start["encoders.of_all.encoder.stages.0.0.convs.0.conv.weight"]
+    assert torch.equal(first[:, CHANNELS.index("t1ce")], columns[:, j])
 
 
 def test_the_command_never_writes_over_its_source_and_over_another_file_only_when_asked(
