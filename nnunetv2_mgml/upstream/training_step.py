@@ -49,24 +49,30 @@ def optimise(
 
     Args:
         loss: scalar, not scaled.
-        optimizers: of the network and of whatever else has parameters.
+        optimizers: of the network and of whatever else has parameters; one whose parameters were not used in this
+            step, which a gradient scaler would refuse, rests.
         network: whose gradients are clipped; the parameters of the other optimizers are not.
         scaler: nnU-Net's, None outside CUDA. Where one gradient is not finite, none of its optimizer's weights moves.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     (loss if scaler is None else scaler.scale(loss)).backward()
+    moving = [optimizer for optimizer in optimizers if _has_gradients(optimizer)]
     if scaler is not None:
-        for optimizer in optimizers:
+        for optimizer in moving:
             scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(network.parameters(), _CLIP_NORM)
-    for optimizer in optimizers:
+    for optimizer in moving:
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def as_numbers(values: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.objective.objective import complete_every
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
+from nnunetv2_mgml.upstream.training_step import optimise
 
 FORMS = ("multi_encoder", "shared_encoder", "early_fusion")
 WITHOUT = {"complete_view_weight": 0.0, "consistency_weight": 0.0, "complete_every": 1}
@@ -132,10 +132,23 @@ def test_plans_and_models_of_before_have_full_steps_only() -> None:
     assert complete_every(Options.from_plans({})) == 4
 
 
-def test_a_training_logs_what_its_full_steps_are_and_resumes_exactly(written: Any) -> None:
-    options = {"seed": 3, "num_epochs": 2, "num_iterations_per_epoch": 3, "complete_every": 2, "save_every": 1}
-    whole = make_trainer(nnUNetTrainerMGML, written, options)
-    whole.run_training()
-    rows = read_log(Path(whole.output_folder) / LOG_NAME)
+def test_an_optimizer_whose_parameters_a_step_does_not_use_rests() -> None:
+    """As that of a term of its own network in the steps between; a gradient scaler alone would refuse it."""
+    used, unused = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimizers = [torch.optim.Adam(module.parameters(), 0.1) for module in (used, unused)]
+    before = [parameter.clone() for module in (used, unused) for parameter in module.parameters()]
+    optimise(used(torch.ones(3, 2)).sum(), optimizers, used, torch.amp.GradScaler("cpu"))
+    now = [*used.parameters(), *unused.parameters()]
+    moved = [not torch.equal(one, two) for one, two in zip(before, now, strict=True)]
+    assert moved == [True, True, False, False]
+
+
+def test_a_training_logs_what_its_full_steps_are(written: Any) -> None:
+    """Every epoch has one, its first, so that no row lacks a column."""
+    trainer = make_trainer(
+        nnUNetTrainerMGML, written, {"num_epochs": 2, "num_iterations_per_epoch": 3, "complete_every": 2}
+    )
+    trainer.run_training()
+    rows = read_log(Path(trainer.output_folder) / LOG_NAME)
+    assert len(rows) == 2
     assert all({"train_complete", "train_consistency", "train_total"} <= set(row) for row in rows)
-    assert dataclasses.asdict(whole.options.training)["num_epochs"] == 2

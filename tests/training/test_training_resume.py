@@ -68,15 +68,18 @@ def test_checkpoint_keeps_training_state_apart(nnunet_folders: Path) -> None:
     assert sum(p.numel() for p in meta_network_of(trainer.learner.objective).parameters()) < 3000
 
 
-def test_resume_equals_an_uninterrupted_run(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans_dict = write_dataset(nnunet_folders)
-    whole = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1})
+@pytest.mark.parametrize("steps", [{}, {"num_iterations_per_epoch": 3, "complete_every": 2}])
+def test_resume_equals_an_uninterrupted_run(
+    steps: dict[str, int], nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans_dict, options = write_dataset(nnunet_folders), {"save_every": 1, **steps}
+    whole = make_trainer(nnUNetTrainerMGML, plans_dict, options)
     whole.run_training()
     log = [list(row.values()) for row in read_log(Path(whole.output_folder) / LOG_NAME)]
     monkeypatch.setenv("nnUNet_results", str(nnunet_folders / "again"))
-    first = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1})
+    first = make_trainer(nnUNetTrainerMGML, plans_dict, options)
     run_until_epoch(first, 2, monkeypatch)
-    second = make_trainer(nnUNetTrainerMGML, plans_dict, {"save_every": 1}, resume=True)
+    second = make_trainer(nnUNetTrainerMGML, plans_dict, options, resume=True)
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert second.current_epoch == 2
     second.run_training()
