@@ -29,7 +29,7 @@ from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.upstream import cpu_layers
 
 _AT_ONCE = {"cpu": 2**17, "other": 2**22}
-"""Voxels of all modalities that go through the encoder as one batch. Small tensors gain from that; large ones gain
+"""Voxels of several modalities that go through the encoder as one batch. Small tensors gain from that; large ones gain
 nothing, and on a CPU, whose caches hold less, they lose."""
 
 
@@ -128,7 +128,8 @@ class SharedEncoder(nn.Module):
             x: ``(N, M + P, *spatial)``.
             modalities: of each row.
         """
-        alone = torch.eye(self.modalities, dtype=torch.bool, device=x.device)[list(modalities)]
+        each = torch.eye(self.modalities, dtype=torch.bool, device=x.device)
+        alone = torch.stack([each[m] for m in modalities])  # a list as index would be copied to the device
         only = modalities[0] if self._skips_zeros and len(set(modalities)) == 1 else None
         if only is None:
             x = zero_absent(x, alone)
@@ -172,48 +173,53 @@ class SharedEncoderUNet(MultiEncoderUNet):
 
     def encode(self, x: torch.Tensor, subset: tuple[bool, ...] | None = None) -> list[torch.Tensor]:
         """Run the encoder on each modality alone; see `MultiEncoderUNet.encode`."""
-        batch, count = len(x), self.num_modalities
+        count = self.num_modalities
         wanted = [m for m in range(count) if subset is None or subset[m]]
-        rows = [b * count + m for b in range(batch) for m in wanted]
-        features = [f.unflatten(0, (batch, len(wanted))) for f in self._encode_rows(x, rows)]
+        most = self._at_once(x)
+        parts = [self._encode_some(x, wanted[start : start + most]) for start in range(0, len(wanted), most)]
+        features = [torch.cat(of_scale, 1) if len(parts) > 1 else of_scale[0] for of_scale in zip(*parts, strict=True)]
         if len(wanted) == count:
             return features
         if len(wanted) == 1 and self.fusion.hides_absent:  # what is hidden needs no memory
             return [f.expand(-1, count, *f.shape[2:]) for f in features]
         return [_at_their_places(f, wanted, count) for f in features]
 
-    def _encode_rows(self, x: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
-        """Return the features of some modalities of some samples, per scale ``(N, C, *spatial)``.
-
-        Args:
-            x: ``(B, M + P, *spatial)``.
-            rows: ``N`` times ``b M + m``.
-        """
-        limit = _AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
-        most = max(1, limit // math.prod(x.shape[2:]))
-        parts = [self._run(x, rows[start : start + most]) for start in range(0, len(rows), most)]
-        return [torch.cat(of_scale) if len(parts) > 1 else of_scale[0] for of_scale in zip(*parts, strict=True)]
-
-    def _run(self, x: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
-        samples, modalities = zip(*(divmod(row, self.num_modalities) for row in rows), strict=True)
-        shown = x[list(samples)]
-        if not (self._checkpoints() and random_layers_act(self.training)):
-            own: list[torch.Tensor] = self.encoders(shown, modalities)
-            return own
-        again: list[torch.Tensor] = checkpoint(
-            self.encoders, shown, modalities, use_reentrant=False, preserve_rng_state=self._random
-        )
-        return again
-
     def encode_places(self, x: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
         """Run the encoder where it is worth it, zeros elsewhere; see `MultiEncoderUNet.encode_places`."""
         if places is None:
             return self.encode(x)
         batch, count = len(x), self.num_modalities
-        return [
-            f.new_zeros((batch * count, *f.shape[1:])).index_copy(0, places, f).unflatten(0, (batch, count))
-            for f in self._encode_rows(x, places.tolist())
-        ]
+        rows = places.tolist()
+        alone = [[row for row in rows if row % count == m] for m in range(count)]
+        groups = [rows] if self._at_once(x) >= count else [group for group in alone if group]
+        features: list[torch.Tensor] = []
+        for group in groups:
+            found = self._run(x[[row // count for row in group]], [row % count for row in group])
+            features = features or [f.new_zeros((batch * count, *f.shape[1:])) for f in found]
+            at = torch.tensor(group)
+            features = [whole.index_copy(0, at, f) for whole, f in zip(features, found, strict=True)]
+        return [f.unflatten(0, (batch, count)) for f in features]
+
+    def _at_once(self, x: torch.Tensor) -> int:
+        """Return how many modalities of a batch go through the encoder together."""
+        limit = _AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        return max(1, limit // (len(x) * math.prod(x.shape[2:])))
+
+    def _encode_some(self, x: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:
+        """Return the features of some modalities, per scale ``(B, len(wanted), C, *spatial)``."""
+        batch = len(x)
+        rows = x[:, None].expand(-1, len(wanted), *x.shape[1:]).flatten(0, 1)
+        return [f.unflatten(0, (batch, len(wanted))) for f in self._run(rows, [*wanted] * batch)]
+
+    def _run(self, x: torch.Tensor, modalities: Sequence[int]) -> list[torch.Tensor]:
+        """Return the features of one modality per row, see `SharedEncoder.forward`, of which a training keeps little."""
+        if not (self._checkpoints() and random_layers_act(self.training)):
+            own: list[torch.Tensor] = self.encoders(x, modalities)
+            return own
+        again: list[torch.Tensor] = checkpoint(
+            self.encoders, x, modalities, use_reentrant=False, preserve_rng_state=self._random
+        )
+        return again
 
 
 def _at_their_places(features: torch.Tensor, wanted: list[int], count: int) -> torch.Tensor:

@@ -184,8 +184,11 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "conditional_dropout_narrow": 0.125,
         "baseline_narrow": 0.15,
         "mgml_narrow": 0.3,
+        "baseline_shared": 0.2,
+        "mgml_shared": 0.25,
     }
-    full = {name for name in seconds if name.endswith(("full_resolution", "half_teacher", "conditional", "narrow"))}
+    ends = ("full_resolution", "half_teacher", "conditional", "narrow", "shared")
+    full = {name for name in seconds if name.endswith(ends)}
 
     def train(run: Any, work: Path, log: Path) -> Path:
         assert (run.options["num_epochs"], run.options["num_iterations_per_epoch"]) == (3, 2)
@@ -218,6 +221,8 @@ def test_runs_of_equal_time_get_their_steps_by_the_table(
         "conditional_dropout_narrow": 100,
         "baseline_narrow": 83,
         "mgml_narrow": 42,
+        "baseline_shared": 62,
+        "mgml_shared": 50,
     }
     assert {k: n for k, n in steps.items() if k not in full} == {
         "baseline": 62,
@@ -286,19 +291,19 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}
     assert "So far" not in text
     rivals = ("modality_dropout_narrow", "conditional_dropout_narrow", "baseline_narrow", "mgml_narrow")
-    others = ("mgml_half_teacher", "baseline_conditional", "mgml_conditional", *rivals)
+    others = ("mgml_half_teacher", "baseline_conditional", "mgml_conditional", *rivals, "baseline_shared", "mgml_shared")
     told = ", ".join(f"`{name}`" for name in others)
     assert f"Not finished: `baseline_full_resolution`, `mgml_full_resolution`, {told}." in text
     assert "` against `" not in text, "nothing of the default yet"
     of_brains = ablation.settings.all_runs(settings, ["brains"])
     for run in of_brains:
-        if run.variant == "mgml_conditional":
+        if run.variant == "mgml_shared" and run.seed == 0:
             finish(ablation, run, np.full((3, 15, 4), 0.5))
-    assert "`mgml_conditional` against `mgml`: +0.00, " in page()[0]
-    for name in ("baseline_conditional", *rivals):
-        for run in [r for r in of_brains if r.variant == name][:2]:
+    assert "`mgml_shared` against `mgml`: +0.00, " in page()[0]
+    for name in ("baseline_shared", "mgml_conditional", "baseline_conditional", *rivals[:2]):
+        for run in [r for r in of_brains if r.variant == name and r.seed == 0][:2]:
             finish(ablation, run, np.full((3, 15, 4), 0.4 + run.fold / 50))
-        told = rf"`mgml_conditional` against `{name}`: \+9\.00, .* per fold \+10\.00 \+8\.00\."
+        told = rf"`mgml_shared` against `{name}`: \+9\.00, .* per fold \+10\.00 \+8\.00\."
         assert re.search(told, page()[0]) is not None
 
 
@@ -312,7 +317,7 @@ def test_results_of_before_are_of_a_decoder_at_full_resolution(ablation: SimpleN
         content["resolved"]["config"].pop("modality_decoder_scale")
         run.file.write_text(json.dumps(content))
     of_today = {"baseline", "mgml", "mgml_half_teacher", "baseline_narrow", "mgml_narrow"}
-    of_today |= {"baseline_conditional", "mgml_conditional"}
+    of_today |= {"baseline_conditional", "mgml_conditional", "baseline_shared", "mgml_shared"}
     assert {name for name, run in runs.items() if not run.finished()} == of_today
 
 

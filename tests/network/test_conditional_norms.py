@@ -56,6 +56,7 @@ def test_starts_as_the_network_without(fusion: str) -> None:
     more = {*net.state_dict()} - {*plain.state_dict()}
     every = net.named_modules(remove_duplicate=False)  # nnU-Net's blocks hold each layer twice
     norms = {name for name, module in every if isinstance(module, ConditionalNorm)}
+    norms = {name for name in norms if not name.startswith("encoders.of_all.")}  # told which modality it sees
     assert {key.removesuffix(".of_modalities") for key in more} == norms
     assert all(name.startswith(("fusion.", "decoder.")) for name in norms)
     assert any(name.startswith("decoder.") for name in norms)
@@ -187,7 +188,8 @@ def test_by_default_where_form_and_norms_allow_it() -> None:
         plan["architecture"]["arch_kwargs"]["norm_op"] = norm_op
         network = config("mean", **options).network
         net = build_network(ConfigurationManager(plan), network, M, 3, 4, True, LEARNS)
-        return sum(isinstance(module, ConditionalNorm) for module in net.modules())
+        parts = (net.fusion, net.decoder)
+        return sum(isinstance(module, ConditionalNorm) for part in parts for module in part.modules())
 
     assert norms() == norms(conditional_norms=True) > 0
     assert norms(conditional_norms=False) == 0
@@ -202,10 +204,11 @@ def test_plans_and_models_of_before_have_none(tmp_path: Path) -> None:
     assert Options.from_plans({}).network.conditional_norms is None
     planned = make_plans({**builders.plans(), PLANS_KEY: block}, {"num_epochs": 3}, ["3d_fullres"], "Later", CHANNELS)
     assert planned[PLANS_KEY]["config"]["conditional_norms"] is False
-    folder = write_model(tmp_path / "before", options={"conditional_norms": False})
+    folder = write_model(tmp_path / "before", options={"conditional_norms": False, "network_form": "multi_encoder"})
     plans = read_json(folder / "plans.json")
     plans[PLANS_KEY]["version"] = "0.2.0"  # as in every model
-    del plans[PLANS_KEY]["config"]["conditional_norms"]
+    for name in ("conditional_norms", "network_form"):
+        del plans[PLANS_KEY]["config"][name]
     write_json(folder / "plans.json", plans)
     model = load_model(folder, 0, "checkpoint_final.pth", "cpu")
     assert not any(isinstance(module, ConditionalNorm) for module in model.network.modules())
@@ -245,7 +248,7 @@ def stock_plans() -> dict[str, Any]:
 
 
 def test_early_fusion_is_refused(stock_plans: dict[str, Any]) -> None:
-    message = "conditional_norms=true needs network_form=multi_encoder; this is early_fusion. Set"
+    message = "conditional_norms=true needs network_form=multi_encoder or shared_encoder; this is early_fusion. Set"
     with pytest.raises(ValueError, match=message):
         builders.network(options_with(fusion="concat", network_form="early_fusion", conditional_norms=True))
     changes = {"fusion": "concat", "network_form": "early_fusion", "conditional_norms": True}

@@ -68,14 +68,17 @@ def test_early_fusion_has_the_same_gradients_in_less_memory(fusion: str, share: 
     assert needed[1] < share * needed[0]
 
 
-def test_only_training_steps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = builders.network(config("concat")).eval()
+@pytest.mark.parametrize(
+    ("form", "module"), [("multi_encoder", "multi_encoder_unet"), ("shared_encoder", "shared_encoder")]
+)
+def test_only_training_steps_pay(form: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = builders.network(config("concat", network_form=form)).eval()
     network.gradient_checkpointing = True
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("nnunetv2_mgml.network.multi_encoder_unet.checkpoint", refuse)
+    monkeypatch.setattr(f"nnunetv2_mgml.network.{module}.checkpoint", refuse)
     with torch.no_grad():
         network(batch(PATCH))
         network.train()(batch(PATCH))

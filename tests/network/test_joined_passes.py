@@ -209,7 +209,7 @@ def test_a_state_or_random_numbers_of_its_own_keep_them_apart() -> None:
             self.drop = StudentDropout(0.5)
 
     assert not Begins.joins_passes
-    net = builders.network(config("concat"))
+    net = builders.network(config("concat", network_form="multi_encoder"))
     assert net._joins_passes
     spec = net.fusion.spec
     for fusion, joins in ((Noisy(spec), False), (ConcatFusion(spec), True), (Begins(spec), False)):

@@ -75,7 +75,7 @@ def test_models_of_before_end_at_full_resolution(tmp_path: Path) -> None:
     assert planned[PLANS_KEY]["config"]["modality_decoder_scale"] == 0
     now = {**block, "config": {**block["config"], "modality_decoder_scale": None}}
     assert Options.from_plans({PLANS_KEY: now}).network.modality_decoder_scale is None
-    options = {"modality_decoder_scale": 0, "conditional_norms": False}
+    options = {"modality_decoder_scale": 0, "conditional_norms": False, "network_form": "multi_encoder"}
     folder = write_model(tmp_path / "before", options=options, stages=3)
     plans = read_json(folder / "plans.json")
     plans[PLANS_KEY]["version"] = "0.2.0"  # as in every model

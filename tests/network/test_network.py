@@ -112,7 +112,7 @@ def test_state_dict_round_trip_is_strict_and_holds_no_training_state() -> None:
 
 
 def test_encoders_start_different() -> None:
-    first, second, *_ = network().encoders
+    first, second, *_ = network(config("concat", network_form="multi_encoder")).encoders
     weight = next(name for name, p in first.named_parameters() if p.ndim > 1)
     assert not torch.equal(dict(first.named_parameters())[weight], dict(second.named_parameters())[weight])
 
@@ -167,7 +167,10 @@ def test_decoders_work_at_a_share_of_the_encoders_width() -> None:
     assert narrow.decoder.stages[-1].convs[0].conv.out_channels == 8
     wide = network(config("concat", decoder_width_ratio=1.0), **layout)
     assert [f.shape[2] for f in wide.encode(batch((16, 16, 16)))] == [16, 32, 64]
-    assert not list(wide.encoders[0].projections.parameters())
+    assert not list(wide.encoders.of_all.projections.parameters())
+    each = network(config("concat", decoder_width_ratio=1.0, network_form="multi_encoder"), **layout)
+    assert [f.shape[2] for f in each.encode(batch((16, 16, 16)))] == [16, 32, 64]
+    assert not list(each.encoders[0].projections.parameters())
 
 
 @pytest.mark.parametrize(("convs", "expected"), [(None, 2), (1, 1), (3, 3)])
@@ -194,7 +197,7 @@ def test_a_learning_teacher_gives_the_same_prediction_with_gradient(fusion: str,
         assert torch.allclose(target, learns, rtol=1e-12, atol=1e-12) if joined else torch.equal(target, learns)
         assert not target.requires_grad
     sum(output.sum() for output in learning.complete).backward()
-    assert all(p.grad is not None for encoder in net.encoders for p in encoder.parameters())
+    assert all(p.grad is not None for p in net.encoders.parameters())
 
 
 def test_further_subsets_are_decoded_as_one_batch() -> None:

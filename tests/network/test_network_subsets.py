@@ -55,7 +55,7 @@ def test_stored_subset_equals_mask(fusion: str) -> None:
 
 
 def test_absent_encoders_do_not_run_at_inference() -> None:
-    net = network().eval()
+    net = network(config("concat", network_form="multi_encoder")).eval()
     calls: list[int] = []
     for m, encoder in enumerate(net.encoders):
         encoder.register_forward_hook(lambda *_, m=m: calls.append(m))
