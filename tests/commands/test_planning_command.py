@@ -74,6 +74,8 @@ def test_paper_preset_and_set_over_it(folder):
         augmentation="paper",
         deterministic=True,
         complete_view_weight=0.0,
+        complete_every=1,
+        network_form="multi_encoder",
         modality_decoder_scale=0,
         conditional_norms=False,
     )
@@ -244,8 +246,8 @@ def test_help_tells_the_paper_preset(capsys):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "augmentation=paper, complete_view_weight=0.0, modality_decoder_scale=0, conditional_norms=False, seed=1024, "
-        "deterministic=True" in said
+        "augmentation=paper, complete_view_weight=0.0, complete_every=1, network_form=multi_encoder, "
+        "modality_decoder_scale=0, conditional_norms=False, seed=1024, deterministic=True" in said
     )
     assert "rotation up to 10 degrees, intensity scale and shift 0.1, flips" in said
     assert "stays nnU-Net's" not in said

@@ -431,7 +431,7 @@ def test_a_compiled_network_is_told_too(trainer: str, tmp_path: Path) -> None:
 def test_bfloat16_on_a_cpu(model: Path, auto: MGMLPredictor) -> None:
     seen: list[torch.dtype] = []
     half = predictor(model, cpu_bfloat16=True)
-    hook = half.network.encoders[0].register_forward_hook(lambda _m, _i, output: seen.append(output[0].dtype))
+    hook = half.network.encoders.register_forward_hook(lambda _m, _i, output: seen.append(output[0].dtype))
     item = item_of(half, {"t1": image(0), "t2": image(2)})
     difference = np.abs(half._logits(item).astype(np.float32) - auto._logits(item).astype(np.float32))
     hook.remove()
