@@ -23,7 +23,9 @@ class Goal(NamedTuple):
 
 GOALS = {
     "mgml_step_time_ratio": Goal(
-        1.08, "a step with Meta-AMF and L_CR / without", "training steps in float32, in turns, after one untimed turn; of ours one full step and three between"
+        1.08,
+        "a step with Meta-AMF and L_CR / without",
+        "training steps in float32, in turns, after one untimed turn; of ours one full step and three between",
     ),
     "default_step_time_ratio": Goal(1.20, "the default's step / without our terms", "as above"),
     "default_step_memory_ratio": Goal(

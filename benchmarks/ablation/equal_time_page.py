@@ -191,8 +191,8 @@ validation patients. Differences are over the seeds that both have, so they need
 ahead of the same network without in every seed and for every number of modalities, in tumour core and enhancing tumour
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
 those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion` at half of its width.
-**The default is `mgml:conditional_norms=true,network_form=shared_encoder,complete_every=4`**: norms of fusion and decoder
-know what is visible, one encoder serves all modalities (0.50 million parameters instead of 1.17), and what is hidden
+**The default is `mgml:conditional_norms=true,network_form=shared_encoder,complete_every=4`**: norms of fusion and
+decoder know what is visible, one encoder serves all modalities (0.50 million parameters instead of 1.17), and what is hidden
 takes part in every fourth step only. Networks of ours whose name does not say so have plain norms, an encoder per
 modality and full steps only, as by default before.
 With `modality_decoder_scale=0` the decoder shared by all modalities ends at full resolution, as published and as it did
@@ -248,7 +248,7 @@ _CHANGES = (
     "for three tenths less time a step than the default before: the default now. Prototypes at equal time on this "
     "machine, seed 0, conditional norms, not kept: the shared encoder alone 69.1 without our terms (an encoder each "
     "67.4) and 65.7 with them in every step (66.6); full steps every fourth time alone 67.1; both 68.9. With a mean "
-    "instead of `region_aware`, which takes three fifths of the time a step, 68.6 without our terms and 68.1 with them; "
+    "instead of `region_aware`, which takes three fifths of the time a step, 68.6 without our terms, 68.1 with them; "
     "with fusion and decoders as wide as the encoder 69.1 without."
 )
 _GOALS = """### Beside what was to be shown
@@ -263,8 +263,8 @@ what was measured does not decide it.
 _WHY = """Why so many are missed: every curve still rises, so we take it that what decides is how many steps fit into
 the time (the cubes were not trained at equal steps to tell), and the default fits fewer than the stock network
 (columns *steps* and *ms/step*): each modality is encoded alone, and a quarter of the steps see a second view of every
-case. What the view brings with all modalities it loses with one of them. The stock network takes the most steps, so its dropout is the strongest rival. A specialist
-takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (three
+case. What the view brings with all modalities it loses with one of them. The stock network takes the most steps, so its
+dropout is the strongest rival. A specialist takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (three
 seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere there. On whole
 brains, at default widths, a step of the stock network takes longer than the default's, and it is the other way round:
 the stock networks are far behind those with an encoder per modality. At half its width the stock network is level with

@@ -34,9 +34,7 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
         f"the cubes. `{DEFAULT}` is the plugin's default, `{BASELINE}` the same network without our terms; the others "
         "of ours have an encoder per modality and full steps only, and but for `mgml_conditional` and "
-        "`baseline_conditional` plain norms.\n\n"
-        + _table(settings, "brains", chosen)
-        + _beside_rivals(chosen)
+        "`baseline_conditional` plain norms.\n\n" + _table(settings, "brains", chosen) + _beside_rivals(chosen)
     )
 
 
@@ -83,7 +81,9 @@ def _per_fold(reference: Sequence[Result], runs: Sequence[Result]) -> str:
     """Return the difference on each fold, seed by seed, of what `_of_all_folds` returned."""
     told: dict[int, list[str]] = {}
     for seed, fold in sorted({(r.run.seed, r.run.fold) for r in runs}):
-        change = difference(*([r for r in each if (r.run.seed, r.run.fold) == (seed, fold)] for each in (reference, runs)))
+        change = difference(
+            *([r for r in each if (r.run.seed, r.run.fold) == (seed, fold)] for each in (reference, runs))
+        )
         told.setdefault(seed, []).append("" if change is None else f"{change.mean:+.2f}")
     if len(told) == 1:
         return " ".join(*told.values())

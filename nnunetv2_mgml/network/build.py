@@ -94,21 +94,18 @@ def build_network(
             needs,
         )
         return _initialized(early, unet)
-    parts = {
-        "fusion": build_fusion(
-            options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options)
-        ),
-        "decoder": FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first),
-        "modality_decoder": _modality_decoder(narrow, num_classes, convs, nonlin_first, scale) if needs.modality else None,
-        "modality_scale": scale,
-    }
+    fusion = build_fusion(options.fusion, _fusion_spec(narrow, modalities, num_classes, configuration_manager, options))
+    decoder = FusionDecoder(narrow, num_output_channels, convs, deep_supervision, nonlin_first)
+    of_modalities = _modality_decoder(narrow, num_classes, convs, nonlin_first, scale) if needs.modality else None
+    encoders = [
+        NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels)
+        for _ in range(1 if shares else modalities)
+    ]
+    network: MultiEncoderUNet
     if shares:
-        network: MultiEncoderUNet = SharedEncoderUNet(
-            NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels), modalities, **parts
-        )
+        network = SharedEncoderUNet(encoders[0], modalities, fusion, decoder, of_modalities, scale)
     else:
-        own = [NarrowedEncoder(copy.deepcopy(encoder), spec, narrow.output_channels) for _ in range(modalities)]
-        network = MultiEncoderUNet(own, **parts)
+        network = MultiEncoderUNet(encoders, fusion, decoder, of_modalities, scale)
     if conditional:
         network.condition_norms()
     return _initialized(network, unet)
@@ -130,8 +127,8 @@ def has_conditional_norms(options: NetworkOptions, arch_kwargs: Mapping[str, Any
     possible = can_be_conditional(arch_kwargs.get("norm_op"), arch_kwargs.get("norm_op_kwargs"))
     if options.conditional_norms and one_u_net:
         raise ValueError(
-            "conditional_norms=true needs network_form=multi_encoder or shared_encoder; this is early_fusion. Set conditional_norms to "
-            "null or false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
+            "conditional_norms=true needs network_form=multi_encoder or shared_encoder; this is early_fusion. Set "
+            "conditional_norms to null or false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
         )
     if options.conditional_norms and not possible:
         raise ValueError(

@@ -67,7 +67,7 @@ class MultiEncoderUNet(SubsetModule):
         modality_scale: int = 0,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleList(encoders)
+        self.encoders: nn.Module = nn.ModuleList(encoders)
         self.fusion = fusion
         self.decoder = decoder
         self.modality_decoder = modality_decoder
@@ -84,7 +84,7 @@ class MultiEncoderUNet(SubsetModule):
     @property
     def num_modalities(self) -> int:
         """``M``."""
-        return len(self.encoders)
+        return len(cast(nn.ModuleList, self.encoders))
 
     def condition_norms(self) -> None:
         """Let the instance norms of fusion and decoder depend on what is visible; before anything else replaces them.
@@ -126,7 +126,7 @@ class MultiEncoderUNet(SubsetModule):
 
     def _features(self, modality: int, x: torch.Tensor) -> list[torch.Tensor]:
         """Run an encoder; computed again in the backward pass it must meet the same randomness, so not where silent."""
-        encoder = self.encoders[modality]
+        encoder = cast(nn.ModuleList, self.encoders)[modality]
         if self._checkpoints() and random_layers_act(self.training):
             random = any(isinstance(module, DROPOUTS) for module in encoder.modules())
             recomputed: list[torch.Tensor] = checkpoint(encoder, x, use_reentrant=False, preserve_rng_state=random)

@@ -66,37 +66,35 @@ class _Alone:
             self._pass.modality = None
 
 
-class _FirstConvolution(nn.Module):
+class _FirstConvolution:
     """Mixed into a convolution, which then does without the channels that would be zero."""
 
-    weight: nn.Parameter
     alone: _Alone
     modalities: int
 
-    def with_weight(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve."""
-        raise NotImplementedError
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map ``(B, M + P, *spatial)``, or ``(B, 1 + P, *spatial)`` in a pass of one modality."""
+    def of_pass(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight for what this pass is of: all channels, or one modality's and a previous stage's."""
         m = self.alone.modality
         if m is None:
-            return self.with_weight(input, self.weight)
-        own, previous = self.weight[:, m : m + 1], self.weight[:, self.modalities :]
-        return self.with_weight(input, torch.cat((own, previous), 1) if previous.shape[1] else own)
+            return weight
+        own, previous = weight[:, m : m + 1], weight[:, self.modalities :]
+        return torch.cat((own, previous), 1) if previous.shape[1] else own
 
 
 class _FirstConv2d(_FirstConvolution, nn.Conv2d):
-    def with_weight(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve."""
-        return self._conv_forward(input, weight, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, M + P, y, x)``, or ``(B, 1 + P, y, x)`` in a pass of one modality."""
+        convolved: torch.Tensor = self._conv_forward(input, self.of_pass(self.weight), self.bias)
+        return convolved
 
 
 class _FirstConv3d(_FirstConvolution, cpu_layers.Conv3d):
-    with_weight = cpu_layers.Conv3d.with_weight
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, M + P, z, y, x)``, or ``(B, 1 + P, z, y, x)`` in a pass of one modality."""
+        return self.with_weight(input, self.of_pass(self.weight))
 
 
-_FIRST: dict[type[nn.Module], type[_FirstConvolution]] = {nn.Conv2d: _FirstConv2d, nn.Conv3d: _FirstConv3d}
+_FIRST: dict[type[nn.Module], Any] = {nn.Conv2d: _FirstConv2d, nn.Conv3d: _FirstConv3d}
 
 
 class SharedEncoder(nn.Module):
@@ -115,7 +113,7 @@ class SharedEncoder(nn.Module):
         self.modalities = modalities
         self._told = make_conditional(encoder.modules(), modalities)
         self._alone = _Alone()
-        first = next(module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+        first: Any = next(module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
         self._skips_zeros = type(first) in _FIRST and first.groups == 1 and first.padding_mode == "zeros"
         if self._skips_zeros:
             first.__class__ = _FIRST[type(first)]
@@ -131,10 +129,8 @@ class SharedEncoder(nn.Module):
         each = torch.eye(self.modalities, dtype=torch.bool, device=x.device)
         alone = torch.stack([each[m] for m in modalities])  # a list as index would be copied to the device
         only = modalities[0] if self._skips_zeros and len(set(modalities)) == 1 else None
-        if only is None:
-            x = zero_absent(x, alone)
-        else:
-            x = torch.cat((x[:, only : only + 1], x[:, self.modalities :]), 1)
+        previous = x[:, self.modalities :]
+        x = zero_absent(x, alone) if only is None else torch.cat((x[:, only : only + 1], previous), 1)
         told = nullcontext() if self._told is None else self._told.tell(alone)
         with told, self._alone.tell(only):  # here, since a backward pass may run this again
             features: list[torch.Tensor] = self.of_all(x)
@@ -212,7 +208,7 @@ class SharedEncoderUNet(MultiEncoderUNet):
         return [f.unflatten(0, (batch, len(wanted))) for f in self._run(rows, [*wanted] * batch)]
 
     def _run(self, x: torch.Tensor, modalities: Sequence[int]) -> list[torch.Tensor]:
-        """Return the features of one modality per row, see `SharedEncoder.forward`, of which a training keeps little."""
+        """Return the features of one modality per row, see `SharedEncoder.forward`; a training keeps little of it."""
         if not (self._checkpoints() and random_layers_act(self.training)):
             own: list[torch.Tensor] = self.encoders(x, modalities)
             return own

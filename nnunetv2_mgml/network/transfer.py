@@ -1,8 +1,8 @@
 """Weights of another network for this one: what is taken from where, matched by the names of modalities.
 
-A network can start from a stock nnU-Net of the same plans (each encoder is the stock encoder, its first convolution
-the column of that modality; an encoder for all modalities is the stock encoder itself), from one of ours with other modalities or labels, or from a self-supervised encoder of one
-channel. Nothing is matched by position: encoders, and the parts of a fusion design that belong to a modality, go by
+A network can start from a stock nnU-Net of the same plans (an encoder for all modalities is the stock encoder itself,
+one of a modality has its first convolution cut to the column of that one), from one of ours with other modalities or
+labels, or from a self-supervised encoder of one channel. Nothing is matched by position: encoders, and the parts of a fusion design that belong to a modality, go by
 name. Parts that belong to classes (heads, class maps) are taken only where the labels are the same. What conditional
 norms learned of modalities that a network does not have, or cannot tell apart, goes into their scale and shift
 (`folded_norms`).
@@ -355,7 +355,11 @@ class _Rules:
             return None
         if norm != key:
             place = self.design.place(asked, self.pairs)
-            found = None if place is None else self._trunk_of("fusion").get(f"fusion.{place.removesuffix('.weight')}{PARTS}")
+            found = (
+                None
+                if place is None
+                else self._trunk_of("fusion").get(f"fusion.{place.removesuffix('.weight')}{PARTS}")
+            )
             return None if found is None else self._rows(found)
         assert self.donor.channels is not None
         return self.design.take(key, own, self._trunk_of("fusion"), self.pairs, len(self.donor.channels))

@@ -63,14 +63,16 @@ class Conv3d(nn.Conv3d):
         """Do so with another weight, ``(O, C', *kernel)`` for an input of ``C'`` channels."""
         if _is_wrong_in_bfloat16(self, input):
             with torch.autocast("cpu", enabled=False):
-                return self._conv_forward(input.float(), weight, self.bias).to(torch.bfloat16)
+                wide: torch.Tensor = self._conv_forward(input.float(), weight, self.bias)
+            return wide.to(torch.bfloat16)
         stride, padding = list(self.stride), list(cast("tuple[int, ...]", self.padding))
         if _learns_narrow_in_bfloat16(self, input, weight):
             small = [None if each is None else each.to(torch.bfloat16) for each in (input, weight, self.bias)]
             narrow: torch.Tensor = _Convolution.apply(*small, stride, padding)
             return narrow
         if not (suits(input) and input.ndim == 5 and weight.dtype == torch.float32 and onednn()):
-            return self._conv_forward(input, weight, self.bias)
+            stock: torch.Tensor = self._conv_forward(input, weight, self.bias)
+            return stock
         if torch.is_grad_enabled():
             learning: torch.Tensor = _Convolution.apply(input.contiguous(), weight, self.bias, stride, padding)
             return learning

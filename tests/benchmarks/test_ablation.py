@@ -291,7 +291,14 @@ def test_whole_brains_are_compared_on_the_folds_that_all_have(ablation: SimpleNa
     assert set(rows) == {"`baseline`", "`mgml`", "`conditional_dropout`", "`modality_dropout`"}
     assert "So far" not in text
     rivals = ("modality_dropout_narrow", "conditional_dropout_narrow", "baseline_narrow", "mgml_narrow")
-    others = ("mgml_half_teacher", "baseline_conditional", "mgml_conditional", *rivals, "baseline_shared", "mgml_shared")
+    others = (
+        "mgml_half_teacher",
+        "baseline_conditional",
+        "mgml_conditional",
+        *rivals,
+        "baseline_shared",
+        "mgml_shared",
+    )
     told = ", ".join(f"`{name}`" for name in others)
     assert f"Not finished: `baseline_full_resolution`, `mgml_full_resolution`, {told}." in text
     assert "` against `" not in text, "nothing of the default yet"

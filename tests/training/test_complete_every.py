@@ -27,7 +27,9 @@ def written(nnunet_folders: Path) -> Any:
 
 
 def trainer_with(written: Any, **options: Any) -> Any:
-    trainer = make_trainer(nnUNetTrainerMGML, written, {"seed": 1, "num_epochs": 4, "gradient_checkpointing": False, **options})
+    trainer = make_trainer(
+        nnUNetTrainerMGML, written, {"seed": 1, "num_epochs": 4, "gradient_checkpointing": False, **options}
+    )
     trainer.initialize()
     trainer.network.double()
     trainer.learner.objective.double()
