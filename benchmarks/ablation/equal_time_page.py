@@ -192,9 +192,9 @@ ahead of the same network without in every seed and for every number of modaliti
 but not in whole tumour. The idea was chosen on validation patients at half the steps (68.9 against 67.5, one seed;
 those two results were not kept). `early_fusion` is `mgml plan --preset early-fusion` at half of its width.
 **The default is `mgml:conditional_norms=true,network_form=shared_encoder,complete_every=4`**: norms of fusion and
-decoder know what is visible, one encoder serves all modalities (0.50 million parameters instead of 1.17), and what is hidden
-takes part in every fourth step only. Networks of ours whose name does not say so have plain norms, an encoder per
-modality and full steps only, as by default before.
+decoder know what is visible, one encoder serves all modalities (0.50 million parameters instead of 1.17), and what is
+hidden takes part in every fourth step only. Networks of ours whose name does not say so have plain norms, an encoder
+per modality and full steps only, as by default before.
 With `modality_decoder_scale=0` the decoder shared by all modalities ends at full resolution, as published and as it did
 by default when the time to spend was chosen; [at half of it](#what-was-tried) a step takes four fifths.
 All budgets go by step times of before [training in bfloat16 got faster](speed.md#what-was-tried), by a sixth for our
@@ -261,13 +261,14 @@ patients; where there are none, between which two points of its curve a variant 
 what was measured does not decide it.
 """
 _WHY = """Why so many are missed: every curve still rises, so we take it that what decides is how many steps fit into
-the time (the cubes were not trained at equal steps to tell), and the default fits fewer than the stock network
-(columns *steps* and *ms/step*): each modality is encoded alone, and a quarter of the steps see a second view of every
-case. What the view brings with all modalities it loses with one of them. The stock network takes the most steps, so its
-dropout is the strongest rival. A specialist takes as many steps, all on its own subset. On the CPU larger subsets that score lower are rarer with the default (three
-seeds; on the H200 they are not), and more frequent with the stock networks, which are better everywhere there. On whole
-brains, at default widths, a step of the stock network takes longer than the default's, and it is the other way round:
-the stock networks are far behind those with an encoder per modality. At half its width the stock network is level with
-the baseline there and somewhat behind the default, and with norms that know what is visible ahead of the one and level
-with the other, which is ahead in larger subsets and behind with one modality.
+the time (the cubes were not trained at equal steps to tell), and the default fits fewer than the stock network (columns
+*steps* and *ms/step*): each modality is encoded alone, and a quarter of the steps see a second view of every case. What
+the view brings with all modalities it loses with one of them. The stock network takes the most steps, so its dropout is
+the strongest rival. A specialist takes as many steps, all on its own subset. On the CPU larger subsets that score lower
+are rarer with the default (three seeds; on the H200 they are not), and more frequent with the stock networks, which are
+better everywhere there. On whole brains, at default widths, a step of the stock network takes longer than the
+default's, and it is the other way round: the stock networks are far behind those with an encoder per modality. At half
+its width the stock network is level with the baseline there and somewhat behind the default, and with norms that know
+what is visible ahead of the one and level with the other, which is ahead in larger subsets and behind with one
+modality.
 """

@@ -128,7 +128,8 @@ def has_conditional_norms(options: NetworkOptions, arch_kwargs: Mapping[str, Any
     if options.conditional_norms and one_u_net:
         raise ValueError(
             "conditional_norms=true needs network_form=multi_encoder or shared_encoder; this is early_fusion. Set "
-            "conditional_norms to null or false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has such norms."
+            "conditional_norms to null or false, or use nnUNetTrainerModalityDropout_conditional, one U-Net that has "
+            "such norms."
         )
     if options.conditional_norms and not possible:
         raise ValueError(

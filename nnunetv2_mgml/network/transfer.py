@@ -2,10 +2,10 @@
 
 A network can start from a stock nnU-Net of the same plans (an encoder for all modalities is the stock encoder itself,
 one of a modality has its first convolution cut to the column of that one), from one of ours with other modalities or
-labels, or from a self-supervised encoder of one channel. Nothing is matched by position: encoders, and the parts of a fusion design that belong to a modality, go by
-name. Parts that belong to classes (heads, class maps) are taken only where the labels are the same. What conditional
-norms learned of modalities that a network does not have, or cannot tell apart, goes into their scale and shift
-(`folded_norms`).
+labels, or from a self-supervised encoder of one channel. Nothing is matched by position: encoders, and the parts of a
+fusion design that belong to a modality, go by name. Parts that belong to classes (heads, class maps) are taken only
+where the labels are the same. What conditional norms learned of modalities that a network does not have, or cannot tell
+apart, goes into their scale and shift (`folded_norms`).
 
 Which numbers of a fusion design belong to a modality or to a class is read off the design: it is built once more for
 one modality more, and for one class more, and what changes belongs to them.

@@ -96,9 +96,10 @@ def trainers_of(design: type[FusionDesign]) -> dict[str, type[nnUNetTrainerMGML]
     ``nnUNetTrainerX`` is `nnUNetTrainerMGML_baseline` and ``nnUNetTrainerX_MGML`` is `nnUNetTrainerMGML` on plans
     written with ``mgml plan --set fusion=... network_form=multi_encoder modality_decoder_scale=0
     conditional_norms=false complete_every=1`` and the design's ``published_options``; the former also has its
-    ``published_alone``. All other options are the plans' own. ``fusion_options`` of the plans count where they were set for the same design, and win over the published ones;
-    those of another design are dropped, which the log says. ``_MGML`` includes our loss on the complete view; without
-    it are the paper's terms: ``complete_view_weight=0`` in the plans.
+    ``published_alone``. All other options are the plans' own. ``fusion_options`` of the plans count where they were
+    set for the same design, and win over the published ones; those of another design are dropped, which the log
+    says. ``_MGML`` includes our loss on the complete view; without it are the paper's terms:
+    ``complete_view_weight=0`` in the plans.
 
     One framework, preprocessing, encoder and decoder, so that only the fusion (and MGML) differs: these are the designs
     inside our network, not the authors' code.
