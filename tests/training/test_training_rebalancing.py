@@ -134,7 +134,7 @@ def test_not_asked_for_changes_nothing(fusion: str) -> None:
 
 def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
     """Case 0 lacks t1ce: whatever the students of t1ce would learn from it reaches nobody."""
-    net = network(deep_supervision=True)
+    net = network(options_with(fusion="concat", width_factor=1.0, network_form="multi_encoder"), deep_supervision=True)
     available = torch.tensor([[True, False, True, True]])
     out = net(image()[:1], View(available), Needs(single=True))
     terms = rebalancing_terms(
@@ -151,6 +151,23 @@ def test_absent_modalities_get_exactly_no_gradient_in_their_encoder() -> None:
     reached = [
         sum(float(p.grad.abs().sum()) for p in encoder.parameters() if p.grad is not None) for encoder in net.encoders
     ]
+    assert reached[1] == 0
+    assert all(value > 0 for m, value in enumerate(reached) if m != 1)
+
+
+def test_absent_modalities_get_exactly_no_gradient_in_their_column() -> None:
+    """The same where one encoder serves all: of its first convolution, the column of t1ce."""
+    net = network(deep_supervision=True)
+    available = torch.tensor([[True, False, True, True]])
+    out = net(image()[:1], View(available), Needs(single=True))
+    labels = torch.randint(0, 4, (1, 16, 16, 16))
+    balance = Balance.even(4, CPU)
+    terms = rebalancing_terms(
+        out.single, labels, [None, None], available, balance, num_classes=4, temperature=4.0, regions=True
+    )
+    (terms.distillation + 1e3 * terms.prototype).backward()
+    first = next(p for p in net.encoders.parameters() if p.ndim == 5)
+    reached = [float(first.grad[:, m].abs().sum()) for m in range(4)]
     assert reached[1] == 0
     assert all(value > 0 for m, value in enumerate(reached) if m != 1)
 
