@@ -114,7 +114,7 @@ class SharedEncoder(nn.Module):
         self._told = make_conditional(encoder.modules(), modalities)
         self._alone = _Alone()
         first: Any = next(module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
-        self._skips_zeros = type(first) in _FIRST and first.groups == 1 and first.padding_mode == "zeros"
+        self._skips_zeros = type(first) in _FIRST and cpu_layers.is_plain(first)
         if self._skips_zeros:
             first.__class__ = _FIRST[type(first)]
             first.alone, first.modalities = self._alone, modalities

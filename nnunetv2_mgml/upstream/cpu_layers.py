@@ -161,7 +161,7 @@ def make_fast(modules: Iterable[nn.Module]) -> None:
     """
     modules = list(modules)
     for module in modules:
-        if type(module) is nn.Conv3d and _plain(module):
+        if type(module) is nn.Conv3d and is_plain(module):
             module.__class__ = Conv3d
         elif type(module) is nn.ConvTranspose3d and _is_product(module):
             module.__class__ = ConvTranspose3d
@@ -278,7 +278,7 @@ def _can_be_grouped(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return known and math.prod(x.shape[2:]) > 1 and dtype == torch.float32
 
 
-def _plain(conv: nn.Conv3d) -> bool:
+def is_plain(conv: nn.Conv2d | nn.Conv3d) -> bool:
     """Return whether a convolution has neither groups nor dilation nor a padding other than zeros of a given number."""
     return conv.groups == 1 and {*conv.dilation} == {1} and conv.padding_mode == "zeros" and conv.padding not in _NAMES
 
