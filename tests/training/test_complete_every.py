@@ -13,6 +13,7 @@ from training_cases import synthetic_batch
 from nnunetv2_mgml.network.interface import View
 from nnunetv2_mgml.objective import Options, Progress
 from nnunetv2_mgml.objective.objective import complete_every
+from nnunetv2_mgml.objective.terms.consistency import Consistency
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, read_log
 from nnunetv2_mgml.training.trainer import nnUNetTrainerMGML
 from nnunetv2_mgml.upstream.training_step import optimise
@@ -124,8 +125,17 @@ def test_it_is_one_where_a_term_or_a_publication_needs_every_step() -> None:
     assert complete_every(options_with(rebalancing="passion")) == 1
     assert complete_every(options_with(reading="paper")) == 1
     assert complete_every(options_with(reading="paper", complete_every=3)) == 3
-    with pytest.raises(ValueError, match=r"complete_every is 2, but rebalancing needs all .* in every step"):
-        complete_every(options_with(rebalancing="passion", complete_every=2))
+    with pytest.raises(ValueError, match=r"complete_every is 2, but rebalancing=passion needs all .* in every step"):
+        options_with(rebalancing="passion", complete_every=2)
+
+
+def test_a_term_of_another_package_can_need_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Consistency, "in_every_step", True)
+    assert complete_every(Options()) == 1
+    with pytest.raises(
+        ValueError, match="complete_every is 3, but consistency needs all that a case has in every step"
+    ):
+        complete_every(options_with(complete_every=3))
 
 
 def test_plans_and_models_of_before_have_full_steps_only() -> None:

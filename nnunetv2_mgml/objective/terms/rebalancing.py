@@ -9,7 +9,7 @@ from typing import Any
 from nnunetv2_mgml.modalities import Subset
 from nnunetv2_mgml.network.interface import Needs
 from nnunetv2_mgml.objective.balance import ModalityBalance
-from nnunetv2_mgml.objective.base import Progress, Term, TermSpec, TermValue, register
+from nnunetv2_mgml.objective.base import Progress, SharedOptions, Term, TermSpec, TermValue, register
 from nnunetv2_mgml.objective.rebalancing import rebalancing_terms
 from nnunetv2_mgml.objective.step import Step
 from nnunetv2_mgml.plans.options import OptionGroup, Options, option
@@ -36,6 +36,15 @@ class RebalancingOptions(OptionGroup):
         "again after each third of the training",
         low=0,
     )
+
+    def check(self, options: Options) -> None:
+        """Refuse steps of which what is hidden is no part: every modality is weighed in each."""
+        every = options.objective[SharedOptions].complete_every
+        if self.rebalancing != "none" and every is not None and every > 1:
+            raise ValueError(
+                f"complete_every is {every}, but rebalancing={self.rebalancing} needs all that a case has in every "
+                "step. Set it to 1 or null."
+            )
 
 
 @register
