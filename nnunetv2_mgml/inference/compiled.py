@@ -7,6 +7,7 @@ that an absent channel holds can reach the output: *missing is exact* here too.
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -43,13 +44,11 @@ class CompiledNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, example: torch.Tensor, bfloat16: bool = False) -> None:
         super().__init__()
-        import openvino
-
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing: shapes and the subset are constants, as they are meant to be
             try:
                 traced = torch.jit.trace(bare(network), example, check_trace=False)
-                model = openvino.convert_model(traced, example_input=example)
+                model = converted(traced, example_input=example)
             except Exception as error:  # both libraries have their own
                 said = str(error).strip().splitlines()[:1]
                 raise ValueError(
@@ -63,6 +62,23 @@ class CompiledNetwork(nn.Module):
         patches = np.ascontiguousarray(x.numpy())
         rows = [torch.from_numpy(self._compiled([patch[None]])[0].copy()) for patch in patches]
         return torch.cat(rows)
+
+
+def converted(source: Any, **options: Any) -> Any:
+    """Return what ``openvino.convert_model`` makes of a source; the root logger stays as it was.
+
+    OpenVINO sets its level to ERROR and leaves a filter and a handler there; without this, all later warnings of the
+    process would be lost.
+    """
+    import openvino
+
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        return openvino.convert_model(source, **options)
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def compiled(model: Any, bfloat16: bool = False) -> Any:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nnunetv2_mgml import __version__
-from nnunetv2_mgml.inference.compiled import EXTRA, compiled
+from nnunetv2_mgml.inference.compiled import EXTRA, compiled, converted
 from nnunetv2_mgml.inference.predictor import MGMLPredictor
 from nnunetv2_mgml.io.files import replacing_folder, write_json
 from nnunetv2_mgml.modalities import Subset, all_subsets, subset_name
@@ -156,7 +156,7 @@ def _export(network: nn.Module, stem: Path, predictor: MGMLPredictor) -> dict[st
                 output_names=[_LOGITS],
                 verbose=False,
             )
-            openvino.save_model(openvino.convert_model(str(onnx_file)), str(own_file), compress_to_fp16=False)
+            openvino.save_model(converted(str(onnx_file)), str(own_file), compress_to_fp16=False)
         except Exception as error:  # each of the three libraries has its own
             said = " ".join(str(error).strip().splitlines()[:1])
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiled, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install openvino"):
         MGMLPredictor(device=cpu, missing_modalities=["auto"], backend="openvino")
+
+
+@needs_openvino
+def test_the_root_logger_stays_as_it_was() -> None:
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
+    assert before[0] < logging.ERROR
+    network = compiled.CompiledNetwork(torch.nn.Conv3d(1, 1, 1), torch.ones(1, 1, 2, 2, 2))
+    assert network(torch.ones(1, 1, 2, 2, 2)).shape == (1, 1, 2, 2, 2)
+    assert (root.level, root.filters, root.handlers) == before
 
 
 @needs_openvino
