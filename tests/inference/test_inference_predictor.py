@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -428,9 +429,9 @@ def test_a_compiled_network_is_told_too(trainer: str, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("form", "largest"), [("multi_encoder", 0.15), ("shared_encoder", 0.25)])
+@pytest.mark.parametrize(("form", "largest"), [("multi_encoder", 0.15), ("shared_encoder", 0.22)])
 def test_bfloat16_on_a_cpu(form: str, largest: float, tmp_path: Path) -> None:
-    """Random weights, whose logits spread over 16 and 11."""
+    """As far off as 16 roundings to 8 bits in a row are, at random; random weights, logits that spread over 16 and 11."""
     model = write_model(tmp_path / "mgml", folds=(0, 1), options={"network_form": form})
     seen: list[torch.dtype] = []
     auto, half = predictor(model), predictor(model, cpu_bfloat16=True)
@@ -438,9 +439,11 @@ def test_bfloat16_on_a_cpu(form: str, largest: float, tmp_path: Path) -> None:
         lambda _m, _i, output: seen.append(output[0].dtype)
     )
     item = item_of(half, {"t1": image(0), "t2": image(2)})
-    difference = np.abs(half._logits(item).astype(np.float32) - auto._logits(item).astype(np.float32))
+    exact = auto._logits(item).astype(np.float32)
+    difference = np.abs(half._logits(item).astype(np.float32) - exact)
     hook.remove()
     assert seen
+    assert np.sqrt(np.square(difference).mean()) < 2**-8 * math.sqrt(16) * exact.std()
     assert 0 < difference.max() < largest
     assert not half.network._forward_hooks
     with pytest.raises(ValueError, match="cpu_bfloat16 is for device cpu, not cuda"):
