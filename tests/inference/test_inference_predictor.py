@@ -431,7 +431,7 @@ def test_a_compiled_network_is_told_too(trainer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("form", "largest"), [("multi_encoder", 0.15), ("shared_encoder", 0.22)])
 def test_bfloat16_on_a_cpu(form: str, largest: float, tmp_path: Path) -> None:
-    """As far off as 16 roundings to 8 bits in a row are, at random; random weights, logits that spread over 16 and 11."""
+    """As far off as 16 random roundings to 8 bits are; random weights, whose logits spread over 16 and 11."""
     model = write_model(tmp_path / "mgml", folds=(0, 1), options={"network_form": form})
     seen: list[torch.dtype] = []
     auto, half = predictor(model), predictor(model, cpu_bfloat16=True)
