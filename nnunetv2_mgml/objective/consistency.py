@@ -7,7 +7,11 @@ then at most 0.007 per voxel) and sums over voxels, which ties the term's weight
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nnunetv2_mgml.objective.tensors import at_least_float32, no_autocast, voxel_mean, weighted_mean
@@ -30,19 +34,62 @@ def divergence_map(
         ``(B, *spatial)``, at least float32, without the factor tau^2.
     """
     with no_autocast(student):
+        if regions:
+            found: torch.Tensor = _OfRegions.apply(student, teacher.detach(), temperature, truth)
+            return found
         student = at_least_float32(student) / temperature
         teacher = at_least_float32(teacher.detach()) / temperature
-        if regions:
-            probability = teacher.sigmoid()
-            divergence = probability * (teacher - student) + F.softplus(student) - F.softplus(teacher)
-            if truth is not None:
-                divergence = torch.where(torch.where(truth > 0, teacher > student, teacher < student), divergence, 0)
-            return divergence.sum(1)
         log_target, log_student = teacher.log_softmax(1), student.log_softmax(1)
         divergence = (log_target.exp() * (log_target - log_student)).sum(1)
         if truth is None:
             return divergence
         return torch.where(gives_truth_more(log_target[:, None], log_student[:, None], truth)[:, 0], divergence, 0)
+
+
+class _OfRegions(torch.autograd.Function):
+    """Sum of Bernoulli divergences, region by region: keeps the logits, which others keep too, and nothing beside them.
+
+    Their gradient is the difference of the two probabilities, divided by the temperature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, temperature: float, truth: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(student, teacher, truth)
+        ctx.temperature = temperature
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        total = student.new_zeros((len(student), *student.shape[2:]), dtype=dtype)
+        for region, (own, target) in enumerate(_scaled(student, teacher, temperature)):
+            divergence = target.sigmoid().mul_(target - own).add_(F.softplus(own)).sub_(F.softplus(target))
+            if truth is not None:
+                divergence = torch.where(_is_closer(own, target, truth[:, region]), divergence, 0)
+            total += divergence
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        student, teacher, truth = ctx.saved_tensors
+        back = torch.empty_like(student)
+        for region, (own, target) in enumerate(_scaled(student, teacher, ctx.temperature)):
+            slope = own.sigmoid().sub_(target.sigmoid()).mul_(gradient).div_(ctx.temperature)
+            if truth is not None:
+                slope = torch.where(_is_closer(own, target, truth[:, region]), slope, 0)
+            back[:, region] = slope
+        return back, None, None, None
+
+
+def _scaled(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the logits of both at the temperature, ``(B, *spatial)`` in at least float32, region by region."""
+    for own, target in zip(student.unbind(1), teacher.unbind(1), strict=True):
+        yield at_least_float32(own) / temperature, at_least_float32(target) / temperature
+
+
+def _is_closer(own: torch.Tensor, target: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    return torch.where(truth > 0, target > own, target < own)
 
 
 def gives_truth_more(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -100,11 +100,28 @@ def test_two_samples_equal_two_batches(regions: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("regions", [True, False])
-def test_gradcheck(regions: bool) -> None:
+def test_gradcheck(regions: bool, better: bool) -> None:
     student, teacher = randn(2, 3, 2, 2, dtype=torch.float64).requires_grad_(), randn(2, 3, 2, 2, seed=1).double()
     valid = bools(2, 2, 2)
-    assert torch.autograd.gradcheck(lambda s: consistency_loss(s, teacher, SOME, ALL, 2.0, regions, valid), student)
+    truth = (bools(2, 3, 2, 2, seed=2) if regions else bools(2, 2, 2, seed=2).long()) if better else None
+    assert torch.autograd.gradcheck(
+        lambda s: consistency_loss(s, teacher, SOME, ALL, 2.0, regions, valid, truth), student
+    )
+
+
+def test_regions_keep_the_logits_and_nothing_beside_them() -> None:
+    """Without that a step's peak grows by three maps of the size of the prediction."""
+    student, teacher = randn(2, 3, 8, 8).requires_grad_(), randn(2, 3, 8, 8, seed=1)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = consistency_loss(student, teacher, SOME, ALL, 6, True)
+    others = [tensor for tensor in kept if tensor.data_ptr() not in (student.data_ptr(), teacher.data_ptr())]
+    assert len(others) < len(kept)
+    assert sum(tensor.numel() for tensor in others) < student.numel() / 3
+    loss.backward()
+    assert student.grad.any()
 
 
 @settings(max_examples=40, deadline=None)
