@@ -78,9 +78,10 @@ def _gaps(rows: dict[str, dict[str, Any]]) -> str:
     parts = (part for row in rows.values() for name, part in row.items() if name != "prediction")
     if any("modality_scale" not in part for part in parts):
         lines.append(
-            "Steps and their memory are of plain norms and a modality decoder that ends at full resolution "
-            "(`modality_decoder_scale=0`), as by default then; by the present one `region_aware` takes a fifth "
-            "less time ([speed.md](speed.md))."
+            "All rows but `demoseg_early` have an encoder per modality; steps and their memory are full ones, with "
+            "plain norms and a modality decoder that ends at full resolution, as by default then. By today's default "
+            "one encoder serves all modalities, and three of four steps leave out what is hidden: [speed.md](speed.md) "
+            "has its step."
         )
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 

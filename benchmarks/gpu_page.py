@@ -33,13 +33,14 @@ _GOALS = (
 """What, section, entry, numerator, denominator, at most."""
 _PARTS = ("encode", "fuse_decode", "decode_modalities", "forward_and_loss", "with_backward", "step")
 _OLDER = {
-    "b6165e5": "**Measured before gradient checkpointing became the default, before the decoder shared by all "
-    "modalities ended at half the resolution, and before 1x1 convolutions became convolutions again.** A step that is "
-    "not compiled, as these, now keeps less than half of this memory (`python benchmarks/memory.py --width_factor 0.5` "
-    "counts 0.4 GiB at 80^3 and 3.0 at 128^3 for the default) and takes another time, not measured yet. What made "
-    "`demoseg`, `hemis`, `sfusion` and `demoseg_early` wait for the GPU has been taken out since: "
-    "`tests/benchmarks/test_fake_gpu.py` looks for such waits without a GPU; on one this was not repeated. The "
-    "training on the cubes had 3 seconds left of the 90 it is to have.\n"
+    "b6165e5": "**Measured with an encoder per modality, full steps only and plain norms, the default of then, without "
+    "gradient checkpointing, with the decoder shared by all modalities at full resolution, and before 1x1 convolutions "
+    "became convolutions again.** A step that is not compiled, as these, now keeps less than half of this memory "
+    "(`python benchmarks/memory.py --width_factor 0.5` counts 0.4 GiB at 80^3 and 2.7 at 128^3 for today's default, "
+    "which has 4.1 and 6.9 million parameters) and takes another time, not measured yet. What made `demoseg`, `hemis`, "
+    "`sfusion` and `demoseg_early` wait for the GPU has been taken out since: `tests/benchmarks/test_fake_gpu.py` "
+    "looks for such waits without a GPU; on one this was not repeated. The training on the cubes had 3 seconds left of "
+    "the 90 it is to have.\n"
 }
 """Commit of a result -> what has changed in the code since."""
 _HEAD = """# On a GPU

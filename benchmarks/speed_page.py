@@ -94,7 +94,9 @@ _TRIED = """## What was tried
 
 One AMD EPYC without AVX-512, one thread, by CPU time; 16 to 16 channels at 64^3 unless said otherwise. *AMX*: an Intel
 Xeon with bfloat16 instructions, two threads; *AVX-512*: an AMD EPYC with it and bfloat16 instructions, two threads.
-Times of single layers and functions, and of old and new code in turns, are of scripts that were not kept.
+Times of single layers and functions, and of old and new code in turns, are of scripts that were not kept. Ratios and
+seconds of whole steps are of the code of then, most with an encoder per modality and full steps only; today's are in
+the tables on top.
 
 - Kept: PyTorch leaves one small sample to a kernel of its own, which oneDNN's replaces (`upstream/cpu_layers.py`): 16
   to 16 channels at 32^3 took 111 ms forward and 226 backward, now 10 and 33; 64 to 64 at 16^3 47 and 86, now 14 and 55.
@@ -212,8 +214,9 @@ def page(result: Mapping[str, Any]) -> str:
             "are those of the rows: " + ", ".join(f"`{key}`" for key in GOALS) + ".\n",
             "## Where the time of a training step goes",
             "",
-            "Seconds of the default's step, each stage the difference of two that end one stage apart; meanwhile "
-            "worker processes make the next batch.",
+            "Seconds of a full step of the default, one of four; the ratios above are of the mean of one such and "
+            "three between. Each stage is the difference of two that end one stage apart; meanwhile worker processes "
+            "make the next batch.",
             "",
             *(_step(profile) if "training_step" in profile else ["Not measured.\n"]),
             *(_whole_prediction(profile) if whole else ["Whole cases were not measured.\n"]),

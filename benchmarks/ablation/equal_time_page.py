@@ -220,10 +220,10 @@ what a patient has, as published; the others draw subsets of it.
     "h200": """### On a shared GPU
 
 `python benchmarks/ablation/cubes.py --device cuda --variants baseline mgml paper_terms modality_dropout --seeds 0 1 2
---steps 6000 --equal_time baseline --seconds 310 --test`, when the default still was `modality_decoder_scale=0`,
-with plain norms. All runs shared one card,
-so the budget was cut to what fitted; **none of these trainings is converged**. A step of four
-narrow encoders takes four times as long there as one of the stock network, even as a CUDA graph. So the stock network
+--steps 6000 --equal_time baseline --seconds 310 --test`, when the default still had an encoder
+per modality, full steps only, plain norms and `modality_decoder_scale=0`. All runs shared one card, so the budget was
+cut to what fitted; **none of these trainings is converged**. A step of four narrow encoders takes four times as long
+there as one of the stock network, even as a CUDA graph. So the stock network
 does more steps in the same time and is far ahead, and the default, with the most work in a step, is behind its own
 baseline. **The stock network got two thirds of the time only** (column *s*): the script of then gave nobody more than
 three times the baseline's steps, so its lead is told too small. More in [gpu.md](gpu.md).
@@ -245,8 +245,9 @@ _CHANGES = (
     "Ahead in every seed so far, it is the default now; [whole brains](#whole-brains-at-equal-time) came after that. "
     "Two prototypes of it, at equal steps and not kept, had 66.8 (`mgml`) and 68.4 (`baseline`) at seed 0. "
     "`network_form=shared_encoder,complete_every=4`: one encoder for all modalities, and full steps every fourth time, "
-    "for three tenths less time a step than the default before: the default now. Prototypes at equal time on this "
-    "machine, seed 0, conditional norms, not kept: the shared encoder alone 69.1 without our terms (an encoder each "
+    "for less time a step than the default before (0.62 by the columns *ms/step* above, which are of that default's "
+    "code of then): the default now. Prototypes at equal time on this machine, seed 0, conditional norms, not kept: "
+    "the shared encoder alone 69.1 without our terms (an encoder each "
     "67.4) and 65.7 with them in every step (66.6); full steps every fourth time alone 67.1; both 68.9. With a mean "
     "instead of `region_aware`, which takes three fifths of the time a step, 68.6 without our terms, 68.1 with them; "
     "with fusion and decoders as wide as the encoder 69.1 without."
@@ -265,10 +266,9 @@ the time (the cubes were not trained at equal steps to tell), and the default fi
 *steps* and *ms/step*): each modality is encoded alone, and a quarter of the steps see a second view of every case. What
 the view brings with all modalities it loses with one of them. The stock network takes the most steps, so its dropout is
 the strongest rival. A specialist takes as many steps, all on its own subset. On the CPU larger subsets that score lower
-are rarer with the default (three seeds; on the H200 they are not), and more frequent with the stock networks, which are
-better everywhere there. On whole brains, at default widths, a step of the stock network takes longer than the
-default's, and it is the other way round: the stock networks are far behind those with an encoder per modality. At half
-its width the stock network is level with the baseline there and somewhat behind the default, and with norms that know
-what is visible ahead of the one and level with the other, which is ahead in larger subsets and behind with one
-modality.
+are rarer with the default (on the H200, with the default of then, they were not), and more frequent with the stock
+networks, which are better everywhere there. On whole brains, at nnU-Net's widths, a step of the stock network takes
+longer than the default's, and it is the other way round: the stock networks are far behind all of ours. At half its
+width the stock network is level with the baseline there and behind the default, and with norms that know what is
+visible ahead of the one and level with the other.
 """

@@ -76,7 +76,8 @@ Phantoms: {training_part} for training, {validation} for validation, {test} held
 {data["spacing_mm"][0]:g} mm, difficulty {difficulty}. Training: {steps} steps of batch {training["batch_size"]}, patch
 {patch}, Adam {training["initial_lr"]:g}, bfloat16 on a CPU (float32 where marked ‡: that
 processor had no bfloat16 instructions), one thread; the decoder shared by all modalities ends at full resolution
-(`modality_decoder_scale=0` and plain norms, the default of then). Prediction without mirroring. Dice in percent,
+(`modality_decoder_scale=0`), with an encoder per modality, full steps only and plain norms, the default of then.
+Prediction without mirroring. Dice in percent,
 mean over 15 subsets and the cases; empty-case policy of BraTS, and a predicted ET below 0.5 ml counts as none (the rule
 of the RFNet family: without it the cases without ET, right or wrong by one voxel, drown everything else). Together
 {hours:.1f} core-hours; commits {commits} (* with uncommitted changes); {used}.
@@ -267,7 +268,7 @@ def _real(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"{data['spacing_mm'][0]:g} mm, {folds} of "
         f"{data['folds']} cross-validation folds (7 or 8 training cases each), "
         f"{training['num_epochs'] * training['num_iterations_per_epoch']} steps of batch "
-        f"{training['batch_size']}, `modality_decoder_scale=0`. Far too few cases and steps to judge the method; "
+        f"{training['batch_size']}, the default of then as above. Far too few cases and steps to judge the method; "
         "published models were trained on these cases too.\n\n"
         + table(["variant", "mean", *REGIONS, "seeds", *CHANGE], rows)
     )

@@ -30,8 +30,9 @@ def brains(settings: dict[str, Any], results: Sequence[Result]) -> str:
         f"mirroring: `run_seconds.py`, then `run.py --groups brains`. Every training takes the time of {steps} steps "
         f"of `{settings['groups']['brains']['equal_time']}` on one core, with batch {training['batch_size']} and "
         f"patches of {patch}, and every network has **its default width**: nnU-Net's for the stock network, of which "
-        "one encoder per modality has a part (5.6 and 4.3 million parameters). In the rows called `narrow` it has half "
-        "of it, as on the cubes: more steps in the same time. None is converged; some of these patients are also among "
+        "one encoder per modality has a part (5.6 and 4.3 million parameters; the default, one encoder for all, has "
+        "1.7). In the rows called `narrow` it has half of it, as on the cubes: more steps in the same time. None is "
+        "converged; some of these patients are also among "
         f"the cubes. `{DEFAULT}` is the plugin's default, `{BASELINE}` the same network without our terms; the others "
         "of ours have an encoder per modality and full steps only, and but for `mgml_conditional` and "
         "`baseline_conditional` plain norms.\n\n" + _table(settings, "brains", chosen) + _beside_rivals(chosen)

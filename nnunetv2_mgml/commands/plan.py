@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{key}={value}" for key, value in PAPER.items())
         + "); its augmentation is rotation up to 10 degrees, intensity scale and shift 0.1, flips"
         ". paper-losses: the total of the paper's text, reference-losses: that of its published code; both for "
-        "reproduction. early-fusion: one U-Net instead of one encoder per modality, without our loss terms. Default: "
-        "what the plans have",
+        "reproduction. early-fusion: one U-Net for all modalities together instead of encoding each alone, without our "
+        "loss terms. Default: what the plans have",
     )
     parser.add_argument(
         "--gpu_memory",

@@ -1,7 +1,7 @@
 """A network compiled by OpenVINO for one subset of its modalities: ``--backend openvino``.
 
-The graph is traced while the network sees that subset, so the encoders of absent modalities are not in it, and nothing
-that an absent channel holds can reach the output: *missing is exact* here too.
+The graph is traced while the network sees that subset, so absent modalities are not encoded in it, and nothing that
+an absent channel holds can reach the output: *missing is exact* here too.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""One encoder per modality, a fusion design, a fusion decoder and a decoder shared by all modalities."""
+"""Encoders (one for all modalities, or one each), a fusion design, its decoder and one shared by all modalities."""

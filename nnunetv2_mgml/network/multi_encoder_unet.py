@@ -1,4 +1,4 @@
-"""`MultiEncoderUNet`: one encoder per modality, fused and decoded for any subset of them.
+"""`MultiEncoderUNet`: an encoder per modality (`SharedEncoderUNet`: one for all), fused and decoded for any subset.
 
 Encoders never see the mask, so one set of features serves the incomplete (student) pass, the complete (teacher) pass
 and, in evaluation, all subsets. *Missing is exact*: absent channels are replaced by zero before the encoders and absent

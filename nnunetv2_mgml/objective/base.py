@@ -53,8 +53,8 @@ class SharedOptions(OptionGroup):
         None,
         "in every n-th step of an epoch all that a case has is encoded and taught, and predictions from all of it are "
         "made and learned from (complete_view_weight, consistency_weight); in the steps between, what is hidden stays "
-        "out of everything, which makes them faster (docs/speed.md). 1: in every step, as published; null: 4, or 1 for "
-        "published readings and where a term, as rebalancing, acts in every step",
+        "out of everything, which makes them faster (docs/results.md). 1: in every step, as published; null: 4, or 1 "
+        "for published readings and where a term, as rebalancing, acts in every step",
         low=1,
         kinds=INT_OR_NONE,
     )

@@ -149,7 +149,7 @@ class TrainingOptions(TrainerAttributes):
     )
     gradient_checkpointing: bool = option(
         True,
-        "in a training step compute the encoders (of network_form early_fusion: the passes of single modalities) and "
+        "in a training step compute what is encoded (of network_form early_fusion: passes of single modalities) and "
         "the complete view's decoder twice instead of keeping what is inside them: the same losses and gradients in "
         "half the memory and a tenth more time; a compiled network (nnUNet_compile, on by default on a GPU) ignores it",
     )

@@ -103,7 +103,7 @@ def load_model(
     if not isinstance(network, MultiEncoderUNet):
         raise ValueError(
             f"{model_folder} holds a {type(network).__name__}; only models of nnUNetTrainerMGML and its "
-            f"variants have per-modality encoders to look into."
+            f"variants encode each modality alone, which is what is shown here."
         )
     if len(predictor.configuration_manager.patch_size) != 3:
         raise ValueError("The inside of a network is shown for 3D configurations only; this model is 2D.")

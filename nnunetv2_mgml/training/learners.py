@@ -245,14 +245,16 @@ class SubsetLearner(ToldLearner):
         return network
 
     def describe(self) -> list[str]:
-        """Return the number of parameters of each part."""
+        """Return what kind of network and of steps it is, and the number of parameters of each part."""
 
         def millions(module: nn.Module | torch.Tensor | None) -> float:
             return 0.0 if not isinstance(module, nn.Module) else sum(p.numel() for p in module.parameters()) / 1e6
 
-        network = self._bare_network
+        network, every = self._bare_network, self.objective.complete_every
+        steps = "every step is full" if every == 1 else f"one step in {every} is full"
         return [
-            f"MGML: fusion {self.options.network.fusion}; parameters in millions: network {millions(network):.3f} "
+            f"MGML: network_form {self.options.network.network_form}, fusion {self.options.network.fusion}, {steps}; "
+            f"parameters in millions: network {millions(network):.3f} "
             f"(encoders {millions(network.encoders):.3f}, fusion {millions(network.fusion):.3f}, decoder "
             f"{millions(network.decoder):.3f}, shared modality decoder {millions(network.modality_decoder):.3f}), "
             f"MetaNetwork {millions(self.objective):.4f} (training only)",
