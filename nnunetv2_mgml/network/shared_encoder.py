@@ -161,6 +161,7 @@ class SharedEncoderUNet(MultiEncoderUNet):
         super().__init__([], fusion, decoder, modality_decoder, modality_scale)
         self.encoders = SharedEncoder(encoder, modalities)
         self._random = any(isinstance(module, DROPOUTS) for module in encoder.modules())
+        self._mixes = any(getattr(module, "track_running_stats", False) for module in encoder.modules())
 
     @property
     def num_modalities(self) -> int:
@@ -197,7 +198,13 @@ class SharedEncoderUNet(MultiEncoderUNet):
         return [f.unflatten(0, (batch, count)) for f in features]
 
     def _at_once(self, x: torch.Tensor) -> int:
-        """Return how many modalities of a batch go through the encoder together."""
+        """Return how many modalities of a batch go through the encoder together.
+
+        In training all, where norms keep statistics of what they see: those of a batch have to be of what the kept ones
+        are of, which a prediction goes by.
+        """
+        if self._mixes and self.training:
+            return self.num_modalities
         limit = _AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
         return max(1, limit // (len(x) * math.prod(x.shape[2:])))
 

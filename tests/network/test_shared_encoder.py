@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import BRATS_JSON, network, options_with
 from network_cases import LAYOUTS, batch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mgml.modalities import all_subsets
 from nnunetv2_mgml.network import shared_encoder
@@ -154,13 +155,34 @@ def test_channels_of_a_previous_stage_reach_each_modality() -> None:
             assert not torch.equal(one, two)
 
 
-def test_without_instance_norms_the_first_convolution_alone_tells_modalities_apart() -> None:
+def with_batch_norms() -> SharedEncoderUNet:
     plan = builders.configuration(PATCH)
     plan["architecture"]["arch_kwargs"].update(norm_op="torch.nn.BatchNorm3d", norm_op_kwargs={"eps": 1e-5})
     options = options_with(network_form="shared_encoder").network
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+    return build_network(ConfigurationManager(plan), options, 4, 3, 4, True, Needs())
 
-    net = build_network(ConfigurationManager(plan), options, 4, 3, 4, True, Needs()).eval()
+
+@pytest.mark.parametrize("places", [False, True])
+def test_norms_that_keep_statistics_predict_by_those_they_were_trained_with(
+    places: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modalities that go through the encoder one by one in training would each be normed by itself there alone."""
+    monkeypatch.setitem(shared_encoder._AT_ONCE, "cpu", 1)
+    torch.manual_seed(0)
+    net, scale = with_batch_norms(), torch.tensor([0.3, 1, 2, 1.5])[None, :, None, None, None]
+    shift = torch.tensor([-0.8, 0, 1.5, 0.4])[None, :, None, None, None]
+    every = torch.arange(8) if places else None
+    with torch.no_grad():
+        for _ in range(60):
+            x = torch.randn(2, 4, *PATCH) * scale + shift
+            trained = net.train().encode_places(x, every)
+        predicted = net.eval().encode(x)
+    for of_training, of_prediction in zip(trained, predicted, strict=True):
+        assert (of_training - of_prediction).norm() < 0.15 * of_training.norm()
+
+
+def test_without_instance_norms_the_first_convolution_alone_tells_modalities_apart() -> None:
+    net = with_batch_norms().eval()
     assert not parts_of_encoder(net)
     x = torch.ones(1, 4, *PATCH)
     with torch.no_grad():
