@@ -36,10 +36,11 @@ in the scores; its voxels are those of the label map, on the image's grid.
 
 ## On held-out patients
 
-One model (`{variant}`, {steps} steps, {device}, {precision}, commit {commit}) was trained on cubes of {train}
-patients of BraTS 2020. The fit saw the {validation} validation patients; below are the {test} test patients,
-{predictions} predictions per region. They were looked at twice: after the first look, estimates were cut at the range
-of Dice of the validation cases, because some were 1.00; nothing else was chosen on them.
+One model (`{variant}`, with an encoder per modality, full steps only and plain norms, as by default then, {steps}
+steps, {device}, {precision}, commit {commit}) was trained on cubes of {train} patients of BraTS 2020. The fit saw the
+{validation} validation patients; below are the {test} test patients, {predictions} predictions per region. They were
+looked at twice: after the first look, estimates were cut at the range of Dice of the validation cases, because some
+were 1.00; nothing else was chosen on them.
 """
 _TAIL = """
 *Error*: mean absolute difference from the true Dice, in points; in brackets the 95 % interval, over patients, of how

@@ -34,17 +34,18 @@ def headline() -> str:
 
 def _with_more_training(chosen: Sequence[dict[str, Any]]) -> str:
     """Return what the one model is where it has the most of the specialists' training; empty where it has no more."""
-    told = [row for row in _beside_specialists(chosen) if row.factor > 1]
-    if not told:
-        return ""
-    row = told[-1]
-    mean = row.ahead.mean()
-    low, high = sorted(-value for value in bootstrap_interval(row.ahead))
-    verb = "is behind them by" if mean > 0 else "is ahead of them by"
-    return (
-        f" **Trained for {row.factor:g} of these fifteen\ntrainings it {verb} {abs(mean):.1f}** (95 % interval "
-        f"{low:+.1f} to {high:+.1f}, {row.told['seeds']} seed{'s' * (row.told['seeds'] > 1)})."
-    )
+    words = []
+    for model, name in ((cubes_goals.BEST, "it"), (cubes_goals.DEFAULT, "the plugin's default")):
+        longer = [row for row in _beside_specialists(chosen, model) if row.factor > 1]
+        if longer:
+            low, high = sorted(-value for value in bootstrap_interval(longer[-1].ahead))
+            mean, seeds = longer[-1].ahead.mean(), longer[-1].told["seeds"]
+            verb = "behind" if mean > 0 else "ahead of"
+            words.append(
+                f" **Trained for {longer[-1].factor:g} of these fifteen\ntrainings {name} is {verb} them by "
+                f"{abs(mean):.1f}** (95 % interval {low:+.1f} to {high:+.1f}, {seeds} seed{'s' * (seeds > 1)})."
+            )
+    return "".join(words)
 
 
 class _Beside(NamedTuple):
@@ -58,11 +59,11 @@ class _Beside(NamedTuple):
     """See `cubes_specialists.ahead`."""
 
 
-def _beside_specialists(chosen: Sequence[dict[str, Any]]) -> list[_Beside]:
+def _beside_specialists(chosen: Sequence[dict[str, Any]], model: str = cubes_goals.BEST) -> list[_Beside]:
     alone = cubes_specialists.specialists(chosen, cubes_goals.SPECIALISTS)
     found = []
     for factor in (0.5, 1, 2, 4, 8, 15) if alone else ():
-        runs = [r for r in cubes_table.with_budget_times(factor, chosen) if r["variant"] == cubes_goals.BEST]
+        runs = [r for r in cubes_table.with_budget_times(factor, chosen) if r["variant"] == model]
         if runs:
             ahead = cubes_specialists.ahead(alone, runs, cubes_table.KEYS[cubes_goals.ON][1])
             found.append(_Beside(factor, cubes_table.summary(runs, cubes_goals.ON), ahead))
@@ -82,21 +83,46 @@ def cubes() -> str:
 
 def _longer() -> list[str]:
     """Return the section on one model trained for shorter and longer than each specialist; empty without any."""
-    rows = []
-    for factor, told, ahead in _beside_specialists(cubes_table.headline_budget()[1]):
-        low, high = bootstrap_interval(ahead)
-        cells = [f"{told['mean']:.2f}", *(f"{told['by_count'][n]:.1f}" for n in "1234"), str(told["seeds"])]
-        change = [f"{ahead.mean():+.2f}", f"{low:+.2f} to {high:+.2f}"]
-        rows.append([f"{factor:g}", f"{told['seconds'] / 60:.0f}", *cells, *change])
+    chosen, rows = cubes_table.headline_budget()[1], []
+    for model in (cubes_goals.BEST, cubes_goals.DEFAULT):
+        for factor, told, ahead in _beside_specialists(chosen, model):
+            low, high = bootstrap_interval(ahead)
+            cells = [f"{told['mean']:.2f}", *(f"{told['by_count'][n]:.1f}" for n in "1234")]
+            change = [
+                f"{told['inversions']:.1f}",
+                str(told["seeds"]),
+                f"{ahead.mean():+.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+            ]
+            rows.append([f"`{model}`", f"{factor:g}", f"{told['seconds'] / 60:.0f}", *cells, *change])
     if len(rows) < 2:
         return []
-    head = ["times a specialist's training", "minutes", "mean", "1", "2", "3", "4", "seeds"]
+    head = ["model", "times a specialist's training", "minutes", "mean", "1", "2", "3", "4", "inversions, %", "seeds"]
     return [
-        f"### One model trained for shorter and longer\n\n`{cubes_goals.BEST}` on one core of a CPU, beside the same "
-        "specialists. All fifteen of them take fifteen times the training of one; what each would gain of more was not "
-        "measured.\n",
+        "### One model trained for shorter and longer\n\nOn one core of a CPU, beside the same specialists. All "
+        "fifteen of them take fifteen times the training of one; what each would gain of more was not measured."
+        f"{_at_equal_steps(chosen)}\n",
         table([*head, "specialists ahead", "95 % interval"], rows),
     ]
+
+
+def _at_equal_steps(chosen: Sequence[dict[str, Any]]) -> str:
+    """Return what the default and its best rival have at as many steps of their longest trainings, as a sentence."""
+    for factor in (15, 8, 4, 2):
+        runs = cubes_table.with_budget_times(factor, chosen)
+        curves = [
+            next((r["curve"] for r in runs if r["variant"] == name and r["curve"]), None)
+            for name in (cubes_goals.DEFAULT, cubes_goals.BEST)
+        ]
+        if None in curves:
+            continue
+        step = min(curve[-1]["step"] for curve in curves)
+        own, other = (_at(curve, step) for curve in curves)
+        return (
+            f" At equal *steps* of the longest trainings, {step}, the default has {own:.1f} and `{cubes_goals.BEST}` "
+            f"{other:.1f} (validation patients, one seed); in equal time it does fewer."
+        )
+    return ""
 
 
 def goals(results: Sequence[Result]) -> str:
@@ -261,14 +287,15 @@ patients; where there are none, between which two points of its curve a variant 
 [table above](#whole-brains-at-equal-time), one seed, `conditional_dropout_narrow` for `conditional_dropout`. *Open*:
 what was measured does not decide it.
 """
-_WHY = """Why so many are missed: every curve still rises, so we take it that what decides is how many steps fit into
-the time (the cubes were not trained at equal steps to tell), and the default fits fewer than the stock network (columns
-*steps* and *ms/step*): each modality is encoded alone, and a quarter of the steps see a second view of every case. What
-the view brings with all modalities it loses with one of them. The stock network takes the most steps, so its dropout is
-the strongest rival. A specialist takes as many steps, all on its own subset. On the CPU larger subsets that score lower
-are rarer with the default (on the H200, with the default of then, they were not), and more frequent with the stock
-networks, which are better everywhere there. On whole brains, at nnU-Net's widths, a step of the stock network takes
-longer than the default's, and it is the other way round: the stock networks are far behind all of ours. At half its
-width the stock network is level with the baseline there and behind the default, and with norms that know what is
-visible ahead of the one and level with the other.
+_WHY = """Why so many are missed: every curve still rises, and what decides is how many steps fit into the time: at
+equal steps the default is ahead of `conditional_dropout` ([longer
+trainings](#one-model-trained-for-shorter-and-longer), where it also is closer at equal time), and it fits fewer than
+the stock network (columns *steps* and *ms/step*): each modality is encoded alone, and a quarter of the steps see a
+second view of every case. What the view brings with all modalities it loses with one of them. The stock network takes
+the most steps, so its dropout is the strongest rival. A specialist takes as many steps, all on its own subset. On the
+CPU larger subsets that score lower are rarer with the default (on the H200, with the default of then, they were not),
+and more frequent with the stock networks, which are better everywhere there. On whole brains, at nnU-Net's widths, a
+step of the stock network takes longer than the default's, and it is the other way round: the stock networks are far
+behind all of ours. At half its width the stock network is level with the baseline there and behind the default, and
+with norms that know what is visible ahead of the one and level with the other.
 """

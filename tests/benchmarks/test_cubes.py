@@ -352,7 +352,16 @@ def test_the_headline_is_of_the_budget_with_specialists(
     assert headline().startswith("the time of 100 steps of baseline, ")
     page = cubes.equal_time_page.cubes()
     rows = [line.split(" | ") for line in page.split("trained for shorter")[1].splitlines() if line.startswith("| ")]
-    assert [(row[0], row[-2]) for row in rows[1:]] == [("| 0.5", "+5.00"), ("| 1", "+3.00"), ("| 4", "-1.00")]
+    assert [(row[1], row[-2]) for row in rows[1:]] == [("0.5", "+5.00"), ("1", "+3.00"), ("4", "-1.00")]
+    assert "At equal *steps*" not in page
+    longer = {**about, "curve": [{"step": 200, "mean": 40.0}, {"step": 600, "mean": 60.0}]}
+    results[3] |= {"curve": [{"step": 400, "mean": 45.0}, {"step": 800, "mean": 65.0}]}
+    results.append(finished(cubes, cubes.cubes_goals.DEFAULT, 0, values + 0.05, nominal_steps=400, steps=600, **longer))
+    headline()
+    page = cubes.equal_time_page.cubes()
+    assert "At equal *steps* of the longest trainings, 600, the default has 60.0 and `conditional_dropout` 55.0" in page
+    rows = [line.split(" | ") for line in page.split("trained for shorter")[1].splitlines() if line.startswith("| ")]
+    assert [(row[0], row[1], row[-2]) for row in rows[4:5]] == [(f"| `{cubes.cubes_goals.DEFAULT}`", "4", "+0.00")]
     order = [line for line in page.splitlines() if line.startswith("The time of ")]
     assert order[0].startswith("The time of 100 steps"), "the table with most runs comes first"
 
