@@ -44,17 +44,53 @@ def fold(weights: Weights, visible: Mapping[int, float]) -> dict[str, torch.Tens
         scale, shift = (signs[:, None, None] * parts).sum(0).unbind(0)
         scale = 1 + scale
         if others:
-            scale = torch.where(scale.abs() < _SMALLEST, scale.new_tensor(_SMALLEST).copysign(scale), scale)
-        weight, bias = weights[f"{norm}weight"], weights[f"{norm}bias"]
-        folded[f"{norm}weight"] = (weight.double() * scale).to(weight.dtype)
-        folded[f"{norm}bias"] = (bias.double() * scale + shift).to(bias.dtype)
+            scale = _not_0(scale)
+        folded |= _taken_up(norm, weights, scale, shift)
         del folded[key]
         if others:
             rest = torch.zeros_like(parts)
-            rest[others, 0] = parts[others, 0] / scale
-            rest[others, 1] = parts[others, 1] - shift * rest[others, 0]
+            rest[others] = _beside(parts[others], scale, shift)
             folded[key] = rest.to(weights[key].dtype)
     return folded
+
+
+def alone(weights: Weights, sources: Sequence[int | None]) -> dict[str, torch.Tensor]:
+    """Return weights for other modalities where each pass sees one of them alone: each pass is as its source's was.
+
+    Args:
+        weights: as for `fold`.
+        sources: per modality from now on, which of the donor's it starts from; None: the mean of all.
+    """
+    changed = dict(weights)
+    for key in _conditional(weights):
+        norm, parts = key.removesuffix("of_modalities"), weights[key].double()
+        wanted = torch.stack([parts.mean(0) if j is None else parts[j] for j in sources])
+        if f"{norm}weight" in weights:  # else nothing can take up what more or fewer hidden modalities make of it
+            scale, shift = ((wanted.sum(0) - parts.sum(0)) / 2).unbind(0)
+            scale = _not_0(1 + scale)
+            changed |= _taken_up(norm, weights, scale, shift)
+            wanted = _beside(wanted, scale, shift)
+        changed[key] = wanted.to(weights[key].dtype)
+    return changed
+
+
+def _taken_up(norm: str, weights: Weights, scale: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a norm's own scale and shift with constants in them."""
+    weight, bias = weights[f"{norm}weight"], weights[f"{norm}bias"]
+    return {
+        f"{norm}weight": (weight.double() * scale).to(weight.dtype),
+        f"{norm}bias": (bias.double() * scale + shift).to(bias.dtype),
+    }
+
+
+def _beside(parts: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Return the parts ``(M, 2, C)`` of the modalities beside such constants."""
+    scales = parts[:, 0] / scale
+    return torch.stack((scales, parts[:, 1] - shift * scales), 1)
+
+
+def _not_0(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale.abs() < _SMALLEST, scale.new_tensor(_SMALLEST).copysign(scale), scale)
 
 
 class NormsOfDonor:
@@ -83,6 +119,8 @@ class NormsOfDonor:
         """For what sees all that the network has."""
         self.plain = self._folded(self._only(self.kept) if self.kept else self._share())
         """For norms that depend on nothing, as with all that the network has visible."""
+        self.alone = alone(weights, [pairs[m] for m in sorted(pairs)]) if self.keys else weights
+        """For an encoder of all modalities, which sees one of the network's at a time."""
         self._of_encoders: dict[int | None, Weights] = {}
 
     def of_encoder(self, j: int | None) -> Weights:

@@ -33,6 +33,11 @@ _AT_ONCE = {"cpu": 2**17, "other": 2**22}
 nothing, and on a CPU, whose caches hold less, they lose."""
 
 
+def voxels_at_once(device: torch.device | str) -> int:
+    """Return how many voxels of several modalities go through a shared encoder as one batch on a device."""
+    return _AT_ONCE["cpu" if torch.device(device).type == "cpu" else "other"]
+
+
 class _Pass(threading.local):
     """Which modality one thread's pass is of, where it is of one."""
 
@@ -161,6 +166,8 @@ class SharedEncoderUNet(MultiEncoderUNet):
         super().__init__([], fusion, decoder, modality_decoder, modality_scale)
         self.encoders = SharedEncoder(encoder, modalities)
         self._random = any(isinstance(module, DROPOUTS) for module in encoder.modules())
+        self.voxels_at_once: int | None = None
+        """See `_AT_ONCE`; None: by the device."""
         self._mixes = any(getattr(module, "track_running_stats", False) for module in encoder.modules())
 
     @property
@@ -205,7 +212,7 @@ class SharedEncoderUNet(MultiEncoderUNet):
         """
         if self._mixes and self.training:
             return self.num_modalities
-        limit = _AT_ONCE["cpu" if x.device.type == "cpu" else "other"]
+        limit = self.voxels_at_once or voxels_at_once(x.device)
         return max(1, limit // (len(x) * math.prod(x.shape[2:])))
 
     def _encode_some(self, x: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -290,11 +290,10 @@ class _Rules:
     def _of_shared_encoder(self, key: str, own: torch.Tensor) -> tuple[str, str, torch.Tensor | None]:
         """Take over what a stock encoder, or one like this, has for these modalities."""
         source = key.removeprefix(_OF_ALL) if self.donor.form == "stock" else key
-        found = self._trunk_of("encoders").get(source)
+        told = _is_conditional(cast(nn.Module, self.network.encoders))
+        found = (self.norms.alone if told else self.norms.plain).get(source)
         if found is not None and self._is_first_donor(source):
             found = self._columns(found, own, list(range(len(self.channels))))
-        if found is not None and key.endswith(PARTS):
-            found = self._rows(found)
         return "encoder of all modalities", "its encoder", found
 
     def _stock_key(self, rest: str) -> str:

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mgml.modalities import channel_names
 from nnunetv2_mgml.network.build import build_network
+from nnunetv2_mgml.network.shared_encoder import SharedEncoderUNet, voxels_at_once
 from nnunetv2_mgml.objective import Objective, Options, TermSpec, needs_of
 from nnunetv2_mgml.upstream.live_bytes import on_shapes, take_shapes
 from nnunetv2_mgml.upstream.loss import training_loss
@@ -64,6 +65,8 @@ def step_memory(
     with torch.device("meta"):
         network = build_network(plan, options.network, inputs, heads, classes, True, needs)
         network.gradient_checkpointing = options.training.gradient_checkpointing
+        if isinstance(network, SharedEncoderUNet):  # as where it will run; here all is counted on a CPU
+            network.voxels_at_once = voxels_at_once("cuda" if mixed_precision else "cpu")
         spec = TermSpec(options, channels, classes, labels.has_regions, loss, labels.ignore_label, plan.batch_dice)
         objective = Objective(spec)
     with on_shapes() as live:

@@ -45,6 +45,12 @@ class ReadingOptions(OptionGroup):
                     f"{name}={options.value(name)} needs reading=ours; got reading={self.reading}, which "
                     f"allows {name}={' or '.join(allowed)}."
                 )
+        every = options.value("complete_every")
+        if self.reading == "reference" and every not in (None, 1):
+            raise ValueError(
+                f"complete_every is {every}, but reading=reference teaches all that a case has in every step. Set it "
+                "to 1 or null."
+            )
         for name in _OF_THE_CODE if self.reading != "reference" else ():
             if options.value(name) == "published":
                 raise ValueError(f"{name}=published needs reading=reference; got reading={self.reading}.")

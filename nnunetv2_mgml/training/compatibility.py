@@ -96,7 +96,11 @@ def options_of_model(model_folder: Path) -> dict[str, Any]:
         model_folder: ``TRAINER__PLANS__CONFIGURATION``, which need not be there.
     """
     file = model_folder / "plans.json"
-    return missing_options(json.loads(file.read_text()).get(PLANS_KEY) or {}) if file.is_file() else {}
+    block = (json.loads(file.read_text()).get(PLANS_KEY) or {}) if file.is_file() else {}
+    missing = missing_options(block)
+    if "network_form" not in missing and "complete_every" in missing:  # its form was the default then, written down
+        missing["network_form"] = block["config"]["network_form"]
+    return missing
 
 
 def changed_meaning(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -127,6 +127,9 @@ def test_it_is_one_where_a_term_or_a_publication_needs_every_step() -> None:
     assert complete_every(options_with(reading="paper", complete_every=3)) == 3
     with pytest.raises(ValueError, match=r"complete_every is 2, but rebalancing=passion needs all .* in every step"):
         options_with(rebalancing="passion", complete_every=2)
+    assert complete_every(options_with(reading="reference", complete_every=1)) == 1
+    with pytest.raises(ValueError, match="complete_every is 2, but reading=reference teaches all"):
+        options_with(reading="reference", complete_every=2)
 
 
 def test_a_term_of_another_package_can_need_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

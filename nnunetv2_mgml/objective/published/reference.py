@@ -67,6 +67,7 @@ class ReferenceModalityDecoder(ModalityDecoder):
 
     reading = "reference"
     summary = "the published code's: all modalities, whatever the case has"
+    in_every_step = True
 
     def present(self, step: Step) -> torch.Tensor:
         """All pairs."""
@@ -86,6 +87,7 @@ class ReferenceSoftLabel(PaperSoftLabel):
 
     reading = "reference"
     summary = "the published code's"
+    in_every_step = True
 
     def present(self, step: Step) -> torch.Tensor:
         """All pairs."""
