@@ -28,7 +28,7 @@ from nnunetv2_mgml.network.silence import random_layers_act
 from nnunetv2_mgml.network.subset_module import zero_absent
 from nnunetv2_mgml.upstream import cpu_layers
 
-_AT_ONCE = {"cpu": 2**17, "other": 2**22}
+_AT_ONCE = {"cpu": 2**17, "other": 2**20}
 """Voxels of several modalities that go through the encoder as one batch. Small tensors gain from that; large ones gain
 nothing, and on a CPU, whose caches hold less, they lose."""
 

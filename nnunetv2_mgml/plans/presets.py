@@ -39,6 +39,7 @@ _PUBLISHED_LOSSES: dict[str, Any] = {
     "consistency_weight": 0.01,
     "teaching": "everywhere",
     "rebalancing": "none",
+    "complete_every": 1,
     "meta_hidden": 64,
     "meta_lr": 2e-4,
 }

@@ -26,16 +26,14 @@ OPTIONS: dict[str, object] = {
     "num_iterations_per_epoch": 20,
     "num_val_iterations_per_epoch": 4,
     "patch_size": [40, 48, 40],
-    "width_factor": 0.25,
-    "decoder_width_ratio": 1.0,
     "augmentation": "paper",
     "optimizer": "adam",
-    "initial_lr": 0.002,
+    "initial_lr": 0.005,
     "weight_decay": 1e-4,
     "seed": 0,
     "validate_subsets": False,
 }
-"""A small network and 300 steps: Adam gets further in so few than nnU-Net's SGD."""
+"""300 steps, of the default's network: Adam gets further in so few than nnU-Net's SGD."""
 
 SUBSETS: dict[str, tuple[str, ...]] = {
     "t1+t1ce+t2+flair": (),

@@ -18,7 +18,7 @@ from training_cases import run_until_epoch
 from nnunetv2_mgml.objective import Options
 from nnunetv2_mgml.plans.options import NetworkOptions
 from nnunetv2_mgml.training import nnUNetTrainerMGML, nnUNetTrainerModalityDropout
-from nnunetv2_mgml.training.compatibility import changed_meaning, network_differences
+from nnunetv2_mgml.training.compatibility import changed_meaning, network_differences, options_of_model
 from nnunetv2_mgml.training.epoch_log import LOG_NAME, TrainingLog, read_log
 from nnunetv2_mgml.upstream.plain_errors import PlainError
 
@@ -244,6 +244,20 @@ def test_a_resume_takes_the_weight_decay_of_its_plans_and_keeps_them(nnunet_fold
     second.run_training()
     written = torch.load(Path(second.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert Options.from_plans(written["init_args"]["plans"]).training.weight_decay == 0.5
+
+
+def test_a_model_that_wrote_its_form_down_before_steps_differed_keeps_it(tmp_path: Path) -> None:
+    """The form was an option before it was the default's that changed."""
+
+    def of_model(**config: Any) -> dict[str, Any]:
+        (tmp_path / "plans.json").write_text(json.dumps({"mgml": {"version": "0.2.0", "config": config}}))
+        return options_of_model(tmp_path)
+
+    written = {name: NetworkOptions().as_dict()[name] for name in ("fusion_revision", "modality_decoder_scale")}
+    written |= {"network_form": "multi_encoder", "conditional_norms": None}
+    assert of_model(**written) == {"network_form": "multi_encoder", "complete_every": 1}
+    assert of_model(**written, complete_every=None) == {}
+    assert of_model(temperature=4.0)["network_form"] == "multi_encoder"
 
 
 def test_stock_plans_continue_what_was_trained_on_them_before(nnunet_folders: Path) -> None:

@@ -21,8 +21,8 @@ class CompleteViewOptions(OptionGroup):
         1.0,
         "weight of nnU-Net's loss on the teacher's own prediction, from all modalities the case has. Not in the "
         "paper, whose teacher learns only when it is drawn as a student; 0: off; off as well with "
-        "mask_sampling=fixed. On phantoms, at equal steps, it added 2.1 to 2.6 Dice points; it makes a step longer "
-        "(docs/results.md)",
+        "mask_sampling=fixed. On phantoms, at equal steps, it added 2.1 to 2.6 Dice points to the network "
+        "of then; it makes a step longer (docs/results.md)",
         low=0,
     )
 

@@ -41,7 +41,7 @@ class SoftLabelOptions(OptionGroup):
         0.5,
         "lambda2 of eq. 10, on a loss averaged over voxels and scaled by temperature^2 (the paper's 0.3 tau^2/10 "
         "is for a sum over voxels). At 1 its gradient was 0.18 to 0.54 of the modality loss's (ten BraTS cases, "
-        "400 steps), so 0.5 keeps it at 0.1 to 0.3. null: 0.3 temperature^2 / 10, as published",
+        "400 steps, one encoder each), so 0.5 keeps it at 0.1 to 0.3. null: 0.3 temperature^2 / 10, as published",
         low=0,
         kinds=FLOAT_OR_NONE,
     )
