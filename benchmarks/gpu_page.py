@@ -36,7 +36,7 @@ _OLDER = {
     "b6165e5": "**Measured with an encoder per modality, full steps only and plain norms, the default of then, without "
     "gradient checkpointing, with the decoder shared by all modalities at full resolution, and before 1x1 convolutions "
     "became convolutions again.** A step that is not compiled, as these, now keeps less than half of this memory "
-    "(`python benchmarks/memory.py --width_factor 0.5` counts 0.6 GiB at 80^3 and 2.7 at 128^3 for today's default, "
+    "(`python benchmarks/memory.py --width_factor 0.5` counts 0.4 GiB at 80^3 and 2.7 at 128^3 for today's default, "
     "which has 4.1 and 6.9 million parameters) and takes another time, not measured yet. What made `demoseg`, `hemis`, "
     "`sfusion` and `demoseg_early` wait for the GPU has been taken out since: `tests/benchmarks/test_fake_gpu.py` "
     "looks for such waits without a GPU; on one this was not repeated. The training on the cubes had 3 seconds left of "

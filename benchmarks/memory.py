@@ -132,8 +132,9 @@ def page(rows: dict[str, list[list[float]]], args: argparse.Namespace) -> str:
         "# Memory of full-size training",
         "",
         f"Made by `python {' '.join(sys.argv)}`, torch {torch.__version__}: 4 modalities, 3 regions, width factor "
-        f"{args.width_factor:g}, deep supervision, SGD, 16-bit autocast; one encoder for all modalities (`demoseg_early`: "
-        "early fusion). GiB at the peak of one full training step, counted on shapes without data as `mgml plan -d DATASET --gpu_memory` does it for plans of yours with "
+        f"{args.width_factor:g}, deep supervision, SGD, 16-bit autocast; one encoder for all modalities "
+        "(`demoseg_early`: early fusion). GiB at the peak of one full training step, counted on shapes without data as "
+        "`mgml plan -d DATASET --gpu_memory` does it for plans of yours with "
         "`nnUNet_compile=f` (a compiled network ignores `gradient_checkpointing`): weights in 32 bit, their "
         "gradients and momentum, the batch, what the backward pass needs and every temporary tensor. Workspaces "
         "of the kernels, the allocator's gaps and the context of a GPU come on top. Our default is `width_factor` 0.5, "
